@@ -1,0 +1,55 @@
+# `make run` and `make test` set up everything they need in a virtual environment.
+# Another interpreter: `PYTHON=python3.12 make test` (it gets an environment of its own).
+PYTHON ?= python3
+VENV ?= $(if $(filter python3,$(PYTHON)),.venv,.venv-$(notdir $(PYTHON)))
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+WORKDIR ?= runs/dion
+TESTS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help run test test-slow test-other lint format bench clean
+
+help:
+	@echo "make run        train the language model with Dion on this Python's sources"
+	@echo "make test       run the tests (PYTHON=python3.12 for another interpreter)"
+	@echo "make test-slow  run the learning tests too (minutes)"
+	@echo "make test-other run the tests on another supported Python, if there is one"
+	@echo "make lint       ruff format --check, ruff check, pyrefly"
+	@echo "make bench      write benchmarks/results/*.json (half an hour)"
+
+# Reinstalls only when the dependencies change, so a second run works offline.
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(f"jaxpapers needs Python >= 3.11, $(PYTHON) is {v[0]}.{v[1]}; try: make PYTHON=python3.12 $(MAKECMDGOALS)" if v < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[plot,test]'
+	@touch $@
+
+run: $(READY)
+	$(BIN)/jaxpapers train dion --workdir=$(WORKDIR)
+
+test: $(READY)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" --durations=15 $(TESTS)
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -m slow --durations=15 $(TESTS)
+
+test-other:
+	@other="$$(sh .ci/other-python $(PYTHON))"; \
+	if [ -z "$$other" ]; then echo "test-other: skipped, no other supported Python found"; \
+	else echo "test-other: testing on $$other"; $(MAKE) test PYTHON="$$other"; fi
+
+lint: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyrefly check
+
+format: $(READY)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(READY)
+	$(BIN)/python benchmarks/dion_vs_adamw_muon.py
+
+clean:
+	rm -rf .venv .venv-* .pytest_cache .ruff_cache .jax_cache

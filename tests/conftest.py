@@ -1,0 +1,43 @@
+"""Eight fake devices, strict ranks, a compile cache on disk: before any device use."""
+
+import json
+import os
+from pathlib import Path
+
+import jax
+import pytest
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+CACHE = Path(__file__).parent.parent / ".jax_cache"
+jax.config.update("jax_compilation_cache_dir", str(CACHE))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+REFERENCE = Path(
+    os.environ.get("JAXPAPERS_REFERENCE") or Path(__file__).parent / "reference"
+)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """``@pytest.mark.parity("dion")``: the test's ``case`` runs over that family's index.
+
+    Each case is (folder, name, entry of the index). A family without a folder has none.
+    """
+    marker = metafunc.definition.get_closest_marker("parity")
+    if marker is None or "case" not in metafunc.fixturenames:
+        return
+    folder = REFERENCE / marker.args[0]
+    index = folder / "index.json"
+    cases = json.loads(index.read_text())["cases"] if index.exists() else {}
+    metafunc.parametrize(
+        "case",
+        [(folder, name, entry) for name, entry in cases.items()],
+        ids=list(cases),
+    )
+
+
+@pytest.fixture
+def key() -> jax.Array:
+    return jax.random.key(0)
