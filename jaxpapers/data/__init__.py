@@ -1,0 +1,1 @@
+"""Loaders: numpy arrays from files, one module for a family of formats."""

@@ -1,4 +1,4 @@
-"""Dion as optax transformations: ``scale_by_dion`` (direction) and ``dion`` (optimizer).
+"""Dion as optax transformations: ``scale_by_dion`` (direction), ``dion`` (optimizer).
 
 Reference: Ahn, Xu, Abreu, Fan, Magakyan, Sharma, Zhan, Langford. "Dion: Distributed
 Orthonormalized Updates", arXiv 2504.05295, and its code, microsoft/dion. Dion replaces
@@ -17,7 +17,7 @@ Departures from the reference code, each with its reason:
 
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import jax
@@ -51,7 +51,7 @@ class DionState(NamedTuple):
     Attributes:
       count: number of updates, int32 scalar.
       momentum: M, shaped as the parameters.
-      q: right factors Q: (batch axes, axes of the Q side, rank), see ``Layout.q_shape``.
+      q: right factors Q, (batch axes, axes of the Q side, rank): ``Layout.q_shape``.
     """
 
     count: jax.Array
@@ -61,7 +61,7 @@ class DionState(NamedTuple):
 
 def scale_by_dion(
     rank_fraction: Any = 1.0,
-    rank_multiple_of: int = 1,
+    rank_multiple_of: Any = 1,
     mu: Any = 0.95,
     eps: Any = 1e-8,
     power_iters: Any = 1,
@@ -103,15 +103,16 @@ def scale_by_dion(
         that are not named are batch axes.
       momentum_dtype: dtype of M; default the parameter's.
       q_dtype: dtype of Q; default that of M.
-      sharding: NamedSharding or PartitionSpec per leaf. Needed only inside jit on a mesh
-        with Auto axes when ``init`` did not see the sharded arrays.
-      batch: ``same_shape`` factorises equal-shaped thin factors of several leaves as one
-        batch; ``none`` does each leaf alone. The numbers are the same.
+      sharding: NamedSharding or PartitionSpec per leaf. Needed only inside jit on a
+        mesh with Auto axes when ``init`` did not see the sharded arrays.
+      batch: ``same_shape`` factorises equal-shaped thin factors of several leaves as
+        one batch; ``none`` does each leaf alone. The numbers are the same.
       seed: of Q's normal start, drawn per leaf from (seed, path, shape) alone.
       scale: ``spectral`` (sqrt(fan_out / fan_in), the paper), ``rms`` (root mean square
         0.2 as AdamW's) or None.
-      noise_guard: update columns with |R_j| < noise_guard * max |R| are left out; 0 (the
-        reference) lets rounding noise of rank-deficient momenta become unit columns.
+      noise_guard: update columns with |R_j| < noise_guard * max |R| are left out; 0
+        (the reference) lets rounding noise of rank-deficient momenta become unit
+        columns.
       p_side: side of P, per leaf: ``longer``, ``output`` or ``input``.
       unknown_sharding: ``warn`` or ``raise`` where a leaf's sharding cannot be known.
 
@@ -183,10 +184,11 @@ def scale_by_dion(
         layouts = layouts_of(named)
         leaves = [leaf for _, leaf in named]
         for path, leaf in named:
+            if isinstance(leaf, jax.core.Tracer):
+                continue
+            seen.pop(path, None)
             actual = getattr(leaf, "sharding", None)
-            if not isinstance(leaf, jax.core.Tracer) and isinstance(
-                actual, NamedSharding
-            ):
+            if isinstance(actual, NamedSharding):
                 seen[path] = actual
         found = shardings_of(layouts, leaves)[0]
         momentum, q = [], []
@@ -248,7 +250,7 @@ def scale_by_dion(
                 )
         directions, new_momenta, new_qs = zip(*outputs) if outputs else ((), (), ())
         return treedef.unflatten(directions), DionState(
-            optax.safe_increment(state.count),
+            jnp.asarray(optax.safe_increment(state.count)),
             treedef.unflatten(new_momenta),
             treedef.unflatten(new_qs),
         )
@@ -259,7 +261,7 @@ def scale_by_dion(
 def dion(
     learning_rate: optax.ScalarOrSchedule,
     rank_fraction: Any = 1.0,
-    rank_multiple_of: int = 1,
+    rank_multiple_of: Any = 1,
     mu: Any = 0.95,
     eps: Any = 1e-8,
     power_iters: Any = 1,
@@ -290,8 +292,8 @@ def dion(
     $$ X \leftarrow (1 - \eta\lambda) X - \eta \sqrt{m/n}\, P Q^\top $$
 
     Routing is by path and shape (``routing.route``): matrices go to Dion; embeddings,
-    output heads, norms and biases to the scalar optimizer, whose learning-rate factor is
-    1, except that Lion's for a head is 1/sqrt(fan_in) (the paper's scaling table).
+    output heads, norms and biases to the scalar optimizer, whose learning-rate factor
+    is 1, except that Lion's for a head is 1/sqrt(fan_in) (the paper's scaling table).
     ``routing.table`` prints what went where.
 
     Args:
@@ -305,8 +307,8 @@ def dion(
       orthogonalize: see ``scale_by_dion``.
       right_factor: see ``scale_by_dion``.
       weight_dimension_numbers: see ``scale_by_dion``; a None leaf goes to the scalar
-        optimizer. Without it only 2-D leaves go to Dion, and a warning names others that
-        look like matrices.
+        optimizer. Without it only 2-D leaves go to Dion, and a warning names others
+        that look like matrices.
       momentum_dtype: see ``scale_by_dion``; also the scalar optimizer's first moment.
       q_dtype: see ``scale_by_dion``.
       sharding: see ``scale_by_dion``.
@@ -318,8 +320,8 @@ def dion(
       unknown_sharding: see ``scale_by_dion``.
       weight_decay: decoupled decay of matrices and of the ``scalar`` group; embeddings
         and heads have none.
-      weight_decay_mask: tree of bool, or function of the parameters, further restricting
-        what decays.
+      weight_decay_mask: tree of bool, or function of the parameters, further
+        restricting what decays.
       scalar: ``adamw`` or ``lion``.
       scalar_learning_rate: default ``learning_rate``.
       scalar_b1: first beta of the scalar optimizer.
@@ -355,7 +357,8 @@ def dion(
         scalar_learning_rate = learning_rate
 
     def decay(amount):
-        if _is_traced(amount) or amount != 0:
+        # An array (inject_hyperparams) may become non-zero: the state must not change.
+        if isinstance(amount, jax.Array) or amount != 0:
             return optax.add_decayed_weights(amount, weight_decay_mask)
         return optax.identity()
 
@@ -389,7 +392,7 @@ def dion(
     head = (
         [_scale_by_fan_in(weight_dimension_numbers)] if scalar == "lion" else []
     )  # The factor belongs to Lion only: with AdamW it starves the head.
-    transforms = {
+    transforms: dict[Hashable, optax.GradientTransformation] = {
         "dion": optax.chain(
             matrices, decay(weight_decay), optax.scale_by_learning_rate(learning_rate)
         ),
@@ -437,29 +440,44 @@ def dion_state_sharding(
       >>> params = {"kernel": jnp.ones((8, 16))}
       >>> state = jax.eval_shape(scale_by_dion(0.5).init, params)
       >>> where = {"kernel": NamedSharding(mesh, P(None, "data"))}
-      >>> dion_state_sharding(state, params, where).q["kernel"].spec
-      PartitionSpec(None, None)
+      >>> dion_state_sharding(state, params, where).q["kernel"].spec == P(None, None)
+      True
     """
     named, _ = _named_leaves(params)
-    shardings = dict(
-        (path_name(path), s)
-        for path, s in jax.tree_util.tree_flatten_with_path(params_sharding)[0]
-    )
+    shardings = dict(_named_leaves(params_sharding)[0])
     table = {path: (leaf, shardings[path]) for path, leaf in named}
     mesh = next(iter(shardings.values())).mesh
+    whole: Any = NamedSharding(mesh, P())
     rule = q_rule(weight_dimension_numbers, p_side=p_side)[1]
 
-    def where(path, leaf):
+    def like_parameter(path, leaf):
         name = path_name(path)
-        owner = next((p for p in table if name == p or name.endswith("/" + p)), None)
-        if owner is None:
-            return NamedSharding(mesh, P())
-        param, sharding = table[owner]
-        if name[: -len(owner)].endswith("q/"):
-            return NamedSharding(mesh, rule(owner, leaf, param, sharding.spec))
-        return sharding if leaf.shape == param.shape else NamedSharding(mesh, P())
+        # The longest, as "block/kernel" ends in "kernel" too.
+        owners = [p for p in table if name == p or name.endswith("/" + p)]
+        if owners:
+            param, where = table[max(owners, key=len)]
+            if leaf.shape == param.shape:
+                return where
+        return whole
 
-    return jax.tree_util.tree_map_with_path(where, state)
+    def like_q(path, leaf):
+        name = path_name(path)
+        param, where = table[name]
+        return NamedSharding(mesh, rule(name, leaf, param, where.spec))
+
+    def node(path, x):
+        # Found by its type: a parameter may be called "q" as well.
+        if not isinstance(x, DionState):
+            return like_parameter(path, x)
+        return x._replace(
+            count=whole,
+            momentum=jax.tree_util.tree_map_with_path(like_parameter, x.momentum),
+            q=jax.tree_util.tree_map_with_path(like_q, x.q),
+        )
+
+    return jax.tree_util.tree_map_with_path(
+        node, state, is_leaf=lambda x: isinstance(x, DionState)
+    )
 
 
 def q_rule(
@@ -486,7 +504,7 @@ def q_rule(
 
 
 def _init_q(layout: Layout, seed: Any, dtype: Any, where: NamedSharding | None, like):
-    """i.i.d. normal Q from (seed, path, shape): the same on every mesh, in any order."""
+    """i.i.d. normal Q from (seed, path, shape): equal on every mesh, in any order."""
     key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(layout.path.encode()))
 
     def draw(key):
@@ -543,6 +561,8 @@ def _check_options(mu, eps, power_iters, orthogonalize, right_factor, batch, sca
     _check_range("mu", mu, 0, 1)
     _check_range("eps", eps, 0)
     _check_range("power_iters", power_iters, 1)
+    if not jnp.issubdtype(jnp.result_type(power_iters), jnp.integer):
+        raise ValueError(f"power_iters must be an integer, got {power_iters}")
     _check_choice("orthogonalize", orthogonalize, METHODS)
     _check_choice("right_factor", right_factor, RIGHT_FACTORS)
     _check_choice("batch", batch, ("same_shape", "none"))
@@ -555,7 +575,12 @@ def _check_choice(name: str, value: Any, choices: tuple) -> None:
 
 
 def _check_range(
-    name: str, value: Any, low: float, high: float = math.inf, *, open_right=False
+    name: str,
+    value: Any,
+    low: int | float,
+    high: int | float = math.inf,
+    *,
+    open_right: bool = False,
 ) -> None:
     if _is_traced(value) or callable(value):
         return
@@ -574,7 +599,7 @@ def _check_leaf(path: str, leaf: Any) -> None:
 
 
 def _static_fraction(path: str, fraction: Any, rank: int | None) -> float:
-    """rank_fraction as a float; a traced one is allowed once the state fixes the rank."""
+    """rank_fraction as a float; may be traced once the state fixes the rank."""
     if _is_traced(fraction):
         if rank is None:
             raise ValueError(_STATIC.format(name="rank_fraction"))

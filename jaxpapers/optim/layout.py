@@ -22,8 +22,9 @@ class DimensionNumbers(NamedTuple):
     """Which axes of a parameter are the fan-in and which the fan-out of its matrix.
 
     The default is a Flax kernel, (in, out). Every axis that is not named is a batch
-    axis: stacked layers (L, in, out) are ``DimensionNumbers(1, 2)``, an attention kernel
-    (embed, heads, head_dim) is ``(0, (1, 2))``, or ``(0, 2)`` for one matrix per head.
+    axis: stacked layers (L, in, out) are ``DimensionNumbers(1, 2)``, an attention
+    kernel (embed, heads, head_dim) is ``(0, (1, 2))``, or ``(0, 2)`` for one matrix per
+    head.
     """
 
     reduction_axis: int | Sequence[int] = 0
@@ -55,8 +56,7 @@ class Layout(NamedTuple):
 
     @property
     def q_shape(self) -> tuple[int, ...]:
-        """Shape of Q: batch axes, Q-side axes (not flattened: each keeps its mesh axis),
-        rank."""
+        """Shape of Q: batch axes, Q-side axes (each keeps its mesh axis), rank."""
         return (
             *(self.shape[a] for a in self.batch + self.q_axes),
             self.rank,
@@ -79,7 +79,7 @@ class Layout(NamedTuple):
         """Inverse of ``to_matrices`` for a local block of the given shape."""
         order = self.batch + self.p_axes + self.q_axes
         x = x.reshape([local_shape[a] for a in order])
-        return jnp.transpose(x, np.argsort(order))
+        return jnp.transpose(x, [order.index(a) for a in range(len(order))])
 
     def q_to_matrices(self, q: jax.Array) -> jax.Array:
         """(Local block of) Q -> (batch, s, r)."""
@@ -149,8 +149,8 @@ def make_layout(
             raise ValueError(
                 f"{path}: Dion needs to know which axes of a {len(shape)}-D parameter "
                 f"{tuple(shape)} form its matrix; pass weight_dimension_numbers, e.g. "
-                "DimensionNumbers(1, 2) for stacked layers (L, in, out), or leave it to "
-                "another optimizer"
+                "DimensionNumbers(1, 2) for stacked layers (L, in, out), or leave it "
+                "to another optimizer"
             )
         dimensions = DimensionNumbers()
     reduction = _axes(path, "reduction_axis", dimensions.reduction_axis, shape)
@@ -162,8 +162,8 @@ def make_layout(
         )
     if 0 in shape:
         raise ValueError(
-            f"{path}: parameter has no elements, got shape {tuple(shape)}; leave it out "
-            "of Dion"
+            f"{path}: parameter has no elements, got shape {tuple(shape)}; leave it "
+            "out of Dion"
         )
     if p_side not in P_SIDES:
         raise ValueError(f"p_side must be one of {P_SIDES}, got {p_side!r}")

@@ -25,8 +25,10 @@ Shifted Cholesky QR, SIAM J. Sci. Comput. 42 (2020) for the shift.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
@@ -100,19 +102,22 @@ def _orthonormalize(
     else:
         p = _jitter(p, axis_name, rows)
         if method == "scqr":
-            for shift in ("always", "always", "never", "never"):
+            p = _cholesky_qr(p, axis_name, "always", refine=True)
+            for shift in ("always", "never", "never"):
                 p = _cholesky_qr(p, axis_name, shift)
             basis = p
         elif method == "cqr2":
             p = _cholesky_qr(p, axis_name, "on_failure")
-            basis = _cholesky_qr(p, axis_name, "on_failure")
+            basis = _cholesky_qr(p, axis_name, "if_skewed")
         else:
             p = _sketch_qr(p, axis_name, rows)
             basis = _cholesky_qr(p, axis_name, "on_failure")
     return jnp.where(zero, 0, basis), zero
 
 
-def _cholesky_qr(p: Array, axis_name: AxisNames, shift: str) -> Array:
+def _cholesky_qr(
+    p: Array, axis_name: AxisNames, shift: str, *, refine: bool = False
+) -> Array:
     """p L^-T with L L^T = p^T p + shift: one Gram matrix of communication."""
     gram = _psum(jnp.einsum("...lr,...ls->...rs", p, p, precision=HIGHEST), axis_name)
     # Textbook shifts, 11 (l r + r (r + 1)) u |p|^2, swamp the small directions;
@@ -122,14 +127,41 @@ def _cholesky_qr(p: Array, axis_name: AxisNames, shift: str) -> Array:
     eye = jnp.broadcast_to(jnp.eye(p.shape[-1], dtype=p.dtype), gram.shape)
     shifted = gram + unit * trace * eye
     if shift == "always":
-        lower = _cholesky(shifted)
-    elif shift == "never":
-        lower = _cholesky(gram)
+        lower, inverse = _inverse_factor(shifted)
     else:
-        lower = _cholesky(gram)
-        failed = jnp.isnan(lower).any(axis=(-2, -1), keepdims=True)
-        lower = jnp.where(failed, _cholesky(shifted), lower)
-    return _solve(p, lower, lower_triangle=True)
+        lower, inverse = _inverse_factor(gram)
+        if shift != "never":
+            pivots = jnp.diagonal(inverse, axis1=-2, axis2=-1)[..., None]
+            spread = jnp.min(pivots, -2) / jnp.max(pivots, -2)
+            # Where Cholesky fails, pivots are NaN. It also succeeds on mere rounding
+            # error, and columns longer than 1 come out: a last pass must not let them.
+            fine = spread > (0.1 if shift == "if_skewed" else 0)
+            inverse = jnp.where(fine[..., None], inverse, _inverse_factor(shifted)[1])
+    basis = jnp.matmul(p, inverse, precision=HIGHEST)
+    if refine:
+        lost = p - jnp.matmul(basis, jnp.swapaxes(lower, -1, -2), precision=HIGHEST)
+        basis += jnp.matmul(lost, inverse, precision=HIGHEST)
+    return basis
+
+
+def _inverse_factor(gram: Array) -> tuple[Array, Array]:
+    """Cholesky factor L and L^-T.
+
+    The small inverse, then one product with p: products run at full speed everywhere,
+    triangular solves with many right-hand sides nowhere. What the explicit inverse of
+    an ill-conditioned L loses of the orthonormality the next pass repairs; what it
+    loses of the span only ``refine`` does.
+    """
+
+    def invert(gram):
+        lower = lax.linalg.cholesky(gram, symmetrize_input=False)
+        eye = jnp.eye(gram.shape[-1], dtype=gram.dtype)
+        inverse = lax.linalg.triangular_solve(
+            lower, eye, left_side=False, lower=True, transpose_a=True
+        )
+        return lower, inverse
+
+    return _per_matrix(invert, gram)
 
 
 def _sketch_qr(p: Array, axis_name: AxisNames, rows: Array) -> Array:
@@ -146,7 +178,11 @@ def _sketch_qr(p: Array, axis_name: AxisNames, rows: Array) -> Array:
         jnp.einsum("lk,...lr->...kr", sketch, p, precision=HIGHEST), axis_name
     )
     upper = _positive_qr(small)[1]
-    return _solve(p, upper, lower_triangle=False)
+
+    def solve(p, upper):
+        return lax.linalg.triangular_solve(upper, p, left_side=False, lower=False)
+
+    return _per_matrix(solve, p, upper)
 
 
 def _tall_skinny_qr(p: Array, axis_name: AxisNames) -> Array:
@@ -167,21 +203,24 @@ def _tall_skinny_qr(p: Array, axis_name: AxisNames) -> Array:
 
 def _positive_qr(p: Array) -> tuple[Array, Array]:
     """Reduced Householder QR with a non-negative diagonal of the upper factor."""
-    basis, upper = jnp.linalg.qr(p, mode="reduced")
+    basis, upper = _per_matrix(lambda p: jnp.linalg.qr(p, mode="reduced"), p)
     diagonal = jnp.diagonal(upper, axis1=-2, axis2=-1)
     sign = jnp.where(diagonal < 0, -1, 1).astype(p.dtype)
     return basis * sign[..., None, :], upper * sign[..., :, None]
 
 
-def _cholesky(gram: Array) -> Array:
-    return lax.linalg.cholesky(gram, symmetrize_input=False)
+def _per_matrix(f: Callable, *xs: Array) -> Any:
+    """``f`` on each (m, n) of the leading axes: one after the other on a CPU.
 
-
-def _solve(p: Array, triangle: Array, *, lower_triangle: bool) -> Array:
-    """``p`` times the inverse of an upper factor, given as it is or as its transpose."""
-    return lax.linalg.triangular_solve(
-        triangle, p, left_side=False, lower=lower_triangle, transpose_a=lower_triangle
+    Batched LAPACK calls that run beside other work lose a wake-up in jaxlib 0.10's CPU
+    runtime, and the program hangs; single ones do not, at the same speed.
+    """
+    batch = xs[0].shape[:-2]
+    flat = [x.reshape(-1, *x.shape[-2:]) for x in xs]
+    out = lax.platform_dependent(
+        *flat, cpu=lambda *x: lax.map(lambda x: f(*x), x), default=jax.vmap(f)
     )
+    return jax.tree.map(lambda y: y.reshape(*batch, *y.shape[1:]), out)
 
 
 def _jitter(p: Array, axis_name: AxisNames, rows: Array) -> Array:

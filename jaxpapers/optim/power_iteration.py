@@ -1,7 +1,7 @@
 """The Dion step on matrices: power iteration, error feedback, update direction.
 
-Ahn et al., "Dion: Distributed Orthonormalized Updates", arXiv 2504.05295. For one matrix
-with its P side first, B is (l, s), Q (s, r), P (l, r), R (s, r):
+Ahn et al., "Dion: Distributed Orthonormalized Updates", arXiv 2504.05295. For one
+matrix with its P side first, B is (l, s), Q (s, r), P (l, r), R (s, r):
 
 1. B = M + G
 2. P = B Q, then 3. P <- orthonormal basis of its columns
@@ -11,8 +11,8 @@ with its P side first, B is (l, s), Q (s, r), P (l, r), R (s, r):
 7. update direction P Q^T
 
 The functions run on whole matrices, or inside ``jax.shard_map`` on blocks of them: then
-``p_names`` and ``q_names`` are the mesh axes that split l and s. Only thin factors cross
-devices: P over ``q_names``; Gram matrices, R over ``p_names``; column norms over
+``p_names`` and ``q_names`` are the mesh axes that split l and s. Only thin factors
+cross devices: P over ``q_names``; Gram matrices, R over ``p_names``; column norms over
 ``q_names``.
 """
 
@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxpapers.optim.orthonormalize import HIGHEST, _orthonormalize, _psum
+from jaxpapers.optim.orthonormalize import HIGHEST, _orthonormalize, _pmax, _psum
 
 RIGHT_FACTORS = ("colnorm", "orth")
 
@@ -65,8 +65,8 @@ def power_iterate(
       rows: global index of each local row of P, when l is split.
 
     Returns:
-      P (..., l, r) and R (..., s, r), shaped like ``b`` and ``q`` otherwise. Where B Q is
-      all zero (over all devices, not one shard), P = 0 and R = Q.
+      P (..., l, r) and R (..., s, r), shaped like ``b`` and ``q`` otherwise. Where B Q
+      is all zero (over all devices, not one shard), P = 0 and R = Q.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -135,8 +135,7 @@ def dion_step(
     new_momenta = [b - (1 - mu) * _dot("lr,sr->ls", p, r) for b, p, r in zip(b, ps, rs)]
     directions, new_qs = [], []
     for p, r, rows in zip(ps, rs, q_rows or [None] * len(rs)):
-        square = jnp.sum(jnp.square(r), axis=-2, keepdims=True)
-        norm = jnp.sqrt(_psum(square, q_names))
+        norm = _column_norms(r, q_names)
         if options.right_factor == "orth":
             # Orth-Dion (arXiv 2605.16341). Cholesky QR's positive diagonal matters:
             # Householder signs would turn P Q^T into an ascent direction.
@@ -144,11 +143,20 @@ def dion_step(
         else:
             q = r / (norm + eps)
         # Columns of R that are rounding noise beside the largest one carry no signal,
-        # yet normalisation makes them unit: the guard keeps them out of the update only.
+        # yet normalisation makes them unit: the guard drops them from the update only.
         keep = norm >= guard * jnp.max(norm, axis=-1, keepdims=True)
         directions.append(_dot("lr,sr->ls", p, jnp.where(keep, q, 0)))
         new_qs.append(q)
     return directions, new_momenta, new_qs
+
+
+def _column_norms(r, q_names):
+    """|R_j|, through a power of two: squares of 1e20 overflow, and Q = 0 never ends."""
+    largest = _pmax(jnp.max(jnp.abs(r), axis=(-2, -1), keepdims=True), q_names)
+    exponent = jnp.frexp(largest)[1]
+    square = jnp.square(jnp.ldexp(r, -exponent))
+    total = _psum(jnp.sum(square, axis=-2, keepdims=True), q_names)
+    return jnp.ldexp(jnp.sqrt(total), exponent)
 
 
 def _batched(ps, method, axis_name, rows):

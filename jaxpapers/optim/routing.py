@@ -1,8 +1,8 @@
 """Which optimizer a parameter goes to, by its path and shape.
 
 The paper's scaling table (Ahn et al., arXiv 2504.05295): hidden matrices get Dion;
-embeddings, output heads, norm gains and biases a scalar optimizer. Dion on an embedding,
-head or bias runs, but trains poorly.
+embeddings, output heads, norm gains and biases a scalar optimizer. Dion on an
+embedding, head or bias runs, but trains poorly.
 """
 
 import math
@@ -66,9 +66,9 @@ def route(params: Any, weight_dimension_numbers: Any = None) -> Any:
     ]
     if left_out:
         warnings.warn(
-            f"dion: {len(left_out)} parameter(s) with more than two axes, {left_out[0]!r} "
-            "first, go to the scalar optimizer because nothing says which axes form "
-            "their matrices; pass weight_dimension_numbers",
+            f"dion: {len(left_out)} parameter(s) with more than two axes, "
+            f"{left_out[0]!r} first, go to the scalar optimizer because nothing says "
+            "which axes form their matrices; pass weight_dimension_numbers",
             UserWarning,
             stacklevel=2,
         )

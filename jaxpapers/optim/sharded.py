@@ -43,7 +43,8 @@ def mesh_step(
     specs = tuple(P() if s is None else s.spec for s in shardings)
     # Schedules and inject_hyperparams make these arrays: they enter as arguments.
     traced = {k: v for k, v in options._asdict().items() if isinstance(v, jax.Array)}
-    options = options._replace(**{k: None for k in traced})
+    without: dict[str, Any] = dict.fromkeys(traced)
+    options = options._replace(**without)
     if mesh is not None:
         q_specs = [x.q_spec(spec) for x, spec in zip(layouts, specs)]
         grads, momenta, qs = (
@@ -103,7 +104,7 @@ def _mesh_step(traced, grads, momenta, qs, layouts, specs, mesh, options):
 
 
 def group_key(layout: Layout, sharding: NamedSharding | None, dtype: Any) -> tuple:
-    """Leaves with equal keys share l, r and axes: their factorisations can be batched."""
+    """Leaves with equal keys share l, r and axes: they are factorised as one batch."""
     spec = P() if sharding is None else sharding.spec
     side = tuple(
         (layout.shape[a], spec[a] if a < len(tuple(spec)) else None)
@@ -179,11 +180,11 @@ def find_sharding(
 def report_unknown(paths: Sequence[str], action: str) -> None:
     """Says that leaves on a mesh with Auto axes have no known sharding."""
     message = (
-        f"dion cannot see how {len(paths)} parameter(s), {paths[0]!r} first, are sharded "
-        "on this mesh with Auto axes, so the compiler partitions their step and may "
-        "gather whole matrices; pass sharding= (a tree of NamedSharding or "
-        "PartitionSpec, or a function of (path, leaf)), call init on the sharded arrays "
-        "outside jit, or use Explicit axes"
+        f"dion cannot see how {len(paths)} parameter(s), {paths[0]!r} first, are "
+        "sharded on this mesh with Auto axes, so the compiler partitions their step "
+        "and may gather whole matrices; pass sharding= (a tree of NamedSharding or "
+        "PartitionSpec, or a function of (path, leaf)), call init on the sharded "
+        "arrays outside jit, or use Explicit axes"
     )
     if action == "raise":
         raise ValueError(message)
@@ -209,15 +210,15 @@ def _check(layout: Layout, spec: P, mesh) -> P:
         unknown = [n for n in names if n not in sizes]
         if unknown:
             raise ValueError(
-                f"{layout.path}: {spec} names the mesh axis {unknown[0]!r}, but the mesh "
-                f"has {sizes}"
+                f"{layout.path}: {spec} names the mesh axis {unknown[0]!r}, but the "
+                f"mesh has {sizes}"
             )
         count = math.prod(sizes[n] for n in names)
         if layout.shape[axis] % count:
             raise ValueError(
                 f"{layout.path}: axis {axis} of shape {layout.shape} does not divide "
-                f"over {names} of size {count}; pad it to a multiple of {count}, or leave "
-                "that axis unsharded"
+                f"over {names} of size {count}; pad it to a multiple of {count}, or "
+                "leave that axis unsharded"
             )
         used += names
     if len(set(used)) != len(used):

@@ -1,0 +1,101 @@
+"""Language models trained with Dion, and the same model with AdamW and Muon.
+
+    jaxpapers train dion                 default: 4 minutes on 2 cores
+    jaxpapers train dion:smoke           20 seconds
+    jaxpapers train dion:standard        30 minutes
+    jaxpapers train dion:adamw | dion:muon    the default model, other optimizers
+    jaxpapers train dion:160m --config.data.path=SHARDS   the paper's model
+
+Expected: see the table in README.md, which benchmarks/ and these presets produce.
+"""
+
+from ml_collections import ConfigDict
+
+PRESETS = ("default", "smoke", "standard", "adamw", "muon", "160m")
+
+
+def get_config(preset: str | None = None) -> ConfigDict:
+    """The config of a preset (None: default), locked."""
+    preset = preset or "default"
+    if preset not in PRESETS:
+        raise ValueError(f"unknown preset dion:{preset}; expected one of {PRESETS}")
+    config = ConfigDict(
+        {
+            "data": {
+                "task": "language_model",
+                "path": "",  # text file, folder or *.bin shards; "": standard library
+                "validation_fraction": 0.05,
+                "context": 256,
+                "batch": 16,
+                "eval_batch": 32,
+                "quick_tokens": 32_768,  # of an evaluation during training
+                "seed": 0,
+            },
+            "net": {
+                "vocab_size": 264,
+                "width": 192,
+                "layers": 4,
+                "heads": 4,
+                "kv_heads": 0,
+                "head_dim": 0,
+                "hidden": 0,
+                "rope_theta": 10_000.0,
+                "qk_norm": False,
+                "tied": False,
+                "remat": False,
+                "dtype": "float32",
+                "epsilon": 1e-6,
+                "init_residual": "zero",
+                "unroll": 4,
+            },
+            "optim": {
+                "name": "dion",
+                "lr": 0.02,
+                "scalar_lr": 0.0,  # 0: as lr
+                "weight_decay": 0.01,
+                "warmup": 0.0,  # shares of the run
+                "cooldown": 0.4,
+                "clip": 1.0,  # global gradient norm; 0: none
+                "rank_fraction": 0.25,
+                "rank_multiple_of": 1,
+                "mu": 0.95,
+                "orthogonalize": "scqr",
+                "momentum_dtype": "",  # "": float32, as the parameters
+                "q_dtype": "",
+                "scalar": "adamw",
+                "b1": 0.9,
+                "b2": 0.95,
+            },
+            "train": {
+                "steps": 500,
+                "accumulate": 1,
+                "seed": 0,
+                "eval_every": 100,
+                "save_every": 0,
+                "save_minutes": 1.0,
+                "keep": 2,
+                "init_from": "",  # workdir whose parameters start the run
+                "sample": 400,  # bytes to draw at the end; 0: none
+                "prompt": "def ",
+                "temperature": 0.7,
+            },
+        }
+    )
+    if preset == "smoke":
+        config.data.update(context=64, batch=8, quick_tokens=4096, eval_batch=64)
+        config.net.update(width=64, layers=1, heads=2, unroll=1)
+        config.train.update(steps=60, eval_every=0, sample=80)
+    elif preset == "standard":
+        config.net.update(width=320, layers=6, heads=5, unroll=6)
+        config.train.update(steps=3000, eval_every=500, save_minutes=5.0)
+    elif preset == "adamw":
+        config.optim.update(name="adamw", lr=3e-3)
+    elif preset == "muon":
+        config.optim.update(name="muon")
+    elif preset == "160m":
+        config.data.update(context=1024, batch=1024, eval_batch=64)
+        config.net.update(vocab_size=50304, width=768, layers=12, heads=6, unroll=1)
+        config.net.update(dtype="bfloat16", remat=True)
+        config.optim.update(rank_fraction=0.5, cooldown=0.2, clip=0.0)
+        config.train.update(steps=3000, eval_every=250, save_minutes=20.0, sample=0)
+    return config.lock()

@@ -1,0 +1,171 @@
+"""Checkpoints over orbax: state, data position and config, on any mesh.
+
+Order of preference when a run starts: the latest checkpoint in its own workdir, then
+``config.train.init_from`` (parameters only), then a fresh init. A checkpoint is written
+beside the last one and renamed when complete, so a kill while writing loses nothing.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+ITEMS = ("state", "data", "config")
+
+
+def open_manager(
+    directory: str | Path, *, keep: int = 2, read_only: bool = False
+) -> ocp.CheckpointManager:
+    """Manager of ``directory``; keeps the last ``keep`` checkpoints."""
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    return ocp.CheckpointManager(
+        Path(directory).expanduser().resolve(),
+        item_names=ITEMS,
+        options=ocp.CheckpointManagerOptions(
+            max_to_keep=keep, create=not read_only, read_only=read_only
+        ),
+    )
+
+
+def save(
+    manager: ocp.CheckpointManager, state: Any, position: int, config: dict
+) -> None:
+    """Saves in the background after copying the state off the devices.
+
+    Args:
+      manager: of ``open_manager``.
+      state: State; its step names the checkpoint. Saving a step twice does nothing.
+      position: global index of the next training example.
+      config: resolved config, plain values.
+    """
+    step = int(state.step)
+    if step in manager.all_steps():
+        return
+    manager.save(
+        step,
+        args=ocp.args.Composite(
+            state=ocp.args.StandardSave(state),
+            data=ocp.args.JsonSave({"next_index": position}),
+            config=ocp.args.JsonSave(config),
+        ),
+        force=True,
+    )
+
+
+def restore(
+    manager: ocp.CheckpointManager, target: Any, step: int | None = None
+) -> tuple[Any, int]:
+    """State and data position of a checkpoint, laid out as ``target`` says.
+
+    Args:
+      manager: of ``open_manager``.
+      target: State of ShapeDtypeStruct with shardings; any mesh.
+      step: default the latest.
+
+    Raises:
+      FileNotFoundError: no checkpoint there.
+      ValueError: its leaves are not those of ``target``; names the first difference.
+    """
+    step = _step(manager, step)
+    _check_match(manager, step, target)
+    restored = manager.restore(
+        step,
+        args=ocp.args.Composite(
+            state=ocp.args.StandardRestore(target), data=ocp.args.JsonRestore()
+        ),
+    )
+    return restored.state, int(restored.data["next_index"])
+
+
+def read_config(manager: ocp.CheckpointManager, step: int | None = None) -> dict:
+    """The resolved config that a checkpoint was written with."""
+    step = _step(manager, step)
+    return manager.restore(
+        step, args=ocp.args.Composite(config=ocp.args.JsonRestore())
+    ).config
+
+
+def restore_params(directory: str | Path, target: Any) -> Any:
+    """Parameters of the latest checkpoint in ``directory``, laid out as ``target``.
+
+    Raises:
+      FileNotFoundError, ValueError: as ``restore``.
+    """
+    with open_manager(_folder(directory), read_only=True) as manager:
+        step = _step(manager, None)
+        _check_match(manager, step, target, prefix="params")
+        partial = ocp.args.PyTreeRestore(
+            {"params": target},
+            restore_args=ocp.checkpoint_utils.construct_restore_args(
+                {"params": target}
+            ),
+            partial_restore=True,
+        )
+        return manager.restore(step, args=ocp.args.Composite(state=partial)).state[
+            "params"
+        ]
+
+
+def abstract(state: Any, shardings: Any) -> Any:
+    """ShapeDtypeStructs with shardings: the target of ``restore``."""
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        state,
+        shardings,
+    )
+
+
+def _folder(directory: str | Path) -> Path:
+    """A workdir's checkpoint folder, or the folder itself."""
+    inside = Path(directory).expanduser() / "checkpoints"
+    return inside if inside.is_dir() else Path(directory).expanduser()
+
+
+def _step(manager: ocp.CheckpointManager, step: int | None) -> int:
+    step = manager.latest_step() if step is None else step
+    if step is None or step not in manager.all_steps():
+        raise FileNotFoundError(
+            f"no checkpoint {'' if step is None else step} in {manager.directory}, "
+            f"found steps {sorted(manager.all_steps())}"
+        )
+    return step
+
+
+def _check_match(manager, step: int, target: Any, prefix: str = "") -> None:
+    """Compares leaves with the stored metadata before orbax reads anything."""
+    stored = _shapes(manager.item_metadata(step).state)
+    if prefix:
+        stored = {k[len(prefix) + 1 :]: v for k, v in stored.items()
+                  if k.startswith(f"{prefix}/")}  # fmt: skip
+    expected = _shapes(target)
+    for name, shape in expected.items():
+        if name not in stored:
+            raise ValueError(
+                f"checkpoint {manager.directory}/{step} has no leaf {name!r}, which this "
+                "config has; use the config that wrote it, or another --workdir"
+            )
+        if stored[name] != shape:
+            raise ValueError(
+                f"checkpoint {manager.directory}/{step}: leaf {name!r} has shape "
+                f"{stored[name]}, this config expects {shape}; use the config that wrote "
+                "it (config.json beside it), or another --workdir"
+            )
+    extra = sorted(set(stored) - set(expected))
+    if extra:
+        raise ValueError(
+            f"checkpoint {manager.directory}/{step} has a leaf {extra[0]!r} that this "
+            "config has not; use the config that wrote it, or another --workdir"
+        )
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """Path -> shape. Stored trees are dicts and lists, so names are compared as text."""
+    tree = getattr(tree, "tree", tree)
+    flat = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
+        for path, leaf in flat
+        if hasattr(leaf, "shape") and leaf.shape is not None
+    }

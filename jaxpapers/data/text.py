@@ -1,0 +1,314 @@
+"""Text as token streams: Python's standard library, your files, or token shards.
+
+Bytes are tokens 0-255; ``SEPARATOR`` ends every document. Files are taken in the order
+of their relative paths, and a hash of that path decides between training and
+validation, so the split is the same on every machine with the same files.
+"""
+
+import gzip
+import hashlib
+import lzma
+import math
+import sysconfig
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+SEPARATOR = 256
+# 257 symbols, rounded up so that a vocabulary axis divides over 8 devices.
+VOCAB_SIZE = 264
+
+SHARD_MAGIC = 20240520
+SHARD_VERSION = 1
+SHARD_HEADER = 256  # int32 words
+
+_SKIPPED_PARTS = {"site-packages", "dist-packages", "__pycache__", "test", "tests"}
+_SKIPPED_PARTS |= {"idle_test", "lib2to3"}
+
+
+class Corpus(NamedTuple):
+    """Token streams of the two splits.
+
+    Attributes:
+      name: what it was read from.
+      train: one or more token arrays (uint16; memory-mapped for shards).
+      validation: the same for validation.
+      vocab_size: tokens are in [0, vocab_size).
+      byte_level: whether tokens are bytes, so that bits per byte exist.
+    """
+
+    name: str
+    train: list[np.ndarray]
+    validation: list[np.ndarray]
+    vocab_size: int
+    byte_level: bool
+
+
+def load(path: str | None = None, *, validation_fraction: float = 0.05) -> Corpus:
+    """Reads a corpus.
+
+    Args:
+      path: None for the running Python's standard library; a text file; a folder of text
+        files (binary files are left out); a token shard ``*.bin`` or a folder of them
+        (those with "val" in their name are the validation split).
+      validation_fraction: expected share of files in the validation split; of a single
+        file, its end.
+
+    Raises:
+      FileNotFoundError: no such path.
+      ValueError: nothing readable there, an empty split, or a malformed shard.
+    """
+    if not 0 < validation_fraction < 1:
+        raise ValueError(
+            f"data.validation_fraction must be in (0, 1), got {validation_fraction}"
+        )
+    if path is None:
+        root = Path(sysconfig.get_paths()["stdlib"])
+        corpus = _from_files("stdlib", root, _python_files(root), validation_fraction)
+    else:
+        root = Path(path).expanduser()
+        if not root.exists():
+            raise FileNotFoundError(
+                f"data.path: {path!r} does not exist; give a text file, a folder of text "
+                "files, a token shard (*.bin) or a folder of shards, or leave it out for "
+                "the standard library's sources"
+            )
+        shards = sorted(root.glob("**/*.bin")) if root.is_dir() else []
+        if root.suffix == ".bin" or shards:
+            corpus = _from_shards(path, shards or [root], validation_fraction)
+        elif root.is_dir():
+            files = sorted(p for p in root.rglob("*") if p.is_file())
+            corpus = _from_files(path, root, files, validation_fraction)
+        else:
+            data = root.read_bytes()
+            cut = int(len(data) * (1 - validation_fraction))
+            corpus = _byte_corpus(path, [data[:cut]], [data[cut:]])
+    for split in ("train", "validation"):
+        if not sum(len(x) for x in getattr(corpus, split)):
+            raise ValueError(
+                f"data.path: {corpus.name!r} gives an empty {split} split at "
+                f"validation_fraction={validation_fraction}; give more text"
+            )
+    return corpus
+
+
+def in_validation(name: str, fraction: float) -> bool:
+    """Whether the file of this relative POSIX path belongs to validation.
+
+    Example:
+      >>> [n for n in ("ast.py", "os.py", "re/_parser.py") if in_validation(n, 0.5)]
+      ['ast.py']
+    """
+    # MD5 because its cut of the standard library holds 5.2 - 5.5 % of the bytes on every
+    # Python from 3.11 to 3.13; SHA-256's takes one file of 0.8 MB along.
+    digest = hashlib.md5(name.encode(), usedforsecurity=False).digest()
+    return int.from_bytes(digest[:8], "big") < fraction * 2**64
+
+
+def encode(text: bytes) -> np.ndarray:
+    """Bytes to uint16 tokens."""
+    return np.frombuffer(text, np.uint8).astype(np.uint16)
+
+
+def decode(tokens: Sequence[int] | np.ndarray) -> bytes:
+    """Tokens to bytes; separators become a form feed between documents."""
+    return bytes(12 if t >= SEPARATOR else int(t) for t in tokens)
+
+
+def baselines(stream: np.ndarray) -> dict[str, float]:
+    """Bits per byte of a byte-level stream under three models without training data.
+
+    Args:
+      stream: tokens; separators are left out.
+
+    Returns:
+      ``order0``: entropy of the byte histogram; ``gzip``, ``xz``: the compressors at
+      level 9 on the whole stream.
+    """
+    data = bytes(stream[stream < 256].astype(np.uint8))
+    counts = np.bincount(np.frombuffer(data, np.uint8), minlength=256)
+    p = counts[counts > 0] / len(data)
+    return {
+        "order0": float(-(p * np.log2(p)).sum()),
+        "gzip": 8 * len(gzip.compress(data, 9, mtime=0)) / len(data),
+        "xz": 8 * len(lzma.compress(data, preset=9 | lzma.PRESET_EXTREME)) / len(data),
+    }
+
+
+class Windows:
+    """Shuffled training windows, addressed by a global example index.
+
+    Example i of epoch e is a window of ``context + 1`` tokens; each epoch is a seeded
+    permutation of all windows, cut at an offset of its own. Nothing else is state: the
+    position of a run is one number, whatever the number of hosts.
+    """
+
+    def __init__(self, streams: Sequence[np.ndarray], context: int, seed: int = 0):
+        """Args: token arrays, tokens per example minus one, seed of the order.
+
+        Raises:
+          ValueError: no stream is longer than two windows.
+        """
+        self.streams = [s for s in streams if len(s) >= 2 * context + 1]
+        self.context = context
+        self.seed = seed
+        if not self.streams:
+            raise ValueError(
+                f"data: no training document stream has {2 * context + 1} tokens, which "
+                f"context={context} needs; longest is "
+                f"{max((len(s) for s in streams), default=0)}"
+            )
+        # One window less than fits: room for the epoch's offset.
+        counts = [(len(s) - 1) // context - 1 for s in self.streams]
+        self._ends = np.cumsum(counts)
+        self._epoch: tuple[int, np.ndarray] | None = None
+
+    def __len__(self) -> int:
+        """Windows in an epoch."""
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """Window of the global example ``index``, int32 (context + 1,)."""
+        epoch, i = divmod(index, len(self))
+        rng = np.random.default_rng((self.seed, epoch))
+        offset = int(rng.integers(self.context))
+        if self._epoch is None or self._epoch[0] != epoch:
+            self._epoch = (epoch, rng.permutation(len(self)))
+        i = int(self._epoch[1][i])
+        which = int(np.searchsorted(self._ends, i, side="right"))
+        i -= int(self._ends[which - 1]) if which else 0
+        start = offset + i * self.context
+        window = self.streams[which][start : start + self.context + 1]
+        return np.asarray(window, np.int32)
+
+    def batch(self, start: int, size: int, rows: slice = slice(None)) -> dict:
+        """Examples start .. start + size - 1 as {"tokens": int32 (rows, context + 1)}.
+
+        Args:
+          start: global index of the first example.
+          size: examples of the whole batch, over all hosts.
+          rows: the part of the batch that this host builds.
+        """
+        index = range(start, start + size)[rows]
+        return {"tokens": np.stack([self[i] for i in index])}
+
+
+def score_windows(
+    streams: Sequence[np.ndarray], context: int, batch: int
+) -> Iterator[dict[str, np.ndarray]]:
+    """Batches that score every token exactly once, with a quarter window before it.
+
+    Windows overlap by a quarter of the context; each scores what no earlier one did. A
+    separator precedes every stream, so that its first token is scored as well.
+
+    Yields:
+      {"tokens": int32 (batch, context + 1), "weight": float32 (batch, context)}; the
+      last batch is filled up with weight 0.
+    """
+    overlap = context // 4
+    tokens = np.full((batch, context + 1), SEPARATOR, np.int32)
+    weight = np.zeros((batch, context), np.float32)
+    row = 0
+    for stream in streams:
+        stream = np.concatenate([[SEPARATOR], np.asarray(stream)])
+        done = 1  # stream[:done] is scored, or is the leading separator
+        while done < len(stream):
+            start = max(done - 1 - overlap, 0)
+            stop = min(start + context + 1, len(stream))
+            tokens[row, : stop - start] = stream[start:stop]
+            weight[row, done - start - 1 : stop - start - 1] = 1
+            done, row = stop, row + 1
+            if row == batch:
+                yield {"tokens": tokens.copy(), "weight": weight.copy()}
+                tokens[:], weight[:], row = SEPARATOR, 0, 0
+    if row:
+        yield {"tokens": tokens, "weight": weight}
+
+
+def write_shard(path: str | Path, tokens: np.ndarray) -> None:
+    """Writes tokens in the shard format: 256 int32 header words, then uint16 tokens."""
+    tokens = np.asarray(tokens)
+    if tokens.min(initial=0) < 0 or tokens.max(initial=0) >= 2**16:
+        raise ValueError(f"{path}: shard tokens must be in [0, 65535]")
+    header = np.zeros(SHARD_HEADER, "<i4")
+    header[:3] = SHARD_MAGIC, SHARD_VERSION, len(tokens)
+    with open(path, "wb") as f:
+        f.write(header.tobytes())
+        f.write(tokens.astype("<u2").tobytes())
+
+
+def read_shard(path: str | Path) -> np.ndarray:
+    """Memory-maps a token shard (the layout of the Dion repository's FineWeb shards).
+
+    Magic and version are given from memory by the source that documents the layout.
+
+    Raises:
+      ValueError: wrong magic or version, or fewer tokens than the header says.
+    """
+    header = np.fromfile(path, "<i4", SHARD_HEADER)
+    if len(header) < SHARD_HEADER or header[0] != SHARD_MAGIC:
+        raise ValueError(
+            f"{path}: not a token shard, got magic {header[:1].tolist()}, expected "
+            f"{SHARD_MAGIC}; write shards with jaxpapers.data.text.write_shard"
+        )
+    if header[1] != SHARD_VERSION:
+        raise ValueError(f"{path}: shard version {header[1]}, expected {SHARD_VERSION}")
+    offset = SHARD_HEADER * 4
+    found = (Path(path).stat().st_size - offset) // 2
+    if found < header[2]:
+        raise ValueError(
+            f"{path}: shard is cut off, header says {header[2]} tokens, file has {found}"
+        )
+    return np.memmap(path, "<u2", mode="r", offset=offset, shape=(int(header[2]),))
+
+
+def _python_files(root: Path) -> list[Path]:
+    """Sources of the standard library without site-packages and tests."""
+    return sorted(
+        p
+        for p in root.rglob("*.py")
+        if not _SKIPPED_PARTS & set(p.relative_to(root).parts)
+    )
+
+
+def _from_files(name, root, files, fraction) -> Corpus:
+    splits: dict[bool, list[bytes]] = {False: [], True: []}
+    named = sorted((p.relative_to(root).as_posix(), p) for p in files)
+    for relative, path in named:
+        data = path.read_bytes()
+        if data and b"\0" not in data[:8192]:
+            splits[in_validation(relative, fraction)].append(data)
+    if not splits[True] and len(splits[False]) > 1:
+        splits[True] = [splits[False].pop()]  # Few files: the last one validates.
+    return _byte_corpus(name, splits[False], splits[True])
+
+
+def _byte_corpus(name, train: list[bytes], validation: list[bytes]) -> Corpus:
+    def join(documents: list[bytes]) -> list[np.ndarray]:
+        parts = []
+        for document in documents:
+            parts += [encode(document), np.array([SEPARATOR], np.uint16)]
+        return [np.concatenate(parts)] if parts else []
+
+    return Corpus(str(name), join(train), join(validation), VOCAB_SIZE, True)
+
+
+def _from_shards(name, shards, fraction) -> Corpus:
+    arrays = [(p, read_shard(p)) for p in shards]
+    validation = [a for p, a in arrays if "val" in p.name]
+    train = [a for p, a in arrays if "val" not in p.name]
+    if not validation and train:
+        last = train.pop()
+        cut = int(len(last) * (1 - fraction))
+        train, validation = [*train, last[:cut]], [last[cut:]]
+    largest = max(int(a[:: max(len(a) // 2**20, 1)].max(initial=0)) for _, a in arrays)
+    # GPT-2's 50257 symbols, padded to a multiple of 128.
+    vocab_size = 50304 if largest < 50304 else 2**16
+    return Corpus(str(name), train, validation, vocab_size, False)
+
+
+def bits_per_byte(nats: float, count: int) -> float:
+    """Total negative log-likelihood in nats over ``count`` bytes, as bits per byte."""
+    return nats / math.log(2) / count

@@ -1,0 +1,184 @@
+"""Meshes, and rules that say which axis of which leaf lies on which mesh axis."""
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+AXES = ("replica", "data", "model")
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """ "data:4,model:2" as {"data": 4, "model": 2}.
+
+    Raises:
+      ValueError: unknown or repeated axis, or a size below 1.
+
+    Example:
+      >>> parse_mesh("data:4,model:2")
+      {'data': 4, 'model': 2}
+    """
+    shape: dict[str, int] = {}
+    for part in text.split(","):
+        name, _, size = part.strip().partition(":")
+        if name not in AXES or name in shape or not size.isdigit() or int(size) < 1:
+            raise ValueError(
+                f"--mesh: cannot read {part!r} in {text!r}; expected e.g. "
+                f"data:4,model:2 with each of {AXES} at most once"
+            )
+        shape[name] = int(size)
+    return shape
+
+
+def make_mesh(shape: dict[str, int] | None = None) -> Mesh:
+    """Mesh with Auto axes ``data`` and ``model`` over all devices.
+
+    Args:
+      shape: size of each axis; default all devices on ``data``. Missing ones of ``data``
+        and ``model`` get size 1.
+
+    Raises:
+      ValueError: the sizes do not multiply to the number of devices.
+    """
+    shape = dict(shape or {"data": jax.device_count()})
+    for name in ("data", "model"):
+        shape.setdefault(name, 1)
+    names = [n for n in AXES if n in shape]
+    sizes = [shape[n] for n in names]
+    if math.prod(sizes) != jax.device_count():
+        raise ValueError(
+            f"mesh {shape} needs {math.prod(sizes)} devices, got {jax.device_count()}; "
+            "change --mesh, or try --fake-devices on a CPU"
+        )
+    # jax.make_mesh defaults to Explicit axes, under which library code must spell out
+    # every output sharding; the compiler places activations here.
+    return jax.make_mesh(sizes, names, axis_types=(AxisType.Auto,) * len(names))
+
+
+def state_shardings(state: Any, rules: Sequence[tuple[str, Any]], mesh: Mesh) -> Any:
+    """NamedSharding of every leaf of a State, by rules.
+
+    A leaf that no rule matches is replicated. Optimizer state repeats its parameter's
+    path, so the parameter's rule serves both; scalars and leaves of another shape are
+    replicated unless a function rule before it says otherwise (see ``Method.rules``).
+
+    Args:
+      state: State of arrays or shapes.
+      rules: see ``Method.rules``.
+      mesh: target.
+
+    Raises:
+      ValueError: a rule matches nothing, or a leaf's axis does not divide.
+    """
+    used: set[int] = set()
+    params = {
+        _name(path): leaf
+        for path, leaf in jax.tree_util.tree_flatten_with_path(state.params)[0]
+    }
+    by_length = sorted(params, key=len, reverse=True)
+
+    def spec_of(name: str, leaf: Any) -> P:
+        owner = next((p for p in by_length if f"/{name}".endswith(f"/{p}")), None)
+        for i, (regex, spec) in enumerate(rules):
+            if not re.search(regex, name):
+                continue
+            if callable(spec):
+                if owner is None or name == owner:
+                    continue
+                used.add(i)
+                param_spec = spec_of(owner, params[owner])
+                return spec(owner, leaf, params[owner], param_spec)
+            used.add(i)
+            if owner is not None and leaf.shape != params[owner].shape:
+                return P()
+            return spec
+        return P()
+
+    def sharding(path, leaf):
+        name = _name(path)
+        spec = spec_of(name, leaf)
+        check_divides(name, leaf.shape, spec, mesh)
+        return NamedSharding(mesh, spec)
+
+    result = jax.tree_util.tree_map_with_path(sharding, state)
+    unused = [r for i, (r, spec) in enumerate(rules) if i not in used]
+    unused = [r for r in unused if not callable(dict(rules)[r])]
+    if unused:
+        raise ValueError(
+            f"sharding rule {unused[0]!r} matches no leaf of the state; leaves are "
+            f"{list(params)[:6]} ..."
+        )
+    return result
+
+
+def check_divides(name: str, shape: Sequence[int], spec: P, mesh: Mesh) -> None:
+    """Raises ValueError naming leaf, shape, axis and size where a spec does not fit."""
+    if len(spec) > len(shape):
+        raise ValueError(
+            f"{name}: rule {spec} has more entries than shape {tuple(shape)}"
+        )
+    for axis, entry in enumerate(spec):
+        names = () if entry is None else (entry,) if isinstance(entry, str) else entry
+        size = math.prod(mesh.shape[n] for n in names)
+        if shape[axis] % size:
+            raise ValueError(
+                f"{name}: axis {axis} of shape {tuple(shape)} does not divide over mesh "
+                f"axis {entry!r} of size {size}; change that size in the config to a "
+                f"multiple of {size}, or the mesh"
+            )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Leading axis over ``replica`` and ``data``, the rest whole."""
+    return NamedSharding(mesh, P(_batch_axes(mesh)))
+
+
+def batch_rows(mesh: Mesh, size: int) -> slice:
+    """The rows of a global batch that this process has to build.
+
+    Raises:
+      ValueError: the batch does not divide over the mesh's data axes.
+    """
+    sharding = batch_sharding(mesh)
+    count = math.prod(mesh.shape[n] for n in _batch_axes(mesh))
+    if size % count:
+        raise ValueError(
+            f"data.batch={size} does not divide over {count} data shards of mesh "
+            f"{dict(mesh.shape)}; nearest batch that works: "
+            f"{count * max(round(size / count), 1)}"
+        )
+    index = sharding.addressable_devices_indices_map((size,)).values()
+    spans = [s[0].indices(size) for s in index]
+    return slice(min(a for a, _, _ in spans), max(b for _, b, _ in spans))
+
+
+def put_batch(batch: Any, mesh: Mesh, size: int) -> Any:
+    """This process's rows as arrays of the global batch."""
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(
+        lambda x: jax.make_array_from_process_local_data(
+            sharding, np.asarray(x), (size, *np.shape(x)[1:])
+        ),
+        batch,
+    )
+
+
+def start_distributed(local_device_ids: Sequence[int] | None = None) -> None:
+    """Joins the processes of a pod or SLURM job; call before anything touches a device.
+
+    Coordinator, process count and rank are read from the environment by JAX.
+    """
+    jax.distributed.initialize(local_device_ids=local_device_ids)
+
+
+def _batch_axes(mesh: Mesh) -> tuple[str, ...]:
+    return tuple(n for n in ("replica", "data") if n in mesh.shape)
+
+
+def _name(path: Sequence[Any]) -> str:
+    return jax.tree_util.keystr(tuple(path), simple=True, separator="/")

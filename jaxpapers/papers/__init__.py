@@ -1,0 +1,74 @@
+"""The methods: name -> what it is. Modules are imported when asked for."""
+
+import difflib
+import importlib
+from types import ModuleType
+from typing import NamedTuple
+
+
+class Paper(NamedTuple):
+    """One row of the list.
+
+    Attributes:
+      title: of the paper.
+      authors: first author and others.
+      year: of the arXiv version or publication.
+      arxiv: id on arXiv.
+      field: a tag.
+      smoke: what the smoke preset shows, and its cost on 2 cores.
+    """
+
+    title: str
+    authors: str
+    year: int
+    arxiv: str
+    field: str
+    smoke: str
+
+
+NAMES: dict[str, Paper] = {
+    "dion": Paper(
+        "Dion: Distributed Orthonormalized Updates",
+        "Ahn, Kwangjun and Xu, Byron and Abreu, Natalie and Fan, Ying and Magakyan, "
+        "Gagik and Sharma, Pratyusha and Zhan, Zheng and Langford, John",
+        2025,
+        "2504.05295",
+        "optimization",
+        "byte-level language model on the standard library, < 20 s",
+    ),
+}
+
+
+def load(name: str) -> ModuleType:
+    """The module of a paper.
+
+    Raises:
+      ValueError: no such paper.
+    """
+    check(name)
+    return importlib.import_module(f"jaxpapers.papers.{name}")
+
+
+def check(name: str) -> Paper:
+    """The list's row of a paper; ValueError with a suggestion if there is none."""
+    if name not in NAMES:
+        near = difflib.get_close_matches(name, NAMES, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(
+            f"unknown paper {name!r}; expected one of {sorted(NAMES)}{hint}"
+        )
+    return NAMES[name]
+
+
+def bibtex(name: str) -> str:
+    """BibTeX entry of a paper."""
+    paper = check(name)
+    first = paper.authors.split(",")[0].lower()
+    return (
+        f"@misc{{{first}{paper.year}{name},\n"
+        f"  title = {{{{{paper.title}}}}},\n"
+        f"  author = {{{paper.authors}}},\n"
+        f"  year = {{{paper.year}}},\n"
+        f"  eprint = {{{paper.arxiv}}},\n"
+        "  archivePrefix = {arXiv}\n}"
+    )

@@ -1,0 +1,278 @@
+r"""Dion trains a byte-level language model.
+
+Kwangjun Ahn, Byron Xu, Natalie Abreu, Ying Fan, Gagik Magakyan, Pratyusha Sharma, Zheng
+Zhan, John Langford. "Dion: Distributed Orthonormalized Updates", arXiv 2504.05295, 2025.
+
+Muon replaces the momentum of a weight matrix by its polar factor, for which it needs the
+whole matrix on one device. Dion takes one step of power iteration per optimizer step,
+warm-started by the last one's right factor, orthonormalises a thin factor and keeps what
+the low-rank update missed in the momentum. Only thin factors cross devices.
+
+For a weight X (m, n), momentum M (m, n), right factor Q (n, r):
+
+$$ B = M + G, \quad P = \mathrm{orth}(B Q), \quad R = B^\top P, \quad
+   M \leftarrow B - (1-\mu) P R^\top, $$
+$$ Q \leftarrow R\,\mathrm{diag}(1/(\|R_j\|+\epsilon)), \quad
+   X \leftarrow (1-\eta\lambda) X - \eta\sqrt{m/n}\,P Q^\top $$
+
+The optimizer itself is ``jaxpapers.optim.dion`` and documents where it departs from the
+reference code. This module is the model it trains: the next-token loss on windows of a
+token stream, a sampler with a key/value cache, and the AdamW and Muon runs beside it.
+The paper trains GPT-2-sized models on FineWeb; here the text is whatever ``data.text``
+reads, by default the source of the running Python's standard library, byte by byte.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Int, Key
+
+from jaxpapers import optim
+from jaxpapers.method import Method, gradient, param_spec
+from jaxpapers.nets import transformer
+from jaxpapers.optim import DimensionNumbers, routing
+
+RULES = (optim.q_rule(lambda path, leaf: dimensions(path, leaf)), *transformer.RULES)
+
+
+def dimensions(path: str, leaf: Any) -> DimensionNumbers | None:
+    """Every leaf's last two axes are (in, out); the layer axis before them is batch."""
+    del path
+    n = leaf.ndim
+    return DimensionNumbers(n - 2, n - 1) if n > 1 else None
+
+
+def loss(
+    params: Any, batch: dict[str, Array], key: Key[Array, ""], *, apply: Any
+) -> tuple[Array, dict[str, Array]]:
+    """Mean next-token cross-entropy.
+
+    Args:
+      params: of the transformer.
+      batch: ``tokens`` int32 (B, T + 1); optional ``weight`` float32 (B, T) per target.
+      key: unused, the model has no noise.
+      apply: (variables, tokens) -> logits.
+
+    Returns:
+      Nats per token, and ``bits``: the same in bits; with weights, also ``weight``:
+      their sum.
+    """
+    del key
+    tokens = batch["tokens"]
+    logits = apply({"params": params}, tokens[:, :-1])
+    nats = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
+    if "weight" not in batch:
+        value = nats.mean()
+        return value, {"bits": value / jnp.log(2.0)}
+    weight = batch["weight"].sum()
+    value = (nats * batch["weight"]).sum() / jnp.maximum(weight, 1)
+    return value, {"bits": value / jnp.log(2.0), "weight": weight}
+
+
+def sampler(
+    params: Any,
+    key: Key[Array, ""],
+    prompt: Int[Array, "B T"],
+    *,
+    net: transformer.Transformer,
+    length: int,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+) -> Int[Array, "B L"]:
+    """Continues a prompt, token by token with a key/value cache.
+
+    Args:
+      params: of the transformer.
+      key: of the draws.
+      prompt: at least one token.
+      net: the transformer.
+      length: L, tokens to draw.
+      temperature: of the softmax; 0 takes the most probable token.
+      vocab_size: draw only tokens below it (bytes: 256).
+
+    Returns:
+      The drawn tokens, int32.
+
+    Raises:
+      ValueError: empty prompt, length below 1 or negative temperature.
+    """
+    if prompt.shape[1] < 1 or length < 1 or temperature < 0:
+        raise ValueError(
+            "sampler needs a prompt of one token or more, length >= 1 and temperature "
+            f">= 0, got {prompt.shape[1]}, {length}, {temperature}"
+        )
+    apply = functools.partial(net.apply, {"params": params})
+    cache = net.init_cache(prompt.shape[0], prompt.shape[1] + length)
+    logits, cache = apply(prompt, cache)
+
+    def draw(logits, key):
+        logits = logits[:, 0, :vocab_size]
+        if temperature == 0:
+            return logits.argmax(-1)
+        return jax.random.categorical(key, logits / temperature)
+
+    def body(carry, key):
+        logits, cache = carry
+        token = draw(logits, key)
+        return apply(token[:, None], cache), token
+
+    _, tokens = jax.lax.scan(body, (logits[:, -1:], cache), jax.random.split(key, length))
+    return tokens.T.astype(jnp.int32)
+
+
+def schedule(peak: float, steps: int, warmup: float, cooldown: float) -> optax.Schedule:
+    """Linear rise over the first part of the steps, constant, linear fall to 0.
+
+    Args:
+      peak: learning rate of the middle part.
+      steps: of the run.
+      warmup: share of the steps.
+      cooldown: share of the steps (the paper's configuration: 0.2, no warm-up).
+    """
+    rise, fall = int(warmup * steps), int(cooldown * steps)
+    return optax.join_schedules(
+        [
+            optax.linear_schedule(peak / max(rise, 1), peak, max(rise - 1, 1)),
+            optax.constant_schedule(peak),
+            optax.linear_schedule(peak, peak / max(fall, 1), max(fall - 1, 1)),
+        ],
+        [rise, steps - fall],
+    )
+
+
+def optimizer(config: Any) -> optax.GradientTransformation:
+    """The optimizer of ``config.optim``: dion, muon (optax.contrib) or adamw.
+
+    All three share clipping, schedule, and AdamW's settings for what is no hidden
+    matrix; embedding and head do not decay.
+
+    Raises:
+      ValueError: unknown name, or shares of the schedule that exceed the run.
+    """
+    c = config.optim
+    if c.warmup < 0 or c.cooldown < 0 or c.warmup + c.cooldown > 1:
+        raise ValueError(
+            "config.optim: warmup and cooldown are shares of the run and at most 1 "
+            f"together, got {c.warmup} and {c.cooldown}"
+        )
+    rate = schedule(c.lr, config.train.steps, c.warmup, c.cooldown)
+    scalar_rate = schedule(
+        c.scalar_lr or c.lr, config.train.steps, c.warmup, c.cooldown
+    )
+    decays = functools.partial(jax.tree.map, lambda label: label in ("dion", "scalar"))
+    if c.name == "dion":
+        tx = optim.dion(
+            rate,
+            c.rank_fraction,
+            c.rank_multiple_of,
+            c.mu,
+            orthogonalize=c.orthogonalize,
+            weight_dimension_numbers=dimensions,
+            momentum_dtype=c.momentum_dtype or None,
+            q_dtype=c.q_dtype or None,
+            sharding=lambda path, leaf: param_spec(transformer.RULES, path),
+            weight_decay=c.weight_decay,
+            scalar=c.scalar,
+            scalar_learning_rate=scalar_rate,
+            scalar_b1=c.b1,
+            scalar_b2=c.b2,
+        )
+    elif c.name == "muon":
+        tx = optax.contrib.muon(
+            rate,
+            weight_decay=c.weight_decay,
+            adam_b1=c.b1,
+            adam_b2=c.b2,
+            beta=c.mu,
+            adam_learning_rate=scalar_rate,
+            muon_weight_dimension_numbers=_muon_dimensions,
+        )
+    elif c.name == "adamw":
+        tx = optax.adamw(
+            rate,
+            c.b1,
+            c.b2,
+            weight_decay=c.weight_decay,
+            mask=lambda params: decays(routing.route(params, dimensions)),
+        )
+    else:
+        raise ValueError(
+            f"config.optim.name must be dion, muon or adamw, got {c.name!r}"
+        )
+    return optax.chain(optax.clip_by_global_norm(c.clip), tx) if c.clip else tx
+
+
+def network(config: Any) -> transformer.Transformer:
+    """The transformer of ``config.net``.
+
+    Raises:
+      ValueError: sizes that do not fit each other, or an unknown dtype.
+    """
+    c = dict(config.net)
+    if c["dtype"] not in ("float32", "bfloat16"):
+        raise ValueError(
+            f"config.net.dtype must be float32 or bfloat16, got {c['dtype']!r}"
+        )
+    net = transformer.Transformer(**{**c, "dtype": jnp.dtype(c["dtype"])})
+    net.sizes()
+    return net
+
+
+def make(
+    config: Any,
+    net: transformer.Transformer | None = None,
+    tx: optax.GradientTransformation | None = None,
+) -> Method:
+    """Binds ``config`` (see configs/dion.py).
+
+    Args:
+      config: groups ``net``, ``optim``, ``train``.
+      net: another network with the same call, instead of ``config.net``.
+      tx: another optimizer, instead of ``config.optim``.
+
+    Raises:
+      ValueError: see ``network``, ``optimizer`` and ``optim.dion``.
+    """
+    net = net or network(config)
+    labels = None
+    if tx is None:
+        tx = optimizer(config)
+        labels = functools.partial(
+            _labels, name=config.optim.name, scalar=config.optim.scalar
+        )
+
+    def init_params(key, batch):
+        return net.init(key, jnp.zeros(batch["tokens"].shape, jnp.int32))["params"]
+
+    rules = [
+        (regex, spec)
+        for regex, spec in RULES
+        if not (net.tied and regex.startswith("head"))
+    ]
+    return gradient(
+        init_params,
+        functools.partial(loss, apply=net.apply),
+        tx,
+        sampler=functools.partial(sampler, net=net),
+        rules=rules,
+        labels=labels,
+        accumulate=config.train.accumulate,
+    )
+
+
+def _labels(params, *, name, scalar):
+    labels = routing.route(params, dimensions)
+    scalar = scalar if name == "dion" else "adamw"
+    return jax.tree.map(lambda x: name if x == "dion" else scalar, labels)
+
+
+def _muon_dimensions(params):
+    def of(leaf, label):
+        n = leaf.ndim
+        return optax.contrib.MuonDimensionNumbers(n - 2, n - 1) if label else None
+
+    is_matrix = jax.tree.map(lambda x: x == "dion", routing.route(params, dimensions))
+    return jax.tree.map(of, params, is_matrix)

@@ -1,0 +1,297 @@
+"""What a run shows and writes: tables, a progress line, metrics, plots."""
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+
+class Writer(Protocol):
+    """Destination of metrics."""
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Records values of a step."""
+
+    def close(self) -> None:
+        """Flushes and ends."""
+
+
+class JsonlWriter:
+    """One JSON object a line: step, time (seconds since the epoch), name -> value.
+
+    A resumed run appends; readers keep the last record of a repeated step.
+    """
+
+    def __init__(self, path: Path):
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Appends a line."""
+        record = {"step": step, "time": round(time.time(), 3), **values}
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+class TensorBoardWriter:
+    """TensorBoard events; needs the extra ``tb``."""
+
+    def __init__(self, folder: Path):
+        from tensorboardX import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder))
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Adds scalars."""
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Closes the event file."""
+        self._writer.close()
+
+
+class WandbWriter:
+    """Weights & Biases; needs the extra ``wandb``, key from its own environment."""
+
+    def __init__(self, folder: Path, config: dict):
+        import wandb
+
+        self._run = wandb.init(dir=str(folder), config=config)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Logs a step."""
+        self._run.log(values, step=step)
+
+    def close(self) -> None:
+        """Ends the run."""
+        self._run.finish()
+
+
+def make_console(quiet: bool = False) -> Console:
+    """Console of the first process; wide lines where nothing is a terminal."""
+    console = Console(quiet=quiet or jax.process_index() > 0, highlight=False)
+    if not console.is_terminal:
+        console.width = 120
+    return console
+
+
+class Report:
+    """Progress and metrics of one run; silent on all processes but the first."""
+
+    def __init__(
+        self,
+        *,
+        tokens_per_step: int,
+        writers: Sequence[Writer] = (),
+        quiet: bool = False,
+        every: int = 10,
+        unit: str = "tokens",
+        console: Console | None = None,
+    ):
+        """Args: units of work per step and their name, writers, steps between lines."""
+        main = jax.process_index() == 0
+        self.console = console or make_console(quiet=quiet)
+        self.writers = list(writers) if main else []
+        self._work, self._unit, self._every = tokens_per_step, unit, every
+        self._live = self.console.is_terminal and not quiet and main
+        self._progress: Progress | None = None
+        self._last: dict[str, float] = {}
+
+    def start(self, compiled: Any, method: Any, first: int, steps: int) -> None:
+        """Prints the parameter table and the memory of a step, starts the clock."""
+        labels = method.labels(compiled.shapes.params) if method.labels else None
+        self.console.print(parameter_table(compiled.shapes.params, labels))
+        self.console.print(memory_line(compiled))
+        if first:
+            self.console.print(f"continuing from step {first}")
+        self._first, self._steps, self._began = first, steps, time.monotonic()
+        if self._live:
+            self._progress = Progress(
+                TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+                BarColumn(bar_width=24),
+                TextColumn("{task.fields[text]}"),
+                TimeRemainingColumn(),
+                console=self.console,
+            )
+            self._task = self._progress.add_task(
+                "", total=steps, completed=first, text=""
+            )
+            self._progress.start()
+
+    def step(self, step: int, metrics: dict[str, float]) -> None:
+        """Takes the metrics of a finished step."""
+        self._last = metrics
+        rate = (step - self._first) / max(time.monotonic() - self._began, 1e-9)
+        if step % self._every == 0 or step == self._steps:
+            for writer in self.writers:
+                writer.write(step, {**metrics, "steps_per_second": round(rate, 4)})
+        text = (
+            f"loss {metrics['loss']:.4f}  {rate:.2f} steps/s  "
+            f"{_short(rate * self._work)} {self._unit}/s"
+        )
+        if self._progress:
+            self._progress.update(self._task, completed=step, text=text)
+        elif step % max(self._steps // 20, 1) == 0 or step == self._steps:
+            left = (self._steps - step) / max(rate, 1e-9)
+            self.console.print(f"{step}/{self._steps}  {text}  ETA {left:.0f} s")
+
+    def evaluation(self, step: int, values: dict[str, float]) -> None:
+        """Takes the result of an evaluation."""
+        for writer in self.writers:
+            writer.write(step, values)
+        shown = "  ".join(f"{k} {v:.4f}" for k, v in values.items())
+        self.console.print(f"step {step}: {shown}")
+
+    def close(self) -> None:
+        """Stops the progress line and closes the writers."""
+        if self._progress:
+            self._progress.stop()
+        for writer in self.writers:
+            writer.close()
+
+
+def parameter_table(params: Any, labels: Any = None) -> Table:
+    """Path, shape, dtype, partition, bytes per device and optimizer of every leaf."""
+    flat = jax.tree_util.tree_flatten_with_path(params)[0]
+    names = jax.tree.leaves(labels) if labels is not None else [""] * len(flat)
+    table = Table(box=None, pad_edge=False)
+    for column in (
+        "parameter",
+        "shape",
+        "dtype",
+        "partition",
+        "bytes/device",
+        "optimizer",
+    ):
+        right = column == "bytes/device"
+        table.add_column(column, justify="right" if right else "left", no_wrap=True)
+    count = 0
+    for (path, leaf), label in zip(flat, names):
+        sharding = getattr(leaf, "sharding", None)
+        local = sharding.shard_shape(leaf.shape) if sharding else leaf.shape
+        spec = getattr(sharding, "spec", None)
+        count += math.prod(leaf.shape)
+        table.add_row(
+            jax.tree_util.keystr(path, simple=True, separator="/"),
+            "x".join(map(str, leaf.shape)),
+            str(leaf.dtype),
+            "whole" if not spec else "(" + ", ".join(str(s or "-") for s in spec) + ")",
+            f"{math.prod(local) * leaf.dtype.itemsize:,}",
+            label,
+        )
+    table.add_row("total", f"{count:,} parameters")
+    return table
+
+
+def memory_line(compiled: Any) -> str:
+    """Bytes of parameters and optimizer state per device, and the step's peak."""
+
+    def local_bytes(tree: Any) -> int:
+        return sum(
+            math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+            for x in jax.tree.leaves(tree)
+        )
+
+    analysis = compiled.executable.memory_analysis()
+    temporary = _short(analysis.temp_size_in_bytes) + "B" if analysis else "n/a"
+    cost = compiled.executable.cost_analysis() or {}
+    flops = _short(cost["flops"]) if cost.get("flops", 0) > 0 else "n/a"
+    return (
+        f"per device: parameters {_short(local_bytes(compiled.shapes.params))}B, "
+        f"optimizer {_short(local_bytes(compiled.shapes.opt_state))}B, "
+        f"temporary {temporary}, {flops} FLOPs a step"
+    )
+
+
+def read_metrics(run: str | Path) -> list[dict]:
+    """Records of ``metrics.jsonl`` in step order, the last of each step and kind.
+
+    Raises:
+      FileNotFoundError: no such file.
+    """
+    path = Path(run) / "metrics.jsonl" if Path(run).is_dir() else Path(run)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"no metrics.jsonl in {run}; train with --workdir={run}"
+        )
+    records: dict[tuple, dict] = {}
+    for line in path.read_text().splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # A line cut off by a kill.
+        records[record["step"], "loss" in record] = record
+    return [records[k] for k in sorted(records)]
+
+
+def plot(
+    runs: Sequence[str | Path], metric: str, out: str | Path, levels: dict | None = None
+) -> Path:
+    """Draws a metric of one or more runs over the steps, with horizontal levels.
+
+    Args:
+      runs: workdirs.
+      metric: name in ``metrics.jsonl``.
+      out: picture file.
+      levels: name -> value of baselines.
+
+    Raises:
+      ModuleNotFoundError: without matplotlib.
+      ValueError: a run has no such metric.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    for run in runs:
+        records = read_metrics(run)
+        points = [(r["step"], r[metric]) for r in records if metric in r]
+        if not points:
+            known = sorted({k for r in records for k in r} - {"step", "time"})
+            raise ValueError(f"{run} has no metric {metric!r}; it has {known}")
+        (line,) = axes.plot(*zip(*points), lw=1, alpha=0.8, label=f"{Path(run).name}")
+        evaluated = [
+            (r["step"], r[f"validation_{metric}"])
+            for r in records
+            if f"validation_{metric}" in r
+        ]
+        if evaluated:
+            axes.plot(
+                *zip(*evaluated), "o-", ms=4, color=line.get_color(), mec="black",
+                label=f"{Path(run).name}, validation",
+            )  # fmt: skip
+    for (name, value), style in zip((levels or {}).items(), (":", "--", "-.", "-") * 9):
+        axes.axhline(value, color="grey", ls=style, lw=1, label=f"{name} {value:.2f}")
+    shown = [y for line in axes.get_lines()[: len(runs)] for y in line.get_ydata()]
+    if len(shown) > 20:  # The first steps would squeeze everything else.
+        axes.set_ylim(
+            top=max(sorted(shown)[int(0.97 * len(shown))], *(levels or {0: 0}).values())
+            * 1.1
+        )
+    axes.set(xlabel="step", ylabel=metric.replace("_", " "))
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(out, dpi=150)
+    plt.close(figure)
+    return Path(out)
+
+
+def _short(value: float) -> str:
+    for unit in ("", "k", "M", "G", "T"):
+        if value < 1000 or unit == "T":
+            return f"{value:.3g} {unit}" if unit else f"{value:.0f} "
+        value /= 1000
+    return ""

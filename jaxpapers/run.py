@@ -1,0 +1,323 @@
+"""Every action of the command line as one function, for scripts and notebooks."""
+
+import importlib.util
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from jaxpapers import checkpoint as ckpt
+from jaxpapers import mesh as meshes
+from jaxpapers import papers, report, tasks
+from jaxpapers import train as trainer
+
+
+def list_papers() -> Table:
+    """Table of the methods that are here."""
+    table = Table(box=None, pad_edge=False)
+    for column in ("name", "title", "year", "field", "smoke preset"):
+        table.add_column(column)
+    for name, paper in papers.NAMES.items():
+        table.add_row(name, paper.title, str(paper.year), paper.field, paper.smoke)
+    return table
+
+
+def load_config(
+    target: str, overrides: Sequence[str] = (), file: str | None = None
+) -> Any:
+    """The locked config of ``name[:preset]`` or of a file, with typed overrides.
+
+    Args:
+      target: paper and preset, ``dion:smoke``.
+      overrides: ``--config.group.field=value``.
+      file: ``my.py`` or ``my.py:preset`` instead of the package's config.
+
+    Raises:
+      ValueError: unknown paper, preset, field (with a suggestion) or type.
+    """
+    # Not on import: absl must not see this program's flags, nor its user's.
+    from absl import flags
+    from ml_collections import config_flags
+
+    name, _, preset = target.partition(":")
+    papers.check(name)
+    if file:
+        path, _, preset = file.partition(":")
+        source = Path(path)
+    else:
+        source = config_file(name)
+    if not source.exists():
+        raise ValueError(f"no config file {source}")
+    spec = importlib.util.spec_from_file_location(f"config_{source.stem}", source)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"config file {source} is not Python")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_dict(
+        "config", module.get_config(preset or None), flag_values=values
+    )
+    try:
+        rest = values(["jaxpapers", *overrides])[1:]
+    except (flags.Error, AttributeError, KeyError) as e:
+        raise ValueError(" ".join(str(e).split())) from None
+    if rest:
+        raise ValueError(
+            f"unknown argument {rest[0]!r}; config fields are set as "
+            "--config.group.field=value, see --help"
+        )
+    return values.config
+
+
+def config_file(name: str) -> Path:
+    """configs/<name>.py of the checkout, or its copy inside the installed package."""
+    here = Path(__file__).parent
+    checkout = here.parent / "configs" / f"{name}.py"
+    return checkout if checkout.exists() else here / "_configs" / f"{name}.py"
+
+
+def show(name: str, preset: str = "") -> str:
+    """A paper's docstring, reference and parameter table."""
+    module = papers.load(name)
+    config = load_config(f"{name}:{preset}" if preset else name)
+    method, _ = _method(name, config)
+    batch = {"tokens": jax.ShapeDtypeStruct((1, 9), jax.numpy.int32)}
+    state = jax.eval_shape(method.init, jax.random.key(0), batch)
+    labels = method.labels(state.params) if method.labels else None
+    console = Console(width=110, highlight=False, file=None)
+    with console.capture() as capture:
+        console.print(module.__doc__, markup=False)
+        console.print(report.parameter_table(state.params, labels))
+    return capture.get()
+
+
+def train(
+    target: str,
+    overrides: Sequence[str] = (),
+    *,
+    workdir: str | None = None,
+    config_path: str | None = None,
+    mesh: str | None = None,
+    fresh: bool = False,
+    dry_run: bool = False,
+    quiet: bool = False,
+    profile: tuple[int, int] | None = None,
+    writers: Sequence[str] = (),
+) -> dict[str, float]:
+    """Trains a paper's preset, or continues what ``workdir`` holds.
+
+    Args:
+      target: ``name[:preset]``.
+      overrides: ``--config.group.field=value``.
+      workdir: default ``runs/<name>-<preset>``.
+      config_path: see ``load_config``.
+      mesh: "data:4,model:2"; default all devices on ``data``.
+      fresh: start anew; refuses a workdir that holds checkpoints.
+      dry_run: check, compile, print memory and cost; write nothing.
+      quiet: print results only.
+      profile: steps of a trace.
+      writers: further writers, of "tensorboard", "wandb".
+
+    Returns:
+      The final evaluation, baselines included.
+
+    Raises:
+      ValueError and the exceptions of ``train.fit``.
+    """
+    began = time.monotonic()
+    name, _, preset = target.partition(":")
+    config = load_config(target, overrides, config_path)
+    folder = Path(workdir or f"runs/{name}{'-' + preset if preset else ''}")
+    console = report.make_console()
+    method, grid = _method(name, config, mesh)
+    task = tasks.load(config, method, grid)
+    console.print(
+        f"[bold]{papers.NAMES[name].title}[/], arXiv {papers.NAMES[name].arxiv}"
+    )
+    console.print(task.describe)
+    plain = config.to_dict()
+    if dry_run:
+        return _dry_run(config, method, grid, task, console)
+    if fresh and (folder / "checkpoints").exists():
+        raise ValueError(
+            f"--fresh: {folder} holds checkpoints; choose another --workdir or remove it"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    if jax.process_index() == 0:
+        (folder / "config.json").write_text(
+            json.dumps({"paper": name, "config": plain}, indent=1) + "\n"
+        )
+    reporter = report.Report(
+        tokens_per_step=config.data.batch * task.work,
+        writers=_writers(folder, plain, writers),
+        quiet=quiet,
+        unit=task.unit,
+    )
+    try:
+        state = trainer.fit(
+            method,
+            task.examples,
+            steps=config.train.steps,
+            batch=config.data.batch,
+            mesh=grid,
+            seed=config.train.seed,
+            workdir=folder,
+            config=plain,
+            evaluate=lambda params: task.evaluate(params, quick=True),
+            eval_every=config.train.eval_every,
+            save_every=config.train.save_every,
+            save_minutes=config.train.save_minutes,
+            keep=config.train.keep,
+            init_from=config.train.init_from or None,
+            report=reporter,
+            profile=profile,
+        )
+        final = task.evaluate(state.params)
+        reporter.evaluation(config.train.steps, {**final, **_prefixed(task.baselines)})
+    finally:
+        reporter.close()
+    console.print(_result_table(task, final))
+    if config.train.sample:
+        text = _sample(task, state.params, config, config.train.prompt)
+        console.print("[bold]sample[/]")
+        console.print(config.train.prompt + text, markup=False)
+    if jax.process_index() == 0:
+        try:
+            report.plot([folder], task.metric, folder / "loss.png", task.baselines)
+        except ModuleNotFoundError:
+            console.print("loss.png not drawn: pip install 'jaxpapers[plot]'")
+    seconds = time.monotonic() - began
+    console.print(f"{seconds:.0f} s in all; wrote {folder}/")
+    return {**final, **task.baselines, "seconds": seconds}
+
+
+def evaluate(workdir: str, *, mesh: str | None = None) -> dict[str, float]:
+    """Evaluates the latest checkpoint of a run on all of its validation data."""
+    name, config, method, grid, params = load_run(workdir, mesh)
+    task = tasks.load(config, method, grid)
+    final = task.evaluate(params)
+    report.make_console().print(_result_table(task, final))
+    return {**final, **task.baselines}
+
+
+def sample(
+    workdir: str,
+    prompt: str = "def ",
+    *,
+    length: int = 400,
+    temperature: float = 0.7,
+    seed: int = 0,
+    mesh: str | None = None,
+) -> str:
+    """Continues a prompt with the latest checkpoint of a run."""
+    name, config, method, grid, params = load_run(workdir, mesh)
+    task = tasks.load(config, method, grid)
+    return task.sample(params, jax.random.key(seed), prompt, length, temperature)
+
+
+def plot(runs: Sequence[str], metric: str, out: str) -> Path:
+    """Draws a metric of one or more runs."""
+    return report.plot(runs, metric, out)
+
+
+def export(workdir: str, out: str) -> Path:
+    """Writes the parameters of the latest checkpoint as safetensors.
+
+    Names are the "/"-joined paths; layers stay stacked on the leading axis.
+    """
+    from safetensors.flax import save_file
+
+    name, _, _, _, params = load_run(workdir)
+    flat = jax.tree_util.tree_flatten_with_path(params)[0]
+    save_file(
+        {jax.tree_util.keystr(k, simple=True, separator="/"): v for k, v in flat},
+        out,
+        metadata={"paper": name, "format": "flax"},
+    )
+    return Path(out)
+
+
+def load_run(workdir: str, mesh: str | None = None) -> tuple:
+    """(name, config, method, mesh, parameters) of a run's latest checkpoint.
+
+    Raises:
+      FileNotFoundError: ``workdir`` holds no run.
+    """
+    from ml_collections import ConfigDict
+
+    path = Path(workdir) / "config.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{workdir} holds no run (no config.json); train first")
+    stored = json.loads(path.read_text())
+    config = ConfigDict(stored["config"]).lock()
+    method, grid = _method(stored["paper"], config, mesh)
+    batch = {"tokens": jax.ShapeDtypeStruct((1, config.data.context + 1), "int32")}
+    with jax.set_mesh(grid):
+        state = jax.eval_shape(method.init, jax.random.key(0), batch)
+    shardings = meshes.state_shardings(state, method.rules, grid)
+    params = ckpt.restore_params(workdir, ckpt.abstract(state, shardings).params)
+    return stored["paper"], config, method, grid, params
+
+
+def _method(name: str, config: Any, mesh: str | None = None):
+    grid = meshes.make_mesh(meshes.parse_mesh(mesh) if mesh else None)
+    return papers.load(name).make(config), grid
+
+
+def _dry_run(config, method, grid, task, console) -> dict[str, float]:
+    rows = meshes.batch_rows(grid, config.data.batch)
+    local = task.examples.batch(0, config.data.batch, rows)
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((config.data.batch, *x.shape[1:]), x.dtype),
+        local,
+    )
+    began = time.monotonic()
+    compiled = trainer.compile(method, grid, shapes)
+    labels = method.labels(compiled.shapes.params) if method.labels else None
+    console.print(report.parameter_table(compiled.shapes.params, labels))
+    console.print(report.memory_line(compiled))
+    console.print(
+        f"compiled for mesh {dict(grid.shape)} in {time.monotonic() - began:.1f} s; "
+        "dry run: nothing written"
+    )
+    return {}
+
+
+def _writers(folder: Path, config: dict, names: Sequence[str]) -> list:
+    if jax.process_index():
+        return []
+    writers: list[Any] = [report.JsonlWriter(folder / "metrics.jsonl")]
+    if "tensorboard" in names:
+        writers.append(report.TensorBoardWriter(folder / "tensorboard"))
+    if "wandb" in names:
+        writers.append(report.WandbWriter(folder, config))
+    return writers
+
+
+def _prefixed(baselines: dict[str, float]) -> dict[str, float]:
+    return {f"baseline_{k}": v for k, v in baselines.items()}
+
+
+def _result_table(task: tasks.Task, final: dict[str, float]) -> Table:
+    unit = task.unit.rstrip("s")
+    table = Table(box=None, pad_edge=False)
+    table.add_column(f"validation, bits per {unit}")
+    table.add_column("", justify="right")
+    value = final[f"validation_{task.metric}"]
+    rows = {**task.baselines, "this model": value}
+    for name, number in sorted(rows.items(), key=lambda x: -x[1]):
+        bold = "[bold]" if name == "this model" else ""
+        table.add_row(f"{bold}{name}", f"{bold}{number:.3f}")
+    return table
+
+
+def _sample(task, params, config, prompt: str) -> str:
+    key = jax.random.key(config.train.seed)
+    c = config.train
+    return task.sample(params, key, prompt, c.sample, c.temperature)

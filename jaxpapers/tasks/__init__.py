@@ -1,0 +1,40 @@
+"""What a config trains on: examples, an evaluation with its baselines, a sample."""
+
+import importlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+
+class Task(NamedTuple):
+    """Data and evaluation of a run, bound to its config.
+
+    Attributes:
+      examples: training examples, with ``batch(start, size, rows)``.
+      work: units of work per example, for the progress line.
+      unit: name of that unit.
+      metric: training metric that the plot shows, ``validation_<metric>`` in ``evaluate``.
+      evaluate: (params, quick) -> dict of numbers; quick on a part of the validation data.
+      baselines: name -> number to compare ``validation_<metric>`` with.
+      sample: (params, key, prompt, length, temperature) -> text.
+      describe: one line about the data.
+    """
+
+    examples: Any
+    work: int
+    unit: str
+    metric: str
+    evaluate: Callable
+    baselines: dict[str, float]
+    sample: Callable
+    describe: str
+
+
+def load(config: Any, method: Any, mesh: Any) -> Task:
+    """The task that ``config.data.task`` names."""
+    names = ("language_model",)
+    if config.data.task not in names:
+        raise ValueError(
+            f"config.data.task must be one of {names}, got {config.data.task!r}"
+        )
+    module = importlib.import_module(f"jaxpapers.tasks.{config.data.task}")
+    return module.load(config, method, mesh)

@@ -1,0 +1,268 @@
+"""Training: the one place that knows meshes, jit, checkpoints and stopping."""
+
+import math
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxpapers import checkpoint as ckpt
+from jaxpapers import mesh as meshes
+from jaxpapers.method import Method, State
+
+PREEMPTED = 75  # EX_TEMPFAIL: the same command again continues
+
+
+class Preempted(Exception):
+    """The run was asked to stop; its state is saved."""
+
+
+class NonFiniteError(ValueError):
+    """Loss or gradient became NaN or infinite; the last checkpoint is a good one."""
+
+
+class Compiled(NamedTuple):
+    """A method on a mesh.
+
+    Attributes:
+      init: (key) -> State, laid out by the rules; no device holds it whole.
+      step: (state, batch) -> (state, metrics); donates the state.
+      shapes: State of ShapeDtypeStruct with shardings.
+      executable: the compiled step, for memory and cost analysis.
+    """
+
+    init: Callable[[jax.Array], State]
+    step: Callable[[State, Any], tuple[State, dict]]
+    shapes: State
+    executable: Any
+
+
+def compile(method: Method, mesh: jax.sharding.Mesh, batch: Any) -> Compiled:
+    """Compiles a method's step for a mesh, before anything is allocated.
+
+    Args:
+      method: pure functions.
+      mesh: with Auto axes ``data`` and ``model``.
+      batch: arrays or shapes of one global batch.
+
+    Raises:
+      ValueError: rules or batch that do not fit the mesh.
+    """
+    batch = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(
+            np.shape(x), x.dtype, sharding=meshes.batch_sharding(mesh)
+        ),
+        batch,
+    )
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    with jax.set_mesh(mesh):
+        state = jax.eval_shape(method.init, key, batch)
+        shardings = meshes.state_shardings(state, method.rules, mesh)
+        shapes = ckpt.abstract(state, shardings)
+        replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        step = jax.jit(
+            method.update,
+            out_shardings=(shardings, replicated),
+            donate_argnums=0,
+        )
+        executable = step.lower(shapes, batch).compile()
+
+    def init(key):
+        with jax.set_mesh(mesh):
+            build = jax.jit(
+                lambda key: method.init(key, batch), out_shardings=shardings
+            )
+            return build(key)
+
+    return Compiled(init, executable, shapes, executable)
+
+
+def fit(
+    method: Method,
+    examples: Any,
+    *,
+    steps: int,
+    batch: int,
+    mesh: jax.sharding.Mesh | None = None,
+    seed: int = 0,
+    workdir: str | Path | None = None,
+    config: dict | None = None,
+    evaluate: Callable[[Any], dict[str, float]] | None = None,
+    eval_every: int = 0,
+    save_every: int = 0,
+    save_minutes: float = 0,
+    keep: int = 2,
+    init_from: str | None = None,
+    report: Any = None,
+    profile: tuple[int, int] | None = None,
+) -> State:
+    """Trains until ``steps``, continuing from ``workdir`` if it holds a checkpoint.
+
+    The result is a function of (method, examples, seed) alone: stopped and resumed at any
+    step it is bitwise that of the uninterrupted run on the same mesh.
+
+    Args:
+      method: see ``Method``.
+      examples: has ``batch(start, size, rows)``, e.g. ``data.text.Windows``.
+      steps: optimizer steps of the whole run.
+      batch: examples per step, over all devices and hosts.
+      mesh: default all devices on ``data``.
+      seed: of the parameters and of the steps' keys.
+      workdir: checkpoints go to its folder ``checkpoints``; None saves nothing.
+      config: plain values, stored in every checkpoint.
+      evaluate: params -> metrics, every ``eval_every`` steps and after the last.
+      eval_every: 0 only after the last step.
+      save_every: steps between checkpoints; the last step is always saved.
+      save_minutes: minutes between checkpoints; 0 for by step only.
+      keep: checkpoints kept.
+      init_from: workdir or checkpoint folder whose parameters start a fresh run.
+      report: see ``report.Report``; None prints and writes nothing.
+      profile: first and last step of a trace written to ``workdir/profile``.
+
+    Returns:
+      The final state.
+
+    Raises:
+      Preempted: on SIGTERM, after saving.
+      NonFiniteError: names the step; nothing of it is saved.
+      ValueError: shapes that do not fit the mesh or the checkpoint.
+    """
+    mesh = mesh or meshes.make_mesh()
+    rows = meshes.batch_rows(mesh, batch)
+    local = examples.batch(0, batch, rows)
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype), local
+    )
+    compiled = compile(method, mesh, shapes)
+    manager = (
+        ckpt.open_manager(Path(workdir) / "checkpoints", keep=keep) if workdir else None
+    )
+    try:
+        state, position = _start(compiled, manager, seed, init_from)
+        if report:
+            report.start(compiled, method, int(state.step), steps)
+        with _SignalFlag() as stop, jax.set_mesh(mesh):
+            return _loop(
+                compiled, state, position, examples, rows, mesh, batch, steps, manager,
+                config or {}, evaluate, eval_every, save_every, save_minutes, report,
+                profile, workdir, stop,
+            )  # fmt: skip
+    finally:
+        if manager:
+            manager.close()
+
+
+def _start(compiled: Compiled, manager, seed: int, init_from: str | None):
+    """Own latest checkpoint, else other parameters, else a fresh init."""
+    if manager and manager.latest_step() is not None:
+        return ckpt.restore(manager, compiled.shapes)
+    state = compiled.init(jax.random.key(seed))
+    if init_from:
+        params = ckpt.restore_params(init_from, compiled.shapes.params)
+        state = state._replace(params=params)
+    return state, 0
+
+
+def _loop(
+    compiled, state, position, examples, rows, mesh, batch, steps, manager, config,
+    evaluate, eval_every, save_every, save_minutes, report, profile, workdir, stop,
+) -> State:  # fmt: skip
+    first = int(state.step)
+    saved_at = time.monotonic()
+    pending: dict | None = None
+    tracing = False
+
+    def flush(step: int) -> None:
+        """Reads the metrics of a step that was dispatched before the newest one."""
+        nonlocal pending
+        if pending is None:
+            return
+        metrics = {k: float(v) for k, v in jax.device_get(pending).items()}
+        pending = None
+        bad = {k: v for k, v in metrics.items() if not math.isfinite(v)}
+        if bad:
+            last = manager.latest_step() if manager else None
+            raise NonFiniteError(
+                f"non-finite metrics at step {step}: {bad}; "
+                + (
+                    f"last good checkpoint: step {last}"
+                    if last
+                    else "no checkpoint yet"
+                )
+                + "; lower config.optim.lr, or find the operation with JAX_DEBUG_NANS=1"
+            )
+        if report:
+            report.step(step, metrics)
+
+    for step in range(first, steps):
+        if profile and step == profile[0]:
+            jax.profiler.start_trace(str(Path(workdir or ".") / "profile"))
+            tracing = True
+        local = examples.batch(position, batch, rows)
+        previous = pending
+        with jax.profiler.StepTraceAnnotation("train", step_num=step):
+            state, metrics = compiled.step(state, meshes.put_batch(local, mesh, batch))
+        position += batch
+        # One step late: the device never waits for the host to read.
+        if previous is not None:
+            flush(step)
+        pending = metrics
+        done = step + 1
+        if tracing and profile and step == profile[1]:
+            jax.block_until_ready(state)
+            jax.profiler.stop_trace()
+            tracing = False
+        due = evaluate and (done == steps or (eval_every and done % eval_every == 0))
+        late = save_minutes and time.monotonic() - saved_at > 60 * save_minutes
+        save = done == steps or (save_every and done % save_every == 0) or late
+        preempted = _preempted(stop, manager, done)
+        if due or save or preempted:
+            flush(done)
+        if manager and (save or preempted):
+            ckpt.save(manager, state, position, config)
+            saved_at = time.monotonic()
+        if due and not preempted:
+            values = evaluate(state.params)
+            if report:
+                report.evaluation(done, values)
+        if preempted:
+            if manager:
+                manager.wait_until_finished()
+            raise Preempted(f"stopped at step {done} of {steps}")
+    flush(steps)
+    if manager:
+        manager.wait_until_finished()
+    return state
+
+
+def _preempted(stop, manager, step: int) -> bool:
+    """A signal here, or on several hosts a notice that reached any of them."""
+    if jax.process_count() > 1:
+        return bool(manager and manager.reached_preemption(step))
+    return stop.raised
+
+
+class _SignalFlag:
+    """SIGTERM sets a flag instead of killing the process between two steps."""
+
+    def __init__(self):
+        self.raised = False
+
+    def __enter__(self):
+        self._old = None
+        try:
+            self._old = signal.signal(signal.SIGTERM, self._set)
+        except ValueError:  # Not in the main thread (a notebook's worker): no handler.
+            pass
+        return self
+
+    def __exit__(self, *exc):
+        if self._old is not None:
+            signal.signal(signal.SIGTERM, self._old)
+
+    def _set(self, signum, frame):
+        self.raised = True

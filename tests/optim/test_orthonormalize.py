@@ -1,0 +1,193 @@
+"""Orthonormal bases: the digest's table of conditions, on one device and on eight."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from jaxpapers.optim import orthonormalize
+from jaxpapers.optim.orthonormalize import METHODS
+
+L, R = 1024, 64  # The digest's; its numbers depend on them.
+CONDITIONS = (0, 2, 3, 4, 5, 6, 7, 8, 10)
+GOOD = ("cond1e0", "cond1e2", "cond1e3", "cond1e4")  # Where CQR2 is accurate.
+
+
+@functools.cache
+def inputs():
+    """name -> (L, R) matrix in float64."""
+    rng = np.random.default_rng(0)
+    u = np.linalg.qr(rng.normal(size=(L, R)))[0]
+    v = np.linalg.qr(rng.normal(size=(R, R)))[0]
+    cases = {
+        f"cond1e{c}": u @ np.diag(10.0 ** (-c * np.arange(R) / (R - 1))) @ v.T
+        for c in CONDITIONS
+    }
+    for rank in (2, 32):
+        cases[f"rank{rank}"] = rng.normal(size=(L, rank)) @ rng.normal(size=(rank, R))
+    noise = rng.normal(size=(L, R))
+    cases["tiny"], cases["huge"] = noise * 1e-20, noise * 1e20
+    cases["squares underflow"] = noise * 1e-30
+    cases["every other column zero"] = noise * (np.arange(R) % 2)
+    cases["one column"] = noise * (np.arange(R) == 0)
+    for rows in (8, 40):
+        cases[f"{rows} rows"] = noise * (np.arange(L) < rows)[:, None]
+    cases["one entry"] = np.zeros((L, R))
+    cases["one entry"][3, 5] = 1
+    return cases
+
+
+NAMES = tuple(inputs())
+
+
+@functools.cache
+def stacked(method):
+    """All inputs, then a zero matrix and one with a NaN, as one batch."""
+    broken = inputs()["cond1e2"].copy()
+    broken[7, 9] = np.nan
+    batch = np.stack([*inputs().values(), np.zeros((L, R)), broken]).astype(np.float32)
+    q = jax.jit(functools.partial(orthonormalize, method=method))(batch)
+    return np.asarray(q, np.float64)
+
+
+def basis(method, name):
+    return stacked(method)[NAMES.index(name)]
+
+
+def defect(q):
+    """2-norm of q^T q - 1."""
+    return np.abs(np.linalg.eigvalsh(q.T @ q) - 1).max()
+
+
+def length(q):
+    """Largest singular value."""
+    return np.sqrt(np.linalg.eigvalsh(q.T @ q).max())
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("method, tol", [("scqr", 2e-6), ("qr", 2e-6), ("rcqr", 1e-5)])
+def test_orthonormal_always(method, tol, name):
+    assert defect(basis(method, name)) <= tol
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_cqr2_orthonormal_or_bounded(name):
+    q = basis("cqr2", name)
+    assert np.isfinite(q).all()
+    assert length(q) <= 1 + 1e-5
+    if name in GOOD:
+        assert defect(q) <= 2e-6
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("method, tol", [("scqr", 4e-7), ("qr", 2e-6), ("rcqr", 1e-5)])
+def test_spans_the_columns(method, tol, name):
+    q, p = basis(method, name), inputs()[name].astype(np.float32).astype(np.float64)
+    assert np.linalg.norm(p - q @ (q.T @ p)) <= tol * np.linalg.norm(p)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_same_column_space(method):
+    # Subspaces of float32 matrices are known to u * cond: compare well-conditioned ones.
+    q, u = basis(method, "cond1e0"), np.linalg.qr(inputs()["cond1e0"])[0]
+    # The sine of the largest angle, for q orthonormal.
+    assert length(q - u @ (u.T @ q)) <= 2e-6
+
+
+@pytest.mark.parametrize("name", GOOD)
+@pytest.mark.parametrize("method", METHODS)
+def test_triangular_factor_has_positive_diagonal(method, name):
+    p = inputs()[name]
+    factor = basis(method, name).T @ p
+    assert (np.diagonal(factor) > 0).all()
+    assert np.abs(np.tril(factor, -1)).max() <= 1e-6 * np.linalg.norm(p, 2)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_zero_stays_zero(method):
+    assert (stacked(method)[-2] == 0).all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_nan_spreads_over_its_own_matrix_only(method):
+    broken = np.isnan(stacked(method)[-1])
+    # Householder leaves the columns before the NaN; in P = B Q all columns have one.
+    assert broken[:, 9:].all() if method == "qr" else broken.all()
+    assert np.isfinite(stacked(method)[:-1]).all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_float64(method):
+    with jax.enable_x64(True):
+        p = inputs()["cond1e2"][:256]
+        q = orthonormalize(jnp.asarray(p), method)
+        assert q.dtype == jnp.float64
+        q = np.asarray(q)
+    assert defect(q) <= 1e-12
+    assert np.linalg.norm(p - q @ (q.T @ p)) <= 1e-12 * np.linalg.norm(p)
+
+
+def test_bfloat16_input_is_computed_in_float32():
+    p = jnp.asarray(inputs()["cond1e2"][:256], jnp.bfloat16)
+    q = orthonormalize(p)
+    assert q.dtype == jnp.float32
+    assert defect(np.asarray(q, np.float64)) <= 2e-6
+
+
+# Surplus directions of a dense rank-deficient matrix are rounding noise, which differs
+# between layouts: such inputs must stay orthonormal and span P, entries may differ.
+DETERMINED = ("cond1e0", "tiny", "huge")
+DEGENERATE = ("rank2", "8 rows", "every other column zero", "one entry", "cond1e10")
+
+
+@pytest.mark.parametrize("axes", [("data",), ("data", "model")])
+@pytest.mark.parametrize("method", METHODS)
+def test_sharded(method, axes, make_mesh):
+    names = DETERMINED + DEGENERATE
+    mesh = make_mesh((8,) if len(axes) == 1 else (4, 2))
+    zero = np.zeros((L, R))
+    p = np.stack([inputs()[n] for n in names] + [zero]).astype(np.float32)
+
+    def body(p, rows):
+        return orthonormalize(p, method, axis_name=axes, rows=rows)
+
+    spec = P(None, axes, None)
+    sharded = jax.shard_map(body, mesh=mesh, in_specs=(spec, P(axes)), out_specs=spec)
+    q = np.asarray(jax.jit(sharded)(p, np.arange(L, dtype=np.int32)), np.float64)
+    assert (q[-1] == 0).all()
+    for name, got, want in zip(names, q, p.astype(np.float64)):
+        if name in DETERMINED:
+            np.testing.assert_allclose(got, basis(method, name), atol=2e-6, rtol=0)
+        if method == "cqr2":
+            assert length(got) <= 1 + 1e-5
+            continue
+        assert defect(got) <= (1e-5 if method == "rcqr" else 2e-6), name
+        assert np.linalg.norm(want - got @ (got.T @ want)) <= 1e-5 * np.linalg.norm(
+            want
+        ), name
+
+
+def test_rows_per_device_fewer_than_columns(make_mesh):
+    # 16 rows on 8 devices, 8 columns: every shard is wide.
+    p = jnp.asarray(np.random.default_rng(1).normal(size=(16, 8)), jnp.float32)
+    for method in METHODS:
+        run = jax.shard_map(
+            lambda p, rows, method=method: orthonormalize(
+                p, method, axis_name="data", rows=rows
+            ),
+            mesh=make_mesh((8,)),
+            in_specs=(P("data"), P("data")),
+            out_specs=P("data"),
+        )
+        q = jax.jit(run)(p, np.arange(16, dtype=np.int32))
+        np.testing.assert_allclose(q, orthonormalize(p, method), atol=2e-6, rtol=0)
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="got 'svd', expected one of"):
+        orthonormalize(jnp.ones((4, 2)), "svd")
+    with pytest.raises(ValueError, match=r"as many rows as columns, got \(2, 4\)"):
+        orthonormalize(jnp.ones((2, 4)))
