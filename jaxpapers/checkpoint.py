@@ -135,7 +135,9 @@ def _step(manager: ocp.CheckpointManager, step: int | None) -> int:
 
 def _check_match(manager, step: int, target: Any, prefix: str = "") -> None:
     """Compares leaves with the stored metadata before orbax reads anything."""
-    stored = _shapes(manager.item_metadata(step).state)
+    # Not manager.item_metadata: it knows nothing of items that it has not written.
+    reader = ocp.PyTreeCheckpointHandler()
+    stored = _shapes(reader.metadata(manager.directory / str(step) / "state").tree)
     if prefix:
         stored = {k[len(prefix) + 1 :]: v for k, v in stored.items()
                   if k.startswith(f"{prefix}/")}  # fmt: skip
@@ -162,10 +164,15 @@ def _check_match(manager, step: int, target: Any, prefix: str = "") -> None:
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     """Path -> shape. Stored trees are dicts and lists, so names are compared as text."""
-    tree = getattr(tree, "tree", tree)
+
+    def shape(leaf: Any) -> tuple[int, ...]:
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.eval_shape(jax.random.key_data, leaf)  # Stored as its words.
+        return tuple(leaf.shape)
+
     flat = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
+        jax.tree_util.keystr(path, simple=True, separator="/"): shape(leaf)
         for path, leaf in flat
         if hasattr(leaf, "shape") and leaf.shape is not None
     }

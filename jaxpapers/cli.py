@@ -12,6 +12,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
       Exit code: 0 done, 1 refused or failed, 75 stopped by a signal with its state saved.
     """
+    # On CPUs jaxlib factorises with SciPy's OpenBLAS, whose threads spin against XLA's:
+    # four times slower steps on two cores. Read when SciPy is first imported.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
@@ -179,8 +182,11 @@ def _parser() -> argparse.ArgumentParser:
         "--config", metavar="FILE.py[:preset]", help="a config of your own"
     )
     sub.add_argument("--print-config", action="store_true", help="print it and exit")
-    sub.add_argument("--dry-run", action="store_true",
-                     help="check, compile, print memory and cost; write nothing")  # fmt: skip
+    sub.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check, compile, print memory and cost; write nothing",
+    )
     sub.add_argument("--fresh", action="store_true",
                      help="refuse a workdir that holds checkpoints")  # fmt: skip
     sub.add_argument("--quiet", action="store_true", help="results only")

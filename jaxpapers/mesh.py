@@ -35,29 +35,34 @@ def parse_mesh(text: str) -> dict[str, int]:
     return shape
 
 
-def make_mesh(shape: dict[str, int] | None = None) -> Mesh:
-    """Mesh with Auto axes ``data`` and ``model`` over all devices.
+def make_mesh(
+    shape: dict[str, int] | None = None, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """Mesh with Auto axes ``data`` and ``model``.
 
     Args:
       shape: size of each axis; default all devices on ``data``. Missing ones of ``data``
         and ``model`` get size 1.
+      devices: default all.
 
     Raises:
       ValueError: the sizes do not multiply to the number of devices.
     """
-    shape = dict(shape or {"data": jax.device_count()})
+    count = jax.device_count() if devices is None else len(devices)
+    shape = dict(shape or {"data": count})
     for name in ("data", "model"):
         shape.setdefault(name, 1)
     names = [n for n in AXES if n in shape]
     sizes = [shape[n] for n in names]
-    if math.prod(sizes) != jax.device_count():
+    if math.prod(sizes) != count:
         raise ValueError(
-            f"mesh {shape} needs {math.prod(sizes)} devices, got {jax.device_count()}; "
+            f"mesh {shape} needs {math.prod(sizes)} devices, got {count}; "
             "change --mesh, or try --fake-devices on a CPU"
         )
     # jax.make_mesh defaults to Explicit axes, under which library code must spell out
     # every output sharding; the compiler places activations here.
-    return jax.make_mesh(sizes, names, axis_types=(AxisType.Auto,) * len(names))
+    types = (AxisType.Auto,) * len(names)
+    return jax.make_mesh(sizes, names, axis_types=types, devices=devices)
 
 
 def state_shardings(state: Any, rules: Sequence[tuple[str, Any]], mesh: Mesh) -> Any:
@@ -84,11 +89,13 @@ def state_shardings(state: Any, rules: Sequence[tuple[str, Any]], mesh: Mesh) ->
 
     def spec_of(name: str, leaf: Any) -> P:
         owner = next((p for p in by_length if f"/{name}".endswith(f"/{p}")), None)
+        before = name[: len(name) - len(owner or "")]
         for i, (regex, spec) in enumerate(rules):
-            if not re.search(regex, name):
+            # A function's regex must not match in the parameter's own path.
+            if not re.search(regex, before if callable(spec) else name):
                 continue
             if callable(spec):
-                if owner is None or name == owner:
+                if owner is None:
                     continue
                 used.add(i)
                 param_spec = spec_of(owner, params[owner])

@@ -38,7 +38,8 @@ class Method(NamedTuple):
       sampler: (params, key, ...) -> arrays, or None.
       rules: (regex over the leaf's "/"-joined path, PartitionSpec), first match wins. A
         function instead of a PartitionSpec is for leaves that belong to a parameter but
-        have another shape: (path of the parameter, leaf, parameter, its spec) -> spec.
+        have another shape: (path of the parameter, leaf, parameter, its spec) -> spec;
+        its regex sees only what comes before the parameter's path.
       labels: params -> tree of strings saying which optimizer each leaf goes to.
     """
 

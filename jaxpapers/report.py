@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 from rich.console import Console
@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 
+@runtime_checkable
 class Writer(Protocol):
     """Destination of metrics."""
 
@@ -30,12 +31,16 @@ class JsonlWriter:
     """
 
     def __init__(self, path: Path):
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("a+b")
+        if self._file.tell():
+            self._file.seek(-1, 2)
+            if self._file.read() != b"\n":  # A kill cut the last line off.
+                self._file.write(b"\n")
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Appends a line."""
         record = {"step": step, "time": round(time.time(), 3), **values}
-        self._file.write(json.dumps(record) + "\n")
+        self._file.write(json.dumps(record).encode() + b"\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -256,12 +261,14 @@ def plot(
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    shown: list[float] = []
     for run in runs:
         records = read_metrics(run)
         points = [(r["step"], r[metric]) for r in records if metric in r]
         if not points:
             known = sorted({k for r in records for k in r} - {"step", "time"})
             raise ValueError(f"{run} has no metric {metric!r}; it has {known}")
+        shown += [value for _, value in points]
         (line,) = axes.plot(*zip(*points), lw=1, alpha=0.8, label=f"{Path(run).name}")
         evaluated = [
             (r["step"], r[f"validation_{metric}"])
@@ -275,12 +282,9 @@ def plot(
             )  # fmt: skip
     for (name, value), style in zip((levels or {}).items(), (":", "--", "-.", "-") * 9):
         axes.axhline(value, color="grey", ls=style, lw=1, label=f"{name} {value:.2f}")
-    shown = [y for line in axes.get_lines()[: len(runs)] for y in line.get_ydata()]
     if len(shown) > 20:  # The first steps would squeeze everything else.
-        axes.set_ylim(
-            top=max(sorted(shown)[int(0.97 * len(shown))], *(levels or {0: 0}).values())
-            * 1.1
-        )
+        highest = sorted(shown)[int(0.97 * len(shown))]
+        axes.set_ylim(top=1.1 * max([highest, *(levels or {}).values()]))
     axes.set(xlabel="step", ylabel=metric.replace("_", " "))
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, fontsize=8)

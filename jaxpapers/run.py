@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -59,9 +58,14 @@ def load_config(
         raise ValueError(f"config file {source} is not Python")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise ValueError(f"config file {source} has no function get_config(preset)")
     values = flags.FlagValues()
     config_flags.DEFINE_config_dict(
-        "config", module.get_config(preset or None), flag_values=values
+        "config",
+        module.get_config(preset or None),
+        flag_values=values,
+        sys_argv=["jaxpapers", *overrides],
     )
     try:
         rest = values(["jaxpapers", *overrides])[1:]
@@ -149,10 +153,9 @@ def train(
             f"--fresh: {folder} holds checkpoints; choose another --workdir or remove it"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    if jax.process_index() == 0:
-        (folder / "config.json").write_text(
-            json.dumps({"paper": name, "config": plain}, indent=1) + "\n"
-        )
+    continued = any((folder / "checkpoints").glob("[0-9]*"))
+    if not continued:
+        _write_config(folder, name, plain)
     reporter = report.Report(
         tokens_per_step=config.data.batch * task.work,
         writers=_writers(folder, plain, writers),
@@ -178,6 +181,8 @@ def train(
             report=reporter,
             profile=profile,
         )
+        # Only now is it known that the config fits the checkpoint that was there.
+        _write_config(folder, name, plain)
         final = task.evaluate(state.params)
         reporter.evaluation(config.train.steps, {**final, **_prefixed(task.baselines)})
     finally:
@@ -287,6 +292,13 @@ def _dry_run(config, method, grid, task, console) -> dict[str, float]:
         "dry run: nothing written"
     )
     return {}
+
+
+def _write_config(folder: Path, name: str, config: dict) -> None:
+    if jax.process_index() == 0:
+        (folder / "config.json").write_text(
+            json.dumps({"paper": name, "config": config}, indent=1) + "\n"
+        )
 
 
 def _writers(folder: Path, config: dict, names: Sequence[str]) -> list:

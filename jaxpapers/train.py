@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from jaxpapers import checkpoint as ckpt
 from jaxpapers import mesh as meshes
@@ -212,12 +213,14 @@ def _loop(
             flush(step)
         pending = metrics
         done = step + 1
-        if tracing and profile and step == profile[1]:
+        if tracing and profile and done > min(profile[1], steps - 1):
             jax.block_until_ready(state)
             jax.profiler.stop_trace()
             tracing = False
         due = evaluate and (done == steps or (eval_every and done % eval_every == 0))
-        late = save_minutes and time.monotonic() - saved_at > 60 * save_minutes
+        late = save_minutes and _agreed(time.monotonic() - saved_at, done) > (
+            60 * save_minutes
+        )
         save = done == steps or (save_every and done % save_every == 0) or late
         preempted = _preempted(stop, manager, done)
         if due or save or preempted:
@@ -239,6 +242,15 @@ def _loop(
     return state
 
 
+def _agreed(seconds: float, step: int) -> float:
+    """The first process's clock, now and then: all have to save at the same step."""
+    if jax.process_count() == 1:
+        return seconds
+    if step % 20:
+        return 0.0
+    return float(multihost_utils.broadcast_one_to_all(np.float32(seconds)))
+
+
 def _preempted(stop, manager, step: int) -> bool:
     """A signal here, or on several hosts a notice that reached any of them."""
     if jax.process_count() > 1:
@@ -247,13 +259,18 @@ def _preempted(stop, manager, step: int) -> bool:
 
 
 class _SignalFlag:
-    """SIGTERM sets a flag instead of killing the process between two steps."""
+    """SIGTERM sets a flag instead of killing the process between two steps.
+
+    Of several processes JAX's preemption service has the handler: it tells the others.
+    """
 
     def __init__(self):
         self.raised = False
 
     def __enter__(self):
         self._old = None
+        if jax.process_count() > 1:
+            return self
         try:
             self._old = signal.signal(signal.SIGTERM, self._set)
         except ValueError:  # Not in the main thread (a notebook's worker): no handler.

@@ -4,8 +4,11 @@ import json
 import os
 from pathlib import Path
 
-import jax
-import pytest
+# Before SciPy is imported: OpenBLAS threads spin against XLA's and the other workers'.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)

@@ -216,6 +216,9 @@ def _per_matrix(f: Callable, *xs: Array) -> Any:
     runtime, and the program hangs; single ones do not, at the same speed.
     """
     batch = xs[0].shape[:-2]
+    if math.prod(batch) == 1:
+        out = f(*(x.reshape(x.shape[-2:]) for x in xs))
+        return jax.tree.map(lambda y: y.reshape(*batch, *y.shape), out)
     flat = [x.reshape(-1, *x.shape[-2:]) for x in xs]
     out = lax.platform_dependent(
         *flat, cpu=lambda *x: lax.map(lambda x: f(*x), x), default=jax.vmap(f)

@@ -12,8 +12,8 @@ class Task(NamedTuple):
       examples: training examples, with ``batch(start, size, rows)``.
       work: units of work per example, for the progress line.
       unit: name of that unit.
-      metric: training metric that the plot shows, ``validation_<metric>`` in ``evaluate``.
-      evaluate: (params, quick) -> dict of numbers; quick on a part of the validation data.
+      metric: training metric that the plot shows; ``evaluate`` has ``validation_`` + it.
+      evaluate: (params, quick) -> dict of numbers; quick on a part of the data.
       baselines: name -> number to compare ``validation_<metric>`` with.
       sample: (params, key, prompt, length, temperature) -> text.
       describe: one line about the data.

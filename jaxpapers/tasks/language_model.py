@@ -84,5 +84,6 @@ def load(config: Any, method: Any, mesh: Any) -> Task:
         evaluate,
         baselines,
         sample,
-        f"{corpus.name}: {sizes[0]:.2f} M {unit} to train on, {sizes[1]:.2f} M to validate",
+        f"{corpus.name}: {sizes[0]:.2f} M {unit} to train on, "
+        f"{sizes[1]:.2f} M to validate",
     )

@@ -199,7 +199,8 @@ def test_noise_guard_removes_amplified_noise():
     # Defect 3, the paper's too: one non-zero column gives a full-norm update.
     g = normal(24, 16) * (np.arange(16) == 3)
     plain, kept = first(scale_by_dion(0.5, scale=None), g)
-    assert np.linalg.norm(plain) >= 0.94 * np.sqrt(8)
+    # Signal has norm 1 of sqrt(8). Which columns round to exactly 0 is the compiler's.
+    assert np.linalg.norm(plain) >= 0.8 * np.sqrt(8)
     guarded, state = first(scale_by_dion(0.5, scale=None, noise_guard=1e-3), g)
     want = g[:, 3] / np.linalg.norm(g)  # One column: its unit vector.
     np.testing.assert_allclose(guarded[:, 3], want, atol=2e-6)

@@ -1,6 +1,8 @@
 """Orthonormal bases: the digest's table of conditions, on one device and on eight."""
 
 import functools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -184,6 +186,20 @@ def test_rows_per_device_fewer_than_columns(make_mesh):
         )
         q = jax.jit(run)(p, np.arange(16, dtype=np.int32))
         np.testing.assert_allclose(q, orthonormalize(p, method), atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_no_batched_lapack_on_cpu(method):
+    # Such calls wait for the thread pool that they occupy: two at once on two cores
+    # (stacked layers of two shapes) never return.
+    p = jnp.ones((3, 32, 8))
+    run = jax.jit(functools.partial(orthonormalize, method=method))
+    text = run.lower(p).compile().as_text()
+    calls = re.findall(
+        r"= \(?f32\[([\d,]+)\].*custom_call_target=\"(?:lapack|blas)_", text
+    )
+    assert calls
+    assert all(math.prod(map(int, c.split(",")[:-2])) == 1 for c in calls)
 
 
 def test_errors():

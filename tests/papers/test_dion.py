@@ -1,0 +1,150 @@
+"""The language model's loss, sampler, schedule and presets."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxpapers import run
+from jaxpapers.nets.transformer import Transformer
+from jaxpapers.papers import dion
+
+NET = Transformer(40, 32, 1, 2)
+TOKENS = jax.random.randint(jax.random.key(0), (3, 9), 0, 40)
+
+
+@pytest.fixture(scope="module")
+def params():
+    params = NET.init(jax.random.key(0), TOKENS)["params"]
+    noise = jax.random.normal(jax.random.key(2), params["head"]["kernel"].shape)
+    params["head"]["kernel"] = 0.3 * noise
+    return params
+
+
+def test_loss_of_uniform_logits_is_log_of_the_vocabulary(key):
+    def apply(variables, tokens):
+        return jnp.zeros((*tokens.shape, 40))
+
+    value, metrics = dion.loss({}, {"tokens": TOKENS}, key, apply=apply)
+    assert float(value) == pytest.approx(np.log(40), rel=1e-6)
+    assert float(metrics["bits"]) == pytest.approx(np.log2(40), rel=1e-6)
+
+
+def test_weighted_loss_is_the_mean_over_the_weighted_targets(params, key):
+    weight = jnp.zeros((3, 8)).at[1, 2:5].set(1.0)
+    value, metrics = dion.loss(
+        params, {"tokens": TOKENS, "weight": weight}, key, apply=NET.apply
+    )
+    logits = np.asarray(NET.apply({"params": params}, TOKENS[:, :-1]), np.float64)
+    log_z = np.log(np.exp(logits).sum(-1))
+    nats = (
+        log_z - np.take_along_axis(logits, np.asarray(TOKENS)[:, 1:, None], -1)[..., 0]
+    )
+    assert float(value) == pytest.approx(nats[1, 2:5].mean(), rel=1e-5)
+    assert float(metrics["weight"]) == 3.0
+
+
+def test_sampler_follows_the_model(params, key):
+    """Temperature 0 is greedy; at 1 the first token's frequencies are the softmax."""
+    prompt = TOKENS[:1, :4]
+    greedy = dion.sampler(params, key, prompt, net=NET, length=3, temperature=0.0)
+    tokens = prompt
+    for _ in range(3):
+        logits = NET.apply({"params": params}, tokens)[:, -1]
+        tokens = jnp.concatenate([tokens, logits.argmax(-1)[:, None]], axis=1)
+    np.testing.assert_array_equal(greedy, tokens[:, 4:])
+
+    many = jnp.repeat(prompt, 4000, axis=0)
+    drawn = dion.sampler(params, key, many, net=NET, length=1, vocab_size=30)
+    expected = jax.nn.softmax(NET.apply({"params": params}, prompt)[0, -1, :30])
+    found = np.bincount(np.asarray(drawn).ravel(), minlength=30) / 4000
+    assert found.shape == (30,)
+    # Five standard deviations of a frequency over 4000 draws.
+    np.testing.assert_allclose(found, expected, atol=5 * np.sqrt(0.25 / 4000))
+    assert np.abs(found - 1 / 30).max() > 0.02
+
+
+def test_sampler_refuses_bad_arguments(params, key):
+    for options in ({"length": 0}, {"length": 3, "temperature": -1.0}):
+        with pytest.raises(ValueError, match="sampler needs"):
+            dion.sampler(params, key, TOKENS, net=NET, **options)
+    with pytest.raises(ValueError, match="prompt of one token"):
+        dion.sampler(params, key, TOKENS[:, :0], net=NET, length=2)
+
+
+def test_schedule_rises_stays_and_falls():
+    rate = dion.schedule(1.0, 100, 0.1, 0.2)
+    values = np.array([float(rate(i)) for i in range(100)])
+    np.testing.assert_allclose(values[:10], np.linspace(0.1, 1.0, 10), rtol=1e-5)
+    np.testing.assert_allclose(values[10:80], 1.0)
+    np.testing.assert_allclose(values[80:], np.linspace(1.0, 0.05, 20), rtol=1e-5)
+    constant = dion.schedule(2.0, 10, 0.0, 0.0)
+    assert {float(constant(i)) for i in range(10)} == {2.0}
+
+
+@pytest.mark.parametrize("preset", ["default", "smoke", "standard", "160m"])
+def test_presets_route_every_leaf(preset):
+    """Hidden matrices to Dion; embedding, head and norms to AdamW."""
+    config = run.load_config(f"dion:{preset}")
+    method = dion.make(config)
+    batch = {"tokens": jax.ShapeDtypeStruct((2, 9), jnp.int32)}
+    state = jax.eval_shape(method.init, jax.random.key(0), batch)
+    labels = method.labels(state.params)
+    flat = jax.tree_util.tree_flatten_with_path(labels)[0]
+    found = {jax.tree_util.keystr(k, simple=True, separator="/"): v for k, v in flat}
+    matrices = {k for k in found if k.startswith("layers/") and k.endswith("kernel")}
+    assert {k for k, v in found.items() if v == "dion"} == matrices
+    assert len(matrices) == 7
+    if preset == "160m":
+        count = sum(x.size for x in jax.tree.leaves(state.params))
+        # Width 768, 12 layers, untied 50304-symbol embedding and head.
+        assert count == 162_220_800
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("name", "sgd", "must be dion, muon or adamw"),
+        ("warmup", 0.8, "at most 1 together"),
+        ("rank_fraction", 1.5, r"rank_fraction must be in \(0, 1\]"),
+        ("mu", -0.1, "mu must be in"),
+        ("scalar", "sgd", "scalar must be one of"),
+        ("orthogonalize", "svd", "orthogonalize must be one of"),
+    ],
+)
+def test_make_refuses(field, value, message):
+    config = run.load_config("dion:smoke", [f"--config.optim.{field}={value}"])
+    batch = {"tokens": jax.ShapeDtypeStruct((2, 9), jnp.int32)}
+    with pytest.raises(ValueError, match=message):
+        method = dion.make(config)
+        jax.eval_shape(method.init, jax.random.key(0), batch)
+
+
+@pytest.mark.parametrize("name", ["dion", "adamw", "muon"])
+@pytest.mark.slow
+def test_learns_the_standard_library(name, tmp_path):
+    """300 steps of a small model: far below the order-0 entropy of the same bytes."""
+    lr = {"dion": 0.02, "muon": 0.02, "adamw": 0.004}[name]
+    result = run.train(
+        "dion:smoke",
+        [
+            f"--config.optim.name={name}",
+            f"--config.optim.lr={lr}",
+            "--config.optim.scalar_lr=0.004",
+            "--config.train.steps=300",
+            "--config.train.sample=0",
+        ],
+        workdir=str(tmp_path),
+        quiet=True,
+    )
+    assert result["validation_bits"] < 0.75 * result["order0"]
+
+
+def test_own_network_and_optimizer():
+    config = run.load_config("dion:smoke")
+    method = dion.make(config, NET, optax.sgd(0.1))
+    assert method.labels is None
+    state = method.init(jax.random.key(0), {"tokens": TOKENS})
+    state, metrics = jax.jit(method.update)(state, {"tokens": TOKENS})
+    assert int(state.step) == 1 and np.isfinite(float(metrics["loss"]))

@@ -1,0 +1,254 @@
+"""The command line, in this process where it can be."""
+
+import inspect
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from jaxpapers import __version__, checkpoint, cli, run
+
+ROOT = Path(__file__).parent.parent
+LINES = "".join(f"def f{i}(x):\n    return x + {i % 7}\n\n\n" for i in range(400))
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """Arguments of a run of seconds."""
+    corpus = tmp_path_factory.mktemp("corpus") / "text.py"
+    corpus.write_text(LINES)
+    fields = {
+        "data.path": corpus, "data.context": 16, "data.batch": 8, "data.eval_batch": 8,
+        "net.width": 32, "net.heads": 2, "net.layers": 2,
+        "train.steps": 20, "train.eval_every": 10, "train.sample": 6,
+    }  # fmt: skip
+    return ["dion:smoke", *(f"--config.{k}={v}" for k, v in fields.items())]
+
+
+@pytest.fixture(scope="module")
+def finished(tiny, tmp_path_factory):
+    """Workdir of a finished run."""
+    workdir = tmp_path_factory.mktemp("runs") / "tiny"
+    assert cli.main(["train", *tiny, f"--workdir={workdir}"]) == 0
+    return workdir
+
+
+@pytest.fixture
+def call(capsys):
+    """Runs the command line; (exit code, stdout, stderr)."""
+
+    def call(*arguments):
+        try:
+            code = cli.main([str(x) for x in arguments])
+        except SystemExit as e:
+            code = e.code or 0
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+def records(workdir):
+    return [json.loads(x) for x in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_list_show_version(call):
+    code, out, _ = call("list")
+    assert code == 0 and "dion" in out and "Distributed Orthonormalized" in out
+    code, out, _ = call("show", "dion:smoke")
+    assert code == 0 and "2504.05295" in out and "embed/embedding" in out
+    code, out, _ = call("show", "dion", "--bibtex")
+    assert code == 0 and out.startswith("@misc{ahn2025dion") and "2504.05295" in out
+    assert call("--version")[1].strip() == __version__
+    code, out, _ = call()
+    assert code == 0 and "train" in out
+
+
+def test_help_lists_fields_without_a_device(call, monkeypatch):
+    monkeypatch.setattr(jax, "devices", lambda *a: pytest.fail("asked for devices"))
+    monkeypatch.setattr(jax, "device_count", lambda *a: pytest.fail("counted devices"))
+    code, out, _ = call("train", "dion:smoke", "--help")
+    assert code == 0
+    lines = [" ".join(x.split()) for x in out.splitlines()]
+    assert "--config.net.width int 64" in lines
+    assert "--config.optim.name str 'dion'" in lines
+    assert "--config.train.save_minutes float 1.0" in lines
+    code, out, _ = call("train", "--help")
+    assert code == 0 and "--workdir" in out and "with a NAME" in out
+
+
+def test_print_config_and_typed_override(call):
+    code, out, _ = call(
+        "train", "dion", "--print-config", "--config.optim.lr=1e-3",
+        "--config.net.layers=7", "--config.net.qk_norm=true",
+    )  # fmt: skip
+    assert code == 0
+    fields = {x.strip() for x in out.splitlines()}
+    assert {"lr: 0.001", "layers: 7", "qk_norm: true"} <= fields
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["train", "dion", "--config.optim.lrr=1"], "Did you mean"),
+        (["train", "dion", "--config.net.layers=many"], "many"),
+        (["train", "dion", "--config.net.layers=1.5"], "1.5"),
+        (["train", "dino"], "did you mean 'dion'?"),
+        (["show", "dino"], "did you mean 'dion'?"),
+        (["train", "dion:huge"], "unknown preset dion:huge"),
+        (["train", "dion", "--config=/nowhere.py"], "no config file"),
+        (["train", "dion:smoke", "--mesh=data:3"], "needs 3 devices, got 8"),
+        (["train", "dion:smoke", "--mesh=rows:8"], "--mesh: cannot read"),
+        (["train", "dion:smoke", "--profile=5"], "expected FIRST:LAST"),
+        (["train", "dion:smoke", "--config.data.path=/nowhere"], "does not exist"),
+        (["train", "dion:smoke", "--config.data.task=chess"], "config.data.task"),
+        (["eval", "/nowhere"], "holds no run"),
+        (["sample", "/nowhere"], "holds no run"),
+        (["export", "/nowhere", "x.safetensors"], "holds no run"),
+        (["plot", "/nowhere"], "no metrics.jsonl"),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else None,
+)
+def test_refused(call, arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = call(*arguments)
+    assert code == 1, err
+    assert err.startswith("jaxpapers: ") and message in err
+    assert "Traceback" not in err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["train", "dion", "--stepz=3"], "unknown argument '--stepz=3'"),
+        (["eval", "runs/x", "--config.net.width=3"], "eval takes no config fields"),
+        (["fly"], "invalid choice"),
+    ],
+)
+def test_unknown_arguments(call, arguments, message):
+    code, _, err = call(*arguments)
+    assert code == 2 and message in err
+
+
+def test_own_config_file(call, tmp_path):
+    mine = tmp_path / "my.py"
+    mine.write_text(
+        "from ml_collections import ConfigDict\n"
+        "def get_config(preset=None):\n"
+        "    return ConfigDict({'data': {'preset': str(preset), 'x': 1}}).lock()\n"
+    )
+    code, out, _ = call(
+        "train", "dion", f"--config={mine}:wide", "--print-config", "--config.data.x=4"
+    )
+    assert code == 0 and "preset: wide" in out and "x: 4" in out
+    mine.write_text("x = 1\n")
+    code, _, err = call("train", "dion", f"--config={mine}", "--print-config")
+    assert code == 1 and "get_config" in err
+
+
+@pytest.mark.parametrize("mesh", [None, "data:4,model:2"])
+def test_dry_run_writes_nothing(call, tiny, tmp_path, monkeypatch, mesh):
+    monkeypatch.chdir(tmp_path)
+    options = [f"--mesh={mesh}"] if mesh else []
+    code, out, _ = call("train", *tiny, "--dry-run", *options)
+    assert code == 0 and not list(tmp_path.iterdir())
+    assert "nothing written" in out and "per device: parameters" in out
+    assert ("'model': 2" in out) == bool(mesh)
+    assert "layers/mlp/down/kernel" in out and "parameters" in out
+
+
+def test_full_run_and_its_files(call, tiny, tmp_path):
+    code, out, _ = call("train", *tiny, f"--workdir={tmp_path / 'run'}")
+    assert code == 0
+    for word in ("order0", "gzip", "xz", "this model", "sample", "20/20", "total"):
+        assert word in out, word
+    found = {p.name for p in (tmp_path / "run").iterdir()}
+    assert found == {"checkpoints", "config.json", "loss.png", "metrics.jsonl"}
+    stored = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert stored["paper"] == "dion" and stored["config"]["net"]["width"] == 32
+    lines = records(tmp_path / "run")
+    assert [x["step"] for x in lines if "loss" in x] == [10, 20]
+    assert [x["step"] for x in lines if "validation_bits_quick" in x] == [10, 20]
+    assert {"validation_bits", "baseline_gzip"} <= set(lines[-1])
+
+
+def test_same_command_again_is_left_alone_and_fresh_refuses(call, tiny, finished):
+    before = records(finished)[-1]["validation_bits"]
+    code, out, _ = call("train", *tiny, f"--workdir={finished}")
+    assert code == 0 and "continuing from step 20" in out
+    assert records(finished)[-1]["validation_bits"] == before
+    code, _, err = call("train", *tiny, f"--workdir={finished}", "--fresh")
+    assert code == 1 and "holds checkpoints" in err
+
+
+def test_another_network_is_refused_and_the_run_stays_readable(call, tiny, finished):
+    stored = (finished / "config.json").read_text()
+    code, _, err = call(
+        "train", *tiny, f"--workdir={finished}", "--config.net.hidden=64"
+    )
+    assert code == 1 and "has shape" in err and "expects" in err
+    assert (finished / "config.json").read_text() == stored
+
+
+def test_eval_sample_plot_export(call, finished, tmp_path):
+    code, out, _ = call("eval", finished)
+    bits = records(finished)[-1]["validation_bits"]
+    assert code == 0 and f"{bits:.3f}" in out and "gzip" in out
+
+    texts = [call("sample", finished, "--prompt=def f", "--length=9")[1]] * 2
+    texts += [call("sample", finished, "--prompt=def f", "--length=9", "--seed=1")[1]]
+    assert texts[0] == texts[1] != texts[2]
+    assert texts[0].startswith("def f") and len(texts[0]) >= 15
+
+    code, out, _ = call("plot", finished, "--metric=loss", "-o", tmp_path / "a.png")
+    assert code == 0 and (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
+    code, _, err = call("plot", finished, "--metric=los", "-o", tmp_path / "b.png")
+    assert code == 1 and "has no metric 'los'" in err
+
+    out = tmp_path / "params.safetensors"
+    assert call("export", finished, out)[0] == 0
+    exported = load_file(out)
+    params = run.load_run(str(finished))[-1]
+    flat = jax.tree_util.tree_flatten_with_path(params)[0]
+    assert len(flat) == len(exported)
+    for path, leaf in flat:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        np.testing.assert_array_equal(exported[name], leaf)
+    with checkpoint.open_manager(finished / "checkpoints", read_only=True) as manager:
+        assert checkpoint.read_config(manager)["net"]["width"] == 32
+
+
+def test_fake_devices_and_mesh_and_profile(tiny, tmp_path):
+    environment = {
+        **os.environ,
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "jaxpapers", "train", *tiny, "--fake-devices=2",
+         "--mesh=data:1,model:2", "--profile=1:2", f"--workdir={tmp_path}",
+         "--config.train.steps=3", "--config.train.sample=0", "--quiet"],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "this model" in done.stdout
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+    assert "Traceback" not in done.stderr
+
+
+def test_every_command_is_one_function_of_run():
+    actions = {"list": "list_papers", "eval": "evaluate"}
+    parser = cli._parser()
+    commands = next(a for a in parser._actions if a.dest == "command").choices
+    assert set(commands) >= {"list", "show", "train", "eval", "sample", "plot", "export"}
+    for command in commands:
+        function = getattr(run, actions.get(command, command))
+        assert inspect.getdoc(function), command

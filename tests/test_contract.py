@@ -1,0 +1,289 @@
+"""What every paper's method promises, on its smoke config made small."""
+
+import shutil
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxpapers import checkpoint, papers, run, tasks
+from jaxpapers import mesh as meshes
+from jaxpapers import train as trainer
+
+SMALL = {
+    "dion": {
+        "data.context": 16, "data.batch": 8, "data.eval_batch": 8,
+        "net.width": 32, "net.layers": 2, "net.heads": 2,
+        "train.steps": 20, "train.sample": 0,
+    }
+}  # fmt: skip
+# Values that `make` has to refuse, and a word of the message.
+BAD = {
+    "dion": {
+        "net.heads": (5, "multiple of heads"),
+        "net.dtype": ("float64", "bfloat16"),
+        "optim.name": ("sgd", "dion, muon or adamw"),
+        "optim.rank_fraction": (1.5, "rank_fraction"),
+        "optim.mu": (-0.5, "mu"),
+        "optim.orthogonalize": ("lu", "orthogonalize"),
+        "optim.scalar": ("sgd", "scalar"),
+        "optim.cooldown": (1.5, "shares of the run"),
+        "train.accumulate": (0, "train.accumulate"),
+    }
+}
+MESHES = {"1x1": (1, 1), "8x1": (8, 1), "4x2": (4, 2), "2x4": (2, 4)}
+LINES = "".join(f"def f{i}(x):\n    return x + {i % 7}\n\n\n" for i in range(400))
+
+
+def grid(name):
+    data, model = MESHES[name]
+    shape = {"data": data, "model": model}
+    return meshes.make_mesh(shape, jax.devices()[: data * model])
+
+
+class Case(NamedTuple):
+    """One paper's method and data, and what was compiled of it."""
+
+    name: str
+    config: object
+    method: object
+    examples: object
+    compiled: dict
+
+    def on(self, mesh):
+        if mesh not in self.compiled:
+            self.compiled[mesh] = trainer.compile(
+                self.method, grid(mesh), self.batch(0)
+            )
+        return self.compiled[mesh]
+
+    def batch(self, index):
+        size = self.config.data.batch
+        return self.examples.batch(index * size, size)
+
+    def steps(self, mesh, count):
+        compiled = self.on(mesh)
+        state, losses = compiled.init(jax.random.key(0)), []
+        for i in range(count):
+            placed = meshes.put_batch(
+                self.batch(i), grid(mesh), self.config.data.batch
+            )
+            with jax.set_mesh(grid(mesh)):
+                state, metrics = compiled.step(state, placed)
+            losses.append(float(metrics["loss"]))
+        return jax.device_get(state), losses
+
+    def fit(self, mesh, steps, workdir=None, **kwargs):
+        return trainer.fit(
+            self.method, self.examples, steps=steps, batch=self.config.data.batch,
+            mesh=grid(mesh), workdir=workdir, **kwargs,
+        )  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=papers.NAMES)
+def case(request, tmp_path_factory):
+    name = request.param
+    path = tmp_path_factory.mktemp(name) / "text.py"
+    path.write_text(LINES)
+    fields = {**SMALL[name], "data.path": str(path)}
+    config = run.load_config(
+        f"{name}:smoke", [f"--config.{k}={v}" for k, v in fields.items()]
+    )
+    method = papers.load(name).make(config)
+    examples = tasks.load(config, method, grid("1x1")).examples
+    return Case(name, config, method, examples, {})
+
+
+class Record:
+    """A report that keeps everything."""
+
+    def __init__(self):
+        self.metrics = {}
+
+    def start(self, *args):
+        pass
+
+    def step(self, step, metrics):
+        self.metrics[step] = metrics
+
+
+def types(tree):
+    return jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), tree)
+
+
+def assert_bitwise(a, b):
+    chex.assert_trees_all_equal(*(jax.tree.map(_bits, x) for x in (a, b)))
+
+
+def _bits(x):
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        x = jax.random.key_data(x)
+    return np.asarray(x).view(np.uint8) if np.ndim(x) else np.asarray(x)
+
+
+def relative(a, b):
+    norm = np.linalg.norm(np.asarray(a, np.float64))
+    return np.linalg.norm(np.asarray(a, np.float64) - b) / max(norm, 1e-6)
+
+
+def test_init_needs_only_shapes_and_agrees_with_them(case):
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), case.batch(0)
+    )
+    abstract = jax.eval_shape(case.method.init, jax.random.key(0), shapes)
+    state = case.on("4x2").init(jax.random.key(0))
+    chex.assert_trees_all_equal_shapes_and_dtypes(abstract, state)
+    assert int(state.step) == 0
+
+
+def test_step_keeps_shapes_dtypes_and_shardings(case):
+    compiled, mesh = case.on("4x2"), grid("4x2")
+    state = compiled.init(jax.random.key(0))
+    before = types(state)
+    assert before == types(compiled.shapes)
+    batch = meshes.put_batch(case.batch(0), mesh, case.config.data.batch)
+    with jax.set_mesh(mesh):
+        state, metrics = compiled.step(state, batch)
+    assert types(state) == before
+    assert int(state.step) == 1
+    assert all(np.isfinite(float(x)) and x.ndim == 0 for x in metrics.values())
+    assert {"loss", "grad_norm"} <= set(metrics)
+    shardings = [x.sharding for x in jax.tree.leaves(state.params)]
+    assert not all(s.is_fully_replicated for s in shardings)
+
+
+def test_one_trace_per_step(case):
+    count = 0
+
+    def update(state, batch):
+        nonlocal count
+        count += 1
+        return case.method.update(state, batch)
+
+    counted = case._replace(method=case.method._replace(update=update), compiled={})
+    assert int(counted.steps("1x1", 3)[0].step) == 3
+    assert count == 1
+
+
+def test_gradient_reaches_every_parameter(case):
+    """Zero-initialised projections hide those below, so they are drawn here."""
+    config = case.config.copy_and_resolve_references().unlock()
+    if "init_residual" in config.get("net", {}):
+        config.net.init_residual = "scaled"
+    method = papers.load(case.name).make(config)
+    batch = jax.tree.map(jnp.asarray, case.batch(0))
+    state = jax.jit(method.init)(jax.random.key(0), batch)
+    grad = jax.jit(jax.grad(method.loss, has_aux=True))
+    key = jax.random.key(1)
+    first, _ = grad(state.params, batch, key)
+    chex.assert_tree_all_finite(first)
+    # A head that starts at zero also stops the first gradient: one plain step opens it.
+    params = jax.tree.map(lambda p, g: p - 0.1 * g, state.params, first)
+    second, _ = grad(params, batch, key)
+    chex.assert_tree_all_finite(second)
+    paths = jax.tree_util.tree_flatten_with_path(second)[0]
+    dead = [jax.tree_util.keystr(k) for k, g in paths if not jnp.abs(g).max() > 0]
+    assert not dead
+
+
+@pytest.mark.parametrize("mesh", ["8x1", "4x2", "2x4"])
+def test_same_numbers_on_every_mesh(case, mesh):
+    expected, losses = case.steps("1x1", 3)
+    state, found = case.steps(mesh, 3)
+    np.testing.assert_allclose(found, losses, rtol=1e-5)
+    differences = jax.tree.map(relative, expected.params, state.params)
+    assert max(jax.tree.leaves(differences)) < 1e-4, differences
+
+
+def test_loss_falls(case):
+    _, losses = case.steps("1x1", 20)
+    assert np.mean(losses[-3:]) < 0.8 * losses[0], losses
+
+
+def test_resume_is_bitwise_and_works_on_another_mesh(case, tmp_path):
+    whole, parts = Record(), Record()
+    expected = case.fit("4x2", 4, report=whole)
+    case.fit("4x2", 2, tmp_path / "run", report=Record(), save_every=2)
+    other = case.fit("2x4", 3, shutil.copytree(tmp_path / "run", tmp_path / "other"))
+    state = case.fit("4x2", 4, tmp_path / "run", report=parts)
+    assert_bitwise(expected, state)
+    assert set(parts.metrics) == {3, 4}
+    assert parts.metrics == {k: whole.metrics[k] for k in (3, 4)}
+    with checkpoint.open_manager(tmp_path / "run" / "checkpoints") as manager:
+        assert manager.latest_step() == 4
+        assert checkpoint.restore(manager, case.on("4x2").shapes)[1] == 32
+
+    three, _ = case.steps("4x2", 3)
+    differences = jax.tree.map(relative, three.params, jax.device_get(other.params))
+    assert max(jax.tree.leaves(differences)) < 1e-4, differences
+    assert types(other) == types(case.on("2x4").shapes)
+
+
+def test_make_refuses_bad_values(case):
+    def attempt(config):
+        method = papers.load(case.name).make(config)
+        jax.eval_shape(method.init, jax.random.key(0), case.batch(0))
+
+    for field, (value, message) in BAD[case.name].items():
+        config = case.config.copy_and_resolve_references().unlock()
+        config.update_from_flattened_dict({field: value})
+        with pytest.raises((ValueError, TypeError), match=message):
+            attempt(config)
+
+
+def test_accumulation_agrees_with_the_whole_batch(case):
+    config = case.config.copy_and_resolve_references().unlock()
+    config.train.accumulate = 2
+    method = papers.load(case.name).make(config)
+    compiled = trainer.compile(method, grid("1x1"), case.batch(0))
+    batch = meshes.put_batch(case.batch(0), grid("1x1"), config.data.batch)
+    with jax.set_mesh(grid("1x1")):
+        state, metrics = compiled.step(compiled.init(jax.random.key(0)), batch)
+    expected, losses = case.steps("1x1", 1)
+    assert float(metrics["loss"]) == pytest.approx(losses[0], rel=1e-6)
+    differences = jax.tree.map(relative, expected.params, jax.device_get(state.params))
+    assert max(jax.tree.leaves(differences)) < 1e-4, differences
+
+
+@pytest.fixture(scope="module")
+def trained(case):
+    return jax.tree.map(jnp.asarray, case.steps("1x1", 20)[0].params)
+
+
+def test_dion_sampler(case, trained):
+    if case.name != "dion":
+        pytest.skip("samplers have signatures of their own")
+    prompt = jnp.asarray(case.batch(0)["tokens"][:3, :5])
+    sample = jax.jit(
+        lambda key, temperature=1.0: case.method.sampler(
+            trained, key, prompt, length=7, temperature=temperature, vocab_size=256
+        ),
+        static_argnums=1,
+    )
+    first = sample(jax.random.key(0))
+    chex.assert_shape(first, (3, 7))
+    assert first.dtype == jnp.int32 and int(first.max()) < 256
+    np.testing.assert_array_equal(first, sample(jax.random.key(0)))
+    assert (first != sample(jax.random.key(1))).any()
+    greedy = np.asarray(sample(jax.random.key(0), 0.0))
+    np.testing.assert_array_equal(greedy, sample(jax.random.key(1), 0.0))
+
+    # The cache's choice at every position is that of the full forward pass.
+    net = papers.load("dion").network(case.config)
+    tokens = jnp.concatenate([prompt, greedy], 1)
+    logits = net.apply({"params": trained}, tokens)[:, 4:-1, :256]
+    np.testing.assert_array_equal(logits.argmax(-1), greedy)
+
+
+@pytest.mark.parametrize(
+    "change", [{"length": 0}, {"temperature": -1.0}, {"prompt": jnp.zeros((1, 0), int)}]
+)
+def test_dion_sampler_refuses(case, trained, change):
+    if case.name != "dion":
+        pytest.skip("samplers have signatures of their own")
+    options = {"prompt": jnp.zeros((1, 2), int), "length": 1, **change}
+    with pytest.raises(ValueError, match="sampler needs"):
+        case.method.sampler(trained, jax.random.key(0), **options)
