@@ -25,17 +25,17 @@ def get_config(preset: str | None = None) -> ConfigDict:
                 "task": "language_model",
                 "path": "",  # text file, folder or *.bin shards; "": standard library
                 "validation_fraction": 0.05,
-                "context": 256,
+                "context": 128,
                 "batch": 16,
-                "eval_batch": 32,
+                "eval_batch": 64,
                 "quick_tokens": 32_768,  # of an evaluation during training
                 "seed": 0,
             },
             "net": {
                 "vocab_size": 264,
-                "width": 192,
+                "width": 128,
                 "layers": 4,
-                "heads": 4,
+                "heads": 2,
                 "kv_heads": 0,
                 "head_dim": 0,
                 "hidden": 0,
@@ -51,7 +51,7 @@ def get_config(preset: str | None = None) -> ConfigDict:
             "optim": {
                 "name": "dion",
                 "lr": 0.02,
-                "scalar_lr": 0.0,  # 0: as lr
+                "scalar_lr": 0.005,  # of what is no hidden matrix; 0: as lr
                 "weight_decay": 0.01,
                 "warmup": 0.0,  # shares of the run
                 "cooldown": 0.4,
@@ -67,7 +67,7 @@ def get_config(preset: str | None = None) -> ConfigDict:
                 "b2": 0.95,
             },
             "train": {
-                "steps": 500,
+                "steps": 900,
                 "accumulate": 1,
                 "seed": 0,
                 "eval_every": 100,
@@ -82,14 +82,15 @@ def get_config(preset: str | None = None) -> ConfigDict:
         }
     )
     if preset == "smoke":
-        config.data.update(context=64, batch=8, quick_tokens=4096, eval_batch=64)
+        config.data.update(context=64, batch=8, quick_tokens=4096)
         config.net.update(width=64, layers=1, heads=2, unroll=1)
-        config.train.update(steps=60, eval_every=0, sample=80)
+        config.train.update(steps=200, eval_every=50, sample=80)
     elif preset == "standard":
-        config.net.update(width=320, layers=6, heads=5, unroll=6)
+        config.data.update(context=256)
+        config.net.update(width=256, layers=6, heads=4, unroll=6)
         config.train.update(steps=3000, eval_every=500, save_minutes=5.0)
     elif preset == "adamw":
-        config.optim.update(name="adamw", lr=3e-3)
+        config.optim.update(name="adamw", lr=0.005, scalar_lr=0.0)
     elif preset == "muon":
         config.optim.update(name="muon")
     elif preset == "160m":

@@ -43,11 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _list(options, overrides) -> int:
-    from rich.console import Console
+    from jaxpapers import report, run
 
-    from jaxpapers import run
-
-    Console(highlight=False).print(run.list_papers())
+    report.make_console().print(run.list_papers())
     return 0
 
 

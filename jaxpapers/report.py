@@ -293,7 +293,7 @@ def plot(
     return Path(out)
 
 
-def _short(value: float) -> str:
+def _short(value: int | float) -> str:
     for unit in ("", "k", "M", "G", "T"):
         if value < 1000 or unit == "T":
             return f"{value:.3g} {unit}" if unit else f"{value:.0f} "

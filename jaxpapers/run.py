@@ -21,7 +21,7 @@ def list_papers() -> Table:
     """Table of the methods that are here."""
     table = Table(box=None, pad_edge=False)
     for column in ("name", "title", "year", "field", "smoke preset"):
-        table.add_column(column)
+        table.add_column(column, no_wrap=column != "smoke preset")
     for name, paper in papers.NAMES.items():
         table.add_row(name, paper.title, str(paper.year), paper.field, paper.smoke)
     return table
@@ -61,16 +61,18 @@ def load_config(
     if not hasattr(module, "get_config"):
         raise ValueError(f"config file {source} has no function get_config(preset)")
     values = flags.FlagValues()
-    config_flags.DEFINE_config_dict(
-        "config",
-        module.get_config(preset or None),
-        flag_values=values,
-        sys_argv=["jaxpapers", *overrides],
-    )
+    config = module.get_config(preset or None)
+    arguments = ["jaxpapers", *overrides]
     try:
-        rest = values(["jaxpapers", *overrides])[1:]
+        config_flags.DEFINE_config_dict(
+            "config", config, flag_values=values, sys_argv=arguments
+        )
+        rest = values(arguments)[1:]
     except (flags.Error, AttributeError, KeyError) as e:
-        raise ValueError(" ".join(str(e).split())) from None
+        reason: Any = e
+        while isinstance(reason, Exception) and reason.args:
+            reason = reason.args[0]  # An error of an error of a text.
+        raise ValueError("config: " + " ".join(str(reason).split())) from None
     if rest:
         raise ValueError(
             f"unknown argument {rest[0]!r}; config fields are set as "

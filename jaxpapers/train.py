@@ -95,7 +95,7 @@ def fit(
     evaluate: Callable[[Any], dict[str, float]] | None = None,
     eval_every: int = 0,
     save_every: int = 0,
-    save_minutes: float = 0,
+    save_minutes: int | float = 0,
     keep: int = 2,
     init_from: str | None = None,
     report: Any = None,
@@ -242,7 +242,7 @@ def _loop(
     return state
 
 
-def _agreed(seconds: float, step: int) -> float:
+def _agreed(seconds: int | float, step: int) -> float:
     """The first process's clock, now and then: all have to save at the same step."""
     if jax.process_count() == 1:
         return seconds

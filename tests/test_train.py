@@ -165,7 +165,7 @@ def test_save_by_minutes(tmp_path, monkeypatch):
     clock = types.SimpleNamespace(monotonic=lambda: 25.0 * len(examples.events))
     monkeypatch.setattr(trainer, "time", clock)
     # Each step is a batch and, a step later, its metrics: 50 s; a minute is two steps.
-    fit(7, tmp_path, examples, save_minutes=1, keep=99)
+    fit(7, tmp_path, examples, save_minutes=1.0, keep=99)
     assert saved(tmp_path) == [2, 4, 6, 7]
 
 

@@ -9,7 +9,7 @@ method       passes                                         sent per matrix
 ============ ============================================== =====================
 ``scqr``     2 shifted + 2 plain Cholesky QR, jittered      4 Grams (r, r)
 ``cqr2``     2 Cholesky QR (accurate for cond(p) < 1e3)     2 Grams (r, r)
-``rcqr``     sketch, Householder QR of it, 1 Cholesky QR    (k, r) + (r, r)
+``rcqr``     sketch, Householder QR of it, 2 Cholesky QR    (k, r) + 2 (r, r)
 ``qr``       Householder QR of each shard, then of the      shards' R factors
              stacked R factors (tall-skinny QR)
 ============ ============================================== =====================
@@ -110,8 +110,11 @@ def _orthonormalize(
             p = _cholesky_qr(p, axis_name, "on_failure")
             basis = _cholesky_qr(p, axis_name, "if_skewed")
         else:
+            # The reference stops after one pass and is not orthonormal when p has fewer
+            # than r non-zero rows.
             p = _sketch_qr(p, axis_name, rows)
-            basis = _cholesky_qr(p, axis_name, "on_failure")
+            p = _cholesky_qr(p, axis_name, "on_failure")
+            basis = _cholesky_qr(p, axis_name, "if_skewed")
     return jnp.where(zero, 0, basis), zero
 
 
@@ -212,8 +215,8 @@ def _positive_qr(p: Array) -> tuple[Array, Array]:
 def _per_matrix(f: Callable, *xs: Array) -> Any:
     """``f`` on each (m, n) of the leading axes: one after the other on a CPU.
 
-    Batched LAPACK calls that run beside other work lose a wake-up in jaxlib 0.10's CPU
-    runtime, and the program hangs; single ones do not, at the same speed.
+    A batched LAPACK call of jaxlib 0.10 waits for workers of the thread pool that it
+    runs on: two at once on two cores wait for ever. Single ones do not, and cost no more.
     """
     batch = xs[0].shape[:-2]
     if math.prod(batch) == 1:

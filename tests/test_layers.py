@@ -1,0 +1,148 @@
+"""Imports go one way, and nothing touches JAX before it has to."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "jaxpapers"
+FILES = sorted(PACKAGE.rglob("*.py"))
+# First part of a module inside jaxpapers -> what it may import from jaxpapers.
+ALLOWED = {
+    "ops": {"ops"},
+    "optim": {"optim", "ops"},
+    "nets": {"nets", "ops"},
+    "data": {"data"},
+    "method": set(),
+    "papers": {"papers", "ops", "nets", "optim", "method"},
+    "mesh": {"method"},
+    "checkpoint": {"method"},
+    "report": {"method"},
+    "train": {"mesh", "checkpoint", "method", "report"},
+    "tasks": {"tasks", "data", "mesh", "method", "papers"},
+    "run": {"checkpoint", "mesh", "papers", "report", "tasks", "train"},
+    "cli": {"mesh", "papers", "report", "run", "train"},
+    "__main__": {"cli"},
+    "__init__": {"optim"},
+}
+# Third-party package -> first parts of the modules that may import it.
+OWNERS = {
+    "orbax": {"checkpoint"},
+    "flax": {"nets", "papers"},
+    "ml_collections": {"run", "cli"},
+    "absl": {"run", "cli"},
+    "matplotlib": {"report"},
+    "tensorboardX": {"report"},
+    "wandb": {"report"},
+    "safetensors": {"run"},
+}
+# What the modules of pure arrays may import at all, besides the standard library.
+OUTSIDE = {
+    "method": {"jax", "optax"},
+    "data": {"numpy"},
+    "ops": {"jax", "jaxtyping", "numpy"},
+    "optim": {"jax", "jaxtyping", "numpy", "optax"},
+    "nets": {"flax", "jax", "jaxtyping", "numpy"},
+    "papers": {"flax", "jax", "jaxtyping", "numpy", "optax"},
+}
+
+
+def part(file):
+    """optim for jaxpapers/optim/dion.py, mesh for jaxpapers/mesh.py."""
+    return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(source):
+    """Dotted names that a source imports, anywhere in it, with what it takes of them."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, "relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def violations(file, source):
+    """Imports of a file that the tables above forbid."""
+    here = part(file)
+    for name in imports(source):
+        top, *rest = name.split(".")
+        if top == "jaxpapers":
+            if rest[0] != "__version__" and rest[0] not in ALLOWED[here]:
+                yield name
+            is_paper = here == "papers" and file.stem != "__init__"
+            if is_paper and rest[0] == "papers" and rest[1:2] != [file.stem]:
+                yield name
+        elif top in OWNERS and here not in OWNERS[top]:
+            yield name
+        elif here in OUTSIDE and top not in OUTSIDE[here] | sys.stdlib_module_names:
+            yield name
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))
+def test_imports_go_one_way(file):
+    assert not list(violations(file, file.read_text()))
+
+
+@pytest.mark.parametrize(
+    "file, source",
+    [
+        ("optim/dion.py", "from jaxpapers.nets import transformer"),
+        ("nets/transformer.py", "import jaxpapers.papers.dion"),
+        ("data/text.py", "import jax"),
+        ("data/text.py", "def f():\n    import optax"),
+        ("papers/dion.py", "from jaxpapers import train"),
+        ("papers/dion.py", "from jaxpapers.papers import din"),
+        ("papers/dion.py", "from jaxpapers.data import text"),
+        ("mesh.py", "from jaxpapers import checkpoint"),
+        ("train.py", "import orbax.checkpoint as ocp"),
+        ("train.py", "from jaxpapers import tasks"),
+        ("method.py", "import flax.linen as nn"),
+        ("train.py", "from ml_collections import ConfigDict"),
+    ],
+)
+def test_a_wrong_import_is_found(file, source):
+    assert list(violations(PACKAGE / file, source))
+
+
+def test_no_drawers():
+    drawers = {"utils", "util", "common", "base", "helpers", "misc"}
+    assert not [f for f in FILES if drawers & {f.stem, f.parent.name}]
+
+
+def test_sizes_of_the_infrastructure():
+    lines = {f.name: len(f.read_text().splitlines()) for f in PACKAGE.glob("*.py")}
+    assert not {name: n for name, n in lines.items() if n > 350}
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import jaxpapers, jaxpapers.cli",
+        "from jaxpapers import cli; cli.main(['--version'])",
+        "from jaxpapers import cli; cli.main(['list', '--help'])",
+        "from jaxpapers import cli; cli.main(['train', '--help'])",
+        "from jaxpapers import cli; cli.main(['show', 'dion', '--bibtex'])",
+        "from jaxpapers.data import text; text.load",
+    ],
+)
+def test_jax_is_not_imported(code):
+    heavy = "{'jax', 'flax', 'optax', 'orbax', 'absl', 'matplotlib'}"
+    check = f"import sys; sys.exit(' '.join({heavy} & set(sys.modules)))"
+    code = f"try:\n    {code}\nexcept SystemExit as e:\n    assert not e.code\n{check}"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and not done.stderr, done.stderr
+
+
+def test_run_does_not_parse_anyones_flags():
+    code = (
+        "import sys; sys.argv[1:] = ['--other=1']; from absl import flags; "
+        "before = set(flags.FLAGS); from jaxpapers import run; "
+        "run.load_config('dion'); assert set(flags.FLAGS) == before"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
