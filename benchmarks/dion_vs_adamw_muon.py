@@ -33,15 +33,15 @@ from jaxpapers.data import text  # noqa: E402
 
 MODEL = {
     "data.context": 128,
-    "data.batch": 16,
+    "data.batch": 8,
     "net.width": 96,
     "net.layers": 2,
     "net.heads": 2,
     "net.unroll": 2,
-    "train.steps": 400,
+    "train.steps": 500,
     "optim.clip": 1.0,
 }
-SCALAR_LR = 0.008
+SCALAR_LR = 0.01
 GRID = {
     "adamw": (0.002, 0.004, 0.008, 0.016),
     "muon": (0.005, 0.01, 0.02, 0.04),

@@ -26,9 +26,9 @@ def get_config(preset: str | None = None) -> ConfigDict:
                 "path": "",  # text file, folder or *.bin shards; "": standard library
                 "validation_fraction": 0.05,
                 "context": 128,
-                "batch": 16,
+                "batch": 8,
                 "eval_batch": 64,
-                "quick_tokens": 32_768,  # of an evaluation during training
+                "quick_tokens": 16_384,  # of an evaluation during training
                 "seed": 0,
             },
             "net": {
@@ -50,8 +50,8 @@ def get_config(preset: str | None = None) -> ConfigDict:
             },
             "optim": {
                 "name": "dion",
-                "lr": 0.02,
-                "scalar_lr": 0.005,  # of what is no hidden matrix; 0: as lr
+                "lr": 0.01,
+                "scalar_lr": 0.01,  # of what is no hidden matrix; 0: as lr
                 "weight_decay": 0.01,
                 "warmup": 0.0,  # shares of the run
                 "cooldown": 0.4,
@@ -67,10 +67,10 @@ def get_config(preset: str | None = None) -> ConfigDict:
                 "b2": 0.95,
             },
             "train": {
-                "steps": 900,
+                "steps": 1600,
                 "accumulate": 1,
                 "seed": 0,
-                "eval_every": 100,
+                "eval_every": 400,
                 "save_every": 0,
                 "save_minutes": 1.0,
                 "keep": 2,
@@ -82,13 +82,13 @@ def get_config(preset: str | None = None) -> ConfigDict:
         }
     )
     if preset == "smoke":
-        config.data.update(context=64, batch=8, quick_tokens=4096)
+        config.data.update(context=64, quick_tokens=4096)
         config.net.update(width=64, layers=1, heads=2, unroll=1)
         config.train.update(steps=200, eval_every=50, sample=80)
     elif preset == "standard":
         config.data.update(context=256)
-        config.net.update(width=256, layers=6, heads=4, unroll=6)
-        config.train.update(steps=3000, eval_every=500, save_minutes=5.0)
+        config.net.update(width=192, layers=6, heads=3, unroll=6)
+        config.train.update(steps=4000, eval_every=500, save_minutes=5.0)
     elif preset == "adamw":
         config.optim.update(name="adamw", lr=0.005, scalar_lr=0.0)
     elif preset == "muon":
@@ -97,6 +97,7 @@ def get_config(preset: str | None = None) -> ConfigDict:
         config.data.update(context=1024, batch=1024, eval_batch=64)
         config.net.update(vocab_size=50304, width=768, layers=12, heads=6, unroll=1)
         config.net.update(dtype="bfloat16", remat=True)
-        config.optim.update(rank_fraction=0.5, cooldown=0.2, clip=0.0)
+        config.optim.update(lr=0.02, scalar_lr=0.0, scalar="lion", b2=0.98)
+        config.optim.update(rank_fraction=0.5, cooldown=0.2, clip=0.0, b1=0.95)
         config.train.update(steps=3000, eval_every=250, save_minutes=20.0, sample=0)
     return config.lock()

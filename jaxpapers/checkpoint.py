@@ -76,15 +76,14 @@ def restore(
             state=ocp.args.StandardRestore(target), data=ocp.args.JsonRestore()
         ),
     )
-    return restored.state, int(restored.data["next_index"])
+    return restored["state"], int(restored["data"]["next_index"])
 
 
 def read_config(manager: ocp.CheckpointManager, step: int | None = None) -> dict:
     """The resolved config that a checkpoint was written with."""
     step = _step(manager, step)
-    return manager.restore(
-        step, args=ocp.args.Composite(config=ocp.args.JsonRestore())
-    ).config
+    items = ocp.args.Composite(config=ocp.args.JsonRestore())
+    return manager.restore(step, args=items)["config"]
 
 
 def restore_params(directory: str | Path, target: Any) -> Any:
@@ -103,9 +102,8 @@ def restore_params(directory: str | Path, target: Any) -> Any:
             ),
             partial_restore=True,
         )
-        return manager.restore(step, args=ocp.args.Composite(state=partial)).state[
-            "params"
-        ]
+        restored = manager.restore(step, args=ocp.args.Composite(state=partial))
+        return restored["state"]["params"]
 
 
 def abstract(state: Any, shardings: Any) -> Any:

@@ -139,7 +139,7 @@ class _TrainHelp(argparse.Action):
             try:
                 config = run.load_config(target)
             except ValueError as e:
-                parser.error(str(e))
+                return parser.error(str(e))
             print(f"\nconfig fields of {target} (--config.group.field=value):")
             for group, fields in sorted(config.items()):
                 for field, value in sorted(fields.items()):

@@ -160,7 +160,7 @@ def batch_rows(mesh: Mesh, size: int) -> slice:
             f"{count * max(round(size / count), 1)}"
         )
     index = sharding.addressable_devices_indices_map((size,)).values()
-    spans = [s[0].indices(size) for s in index]
+    spans = [s[0].indices(size) for s in index if s is not None]
     return slice(min(a for a, _, _ in spans), max(b for _, b, _ in spans))
 
 

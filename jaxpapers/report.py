@@ -255,12 +255,10 @@ def plot(
       ModuleNotFoundError: without matplotlib.
       ValueError: a run has no such metric.
     """
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    figure = Figure(figsize=(7, 4.2), layout="constrained")  # No global pyplot state.
+    axes = figure.subplots()
     shown: list[float] = []
     for run in runs:
         records = read_metrics(run)
@@ -289,13 +287,12 @@ def plot(
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, fontsize=8)
     figure.savefig(out, dpi=150)
-    plt.close(figure)
     return Path(out)
 
 
 def _short(value: int | float) -> str:
     for unit in ("", "k", "M", "G", "T"):
-        if value < 1000 or unit == "T":
+        if value < 999.5 or unit == "T":
             return f"{value:.3g} {unit}" if unit else f"{value:.0f} "
         value /= 1000
     return ""

@@ -193,7 +193,7 @@ def train(
     if config.train.sample:
         text = _sample(task, state.params, config, config.train.prompt)
         console.print("[bold]sample[/]")
-        console.print(config.train.prompt + text, markup=False)
+        console.print(config.train.prompt + text, markup=False, soft_wrap=True)
     if jax.process_index() == 0:
         try:
             report.plot([folder], task.metric, folder / "loss.png", task.baselines)

@@ -68,9 +68,7 @@ class Case(NamedTuple):
         compiled = self.on(mesh)
         state, losses = compiled.init(jax.random.key(0)), []
         for i in range(count):
-            placed = meshes.put_batch(
-                self.batch(i), grid(mesh), self.config.data.batch
-            )
+            placed = meshes.put_batch(self.batch(i), grid(mesh), self.config.data.batch)
             with jax.set_mesh(grid(mesh)):
                 state, metrics = compiled.step(state, placed)
             losses.append(float(metrics["loss"]))

@@ -81,7 +81,7 @@ class Attention(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x, positions, key_cache=None, value_cache=None):
+    def __call__(self, x, positions, key_cache: Any = None, value_cache: Any = None):
         """(B, T, D) -> (B, T, D) and the caches with this call's keys and values."""
         rows = x.reshape(-1, x.shape[-1])
 
@@ -156,7 +156,7 @@ class Block(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x, caches, positions):
+    def __call__(self, x, caches: Any, positions):
         """Carry x (B, T, D); scanned input and output: this layer's caches or None."""
         y, caches = Attention(
             self.heads,
@@ -192,10 +192,11 @@ class Transformer(nn.Module):
       remat: recompute each block in the backward pass.
       dtype: of activations; parameters are float32.
       epsilon: of the norms.
-      init_residual: ``scaled`` draws the projections into the residual stream with variance
+      init_residual: ``scaled`` draws the projections into the residual stream with
+        variance
         1 / (2 L fan_in); ``zero`` starts every block as the identity.
-      unroll: layers per iteration of the scan. All of them compiles longer, but a CPU
-        runs the body of a loop on fewer threads.
+      unroll: layers per iteration of the scan. All of them compiles longer, but a
+        CPU runs the body of a loop on fewer threads.
     """
 
     vocab_size: int
@@ -300,7 +301,8 @@ class Transformer(nn.Module):
         logits = logits.astype(jnp.float32)
         if cache is None:
             return logits
-        return logits, Cache(*caches, cache.length + tokens.shape[1])
+        key, value = caches
+        return logits, Cache(key, value, cache.length + tokens.shape[1])
 
     def init_cache(self, batch: int, length: int) -> Cache:
         """Empty cache for ``length`` positions of ``batch`` sequences."""

@@ -211,12 +211,13 @@ def network(config: Any) -> transformer.Transformer:
     Raises:
       ValueError: sizes that do not fit each other, or an unknown dtype.
     """
-    c = dict(config.net)
+    c: dict[str, Any] = dict(config.net)
     if c["dtype"] not in ("float32", "bfloat16"):
         raise ValueError(
             f"config.net.dtype must be float32 or bfloat16, got {c['dtype']!r}"
         )
-    net = transformer.Transformer(**{**c, "dtype": jnp.dtype(c["dtype"])})
+    c["dtype"] = jnp.dtype(c["dtype"])
+    net = transformer.Transformer(**c)
     net.sizes()
     return net
 

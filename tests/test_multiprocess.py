@@ -1,0 +1,143 @@
+"""Two processes of two devices train as one process of four."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from jaxpapers import mesh, papers, run, tasks, train
+
+ROOT = Path(__file__).parent.parent
+SMALL = {"data.context": 16, "data.batch": 8, "data.eval_batch": 8,
+         "net.width": 32, "net.heads": 2}  # fmt: skip
+
+START = """
+import sys
+import jax
+rank, port, folder = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 2)
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(f"localhost:{port}", 2, rank)
+assert jax.device_count() == 4 and jax.process_count() == 2
+import numpy as np
+from jax.experimental import multihost_utils
+from jaxpapers import mesh, train
+grid = mesh.make_mesh({"data": 4})
+assert mesh.batch_rows(grid, 8) == slice(4 * rank, 4 * rank + 4)
+"""
+
+MODEL = """
+from jaxpapers import papers, run, tasks
+config = run.load_config("dion:smoke", sys.argv[4:])
+method = papers.load("dion").make(config)
+task = tasks.load(config, method, grid)
+state = train.fit(method, task.examples, steps=2, batch=8, mesh=grid, workdir=folder)
+params = multihost_utils.process_allgather(state.params, tiled=True)
+bits = task.evaluate(state.params)["validation_bits"]
+named = jax.tree_util.tree_flatten_with_path(params)[0]
+flat = {jax.tree_util.keystr(k): v for k, v in named}
+np.savez(f"{folder}/{rank}.npz", bits=bits, **flat)
+"""
+
+LINE = """
+import jax.numpy as jnp, optax
+from jaxpapers.method import gradient
+class Examples:
+    def batch(self, start, size, rows):
+        if start == 24:
+            print("three", flush=True)
+        return {"x": np.arange(start, start + size, dtype=np.float32)[rows] % 5}
+def loss(params, batch, key):
+    return jnp.square(params["w"] * batch["x"] - 1).mean(), {}
+method = gradient(lambda key, batch: {"w": jnp.ones(())}, loss, optax.sgd(1e-3))
+try:
+    train.fit(method, Examples(), steps=10**6, batch=8, mesh=grid, workdir=folder)
+except train.Preempted as e:
+    print(e, flush=True)
+    sys.exit(train.PREEMPTED)
+"""
+
+
+def pair(script, folder, *arguments):
+    """Both processes of a script, started."""
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    environment = {
+        **os.environ,
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", START + script, str(rank), str(port), str(folder),
+             *arguments],
+            cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+
+
+def finish(processes):
+    """Exit codes, standard outputs and errors."""
+    try:
+        texts = [p.communicate(timeout=120) for p in processes]
+    finally:
+        for p in processes:
+            p.kill()
+    return [p.returncode for p in processes], *zip(*texts)
+
+
+def test_two_processes_agree_with_one(tmp_path):
+    corpus = tmp_path / "text.py"
+    corpus.write_text("def f(x):\n    return x + 1\n\n\n" * 100)
+    fields = {**SMALL, "data.path": corpus, "train.steps": 2}
+    overrides = [f"--config.{k}={v}" for k, v in fields.items()]
+    codes, _, errors = finish(pair(MODEL, tmp_path, *overrides))
+    assert codes == [0, 0], errors
+
+    config = run.load_config("dion:smoke", overrides)
+    method = papers.load("dion").make(config)
+    grid = mesh.make_mesh({"data": 4}, jax.devices()[:4])
+    task = tasks.load(config, method, grid)
+
+    def fit(**kwargs):
+        return train.fit(method, task.examples, steps=2, batch=8, mesh=grid, **kwargs)
+
+    # What two processes saved, one reads: it finds step 2 and has nothing to do.
+    for state in (fit(), fit(workdir=tmp_path)):
+        assert int(state.step) == 2
+        bits = task.evaluate(state.params)["validation_bits"]
+        for rank in range(2):
+            found = np.load(tmp_path / f"{rank}.npz")
+            assert float(found["bits"]) == pytest.approx(bits, rel=1e-5)
+            for path, leaf in jax.tree_util.tree_flatten_with_path(state.params)[0]:
+                np.testing.assert_allclose(
+                    found[jax.tree_util.keystr(path)], leaf, rtol=1e-4, atol=1e-5
+                )
+
+
+def test_a_signal_to_one_process_stops_both(tmp_path):
+    processes = pair(LINE, tmp_path)
+    try:
+        for line in processes[1].stdout:
+            if line.strip() == "three":
+                break
+        time.sleep(0.2)
+        os.kill(processes[1].pid, signal.SIGTERM)
+    finally:
+        codes, out, errors = finish(processes)
+    assert codes == [75, 75], errors
+    assert out[0].splitlines()[-1] == out[1].splitlines()[-1]
+    steps = [int(p.name) for p in (tmp_path / "checkpoints").iterdir()]
+    assert f"stopped at step {max(steps)} of" in out[0]

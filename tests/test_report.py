@@ -1,0 +1,158 @@
+"""Metric files, the parameter table, the picture."""
+
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+from rich.console import Console
+
+from jaxpapers import mesh as meshes
+from jaxpapers import method, report, train
+
+
+def write(path, *records):
+    writer = report.JsonlWriter(path / "metrics.jsonl")
+    for step, values in records:
+        writer.write(step, values)
+    writer.close()
+
+
+def test_jsonl_round_trip(tmp_path):
+    write(tmp_path, (1, {"loss": 2.5}), (2, {"loss": 0.1 + 0.2}), (2, {"bits": 1.0}))
+    found = report.read_metrics(tmp_path)
+    assert found == report.read_metrics(tmp_path / "metrics.jsonl")
+    assert [x.pop("time") > 1e9 for x in found] == [True] * 3
+    # Metrics and evaluation of one step are two records.
+    assert sorted(found, key=str) == sorted(
+        [{"step": 1, "loss": 2.5}, {"step": 2, "loss": 0.1 + 0.2},
+         {"step": 2, "bits": 1.0}], key=str,
+    )  # fmt: skip
+
+
+def test_of_a_repeated_step_the_last_counts(tmp_path):
+    write(tmp_path, *((i, {"loss": float(i)}) for i in (1, 2, 3)))
+    write(tmp_path, *((i, {"loss": 10.0 * i}) for i in (2, 3, 4)))
+    found = [(x["step"], x["loss"]) for x in report.read_metrics(tmp_path)]
+    assert found == [(1, 1.0), (2, 20.0), (3, 30.0), (4, 40.0)]
+
+
+def test_a_line_cut_off_by_a_kill_costs_itself_only(tmp_path):
+    write(tmp_path, (1, {"loss": 1.0}), (2, {"loss": 2.0}))
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text()[:-9])
+    assert [x["step"] for x in report.read_metrics(tmp_path)] == [1]
+    write(tmp_path, (3, {"loss": 3.0}))
+    assert [x["step"] for x in report.read_metrics(tmp_path)] == [1, 3]
+
+
+def test_no_metrics(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no metrics.jsonl in"):
+        report.read_metrics(tmp_path)
+
+
+def text(renderable):
+    console = Console(width=140, highlight=False)
+    with console.capture() as capture:
+        console.print(renderable)
+    return [" ".join(x.split()) for x in capture.get().splitlines()]
+
+
+def test_parameter_table():
+    mesh = meshes.make_mesh({"data": 4, "model": 2})
+    split = jax.NamedSharding(mesh, P("data", "model"))
+    params = {
+        "w": {"kernel": jax.ShapeDtypeStruct((16, 8), jnp.float32, sharding=split)},
+        "a": jax.ShapeDtypeStruct((1000,), jnp.bfloat16),
+    }
+    found = text(report.parameter_table(params, {"w": {"kernel": "dion"}, "a": "lion"}))
+    assert found == [
+        "parameter shape dtype partition bytes/device optimizer",
+        "a 1000 bfloat16 whole 2,000 lion",
+        "w/kernel 16x8 float32 (data, model) 64 dion",
+        "total 1,128 parameters",
+    ]
+    assert text(report.parameter_table(params))[1] == "a 1000 bfloat16 whole 2,000"
+
+
+class Kept:
+    def __init__(self):
+        self.records, self.closed = [], False
+
+    def write(self, step, values):
+        self.records.append((step, values))
+
+    def close(self):
+        self.closed = True
+
+
+def compiled():
+    """What ``Report.start`` asks of a compiled step."""
+
+    def loss(params, batch, key):
+        return jnp.square(params["w"] * batch["x"]).mean(), {}
+
+    m = method.gradient(lambda key, batch: {"w": jnp.ones(())}, loss, optax.adam(0.1))
+    return train.compile(m, meshes.make_mesh(), {"x": jnp.ones(8)}), m
+
+
+def test_report_writes_every_tenth_and_the_last_step(capsys):
+    kept = Kept()
+    lines = report.Report(tokens_per_step=1000, writers=[kept], every=10)
+    lines.start(*compiled(), 5, 25)
+    for i in range(6, 26):
+        lines.step(i, {"loss": float(i)})
+    lines.evaluation(25, {"validation_bits": 1.25})
+    lines.close()
+    assert [s for s, _ in kept.records] == [10, 20, 25, 25]
+    assert kept.records[0][1]["loss"] == 10.0
+    assert kept.records[0][1]["steps_per_second"] > 0
+    assert kept.records[-1][1] == {"validation_bits": 1.25} and kept.closed
+    out = capsys.readouterr().out
+    assert "continuing from step 5" in out and "per device: parameters 4 B" in out
+    assert "25/25 loss 25.0000" in " ".join(out.split())
+    assert "validation_bits 1.2500" in out
+
+
+def test_quiet_prints_nothing(capsys):
+    lines = report.Report(tokens_per_step=1, quiet=True)
+    lines.start(*compiled(), 0, 1)
+    lines.step(1, {"loss": 1.0})
+    lines.close()
+    assert not capsys.readouterr().out
+
+
+def test_plot(tmp_path):
+    runs = [tmp_path / "a", tmp_path / "b"]
+    for run in runs:
+        run.mkdir()
+        write(run, *((i, {"loss": 1 / i, "bits": 2 / i}) for i in range(1, 31)))
+        write(run, (30, {"validation_bits": 0.5}))
+    out = report.plot(runs, "bits", tmp_path / "x.png", {"gzip": 1.5})
+    assert out.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and out.stat().st_size > 5000
+    report.plot(runs[:1], "loss", tmp_path / "y.png")
+    with pytest.raises(ValueError, match=r"no metric 'acc'; it has \['bits', 'loss'"):
+        report.plot(runs, "acc", tmp_path / "z.png")
+    assert not (tmp_path / "z.png").exists()
+    assert "matplotlib.pyplot" not in sys.modules  # A notebook keeps its backend.
+
+
+@pytest.mark.parametrize(
+    "value, short",
+    [
+        (0, "0 "), (7.4, "7 "), (999, "999 "), (1000, "1 k"), (1234, "1.23 k"),
+        (999_900, "1 M"), (5.1e6, "5.1 M"), (2.5e9, "2.5 G"), (3e12, "3 T"),
+        (4.2e15, "4.2e+03 T"),
+    ],
+)  # fmt: skip
+def test_short_numbers(value, short):
+    assert report._short(value) == short
+
+
+def test_records_are_plain_json(tmp_path):
+    write(tmp_path, (1, {"loss": 1.0}))
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert list(json.loads(line)) == ["step", "time", "loss"]
