@@ -135,23 +135,24 @@ def _check_match(manager, step: int, target: Any, prefix: str = "") -> None:
     """Compares leaves with the stored metadata before orbax reads anything."""
     # Not manager.item_metadata: it knows nothing of items that it has not written.
     reader = ocp.PyTreeCheckpointHandler()
-    stored = _shapes(reader.metadata(manager.directory / str(step) / "state").tree)
+    stored = _forms(reader.metadata(manager.directory / str(step) / "state").tree)
     if prefix:
         stored = {k[len(prefix) + 1 :]: v for k, v in stored.items()
                   if k.startswith(f"{prefix}/")}  # fmt: skip
-    expected = _shapes(target)
-    for name, shape in expected.items():
+    expected = _forms(target)
+    for name, form in expected.items():
         if name not in stored:
             raise ValueError(
                 f"checkpoint {manager.directory}/{step} has no leaf {name!r}, which this "
                 "config has; use the config that wrote it, or another --workdir"
             )
-        if stored[name] != shape:
-            raise ValueError(
-                f"checkpoint {manager.directory}/{step}: leaf {name!r} has shape "
-                f"{stored[name]}, this config expects {shape}; use the config that wrote "
-                "it (config.json beside it), or another --workdir"
-            )
+        for what, found, wanted in zip(("shape", "dtype"), stored[name], form):
+            if found != wanted:
+                raise ValueError(
+                    f"checkpoint {manager.directory}/{step}: leaf {name!r} has {what} "
+                    f"{found}, this config expects {wanted}; use the config that wrote "
+                    "it (config.json beside it), or another --workdir"
+                )
     extra = sorted(set(stored) - set(expected))
     if extra:
         raise ValueError(
@@ -160,17 +161,17 @@ def _check_match(manager, step: int, target: Any, prefix: str = "") -> None:
         )
 
 
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    """Path -> shape. Stored trees are dicts and lists, so names are compared as text."""
+def _forms(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Path -> (shape, dtype). Stored trees are dicts and lists: names compare as text."""
 
-    def shape(leaf: Any) -> tuple[int, ...]:
+    def form(leaf: Any) -> tuple[tuple[int, ...], str]:
         if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             leaf = jax.eval_shape(jax.random.key_data, leaf)  # Stored as its words.
-        return tuple(leaf.shape)
+        return tuple(leaf.shape), str(leaf.dtype)
 
     flat = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): shape(leaf)
+        jax.tree_util.keystr(path, simple=True, separator="/"): form(leaf)
         for path, leaf in flat
         if hasattr(leaf, "shape") and leaf.shape is not None
     }

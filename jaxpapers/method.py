@@ -114,7 +114,10 @@ def gradient(
             part, i = micro
             grads, metrics = value_and_grad(params, part, jax.random.fold_in(key, i))
             weight = metrics.get("weight", jnp.ones(()))
-            scaled = jax.tree.map(lambda x: x * weight, (grads, metrics))
+            # A micro-batch without weight counts for nothing, even if its mean is NaN.
+            scaled = jax.tree.map(
+                lambda x: jnp.where(weight == 0, 0, x * weight), (grads, metrics)
+            )
             return jax.tree.map(jnp.add, total, (scaled, weight)), None
 
         parts = jax.tree.map(cut, batch)

@@ -138,23 +138,27 @@ def fit(
     shapes = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype), local
     )
-    compiled = compile(method, mesh, shapes)
-    manager = (
-        ckpt.open_manager(Path(workdir) / "checkpoints", keep=keep) if workdir else None
-    )
-    try:
-        state, position = _start(compiled, manager, seed, init_from)
-        if report:
-            report.start(compiled, method, int(state.step), steps)
-        with _SignalFlag() as stop, jax.set_mesh(mesh):
-            return _loop(
-                compiled, state, position, examples, rows, mesh, batch, steps, manager,
-                config or {}, evaluate, eval_every, save_every, save_minutes, report,
-                profile, workdir, stop,
-            )  # fmt: skip
-    finally:
-        if manager:
-            manager.close()
+    # From here on SIGTERM waits for the next step's end, also during compilation.
+    with _SignalFlag() as stop:
+        compiled = compile(method, mesh, shapes)
+        manager = (
+            ckpt.open_manager(Path(workdir) / "checkpoints", keep=keep)
+            if workdir
+            else None
+        )
+        try:
+            state, position = _start(compiled, manager, seed, init_from)
+            if report:
+                report.start(compiled, method, int(state.step), steps)
+            with jax.set_mesh(mesh):
+                return _loop(
+                    compiled, state, position, examples, rows, mesh, batch, steps,
+                    manager, config or {}, evaluate, eval_every, save_every,
+                    save_minutes, report, profile, workdir, stop,
+                )  # fmt: skip
+        finally:
+            if manager:
+                manager.close()
 
 
 def _start(compiled: Compiled, manager, seed: int, init_from: str | None):

@@ -5,7 +5,7 @@ D width, N query heads, K key/value heads, H head size, F hidden size, V vocabul
 Kernels are (in, out), stacked over layers by ``nn.scan`` to (L, in, out).
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -301,7 +301,7 @@ class Transformer(nn.Module):
         logits = logits.astype(jnp.float32)
         if cache is None:
             return logits
-        key, value = caches
+        key, value = cast(tuple[jax.Array, jax.Array], caches)
         return logits, Cache(key, value, cache.length + tokens.shape[1])
 
     def init_cache(self, batch: int, length: int) -> Cache:

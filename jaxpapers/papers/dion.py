@@ -119,7 +119,9 @@ def sampler(
         token = draw(logits, key)
         return apply(token[:, None], cache), token
 
-    _, tokens = jax.lax.scan(body, (logits[:, -1:], cache), jax.random.split(key, length))
+    _, tokens = jax.lax.scan(
+        body, (logits[:, -1:], cache), jax.random.split(key, length)
+    )
     return tokens.T.astype(jnp.int32)
 
 
