@@ -94,7 +94,14 @@ def one_run(name: str, lr: float, seed: int, steps: int | None, corpus) -> dict:
             mesh=grid, seed=seed, report=curve,
         )  # fmt: skip
     except train.NonFiniteError:
-        return {"lr": lr, "seed": seed, "select": math.inf, "test": math.inf}
+        # Diverged: worse than anything, and said so in the record.
+        return {
+            "lr": lr,
+            "seed": seed,
+            "select": math.inf,
+            "test": math.inf,
+            "curve": [],
+        }
     seconds = {
         "wall_s": time.perf_counter() - began,
         "cpu_s": time.process_time() - cpu,
@@ -114,7 +121,7 @@ def one_run(name: str, lr: float, seed: int, steps: int | None, corpus) -> dict:
         "lr": lr,
         "seed": seed,
         "select": bits(stream[:half]),
-        "test": bits(stream[half:]) if seed is not None else math.nan,
+        "test": bits(stream[half:]),
         **{k: round(v, 2) for k, v in seconds.items()},
         "curve": [round(b, 4) for b in curve.bits],
     }
@@ -129,6 +136,8 @@ def choose(name: str, steps: int | None, corpus) -> tuple[float, list[dict]]:
             done[lr] = one_run(name, lr, 0, steps, corpus)
             print(f"{name:9s} lr {lr:<8g} select {done[lr]['select']:.4f}", flush=True)
         best = min(done, key=lambda lr: done[lr]["select"])
+        if len(done) > len(GRID[name]) + 4 or done[best]["select"] == math.inf:
+            raise RuntimeError(f"{name}: no optimum inside {sorted(done)}")
         todo = []
         if best == max(done):
             todo = [best * 2]
@@ -146,7 +155,7 @@ def draw(results: dict, path: Path) -> None:
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for name, result in results.items():
-        curves = np.array([r["curve"] for r in result["runs"]])
+        curves = np.array([r["curve"] for r in result["runs"] if r["curve"]])
         kernel = np.ones(20) / 20
         smooth = np.array([np.convolve(c, kernel, "valid") for c in curves])
         steps = np.arange(smooth.shape[1]) + 20
@@ -197,9 +206,6 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     stem = options.out / Path(__file__).stem
     draw(results, stem.with_suffix(".png"))
-    for result in results.values():
-        for r in result["runs"]:
-            r["curve"] = r["curve"][::10]
     stream = np.concatenate(corpus.validation)
     record = {
         "question": __doc__.splitlines()[0],
@@ -213,12 +219,19 @@ def main() -> None:
         },
         "python": platform.python_version(),
         "cores": os.cpu_count(),
-        "results": results,
+        "results": {
+            name: {
+                **result,
+                "runs": [{**r, "curve": r["curve"][::10]} for r in result["runs"]],
+            }
+            for name, result in results.items()
+        },
         "ratio_to_adamw": {
             n: r["mean"] / results["adamw"]["mean"] for n, r in results.items()
         },
     }
-    stem.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+    text_record = json.dumps(record, indent=1).replace("Infinity", "null")
+    stem.with_suffix(".json").write_text(text_record + "\n")
     print(f"wrote {stem}.json and .png")
 
 

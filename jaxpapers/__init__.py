@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str):
-    # Lazy: the command line must answer `list` and `--help` without importing optax.
+    # Lazy: `jaxpapers --version` and `--help` must not import jax.
     if name == "dion":
         from jaxpapers.optim import dion
 

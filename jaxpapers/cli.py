@@ -43,9 +43,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _list(options, overrides) -> int:
-    from jaxpapers import report, run
+    from rich.console import Console
 
-    report.make_console().print(run.list_papers())
+    from jaxpapers import run
+
+    console = Console(
+        highlight=False
+    )  # Not report's: it asks the devices who is first.
+    if not console.is_terminal:
+        console.width = 120
+    console.print(run.list_papers())
     return 0
 
 
@@ -103,6 +110,7 @@ def _sample(options, overrides) -> int:
         length=options.length,
         temperature=options.temperature,
         seed=options.seed,
+        mesh=options.mesh,
     )
     print(options.prompt + text)
     return 0
@@ -137,7 +145,7 @@ class _TrainHelp(argparse.Action):
             from jaxpapers import run
 
             try:
-                config = run.load_config(target)
+                config = run.load_config(target, (), getattr(namespace, "config", None))
             except ValueError as e:
                 return parser.error(str(e))
             print(f"\nconfig fields of {target} (--config.group.field=value):")

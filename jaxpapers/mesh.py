@@ -113,8 +113,11 @@ def state_shardings(state: Any, rules: Sequence[tuple[str, Any]], mesh: Mesh) ->
         return NamedSharding(mesh, spec)
 
     result = jax.tree_util.tree_map_with_path(sharding, state)
-    unused = [r for i, (r, spec) in enumerate(rules) if i not in used]
-    unused = [r for r in unused if not callable(dict(rules)[r])]
+    unused = [
+        regex
+        for i, (regex, spec) in enumerate(rules)
+        if i not in used and not callable(spec)
+    ]
     if unused:
         raise ValueError(
             f"sharding rule {unused[0]!r} matches no leaf of the state; leaves are "
@@ -145,19 +148,28 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(_batch_axes(mesh)))
 
 
-def batch_rows(mesh: Mesh, size: int) -> slice:
+def batch_rows(
+    mesh: Mesh, size: int, *, parts: int = 1, name: str = "data.batch"
+) -> slice:
     """The rows of a global batch that this process has to build.
+
+    Args:
+      mesh: of ``make_mesh``.
+      size: rows of the global batch.
+      parts: micro-batches that each have to divide over the mesh as well.
+      name: of the config field, for the message.
 
     Raises:
       ValueError: the batch does not divide over the mesh's data axes.
     """
     sharding = batch_sharding(mesh)
     count = math.prod(mesh.shape[n] for n in _batch_axes(mesh))
-    if size % count:
+    if size % (count * parts):
+        micro = f" in {parts} micro-batches" if parts > 1 else ""
         raise ValueError(
-            f"data.batch={size} does not divide over {count} data shards of mesh "
-            f"{dict(mesh.shape)}; nearest batch that works: "
-            f"{count * max(round(size / count), 1)}"
+            f"{name}={size} does not divide over {count} data shards of mesh "
+            f"{dict(mesh.shape)}{micro}; nearest batch that works: "
+            f"{count * parts * max(round(size / count / parts), 1)}"
         )
     index = sharding.addressable_devices_indices_map((size,)).values()
     spans = [s[0].indices(size) for s in index if s is not None]

@@ -74,7 +74,8 @@ def gradient(
     Args:
       init_params: (key, batch) -> params.
       loss: (params, batch, key) -> (scalar, metrics). A metric ``weight`` makes the loss
-        a weighted mean: micro-batches are then combined by their weights.
+        a weighted mean: micro-batches are then combined by their weights, and so are
+        the other metrics, which must be means too.
       tx: optimizer.
       sampler: see ``Method``.
       rules: see ``Method``.
@@ -127,7 +128,9 @@ def gradient(
         (sums, weight), _ = jax.lax.scan(
             body, (zero, jnp.zeros(())), (parts, jnp.arange(accumulate))
         )
-        grads, metrics = jax.tree.map(lambda x: x / weight, sums)
+        grads, metrics = jax.tree.map(
+            lambda x: x / jnp.where(weight == 0, 1, weight), sums
+        )
         if "weight" in metrics:
             metrics["weight"] = weight
         return grads, metrics
@@ -139,6 +142,8 @@ def gradient(
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics["grad_norm"] = optax.tree.norm(grads)
+        # The loss is that of the old parameters: this one sees the new ones.
+        metrics["param_norm"] = optax.tree.norm(params)
         return (
             state._replace(step=state.step + 1, params=params, opt_state=opt_state),
             metrics,

@@ -236,7 +236,8 @@ def read_metrics(run: str | Path) -> list[dict]:
             record = json.loads(line)
         except json.JSONDecodeError:
             continue  # A line cut off by a kill.
-        records[record["step"], "loss" in record] = record
+        kind = "+".join(sorted(record))  # Training, quick and full evaluation.
+        records[record["step"], kind] = record
     return [records[k] for k in sorted(records)]
 
 
@@ -268,16 +269,14 @@ def plot(
             raise ValueError(f"{run} has no metric {metric!r}; it has {known}")
         shown += [value for _, value in points]
         (line,) = axes.plot(*zip(*points), lw=1, alpha=0.8, label=f"{Path(run).name}")
-        evaluated = [
-            (r["step"], r[f"validation_{metric}"])
-            for r in records
-            if f"validation_{metric}" in r
-        ]
-        if evaluated:
-            axes.plot(
-                *zip(*evaluated), "o-", ms=4, color=line.get_color(), mec="black",
-                label=f"{Path(run).name}, validation",
-            )  # fmt: skip
+        for suffix, style, what in (("_quick", ".-", "part of "), ("", "D", "")):
+            name = f"validation_{metric}{suffix}"
+            evaluated = [(r["step"], r[name]) for r in records if name in r]
+            if evaluated:
+                axes.plot(
+                    *zip(*evaluated), style, color=line.get_color(), mec="black",
+                    label=f"{Path(run).name}, {what}validation",
+                )  # fmt: skip
     for (name, value), style in zip((levels or {}).items(), (":", "--", "-.", "-") * 9):
         axes.axhline(value, color="grey", ls=style, lw=1, label=f"{name} {value:.2f}")
     if len(shown) > 20:  # The first steps would squeeze everything else.

@@ -1,6 +1,5 @@
 """Every action of the command line as one function, for scripts and notebooks."""
 
-import importlib.util
 import json
 import time
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from jaxpapers import checkpoint as ckpt
 from jaxpapers import mesh as meshes
 from jaxpapers import papers, report, tasks
 from jaxpapers import train as trainer
+from jaxpapers.config import check_continues, load_config
 
 
 def list_papers() -> Table:
@@ -25,67 +25,6 @@ def list_papers() -> Table:
     for name, paper in papers.NAMES.items():
         table.add_row(name, paper.title, str(paper.year), paper.field, paper.smoke)
     return table
-
-
-def load_config(
-    target: str, overrides: Sequence[str] = (), file: str | None = None
-) -> Any:
-    """The locked config of ``name[:preset]`` or of a file, with typed overrides.
-
-    Args:
-      target: paper and preset, ``dion:smoke``.
-      overrides: ``--config.group.field=value``.
-      file: ``my.py`` or ``my.py:preset`` instead of the package's config.
-
-    Raises:
-      ValueError: unknown paper, preset, field (with a suggestion) or type.
-    """
-    # Not on import: absl must not see this program's flags, nor its user's.
-    from absl import flags
-    from ml_collections import config_flags
-
-    name, _, preset = target.partition(":")
-    papers.check(name)
-    if file:
-        path, _, preset = file.partition(":")
-        source = Path(path)
-    else:
-        source = config_file(name)
-    if not source.exists():
-        raise ValueError(f"no config file {source}")
-    spec = importlib.util.spec_from_file_location(f"config_{source.stem}", source)
-    if spec is None or spec.loader is None:
-        raise ValueError(f"config file {source} is not Python")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-        raise ValueError(f"config file {source} has no function get_config(preset)")
-    values = flags.FlagValues()
-    config = module.get_config(preset or None)
-    arguments = ["jaxpapers", *overrides]
-    try:
-        config_flags.DEFINE_config_dict(
-            "config", config, flag_values=values, sys_argv=arguments
-        )
-        rest = values(arguments)[1:]
-    except (flags.Error, AttributeError, KeyError) as e:
-        reason: Any = e
-        while isinstance(reason, Exception) and reason.args:
-            reason = reason.args[0]  # An error of an error of a text.
-        raise ValueError("config: " + " ".join(str(reason).split())) from None
-    if rest:
-        raise ValueError(
-            f"unknown argument {rest[0]!r}; config fields are set as "
-            "--config.group.field=value, see --help"
-        )
-    return values.config
-
-
-def config_file(name: str) -> Path:
-    """configs/<name>.py of the checkout, or its copy inside the installed package."""
-    here = Path(__file__).parent
-    checkout = here.parent / "configs" / f"{name}.py"
-    return checkout if checkout.exists() else here / "_configs" / f"{name}.py"
 
 
 def show(name: str, preset: str = "") -> str:
@@ -141,12 +80,13 @@ def train(
     config = load_config(target, overrides, config_path)
     folder = Path(workdir or f"runs/{name}{'-' + preset if preset else ''}")
     console = report.make_console()
+    talk = report.make_console(quiet=quiet)
     method, grid = _method(name, config, mesh)
+    meshes.batch_rows(grid, config.data.batch, parts=config.train.accumulate)
     task = tasks.load(config, method, grid)
-    console.print(
-        f"[bold]{papers.NAMES[name].title}[/], arXiv {papers.NAMES[name].arxiv}"
-    )
-    console.print(task.describe)
+    paper = papers.NAMES[name]
+    talk.print(f"[bold]{paper.title}[/], arXiv {paper.arxiv}")
+    talk.print(task.describe)
     plain = config.to_dict()
     if dry_run:
         return _dry_run(config, method, grid, task, console)
@@ -156,7 +96,9 @@ def train(
         )
     folder.mkdir(parents=True, exist_ok=True)
     continued = any((folder / "checkpoints").glob("[0-9]*"))
-    if not continued:
+    if continued:
+        check_continues(folder, plain)
+    else:
         _write_config(folder, name, plain)
     reporter = report.Report(
         tokens_per_step=config.data.batch * task.work,
@@ -185,32 +127,32 @@ def train(
         )
         # Only now is it known that the config fits the checkpoint that was there.
         _write_config(folder, name, plain)
-        final = task.evaluate(state.params)
-        reporter.evaluation(config.train.steps, {**final, **_prefixed(task.baselines)})
+        final, baselines = task.evaluate(state.params), task.baselines()
+        reporter.evaluation(int(state.step), {**final, **_prefixed(baselines)})
     finally:
         reporter.close()
-    console.print(_result_table(task, final))
-    if config.train.sample:
+    console.print(_result_table(task, final, baselines))
+    if config.train.sample and task.sample:
         text = _sample(task, state.params, config, config.train.prompt)
         console.print("[bold]sample[/]")
         console.print(config.train.prompt + text, markup=False, soft_wrap=True)
     if jax.process_index() == 0:
         try:
-            report.plot([folder], task.metric, folder / "loss.png", task.baselines)
+            report.plot([folder], task.metric, folder / "loss.png", baselines)
         except ModuleNotFoundError:
             console.print("loss.png not drawn: pip install 'jaxpapers[plot]'")
     seconds = time.monotonic() - began
-    console.print(f"{seconds:.0f} s in all; wrote {folder}/")
-    return {**final, **task.baselines, "seconds": seconds}
+    talk.print(f"{seconds:.0f} s in all; wrote {folder}/")
+    return {**final, **baselines, "seconds": seconds}
 
 
 def evaluate(workdir: str, *, mesh: str | None = None) -> dict[str, float]:
     """Evaluates the latest checkpoint of a run on all of its validation data."""
     name, config, method, grid, params = load_run(workdir, mesh)
     task = tasks.load(config, method, grid)
-    final = task.evaluate(params)
-    report.make_console().print(_result_table(task, final))
-    return {**final, **task.baselines}
+    final, baselines = task.evaluate(params), task.baselines()
+    report.make_console().print(_result_table(task, final, baselines))
+    return {**final, **baselines}
 
 
 def sample(
@@ -225,6 +167,8 @@ def sample(
     """Continues a prompt with the latest checkpoint of a run."""
     name, config, method, grid, params = load_run(workdir, mesh)
     task = tasks.load(config, method, grid)
+    if task.sample is None:
+        raise ValueError(f"{workdir} was trained on tokens, which have no text here")
     return task.sample(params, jax.random.key(seed), prompt, length, temperature)
 
 
@@ -318,13 +262,13 @@ def _prefixed(baselines: dict[str, float]) -> dict[str, float]:
     return {f"baseline_{k}": v for k, v in baselines.items()}
 
 
-def _result_table(task: tasks.Task, final: dict[str, float]) -> Table:
+def _result_table(task: tasks.Task, final: dict, baselines: dict) -> Table:
     unit = task.unit.rstrip("s")
     table = Table(box=None, pad_edge=False)
     table.add_column(f"validation, bits per {unit}")
     table.add_column("", justify="right")
     value = final[f"validation_{task.metric}"]
-    rows = {**task.baselines, "this model": value}
+    rows = {**baselines, "this model": value}
     for name, number in sorted(rows.items(), key=lambda x: -x[1]):
         bold = "[bold]" if name == "this model" else ""
         table.add_row(f"{bold}{name}", f"{bold}{number:.3f}")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
@@ -19,7 +20,7 @@ PREEMPTED = 75  # EX_TEMPFAIL: the same command again continues
 
 
 class Preempted(Exception):
-    """The run was asked to stop; its state is saved."""
+    """The run was asked to stop; its state is saved if it has a workdir."""
 
 
 class NonFiniteError(ValueError):
@@ -181,6 +182,12 @@ def _loop(
     pending: dict | None = None
     tracing = False
 
+    @jax.jit
+    def finite(state):
+        leaves = jax.tree.leaves((state.params, state.opt_state, state.extra))
+        floats = [x for x in leaves if jnp.issubdtype(x.dtype, jnp.inexact)]
+        return jnp.array([jnp.isfinite(x).all() for x in floats]).all()
+
     def flush(step: int) -> None:
         """Reads the metrics of a step that was dispatched before the newest one."""
         nonlocal pending
@@ -230,6 +237,11 @@ def _loop(
         if due or save or preempted:
             flush(done)
         if manager and (save or preempted):
+            if not bool(finite(state)):
+                raise NonFiniteError(
+                    f"non-finite optimizer state after step {done}; last good "
+                    f"checkpoint: step {manager.latest_step()}; lower config.optim.lr"
+                )
             ckpt.save(manager, state, position, config)
             saved_at = time.monotonic()
         if due and not preempted:
@@ -243,6 +255,8 @@ def _loop(
     flush(steps)
     if manager:
         manager.wait_until_finished()
+    if stop.raised:
+        raise Preempted(f"stopped after the last step, {steps}")
     return state
 
 

@@ -119,7 +119,7 @@ def test_metrics_are_read_one_step_late_and_all_of_them():
         ("batch", 16), ("step", 2),
         ("batch", 24), ("step", 3), ("step", 4),
     ]  # fmt: skip
-    assert set(events[-1][2]) == {"loss", "worst", "grad_norm"}
+    assert set(events[-1][2]) == {"loss", "worst", "grad_norm", "param_norm"}
     assert all(type(x) is float for x in events[-1][2].values())
 
 
@@ -138,6 +138,25 @@ def test_non_finite_names_the_step_and_keeps_the_last_good_one(tmp_path, save_ev
 def test_non_finite_without_checkpoint():
     with pytest.raises(trainer.NonFiniteError, match="at step 2.*no checkpoint yet"):
         fit(5, examples=Examples(poison=BATCH))
+
+
+@pytest.mark.parametrize("where", ["updates", "state"])
+def test_what_the_loss_cannot_see_is_not_saved(tmp_path, where):
+    """The fourth update is NaN, or only the optimizer's memory of it is."""
+
+    def update(updates, count, params=None):
+        bad = jnp.where(count[0] == 3, jnp.nan, 0.0)
+        memory = count + jnp.stack([1.0, bad if where == "state" else 0.0])
+        add = bad if where == "updates" else 0.0
+        return jax.tree.map(lambda g: add - 0.1 * g, updates), memory
+
+    tx = optax.GradientTransformation(lambda params: jnp.zeros(2), update)
+    method = gradient(init_params, loss, tx)
+    with pytest.raises(trainer.NonFiniteError, match="step 4.*good checkpoint: step 2"):
+        trainer.fit(
+            method, Examples(), steps=4, batch=BATCH, workdir=tmp_path, save_every=2
+        )
+    assert saved(tmp_path) == [2]
 
 
 @pytest.mark.parametrize("every, steps", [(0, [5]), (2, [2, 4, 5]), (5, [5])])

@@ -9,6 +9,7 @@ import gzip
 import hashlib
 import lzma
 import math
+import re
 import sysconfig
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ SHARD_HEADER = 256  # int32 words
 
 _SKIPPED_PARTS = {"site-packages", "dist-packages", "__pycache__", "test", "tests"}
 _SKIPPED_PARTS |= {"idle_test", "lib2to3"}
+_VALIDATION = re.compile(r"(^|[_.-])val")
 
 
 class Corpus(NamedTuple):
@@ -35,14 +37,12 @@ class Corpus(NamedTuple):
       name: what it was read from.
       train: one or more token arrays (uint16; memory-mapped for shards).
       validation: the same for validation.
-      vocab_size: tokens are in [0, vocab_size).
       byte_level: whether tokens are bytes, so that bits per byte exist.
     """
 
     name: str
     train: list[np.ndarray]
     validation: list[np.ndarray]
-    vocab_size: int
     byte_level: bool
 
 
@@ -52,7 +52,7 @@ def load(path: str | None = None, *, validation_fraction: float = 0.05) -> Corpu
     Args:
       path: None for the running Python's standard library; a text file; a folder of text
         files (binary files are left out); a token shard ``*.bin`` or a folder of them
-        (those with "val" in their name are the validation split).
+        (those named val* or *_val* are the validation split).
       validation_fraction: expected share of files in the validation split; of a single
         file, its end.
 
@@ -75,11 +75,12 @@ def load(path: str | None = None, *, validation_fraction: float = 0.05) -> Corpu
                 "files, a token shard (*.bin) or a folder of shards, or leave it out for "
                 "the standard library's sources"
             )
-        shards = sorted(root.glob("**/*.bin")) if root.is_dir() else []
+        shards = [p for p in sorted(root.glob("**/*.bin")) if _is_shard(p)]
         if root.suffix == ".bin" or shards:
             corpus = _from_shards(path, shards or [root], validation_fraction)
         elif root.is_dir():
-            files = sorted(p for p in root.rglob("*") if p.is_file())
+            files = [p for p in sorted(root.rglob("*")) if p.is_file()]
+            files = [p for p in files if not _hidden(p.relative_to(root))]
             corpus = _from_files(path, root, files, validation_fraction)
         else:
             data = root.read_bytes()
@@ -133,7 +134,7 @@ def baselines(stream: np.ndarray) -> dict[str, float]:
     return {
         "order0": float(-(p * np.log2(p)).sum()),
         "gzip": 8 * len(gzip.compress(data, 9, mtime=0)) / len(data),
-        "xz": 8 * len(lzma.compress(data, preset=9 | lzma.PRESET_EXTREME)) / len(data),
+        "xz": 8 * len(lzma.compress(data, preset=9)) / len(data),
     }
 
 
@@ -145,8 +146,14 @@ class Windows:
     position of a run is one number, whatever the number of hosts.
     """
 
-    def __init__(self, streams: Sequence[np.ndarray], context: int, seed: int = 0):
-        """Args: token arrays, tokens per example minus one, seed of the order.
+    def __init__(
+        self,
+        streams: Sequence[np.ndarray],
+        context: int,
+        seed: int = 0,
+        vocab_size: int | None = None,
+    ):
+        """Args: token arrays, tokens per example minus one, seed, bound of the tokens.
 
         Raises:
           ValueError: no stream is longer than two windows.
@@ -154,6 +161,7 @@ class Windows:
         self.streams = [s for s in streams if len(s) >= 2 * context + 1]
         self.context = context
         self.seed = seed
+        self.vocab_size = vocab_size
         if not self.streams:
             raise ValueError(
                 f"data: no training document stream has {2 * context + 1} tokens, which "
@@ -181,7 +189,14 @@ class Windows:
         i -= int(self._ends[which - 1]) if which else 0
         start = offset + i * self.context
         window = self.streams[which][start : start + self.context + 1]
-        return np.asarray(window, np.int32)
+        window = np.asarray(window, np.int32)
+        if self.vocab_size is not None and window.max() >= self.vocab_size:
+            # Out of range, a label would be a wrong loss without any error.
+            raise ValueError(
+                f"data: token {window.max()} in a training stream, but "
+                f"config.net.vocab_size={self.vocab_size}; raise it (GPT-2 tokens: 50304)"
+            )
+        return window
 
     def batch(self, start: int, size: int, rows: slice = slice(None)) -> dict:
         """Examples start .. start + size - 1 as {"tokens": int32 (rows, context + 1)}.
@@ -212,7 +227,7 @@ def score_windows(
     weight = np.zeros((batch, context), np.float32)
     row = 0
     for stream in streams:
-        stream = np.concatenate([[SEPARATOR], np.asarray(stream)])
+        stream = np.concatenate([np.array([SEPARATOR], stream.dtype), stream])
         done = 1  # stream[:done] is scored, or is the leading separator
         while done < len(stream):
             start = max(done - 1 - overlap, 0)
@@ -292,21 +307,28 @@ def _byte_corpus(name, train: list[bytes], validation: list[bytes]) -> Corpus:
             parts += [encode(document), np.array([SEPARATOR], np.uint16)]
         return [np.concatenate(parts)] if parts else []
 
-    return Corpus(str(name), join(train), join(validation), VOCAB_SIZE, True)
+    return Corpus(str(name), join(train), join(validation), True)
 
 
 def _from_shards(name, shards, fraction) -> Corpus:
     arrays = [(p, read_shard(p)) for p in shards]
-    validation = [a for p, a in arrays if "val" in p.name]
-    train = [a for p, a in arrays if "val" not in p.name]
+    validation = [a for p, a in arrays if _VALIDATION.search(p.name)]
+    train = [a for p, a in arrays if not _VALIDATION.search(p.name)]
     if not validation and train:
         last = train.pop()
         cut = int(len(last) * (1 - fraction))
         train, validation = [*train, last[:cut]], [last[cut:]]
-    largest = max(int(a[:: max(len(a) // 2**20, 1)].max(initial=0)) for _, a in arrays)
-    # GPT-2's 50257 symbols, padded to a multiple of 128.
-    vocab_size = 50304 if largest < 50304 else 2**16
-    return Corpus(str(name), train, validation, vocab_size, False)
+    return Corpus(str(name), train, validation, False)
+
+
+def _is_shard(path: Path) -> bool:
+    """Whether a *.bin file begins as a token shard does."""
+    header = np.fromfile(path, "<i4", 1)
+    return bool(len(header) and header[0] == SHARD_MAGIC)
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
 
 
 def bits_per_byte(nats: float, count: int) -> float:

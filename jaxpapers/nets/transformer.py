@@ -77,6 +77,8 @@ class Attention(nn.Module):
     head_dim: int
     rope_theta: float
     qk_norm: bool
+    epsilon: float
+    window: int
     out_init: Any
     dtype: Any
 
@@ -94,8 +96,8 @@ class Attention(nn.Module):
         query = project("query", self.heads)
         key, value = (project(name, self.kv_heads) for name in ("key", "value"))
         if self.qk_norm:
-            query = RMSNorm(name="query_norm")(query)
-            key = RMSNorm(name="key_norm")(key)
+            query = RMSNorm(self.epsilon, name="query_norm")(query)
+            key = RMSNorm(self.epsilon, name="key_norm")(key)
         query = rope(query, positions, self.rope_theta)
         key = rope(key, positions, self.rope_theta)
         if key_cache is None:
@@ -104,7 +106,10 @@ class Attention(nn.Module):
             start = (0, positions[0], 0, 0)
             key_cache = jax.lax.dynamic_update_slice(key_cache, key, start)
             value_cache = jax.lax.dynamic_update_slice(value_cache, value, start)
-            seen = jnp.arange(key_cache.shape[1])[None, :] <= positions[:, None]
+            distance = positions[:, None] - jnp.arange(key_cache.shape[1])[None, :]
+            seen = distance >= 0
+            if self.window:
+                seen &= distance < self.window
             y = jax.nn.dot_product_attention(
                 query, key_cache, value_cache, mask=seen[None, None]
             )
@@ -152,6 +157,7 @@ class Block(nn.Module):
     rope_theta: float
     qk_norm: bool
     epsilon: float
+    window: int
     out_init: Any
     dtype: Any
 
@@ -164,6 +170,8 @@ class Block(nn.Module):
             self.head_dim,
             self.rope_theta,
             self.qk_norm,
+            self.epsilon,
+            self.window,
             self.out_init,
             self.dtype,
             name="attention",
@@ -196,7 +204,9 @@ class Transformer(nn.Module):
         variance
         1 / (2 L fan_in); ``zero`` starts every block as the identity.
       unroll: layers per iteration of the scan. All of them compiles longer, but a
-        CPU runs the body of a loop on fewer threads.
+        CPU runs the body of a loop on fewer threads. Ignored with ``remat``, which
+        works on the loop's iterations.
+      window: with a cache, attend to this many positions at most; 0: to all.
     """
 
     vocab_size: int
@@ -214,6 +224,7 @@ class Transformer(nn.Module):
     epsilon: float = 1e-6
     init_residual: str = "scaled"
     unroll: int = 1
+    window: int = 0
 
     def sizes(self) -> tuple[int, int, int]:
         """(K, H, F) with defaults filled in.
@@ -233,6 +244,10 @@ class Transformer(nn.Module):
             raise ValueError(
                 f"heads must be a multiple of kv_heads, got heads={self.heads}, "
                 f"kv_heads={kv_heads}"
+            )
+        if self.init_residual not in ("scaled", "zero"):
+            raise ValueError(
+                f"init_residual must be scaled or zero, got {self.init_residual!r}"
             )
         if head_dim % 2:
             raise ValueError(f"head_dim must be even for RoPE, got {head_dim}")
@@ -254,7 +269,7 @@ class Transformer(nn.Module):
             self.vocab_size,
             self.width,
             dtype=self.dtype,
-            embedding_init=nn.initializers.normal(1.0),
+            embedding_init=nn.initializers.normal(self.width**-0.5 if self.tied else 1),
             name="embed",
         )
         x = embed(tokens)
@@ -273,7 +288,7 @@ class Transformer(nn.Module):
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast),
             length=self.layers,
-            unroll=self.unroll,
+            unroll=1 if self.remat else self.unroll,
         )(
             self.heads,
             kv_heads,
@@ -282,14 +297,14 @@ class Transformer(nn.Module):
             self.rope_theta,
             self.qk_norm,
             self.epsilon,
+            self.window,
             out_init,
             self.dtype,
             name="layers",
         )(x, () if cache is None else (cache.key, cache.value), positions)
         x = RMSNorm(self.epsilon, name="norm")(x)
         if self.tied:
-            # An embedding of unit variance is too large for a head by sqrt(D).
-            logits = embed.attend(x) * self.width**-0.5
+            logits = embed.attend(x)
         else:
             logits = nn.Dense(
                 self.vocab_size,

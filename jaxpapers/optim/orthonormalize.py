@@ -7,12 +7,15 @@ all devices, ``r`` the number of columns, ``u`` the unit round-off.
 ============ ============================================== =====================
 method       passes                                         sent per matrix
 ============ ============================================== =====================
-``scqr``     2 shifted + 2 plain Cholesky QR, jittered      4 Grams (r, r)
+``scqr``     3 shifted + 2 plain Cholesky QR, jittered      5 Grams (r, r)
 ``cqr2``     2 Cholesky QR (accurate for cond(p) < 1e3)     2 Grams (r, r)
 ``rcqr``     sketch, Householder QR of it, 2 Cholesky QR    (k, r) + 2 (r, r)
 ``qr``       Householder QR of each shard, then of the      shards' R factors
              stacked R factors (tall-skinny QR)
 ============ ============================================== =====================
+
+``rcqr`` is not orthonormal when an exactly singular ``p`` is square, ``cqr2`` when it is
+ill-conditioned; both then stay finite, with columns no longer than 1.
 
 All of them first divide by a power of two near max|p| (one scalar maximum), so that
 neither tiny nor huge momenta leave float32's range, and return zeros for a zero
@@ -102,10 +105,13 @@ def _orthonormalize(
     else:
         p = _jitter(p, axis_name, rows)
         if method == "scqr":
+            # Each shifted pass lifts the smallest singular value, from the jitter's u, by
+            # 1/sqrt(shift). Two such passes are enough at r = 64; the early gradients of
+            # a transformer broke them at r = l = 96.
             p = _cholesky_qr(p, axis_name, "always", refine=True)
-            for shift in ("always", "never", "never"):
+            for shift in ("always", "always", "on_failure"):
                 p = _cholesky_qr(p, axis_name, shift)
-            basis = p
+            basis = _cholesky_qr(p, axis_name, "if_skewed")
         elif method == "cqr2":
             p = _cholesky_qr(p, axis_name, "on_failure")
             basis = _cholesky_qr(p, axis_name, "if_skewed")
@@ -123,23 +129,26 @@ def _cholesky_qr(
 ) -> Array:
     """p L^-T with L L^T = p^T p + shift: one Gram matrix of communication."""
     gram = _psum(jnp.einsum("...lr,...ls->...rs", p, p, precision=HIGHEST), axis_name)
-    # Textbook shifts, 11 (l r + r (r + 1)) u |p|^2, swamp the small directions;
-    # u tr(A) is what rounding of the Gram matrix itself may have cost.
+    # Textbook shifts, 11 (l r + r (r + 1)) u |p|^2, swamp the small directions; u tr(A)
+    # is what rounding of the Gram matrix may have cost at worst, 4 sqrt(r) u max(A_jj)
+    # at any size seen here.
     unit = jnp.finfo(p.dtype).eps
-    trace = jnp.trace(gram, axis1=-2, axis2=-1)[..., None, None]
+    diagonal = jnp.diagonal(gram, axis1=-2, axis2=-1)
+    size = jnp.minimum(diagonal.sum(-1), 4 * math.sqrt(p.shape[-1]) * diagonal.max(-1))[
+        ..., None, None
+    ]
     eye = jnp.broadcast_to(jnp.eye(p.shape[-1], dtype=p.dtype), gram.shape)
-    shifted = gram + unit * trace * eye
+    shifted = gram + unit * size * eye
     if shift == "always":
         lower, inverse = _inverse_factor(shifted)
     else:
         lower, inverse = _inverse_factor(gram)
-        if shift != "never":
-            pivots = jnp.diagonal(inverse, axis1=-2, axis2=-1)[..., None]
-            spread = jnp.min(pivots, -2) / jnp.max(pivots, -2)
-            # Where Cholesky fails, pivots are NaN. It also succeeds on mere rounding
-            # error, and columns longer than 1 come out: a last pass must not let them.
-            fine = spread > (0.1 if shift == "if_skewed" else 0)
-            inverse = jnp.where(fine[..., None], inverse, _inverse_factor(shifted)[1])
+        pivots = jnp.diagonal(inverse, axis1=-2, axis2=-1)[..., None]
+        spread = jnp.min(pivots, -2) / jnp.max(pivots, -2)
+        # Where Cholesky fails, pivots are NaN. It also succeeds on mere rounding error,
+        # and columns longer than 1 come out: a last pass must not let them.
+        fine = spread > (0.1 if shift == "if_skewed" else 0)
+        inverse = jnp.where(fine[..., None], inverse, _inverse_factor(shifted)[1])
     basis = jnp.matmul(p, inverse, precision=HIGHEST)
     if refine:
         lost = p - jnp.matmul(basis, jnp.swapaxes(lower, -1, -2), precision=HIGHEST)

@@ -68,7 +68,7 @@ def loss(
         value = nats.mean()
         return value, {"bits": value / jnp.log(2.0)}
     weight = batch["weight"].sum()
-    value = (nats * batch["weight"]).sum() / jnp.maximum(weight, 1)
+    value = (nats * batch["weight"]).sum() / jnp.where(weight == 0, 1, weight)
     return value, {"bits": value / jnp.log(2.0), "weight": weight}
 
 
@@ -148,8 +148,9 @@ def schedule(peak: float, steps: int, warmup: float, cooldown: float) -> optax.S
 def optimizer(config: Any) -> optax.GradientTransformation:
     """The optimizer of ``config.optim``: dion, muon (optax.contrib) or adamw.
 
-    All three share clipping, schedule, and AdamW's settings for what is no hidden
-    matrix; embedding and head do not decay.
+    All three share clipping, schedule and betas; embedding and head do not decay. Norm
+    gains decay under dion and adamw, not under muon, whose AdamW part has one decay for
+    all of its leaves.
 
     Raises:
       ValueError: unknown name, or shares of the schedule that exceed the run.
@@ -259,7 +260,10 @@ def make(
         init_params,
         functools.partial(loss, apply=net.apply),
         tx,
-        sampler=functools.partial(sampler, net=net),
+        # Decoding stays within the distances that training has seen.
+        sampler=functools.partial(
+            sampler, net=net.clone(window=config.data.context, name=None)
+        ),
         rules=rules,
         labels=labels,
         accumulate=config.train.accumulate,

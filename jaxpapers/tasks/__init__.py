@@ -14,8 +14,8 @@ class Task(NamedTuple):
       unit: name of that unit.
       metric: training metric that the plot shows; ``evaluate`` has ``validation_`` + it.
       evaluate: (params, quick) -> dict of numbers; quick on a part of the data.
-      baselines: name -> number to compare ``validation_<metric>`` with.
-      sample: (params, key, prompt, length, temperature) -> text.
+      baselines: () -> name and number to compare ``validation_<metric>`` with.
+      sample: (params, key, prompt, length, temperature) -> text, or None.
       describe: one line about the data.
     """
 
@@ -24,8 +24,8 @@ class Task(NamedTuple):
     unit: str
     metric: str
     evaluate: Callable
-    baselines: dict[str, float]
-    sample: Callable
+    baselines: Callable[[], dict[str, float]]
+    sample: Callable | None
     describe: str
 
 

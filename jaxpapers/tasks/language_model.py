@@ -21,17 +21,21 @@ def load(config: Any, method: Any, mesh: Any) -> Task:
     """
     c = config.data
     corpus = text.load(c.path or None, validation_fraction=c.validation_fraction)
-    if corpus.vocab_size > config.net.vocab_size:
+    vocab_size = config.net.vocab_size
+    if corpus.byte_level and vocab_size <= text.SEPARATOR:
         raise ValueError(
-            f"config.net.vocab_size={config.net.vocab_size} is too small for "
-            f"{corpus.name}, which has tokens below {corpus.vocab_size}; pass "
-            f"--config.net.vocab_size={corpus.vocab_size}"
+            f"config.net.vocab_size={vocab_size} is too small for bytes and a separator; "
+            f"pass --config.net.vocab_size={text.VOCAB_SIZE}"
         )
-    examples = text.Windows(corpus.train, c.context, c.seed)
+    examples = text.Windows(corpus.train, c.context, c.seed, vocab_size)
+    size = c.eval_batch
+    rows = meshes.batch_rows(mesh, size, name="data.eval_batch")
     unit = "bytes" if corpus.byte_level else "tokens"
-    baselines = (
-        text.baselines(np.concatenate(corpus.validation)) if corpus.byte_level else {}
-    )
+
+    def baselines():
+        if not corpus.byte_level:
+            return {}
+        return text.baselines(np.concatenate(corpus.validation))
 
     @jax.jit
     def nats(params, batch):
@@ -45,21 +49,15 @@ def load(config: Any, method: Any, mesh: Any) -> Task:
         count = sum(int((s < text.SEPARATOR).sum()) if corpus.byte_level else len(s)
                     for s in streams)  # fmt: skip
         total = []
-        size = c.eval_batch
-        rows = meshes.batch_rows(mesh, size)
         with jax.set_mesh(mesh):
             for batch in text.score_windows(streams, c.context, size):
                 local = jax.tree.map(lambda x: x[rows], batch)
                 total.append(nats(params, meshes.put_batch(local, mesh, size)))
-        bits = math.fsum(float(x) for x in total) / math.log(2) / count
+        bits = text.bits_per_byte(math.fsum(float(x) for x in total), count)
         name = "validation_bits_quick" if quick else "validation_bits"
         return {name: bits}
 
     def sample(params, key, prompt, length, temperature):
-        if not corpus.byte_level:
-            raise ValueError(
-                "sampling text needs a byte-level corpus, not token shards"
-            )
         tokens = jnp.asarray(text.encode(prompt.encode()), jnp.int32)
         prefix = jnp.full((1,), text.SEPARATOR, jnp.int32)
         draw = jax.jit(
@@ -83,7 +81,7 @@ def load(config: Any, method: Any, mesh: Any) -> Task:
         "bits",
         evaluate,
         baselines,
-        sample,
+        sample if corpus.byte_level else None,
         f"{corpus.name}: {sizes[0]:.2f} M {unit} to train on, "
         f"{sizes[1]:.2f} M to validate",
     )

@@ -207,3 +207,22 @@ def test_errors():
         orthonormalize(jnp.ones((4, 2)), "svd")
     with pytest.raises(ValueError, match=r"as many rows as columns, got \(2, 4\)"):
         orthonormalize(jnp.ones((2, 4)))
+
+
+@pytest.mark.parametrize("size", [96, 160])
+@pytest.mark.parametrize("kind", ["decay", "rank 2", "half the columns 0", "8 rows"])
+def test_square_and_degenerate(size, kind):
+    """Full-rank Dion meets these in its first steps; two shifted passes gave NaN."""
+    rng = np.random.default_rng(size)
+    p = rng.normal(size=(size, size))
+    if kind == "decay":
+        left, right = (np.linalg.qr(rng.normal(size=p.shape))[0] for _ in range(2))
+        p = left * 10.0 ** (-14 * np.arange(size) / size) @ right @ p
+    elif kind == "rank 2":
+        p = rng.normal(size=(size, 2)) @ p[:2]
+    elif kind == "half the columns 0":
+        p[:, ::2] = 0
+    else:
+        p[8:] = 0
+    q = np.asarray(orthonormalize(jnp.asarray(p, jnp.float32)), np.float64)
+    assert np.linalg.norm(q.T @ q - np.eye(size), 2) <= 2e-6
