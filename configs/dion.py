@@ -90,9 +90,9 @@ def get_config(preset: str | None = None) -> ConfigDict:
         config.net.update(width=192, layers=6, heads=3, unroll=6)
         config.train.update(steps=4000, eval_every=500, save_minutes=5.0)
     elif preset == "adamw":
-        config.optim.update(name="adamw", lr=0.005, scalar_lr=0.0)
+        config.optim.update(name="adamw", lr=0.004, scalar_lr=0.0)
     elif preset == "muon":
-        config.optim.update(name="muon")
+        config.optim.update(name="muon", lr=0.02)
     elif preset == "160m":
         config.data.update(context=1024, batch=1024, eval_batch=64)
         config.net.update(vocab_size=50304, width=768, layers=12, heads=6, unroll=1)
