@@ -167,9 +167,13 @@ def draw(results: dict, path: Path) -> None:
             (r["lr"], r["select"]) for r in result["grid"] if r["select"] < math.inf
         ]
         axes[1].plot(*zip(*rates), "o-", color=line.get_color(), label=name)
+    ticks = sorted({r["lr"] for result in results.values() for r in result["grid"]})
+    axes[1].set_xscale("log")
+    axes[1].set_xticks(ticks, [f"{t:g}" for t in ticks], fontsize=8)
+    axes[1].minorticks_off()
     axes[0].set(xlabel="step", ylabel="training bits per byte (20-step mean)")
     axes[0].set_ylim(top=4.5)
-    axes[1].set(xlabel="learning rate", ylabel="selection bits per byte", xscale="log")
+    axes[1].set(xlabel="learning rate", ylabel="selection bits per byte")
     axes[0].legend(frameon=False)
     for ax in axes:
         ax.grid(alpha=0.25)
