@@ -88,7 +88,7 @@ def get_config(preset: str | None = None) -> ConfigDict:
     elif preset == "standard":
         config.data.update(context=256)
         config.net.update(width=192, layers=6, heads=3, unroll=6)
-        config.train.update(steps=4000, eval_every=500, save_minutes=5.0)
+        config.train.update(steps=3000, eval_every=500, save_minutes=5.0)
     elif preset == "adamw":
         config.optim.update(name="adamw", lr=0.004, scalar_lr=0.0)
     elif preset == "muon":
