@@ -19,7 +19,7 @@ from jaxpapers import mesh as meshes
 from jaxpapers.method import State
 
 RULES = [
-    optim.q_rule(),
+    *optim.state_rules(),
     ("w/kernel", P("data", "model")),
     ("b$", P("model")),
 ]

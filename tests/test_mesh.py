@@ -100,7 +100,11 @@ def test_optimizer_state_follows_its_parameter():
 
 
 def test_dions_q_has_a_spec_of_its_own():
-    rules = [optim.q_rule(), ("a/kernel", P("data", "model")), ("b/kernel", P("model"))]
+    rules = [
+        *optim.state_rules(),
+        ("a/kernel", P("data", "model")),
+        ("b/kernel", P("model")),
+    ]
     tx = optax.chain(optax.clip(1.0), optim.dion(0.1, 0.5))
     state, mesh = state_of(PARAMS, tx), meshes.make_mesh(MESH)
     found = meshes.state_shardings(state, rules, mesh)
@@ -120,7 +124,7 @@ def test_dions_q_has_a_spec_of_its_own():
 
 def test_a_function_rule_does_not_match_in_a_parameters_path():
     params = {"q": {"kernel": jax.ShapeDtypeStruct((16, 8), F32)}}
-    rules = [optim.q_rule(), ("kernel", P("data"))]
+    rules = [*optim.state_rules(), ("kernel", P("data"))]
     found = specs(rules, optax.adam(0.1), params)
     assert found.params["q"]["kernel"] == P("data")
     assert found.opt_state[0].mu["q"]["kernel"] == P("data")

@@ -1,16 +1,16 @@
 """Optax transformations: Dion and what it is made of."""
 
-from jaxpapers.optim.dion import (
-    DionState,
-    dion,
-    dion_state_sharding,
-    q_rule,
-    scale_by_dion,
-)
+from jaxpapers.optim.dion import DionState, dion, scale_by_dion
 from jaxpapers.optim.layout import DimensionNumbers
 from jaxpapers.optim.orthonormalize import orthonormalize
 from jaxpapers.optim.power_iteration import power_iterate
+from jaxpapers.optim.resize import rescale_rank, resize, sync_for_checkpoint
 from jaxpapers.optim.routing import route
+from jaxpapers.optim.state_sharding import (
+    dion_state_sharding,
+    replica_specs,
+    state_rules,
+)
 
 __all__ = [
     "DimensionNumbers",
@@ -19,7 +19,11 @@ __all__ = [
     "dion_state_sharding",
     "orthonormalize",
     "power_iterate",
-    "q_rule",
+    "replica_specs",
+    "rescale_rank",
+    "resize",
     "route",
     "scale_by_dion",
+    "state_rules",
+    "sync_for_checkpoint",
 ]

@@ -15,34 +15,39 @@ Departures from the reference code, each with its reason:
 * Factors are computed in float32 at least, also with bfloat16 state.
 """
 
-import math
 import zlib
-from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import AxisType, NamedSharding
+from jax import lax
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxpapers.optim import routing
+from jaxpapers.optim.composite import with_scalars
 from jaxpapers.optim.layout import (
     SCALES,
-    DimensionNumbers,
     Layout,
+    is_dimensions,
     make_layout,
-    path_name,
+    named_leaves,
     per_leaf,
 )
-from jaxpapers.optim.orthonormalize import METHODS
-from jaxpapers.optim.power_iteration import RIGHT_FACTORS, StepOptions
-from jaxpapers.optim.sharded import (
-    find_sharding,
-    group_key,
-    mesh_step,
-    report_unknown,
+from jaxpapers.optim.options import (
+    check_choice,
+    check_leaf,
+    check_range,
+    check_trees,
+    is_number,
+    is_traced,
+    static_fraction,
+    static_multiple,
 )
+from jaxpapers.optim.orthonormalize import METHODS
+from jaxpapers.optim.power_iteration import RIGHT_FACTORS, SPLITS, StepOptions
+from jaxpapers.optim.replicas import check_axis, count_replicas
+from jaxpapers.optim.sharded import Placement, constrain, group_key, mesh_step
 
 
 class DionState(NamedTuple):
@@ -50,7 +55,8 @@ class DionState(NamedTuple):
 
     Attributes:
       count: number of updates, int32 scalar.
-      momentum: M, shaped as the parameters.
+      momentum: M, shaped as the parameters; with ``replicate_axis``, where the factors
+        are averaged, one M for each replica on a leading axis.
       q: right factors Q, (batch axes, axes of the Q side, rank): ``Layout.q_shape``.
     """
 
@@ -76,7 +82,10 @@ def scale_by_dion(
     scale: str | None = "spectral",
     noise_guard: Any = 0.0,
     *,
+    replicate_axis: str | None = None,
     p_side: Any = "longer",
+    split_p: str = "auto",
+    communication_dtype: Any = None,
     unknown_sharding: str = "warn",
 ) -> optax.GradientTransformation:
     r"""Replaces gradients of matrices by Dion's orthonormalised direction.
@@ -113,7 +122,14 @@ def scale_by_dion(
       noise_guard: update columns with |R_j| < noise_guard * max |R| are left out; 0
         (the reference) lets rounding noise of rank-deficient momenta become unit
         columns.
+      replicate_axis: mesh axis whose devices compute gradients of their own data. Call
+        ``update`` inside ``jax.shard_map`` over this axis with the gradients that are
+        not averaged: P and R are, where they are fewer numbers than the gradient,
+        else the gradient is. The result is that of the averaged gradient. See
+        ``replicas`` for the state's form.
       p_side: side of P, per leaf: ``longer``, ``output`` or ``input``.
+      split_p: see ``power_iterate``.
+      communication_dtype: see ``power_iterate``.
       unknown_sharding: ``warn`` or ``raise`` where a leaf's sharding cannot be known.
 
     Returns:
@@ -132,120 +148,116 @@ def scale_by_dion(
       (8, 2)
     """
     _check_options(mu, eps, power_iters, orthogonalize, right_factor, batch, scale)
-    _check_choice("unknown_sharding", unknown_sharding, ("warn", "raise"))
-    _check_range("noise_guard", noise_guard, 0, 1, open_right=True)
-    # Shardings of the concrete arrays that init was given, by path: under Auto axes the
-    # traced update cannot see them.
-    seen: dict[str, NamedSharding] = {}
-    told: list[str] = []
+    check_choice("split_p", split_p, SPLITS)
+    check_choice("unknown_sharding", unknown_sharding, ("warn", "raise"))
+    check_range("noise_guard", noise_guard, 0, 1, open_right=True)
+    placement = Placement(sharding, unknown_sharding)
 
     def layouts_of(named, qs=None):
         dimensions = per_leaf(
-            weight_dimension_numbers, named, _is_dimensions, "weight_dimension_numbers"
+            weight_dimension_numbers, named, is_dimensions, "weight_dimension_numbers"
         )
         sides = per_leaf(p_side, named, lambda x: isinstance(x, str), "p_side")
-        fractions = per_leaf(rank_fraction, named, _is_number, "rank_fraction")
+        fractions = per_leaf(rank_fraction, named, is_number, "rank_fraction")
         layouts = []
         for i, (path, leaf) in enumerate(named):
-            _check_leaf(path, leaf)
+            check_leaf(path, leaf, "Dion")
             rank = None if qs is None else qs[i].shape[-1]
             layout = make_layout(
                 path,
                 leaf.shape,
                 dimensions[i],
-                rank_fraction=_static_fraction(path, fractions[i], rank),
-                rank_multiple_of=_static_multiple(rank_multiple_of, rank),
+                rank_fraction=static_fraction(path, fractions[i], rank),
+                rank_multiple_of=static_multiple(rank_multiple_of, rank),
                 p_side=sides[i],
-                rank=rank if _is_traced(fractions[i], rank_multiple_of) else None,
+                rank=rank if is_traced(fractions[i], rank_multiple_of) else None,
             )
             if qs is not None and qs[i].shape != layout.q_shape:
                 raise ValueError(
                     f"{path}: Dion state has Q of shape {qs[i].shape}, expected "
                     f"{layout.q_shape} for rank_fraction={fractions[i]}; the state was "
-                    "made with another rank or other dimension numbers: start from "
-                    "init, or use the options that made it"
+                    "made with another rank or other dimension numbers: use "
+                    "rescale_rank, start from init, or use the options that made it"
                 )
             layouts.append(layout)
         return layouts
 
-    def shardings_of(layouts, leaves):
-        named = [(x.path, leaf) for x, leaf in zip(layouts, leaves)]
-        declared = per_leaf(sharding, named, _is_sharding, "sharding")
-        found = [
-            find_sharding(x, leaf, given, seen.get(x.path))
-            for x, leaf, given in zip(layouts, leaves, declared)
-        ]
-        return [s for s, _ in found], [
-            x.path for x, (_, known) in zip(layouts, found) if not known
-        ]
-
     def init(params):
-        named, treedef = _named_leaves(params)
+        named, treedef = named_leaves(params)
         layouts = layouts_of(named)
         leaves = [leaf for _, leaf in named]
-        for path, leaf in named:
-            if isinstance(leaf, jax.core.Tracer):
-                continue
-            seen.pop(path, None)
-            actual = getattr(leaf, "sharding", None)
-            if isinstance(actual, NamedSharding):
-                seen[path] = actual
-        found = shardings_of(layouts, leaves)[0]
+        placement.see(named)
         momentum, q = [], []
-        for layout, leaf, where in zip(layouts, leaves, found):
-            m_dtype = jnp.dtype(momentum_dtype or leaf.dtype)
-            m = jnp.zeros_like(leaf, dtype=m_dtype)
-            momentum.append(m if where is None else _constrain(m, where))
-            q.append(_init_q(layout, seed, q_dtype or m_dtype, where, leaf))
+        for layout, leaf, where in zip(
+            layouts, leaves, placement.find(layouts, leaves)
+        ):
+            dtype = jnp.dtype(momentum_dtype or leaf.dtype)
+            m = jnp.zeros_like(leaf, dtype=dtype)
+            spec = None if where is None else where.spec
+            if replicate_axis and layout.compresses:
+                count = count_replicas(replicate_axis, where)
+                m = jnp.zeros((count, *leaf.shape), dtype)
+                spec = None if count == 1 or spec is None else P(replicate_axis, *spec)
+            if where is not None and spec is not None:
+                m = constrain(m, NamedSharding(where.mesh, spec))
+            momentum.append(m)
+            q.append(_init_q(layout, seed, q_dtype or dtype, where, leaf))
         return DionState(
             jnp.zeros((), jnp.int32), treedef.unflatten(momentum), treedef.unflatten(q)
         )
 
     def update(updates, state, params=None):
         del params
-        named, treedef = _named_leaves(updates)
-        if treedef != jax.tree.structure(state.momentum):
-            raise ValueError(
-                "dion: gradients and state have different structures: got "
-                f"{treedef}, expected {jax.tree.structure(state.momentum)}; call init "
-                "with the parameters that these gradients belong to"
-            )
-        momenta = jax.tree.leaves(state.momentum)
-        qs = jax.tree.leaves(state.q)
-        for (path, g), m in zip(named, momenta):
-            if g.shape != m.shape:
+        named, treedef = named_leaves(updates)
+        check_trees("dion", updates, state.momentum)
+        grads = [g for _, g in named]
+        for (path, g), m in zip(named, jax.tree.leaves(state.momentum)):
+            if g.shape != m.shape and (not replicate_axis or g.shape != m.shape[1:]):
                 raise ValueError(
                     f"{path}: gradient has shape {g.shape}, the state's momentum "
                     f"{m.shape}; call init with the parameters of these gradients"
                 )
+        qs = jax.tree.leaves(state.q)
         layouts = layouts_of(named, qs)
-        found, unknown = shardings_of(layouts, momenta)
-        if unknown and (unknown_sharding == "raise" or not told):
-            told.append(unknown[0])
-            report_unknown(unknown, unknown_sharding)
+        if replicate_axis:
+            check_axis(replicate_axis)
+            grads = [
+                g if layout.compresses else lax.pmean(g, replicate_axis)
+                for layout, g in zip(layouts, grads)
+            ]
+        averaged = [bool(replicate_axis) and x.compresses for x in layouts]
+        momenta = [
+            _momentum(layout, m, own)
+            for layout, m, own in zip(
+                layouts, jax.tree.leaves(state.momentum), averaged
+            )
+        ]
+        found = placement.find(layouts, momenta, report=True)
         groups: dict[Any, list[int]] = {}
         for i, (layout, where) in enumerate(zip(layouts, found)):
-            key = group_key(layout, where, momenta[i].dtype)
+            key = (averaged[i], group_key(layout, where, momenta[i].dtype))
             groups.setdefault(key if batch == "same_shape" else i, []).append(i)
         options = StepOptions(
-            mu, eps, noise_guard, power_iters, orthogonalize, right_factor
-        )
+            mu, eps, noise_guard, power_iters, orthogonalize, right_factor, split_p,
+            communication_dtype and jnp.dtype(communication_dtype),
+        )  # fmt: skip
         outputs: list[Any] = [None] * len(layouts)
         for members in groups.values():
             done = mesh_step(
                 [layouts[i] for i in members],
                 [found[i] for i in members],
-                [named[i][1] for i in members],
+                [grads[i] for i in members],
                 [momenta[i] for i in members],
                 [qs[i] for i in members],
                 options,
+                (replicate_axis,) if replicate_axis and averaged[members[0]] else (),
             )
             for i, direction, m, q in zip(members, *done):
+                direction = layouts[i].update_scale(scale) * direction
+                m = m.astype(momenta[i].dtype)
                 outputs[i] = (
-                    (layouts[i].update_scale(scale) * direction).astype(
-                        named[i][1].dtype
-                    ),
-                    m.astype(momenta[i].dtype),
+                    direction.astype(named[i][1].dtype),
+                    m[None] if averaged[i] else m,
                     q.astype(qs[i].dtype),
                 )
         directions, new_momenta, new_qs = zip(*outputs) if outputs else ((), (), ())
@@ -276,7 +288,10 @@ def dion(
     scale: str | None = "spectral",
     noise_guard: Any = 0.0,
     *,
+    replicate_axis: str | None = None,
     p_side: Any = "longer",
+    split_p: str = "auto",
+    communication_dtype: Any = None,
     unknown_sharding: str = "warn",
     weight_decay: Any = 0.01,
     weight_decay_mask: Any = None,
@@ -316,7 +331,11 @@ def dion(
       seed: see ``scale_by_dion``.
       scale: see ``scale_by_dion``.
       noise_guard: see ``scale_by_dion``.
+      replicate_axis: see ``scale_by_dion``; gradients of the other leaves are averaged
+        over it.
       p_side: see ``scale_by_dion``.
+      split_p: see ``scale_by_dion``.
+      communication_dtype: see ``scale_by_dion``.
       unknown_sharding: see ``scale_by_dion``.
       weight_decay: decoupled decay of matrices and of the ``scalar`` group; embeddings
         and heads have none.
@@ -343,33 +362,6 @@ def dion(
       >>> state = tx.init(params)
       >>> updates, state = tx.update(params, state, params)
     """
-    _check_range("weight_decay", weight_decay, 0)
-    _check_choice("scalar", scalar, ("adamw", "lion"))
-    for name, value in (
-        ("learning_rate", learning_rate),
-        ("scalar_learning_rate", scalar_learning_rate),
-    ):
-        if value is not None and not callable(value):
-            _check_range(name, value, 0)
-    for name, beta in (("scalar_b1", scalar_b1), ("scalar_b2", scalar_b2)):
-        _check_range(name, beta, 0, 1, open_right=True)
-    if scalar_learning_rate is None:
-        scalar_learning_rate = learning_rate
-
-    def decay(amount):
-        # An array (inject_hyperparams) may become non-zero: the state must not change.
-        if isinstance(amount, jax.Array) or amount != 0:
-            return optax.add_decayed_weights(amount, weight_decay_mask)
-        return optax.identity()
-
-    def scalar_direction():
-        if scalar == "lion":
-            return optax.scale_by_lion(scalar_b1, scalar_b2, mu_dtype=momentum_dtype)
-        return optax.scale_by_adam(
-            scalar_b1, scalar_b2, scalar_eps, mu_dtype=momentum_dtype
-        )
-
-    scalar_rate = optax.scale_by_learning_rate(scalar_learning_rate)
     matrices = scale_by_dion(
         rank_fraction,
         rank_multiple_of,
@@ -386,121 +378,27 @@ def dion(
         seed,
         scale,
         noise_guard,
+        replicate_axis=replicate_axis,
         p_side=p_side,
+        split_p=split_p,
+        communication_dtype=communication_dtype,
         unknown_sharding=unknown_sharding,
     )
-    head = (
-        [_scale_by_fan_in(weight_dimension_numbers)] if scalar == "lion" else []
-    )  # The factor belongs to Lion only: with AdamW it starves the head.
-    transforms: dict[Hashable, optax.GradientTransformation] = {
-        "dion": optax.chain(
-            matrices, decay(weight_decay), optax.scale_by_learning_rate(learning_rate)
-        ),
-        "scalar": optax.chain(scalar_direction(), decay(weight_decay), scalar_rate),
-        "embedding": optax.chain(scalar_direction(), scalar_rate),
-        "head": optax.chain(scalar_direction(), *head, scalar_rate),
-    }
-    if labels is None:
-
-        def labels(params):
-            return routing.route(params, weight_dimension_numbers)
-
-    return optax.partition(transforms, labels)
-
-
-def dion_state_sharding(
-    state: Any,
-    params: Any,
-    params_sharding: Any,
-    *,
-    weight_dimension_numbers: Any = None,
-    p_side: Any = "longer",
-) -> Any:
-    """Shardings for an optimizer state that contains Dion's, on the parameters' mesh.
-
-    Q has a shape of its own, so rules that go by the parameter's shape or path miss it:
-    it takes the specs of the batch and Q-side axes, its rank axis is whole. Every other
-    leaf whose path ends in a parameter's path takes that parameter's sharding; the rest
-    (counts) is replicated.
-
-    Args:
-      state: arrays or ``jax.eval_shape(tx.init, params)``; any nesting of optax states.
-      params: the parameters, or their shapes.
-      params_sharding: tree of NamedSharding like ``params``.
-      weight_dimension_numbers: as given to ``dion``.
-      p_side: as given to ``dion``.
-
-    Returns:
-      Tree of NamedSharding like ``state``.
-
-    Example:
-      >>> import jax, jax.numpy as jnp
-      >>> from jax.sharding import NamedSharding, PartitionSpec as P
-      >>> mesh = jax.make_mesh((1,), ("data",))
-      >>> params = {"kernel": jnp.ones((8, 16))}
-      >>> state = jax.eval_shape(scale_by_dion(0.5).init, params)
-      >>> where = {"kernel": NamedSharding(mesh, P(None, "data"))}
-      >>> dion_state_sharding(state, params, where).q["kernel"].spec == P(None, None)
-      True
-    """
-    named, _ = _named_leaves(params)
-    shardings = dict(_named_leaves(params_sharding)[0])
-    table = {path: (leaf, shardings[path]) for path, leaf in named}
-    mesh = next(iter(shardings.values())).mesh
-    whole: Any = NamedSharding(mesh, P())
-    rule = q_rule(weight_dimension_numbers, p_side=p_side)[1]
-
-    def like_parameter(path, leaf):
-        name = path_name(path)
-        # The longest, as "block/kernel" ends in "kernel" too.
-        owners = [p for p in table if name == p or name.endswith("/" + p)]
-        if owners:
-            param, where = table[max(owners, key=len)]
-            if leaf.shape == param.shape:
-                return where
-        return whole
-
-    def like_q(path, leaf):
-        name = path_name(path)
-        param, where = table[name]
-        return NamedSharding(mesh, rule(name, leaf, param, where.spec))
-
-    def node(path, x):
-        # Found by its type: a parameter may be called "q" as well.
-        if not isinstance(x, DionState):
-            return like_parameter(path, x)
-        return x._replace(
-            count=whole,
-            momentum=jax.tree_util.tree_map_with_path(like_parameter, x.momentum),
-            q=jax.tree_util.tree_map_with_path(like_q, x.q),
-        )
-
-    return jax.tree_util.tree_map_with_path(
-        node, state, is_leaf=lambda x: isinstance(x, DionState)
+    return with_scalars(
+        matrices,
+        learning_rate,
+        weight_dimension_numbers=weight_dimension_numbers,
+        weight_decay=weight_decay,
+        weight_decay_mask=weight_decay_mask,
+        scalar=scalar,
+        scalar_learning_rate=scalar_learning_rate,
+        scalar_b1=scalar_b1,
+        scalar_b2=scalar_b2,
+        scalar_eps=scalar_eps,
+        momentum_dtype=momentum_dtype,
+        labels=labels,
+        replicate_axis=replicate_axis,
     )
-
-
-def q_rule(
-    weight_dimension_numbers: Any = None, *, p_side: Any = "longer"
-) -> tuple[str, Callable[..., P]]:
-    """Sharding rule for Dion's Q: (regex of its path, function giving its spec).
-
-    The function takes (path of the parameter, Q, parameter, the parameter's spec). Put
-    the rule before those of the parameters.
-    """
-
-    def spec(path, q, param, param_spec):
-        named = [(path, param)]
-        layout = make_layout(
-            path,
-            param.shape,
-            per_leaf(weight_dimension_numbers, named, _is_dimensions, "dimensions")[0],
-            p_side=per_leaf(p_side, named, lambda x: isinstance(x, str), "p_side")[0],
-            rank=q.shape[-1],
-        )
-        return layout.q_spec(param_spec)
-
-    return r"(^|/)q/", spec
 
 
 def _init_q(layout: Layout, seed: Any, dtype: Any, where: NamedSharding | None, like):
@@ -514,123 +412,27 @@ def _init_q(layout: Layout, seed: Any, dtype: Any, where: NamedSharding | None, 
         return draw(key)
     where = NamedSharding(where.mesh, layout.q_spec(where.spec))
     if isinstance(like, jax.core.Tracer):
-        return _constrain(draw(key), where)
+        return constrain(draw(key), where)
     return jax.jit(draw, out_shardings=where)(key)
 
 
-def _scale_by_fan_in(weight_dimension_numbers: Any) -> optax.GradientTransformation:
-    """Multiplies by 1/sqrt(fan_in): Lion's learning-rate factor of an output head."""
-
-    def update(updates, params=None):
-        del params
-        named, treedef = _named_leaves(updates)
-        dimensions = per_leaf(
-            weight_dimension_numbers, named, _is_dimensions, "weight_dimension_numbers"
+def _momentum(layout: Layout, m: jax.Array, replicated: bool) -> jax.Array:
+    """This replica's M."""
+    if replicated and m.shape != (1, *layout.shape):
+        raise ValueError(
+            f"{layout.path}: momentum has shape {m.shape}, expected one replica's, "
+            f"{(1, *layout.shape)}; split the state over replicas as replica_specs says"
         )
-        scaled = [
-            g / math.sqrt(make_layout(path, g.shape, d).fan_in)
-            for (path, g), d in zip(named, dimensions)
-        ]
-        return treedef.unflatten(scaled)
-
-    return optax.stateless(update)
-
-
-def _named_leaves(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
-    flat, treedef = jax.tree_util.tree_flatten_with_path(tree)
-    return [(path_name(path), leaf) for path, leaf in flat], treedef
-
-
-def _is_dimensions(x: Any) -> bool:
-    return x is None or isinstance(x, DimensionNumbers)
-
-
-def _is_sharding(x: Any) -> bool:
-    return x is None or isinstance(x, P | jax.sharding.Sharding)
-
-
-def _is_number(x: Any) -> bool:
-    return isinstance(x, int | float | jax.Array) or hasattr(x, "dtype")
-
-
-def _is_traced(*values: Any) -> bool:
-    return any(isinstance(v, jax.core.Tracer) for v in values)
+    return m[0] if replicated else m
 
 
 def _check_options(mu, eps, power_iters, orthogonalize, right_factor, batch, scale):
-    _check_range("mu", mu, 0, 1)
-    _check_range("eps", eps, 0)
-    _check_range("power_iters", power_iters, 1)
+    check_range("mu", mu, 0, 1)
+    check_range("eps", eps, 0)
+    check_range("power_iters", power_iters, 1)
     if not jnp.issubdtype(jnp.result_type(power_iters), jnp.integer):
         raise ValueError(f"power_iters must be an integer, got {power_iters}")
-    _check_choice("orthogonalize", orthogonalize, METHODS)
-    _check_choice("right_factor", right_factor, RIGHT_FACTORS)
-    _check_choice("batch", batch, ("same_shape", "none"))
-    _check_choice("scale", scale, SCALES)
-
-
-def _check_choice(name: str, value: Any, choices: tuple) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {choices}, got {value!r}")
-
-
-def _check_range(
-    name: str,
-    value: Any,
-    low: int | float,
-    high: int | float = math.inf,
-    *,
-    open_right: bool = False,
-) -> None:
-    if _is_traced(value) or callable(value):
-        return
-    value = float(value)
-    if not low <= value <= high or (open_right and value == high):
-        bound = ")" if open_right or high == math.inf else "]"
-        raise ValueError(f"{name} must be in [{low}, {high}{bound}, got {value}")
-
-
-def _check_leaf(path: str, leaf: Any) -> None:
-    if not jnp.issubdtype(leaf.dtype, jnp.floating):
-        raise TypeError(
-            f"{path}: Dion needs real floating-point leaves, got {leaf.dtype}; keep it "
-            "out with optax.masked, or give it to another optimizer"
-        )
-
-
-def _static_fraction(path: str, fraction: Any, rank: int | None) -> float:
-    """rank_fraction as a float; may be traced once the state fixes the rank."""
-    if _is_traced(fraction):
-        if rank is None:
-            raise ValueError(_STATIC.format(name="rank_fraction"))
-        return 1.0
-    if not 0 < float(fraction) <= 1:
-        raise ValueError(
-            f"{path}: rank_fraction must be in (0, 1], got {float(fraction)}"
-        )
-    return float(fraction)
-
-
-def _static_multiple(multiple: Any, rank: int | None) -> int:
-    if _is_traced(multiple):
-        if rank is None:
-            raise ValueError(_STATIC.format(name="rank_multiple_of"))
-        return 1
-    if int(multiple) != multiple or multiple < 1:
-        raise ValueError(f"rank_multiple_of must be an integer >= 1, got {multiple}")
-    return int(multiple)
-
-
-_STATIC = (
-    "{name} shapes the state and cannot be traced; with optax.inject_hyperparams pass "
-    "static_args=('rank_fraction', 'rank_multiple_of'), or call init outside jit"
-)
-
-
-def _constrain(x: jax.Array, where: NamedSharding) -> jax.Array:
-    """Gives a traced or concrete value the sharding."""
-    if not isinstance(x, jax.core.Tracer):
-        return jax.device_put(x, where)
-    if AxisType.Explicit in where.mesh.axis_types:
-        return jax.sharding.reshard(x, where)
-    return jax.lax.with_sharding_constraint(x, where)
+    check_choice("orthogonalize", orthogonalize, METHODS)
+    check_choice("right_factor", right_factor, RIGHT_FACTORS)
+    check_choice("batch", batch, ("same_shape", "none"))
+    check_choice("scale", scale, SCALES)

@@ -99,6 +99,15 @@ class Layout(NamedTuple):
             rows = (rows[:, None] * self.shape[a] + local[None, :]).reshape(-1)
         return rows
 
+    @property
+    def compresses(self) -> bool:
+        """Whether the factors of all replicas are fewer numbers than their gradients.
+
+        ``(m + n) r < m n``, which also says that the rank is not full.
+        """
+        m, n = self.fan_out, self.fan_in
+        return (m + n) * self.rank < m * n
+
     def update_scale(self, scale: str | None) -> float:
         """Factor of P Q^T in the update.
 
@@ -204,6 +213,22 @@ def per_leaf(
             "with the parameters' structure"
         )
     return [table[path] for path, _ in named]
+
+
+def named_leaves(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
+    """[(path, leaf)] and the tree's structure."""
+    flat, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    return [(path_name(path), leaf) for path, leaf in flat], treedef
+
+
+def is_dimensions(x: Any) -> bool:
+    """Whether ``x`` is one value of a ``weight_dimension_numbers`` option."""
+    return x is None or isinstance(x, DimensionNumbers)
+
+
+def is_sharding(x: Any) -> bool:
+    """Whether ``x`` is one value of a ``sharding`` option."""
+    return x is None or isinstance(x, P | jax.sharding.Sharding)
 
 
 def _axes(path, name, axes, shape) -> tuple[int, ...]:

@@ -7,12 +7,17 @@ all devices, ``r`` the number of columns, ``u`` the unit round-off.
 ============ ============================================== =====================
 method       passes                                         sent per matrix
 ============ ============================================== =====================
-``scqr``     3 shifted + 2 plain Cholesky QR, jittered      5 Grams (r, r)
-``cqr2``     2 Cholesky QR (accurate for cond(p) < 1e3)     2 Grams (r, r)
-``rcqr``     sketch, Householder QR of it, 2 Cholesky QR    (k, r) + 2 (r, r)
+``scqr``     3 shifted + 2 plain Cholesky QR, jittered      5 Grams
+``cqr2``     2 Cholesky QR (accurate for cond(p) < 1e3)     2 Grams
+``rcqr``     sketch, Householder QR of it, 2 Cholesky QR    (k, r) + 2 Grams
 ``qr``       Householder QR of each shard, then of the      shards' R factors
              stacked R factors (tall-skinny QR)
 ============ ============================================== =====================
+
+Of a Gram matrix, which is symmetric, r (r + 1) / 2 entries are sent. Of a batch with as
+many matrices as devices, or a multiple of it, each device receives and factorises its
+share and the triangular inverses are gathered: the bytes of a plain sum, a fraction of
+the work.
 
 ``rcqr`` is not orthonormal when an exactly singular ``p`` is square, ``cqr2`` when it is
 ill-conditioned; both then stay finite, with columns no longer than 1.
@@ -28,7 +33,7 @@ Shifted Cholesky QR, SIAM J. Sci. Comput. 42 (2020) for the shift.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -36,9 +41,17 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-METHODS = ("scqr", "cqr2", "rcqr", "qr")
-AxisNames = str | Sequence[str]
+from jaxpapers.optim.collectives import (
+    AxisNames,
+    axis_size,
+    pack,
+    pmax,
+    psum,
+    symmetric,
+    unpack,
+)
 
+METHODS = ("scqr", "cqr2", "rcqr", "qr")
 # Gram matrices lose half the digits by construction: TPU's default (one bfloat16
 # pass) makes Cholesky fail at cond(p) = 1e2.
 HIGHEST = lax.Precision.HIGHEST
@@ -95,7 +108,7 @@ def _orthonormalize(
     p = p.astype(jnp.promote_types(p.dtype, jnp.float32))
     if rows is None:
         rows = jnp.arange(p.shape[-2])
-    largest = _pmax(jnp.max(jnp.abs(p), axis=(-2, -1), keepdims=True), axis_name)
+    largest = pmax(jnp.max(jnp.abs(p), axis=(-2, -1), keepdims=True), axis_name)
     zero = largest == 0
     # A power of two, so that scaling does not round.
     exponent = jnp.maximum(jnp.frexp(largest)[1], -120)
@@ -128,32 +141,62 @@ def _cholesky_qr(
     p: Array, axis_name: AxisNames, shift: str, *, refine: bool = False
 ) -> Array:
     """p L^-T with L L^T = p^T p + shift: one Gram matrix of communication."""
-    gram = _psum(jnp.einsum("...lr,...ls->...rs", p, p, precision=HIGHEST), axis_name)
-    # Textbook shifts, 11 (l r + r (r + 1)) u |p|^2, swamp the small directions; u tr(A)
-    # is what rounding of the Gram matrix may have cost at worst, 4 sqrt(r) u max(A_jj)
-    # at any size seen here.
-    unit = jnp.finfo(p.dtype).eps
-    diagonal = jnp.diagonal(gram, axis1=-2, axis2=-1)
-    size = jnp.minimum(diagonal.sum(-1), 4 * math.sqrt(p.shape[-1]) * diagonal.max(-1))[
-        ..., None, None
-    ]
-    eye = jnp.broadcast_to(jnp.eye(p.shape[-1], dtype=p.dtype), gram.shape)
-    shifted = gram + unit * size * eye
-    if shift == "always":
-        lower, inverse = _inverse_factor(shifted)
+    gram = jnp.einsum("...lr,...ls->...rs", p, p, precision=HIGHEST)
+    if axis_name:
+        lower, inverse = _factor_of_sum(gram, axis_name, shift, refine)
     else:
-        lower, inverse = _inverse_factor(gram)
-        pivots = jnp.diagonal(inverse, axis1=-2, axis2=-1)[..., None]
-        spread = jnp.min(pivots, -2) / jnp.max(pivots, -2)
-        # Where Cholesky fails, pivots are NaN. It also succeeds on mere rounding error,
-        # and columns longer than 1 come out: a last pass must not let them.
-        fine = spread > (0.1 if shift == "if_skewed" else 0)
-        inverse = jnp.where(fine[..., None], inverse, _inverse_factor(shifted)[1])
+        lower, inverse = _factor(gram, shift)
     basis = jnp.matmul(p, inverse, precision=HIGHEST)
     if refine:
         lost = p - jnp.matmul(basis, jnp.swapaxes(lower, -1, -2), precision=HIGHEST)
         basis += jnp.matmul(lost, inverse, precision=HIGHEST)
     return basis
+
+
+def shares_factors(matrices: int, devices: int) -> bool:
+    """Whether the devices factorise equal shares of the matrices, or each does all."""
+    return devices > 1 and matrices % devices == 0
+
+
+def _factor_of_sum(
+    gram: Array, axis_name: AxisNames, shift: str, with_lower: bool
+) -> tuple[Array, Array]:
+    """``_factor`` of the sum over devices; L is anything unless asked for."""
+    r = gram.shape[-1]
+    packed = pack(gram.reshape(-1, r, r))
+    if not shares_factors(packed.shape[0], axis_size(axis_name)):
+        total = symmetric(unpack(psum(packed, axis_name), r))
+        return _factor(total.reshape(gram.shape), shift)
+    mine = lax.psum_scatter(packed, axis_name, scatter_dimension=0, tiled=True)
+    lower, inverse = _factor(symmetric(unpack(mine, r)), shift)
+
+    def share(x):
+        x = lax.all_gather(pack(x), axis_name, tiled=True)
+        return unpack(x, r).reshape(gram.shape)
+
+    inverse = jnp.swapaxes(share(jnp.swapaxes(inverse, -1, -2)), -1, -2)
+    return share(lower) if with_lower else inverse, inverse
+
+
+def _factor(gram: Array, shift: str) -> tuple[Array, Array]:
+    """L and L^-T with L L^T = gram + shift."""
+    # Textbook shifts, 11 (l r + r (r + 1)) u |p|^2, swamp the small directions; u tr(A)
+    # is what rounding of the Gram matrix may have cost at worst, 4 sqrt(r) u max(A_jj)
+    # at any size seen here.
+    r, unit = gram.shape[-1], jnp.finfo(gram.dtype).eps
+    diagonal = jnp.diagonal(gram, axis1=-2, axis2=-1)
+    size = jnp.minimum(diagonal.sum(-1), 4 * math.sqrt(r) * diagonal.max(-1))
+    eye = jnp.broadcast_to(jnp.eye(r, dtype=gram.dtype), gram.shape)
+    shifted = gram + unit * size[..., None, None] * eye
+    if shift == "always":
+        return _inverse_factor(shifted)
+    lower, inverse = _inverse_factor(gram)
+    pivots = jnp.diagonal(inverse, axis1=-2, axis2=-1)[..., None]
+    spread = jnp.min(pivots, -2) / jnp.max(pivots, -2)
+    # Where Cholesky fails, pivots are NaN. It also succeeds on mere rounding error, and
+    # columns longer than 1 come out: a last pass must not let them.
+    fine = spread > (0.1 if shift == "if_skewed" else 0)
+    return lower, jnp.where(fine[..., None], inverse, _inverse_factor(shifted)[1])
 
 
 def _inverse_factor(gram: Array) -> tuple[Array, Array]:
@@ -186,9 +229,7 @@ def _sketch_qr(p: Array, axis_name: AxisNames, rows: Array) -> Array:
     r = p.shape[-1]
     k = 128 * math.ceil(1.25 * r / 128)
     sketch = _noise(rows, k, p.dtype, stream=1) / math.sqrt(k)
-    small = _psum(
-        jnp.einsum("lk,...lr->...kr", sketch, p, precision=HIGHEST), axis_name
-    )
+    small = psum(jnp.einsum("lk,...lr->...kr", sketch, p, precision=HIGHEST), axis_name)
     upper = _positive_qr(small)[1]
 
     def solve(p, upper):
@@ -240,8 +281,8 @@ def _per_matrix(f: Callable, *xs: Array) -> Any:
 
 def _jitter(p: Array, axis_name: AxisNames, rows: Array) -> Array:
     """Adds noise of one unit round-off relative to the root mean square of ``p``."""
-    count = _psum(p.shape[-2] * p.shape[-1], axis_name)
-    square = _psum(jnp.sum(jnp.square(p), axis=(-2, -1), keepdims=True), axis_name)
+    count = psum(p.shape[-2] * p.shape[-1], axis_name)
+    square = psum(jnp.sum(jnp.square(p), axis=(-2, -1), keepdims=True), axis_name)
     size = jnp.finfo(p.dtype).eps * jnp.sqrt(square / count)
     noise = _noise(rows, p.shape[-1], p.dtype, stream=0)
     return p + size * jnp.broadcast_to(noise, p.shape)
@@ -260,11 +301,3 @@ def _noise(rows: Array, columns: int, dtype, *, stream: int) -> Array:
     x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
     x = (x ^ (x >> 16)).astype(jnp.int32)
     return x.astype(dtype) * (math.sqrt(3.0) / 2**31)
-
-
-def _psum(x, axis_name: AxisNames):
-    return lax.psum(x, axis_name) if axis_name else x
-
-
-def _pmax(x, axis_name: AxisNames):
-    return lax.pmax(x, axis_name) if axis_name else x

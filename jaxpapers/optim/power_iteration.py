@@ -11,9 +11,12 @@ matrix with its P side first, B is (l, s), Q (s, r), P (l, r), R (s, r):
 7. update direction P Q^T
 
 The functions run on whole matrices, or inside ``jax.shard_map`` on blocks of them: then
-``p_names`` and ``q_names`` are the mesh axes that split l and s. Only thin factors
-cross devices: P over ``q_names``; Gram matrices, R over ``p_names``; column norms over
-``q_names``.
+``MeshAxes`` names the mesh axes that split l and s. Only thin factors cross devices: P
+over the axes of s; Gram matrices and R over those of l; column norms over those of s.
+
+P and R are linear in B, so their means over data-parallel replicas, each with its own
+gradient and momentum, give the update of the mean gradient (step 2.3 of the paper):
+``MeshAxes.replica``.
 """
 
 from collections.abc import Sequence
@@ -23,9 +26,33 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxpapers.optim.orthonormalize import HIGHEST, _orthonormalize, _pmax, _psum
+from jaxpapers.optim.collectives import axis_size, pmax, psum
+from jaxpapers.optim.orthonormalize import HIGHEST, _orthonormalize
 
 RIGHT_FACTORS = ("colnorm", "orth")
+SPLITS = ("auto", "whole")
+
+# Orthonormalising f-th parts of P's rows on f devices instead of all rows on each sends
+# some 20 r^2 bytes more and saves some 20 l r^2 FLOPs: from this l on, an accelerator
+# computes longer than it would send.
+ROWS_WORTH_SPLITTING = 1024
+
+
+class MeshAxes(NamedTuple):
+    """Mesh axes that split a matrix, inside ``jax.shard_map``.
+
+    Attributes:
+      p: those that split l, the rows of P.
+      q: those that split s, the rows of Q and R.
+      replica: those whose devices hold gradients and momenta to be averaged.
+    """
+
+    p: tuple[str, ...] = ()
+    q: tuple[str, ...] = ()
+    replica: tuple[str, ...] = ()
+
+
+ONE_DEVICE = MeshAxes()
 
 
 class StepOptions(NamedTuple):
@@ -40,6 +67,8 @@ class StepOptions(NamedTuple):
     power_iters: Any = 1
     orthogonalize: str = "scqr"
     right_factor: str = "colnorm"
+    split_p: str = "auto"
+    communication_dtype: Any = None
 
 
 def power_iterate(
@@ -48,21 +77,26 @@ def power_iterate(
     iters: Any = 1,
     orthogonalize: str = "scqr",
     *,
-    p_names: Sequence[str] = (),
-    q_names: Sequence[str] = (),
+    axes: MeshAxes = ONE_DEVICE,
     rows: jax.Array | None = None,
+    split_p: str = "auto",
+    communication_dtype: Any = None,
 ) -> tuple[Any, Any]:
     """Power iteration P, R with P orthonormal and R = B^T P (steps 2-4).
 
     Args:
-      b: matrix (..., l, s), or a list of (batch, l, s) whose small factorisations are
-        then done as one batch.
+      b: matrix (..., l, s), or a list of (batch, l, s) that share l; their P are then
+        summed over devices and factorised as one batch.
       q: warm start (..., s, r), or a list of them.
       iters: repetitions; between them Q <- R, not normalised. May be traced.
       orthogonalize: see ``orthonormalize``.
-      p_names: mesh axes that split l.
-      q_names: mesh axes that split s.
+      axes: mesh axes that split l and s, and those to average over.
       rows: global index of each local row of P, when l is split.
+      split_p: ``auto`` shares the orthonormalisation among the devices that split s, by
+        matrices or by rows (``choose_split``); ``whole`` does all of it on each.
+      communication_dtype: of P on its way between the devices that split s; default
+        that of the computation. The P that is used is the rounded one, so nothing is
+        lost from the momentum.
 
     Returns:
       P (..., l, r) and R (..., s, r), shaped like ``b`` and ``q`` otherwise. Where B Q
@@ -77,9 +111,14 @@ def power_iterate(
     """
 
     def once(q):
-        p = jax.tree.map(lambda b, q: _psum(_dot("ls,sr->lr", b, q), q_names), b, q)
-        p, zero = _batched(p, orthogonalize, p_names, rows)
-        r = jax.tree.map(lambda b, p: _psum(_dot("ls,lr->sr", b, p), p_names), b, p)
+        parts, treedef = jax.tree.flatten(
+            jax.tree.map(lambda b, q: _dot("ls,sr->lr", b, q), b, q)
+        )
+        found = _basis(parts, orthogonalize, axes, rows, split_p, communication_dtype)
+        p, zero = (treedef.unflatten(x) for x in found)
+        r = jax.tree.map(
+            lambda b, p: _mean(_dot("ls,lr->sr", b, p), axes.p, axes.replica), b, p
+        )
         return p, jax.tree.map(jnp.where, zero, q, r)
 
     if isinstance(iters, int):
@@ -90,26 +129,50 @@ def power_iterate(
     return once(q)
 
 
+def choose_split(
+    matrices: int, l: int, l_local: int, devices: int, method: str, split_p: str
+) -> str:
+    """How the devices that split s share the orthonormalisation of P.
+
+    Args:
+      matrices: P's in the batch.
+      l: rows of a P over all devices.
+      l_local: rows of a P on one device.
+      devices: that split s; each starts with a summand of P.
+      method: of ``orthonormalize``.
+      split_p: the user's choice.
+
+    Returns:
+      ``matrices``: each device receives a share of the batch; ``rows``: a share of the
+      rows of each; ``whole``: the sum of all.
+    """
+    if devices == 1 or split_p == "whole":
+        return "whole"
+    if matrices % devices == 0:
+        return "matrices"
+    if l >= ROWS_WORTH_SPLITTING and l_local % devices == 0 and method != "qr":
+        return "rows"
+    return "whole"
+
+
 def dion_step(
     grads: list[jax.Array],
     momenta: list[jax.Array],
     qs: list[jax.Array],
     options: StepOptions,
     *,
-    p_names: Sequence[str] = (),
-    q_names: Sequence[str] = (),
+    axes: MeshAxes = ONE_DEVICE,
     p_rows: jax.Array | None = None,
     q_rows: Sequence[jax.Array | None] | None = None,
 ) -> tuple[list[jax.Array], list[jax.Array], list[jax.Array]]:
-    """Steps 1-7 for matrices that share l, r and the mesh axes of l and s.
+    """Steps 1-7 for matrices that share l, r and mesh axes.
 
     Args:
       grads: G, each (batch, l, s).
       momenta: M, each (batch, l, s).
       qs: Q, each (batch, s, r).
       options: hyper-parameters.
-      p_names: mesh axes that split l.
-      q_names: mesh axes that split s.
+      axes: mesh axes that split l and s, and those to average over.
       p_rows: global index of each local row of P, when l is split.
       q_rows: the same for each Q, when s is split.
 
@@ -128,18 +191,19 @@ def dion_step(
         [q.astype(dtype) for q in qs],
         options.power_iters,
         options.orthogonalize,
-        p_names=p_names,
-        q_names=q_names,
+        axes=axes,
         rows=p_rows,
+        split_p=options.split_p,
+        communication_dtype=options.communication_dtype,
     )
     new_momenta = [b - (1 - mu) * _dot("lr,sr->ls", p, r) for b, p, r in zip(b, ps, rs)]
     directions, new_qs = [], []
     for p, r, rows in zip(ps, rs, q_rows or [None] * len(rs)):
-        norm = _column_norms(r, q_names)
+        norm = _column_norms(r, axes.q)
         if options.right_factor == "orth":
             # Orth-Dion (arXiv 2605.16341). Cholesky QR's positive diagonal matters:
             # Householder signs would turn P Q^T into an ascent direction.
-            q = _orthonormalize(r, "scqr", q_names, rows)[0]
+            q = _orthonormalize(r, "scqr", axes.q, rows)[0]
         else:
             q = r / (norm + eps)
         # Columns of R that are rounding noise beside the largest one carry no signal,
@@ -150,27 +214,64 @@ def dion_step(
     return directions, new_momenta, new_qs
 
 
+def _basis(parts, method, axes: MeshAxes, rows, split_p, communication_dtype):
+    """Steps 2-3: the orthonormalised mean over replicas of the sum over ``axes.q``.
+
+    Args:
+      parts: list of (batch, l, r), or one (..., l, r): summands of B Q.
+      method: of ``orthonormalize``.
+      axes: see ``power_iterate``, as for the rest.
+      rows: see there.
+      split_p: see there.
+      communication_dtype: see there.
+
+    Returns:
+      Lists like ``parts``: P, and whether it is all zero (..., 1, 1).
+    """
+    p = parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+    dtype, wire = p.dtype, communication_dtype or p.dtype
+    devices, l_local = axis_size(axes.q), p.shape[-2]
+    how = "whole"
+    if p.ndim == 3:
+        l = l_local * axis_size(axes.p)
+        how = choose_split(p.shape[0], l, l_local, devices, method, split_p)
+    p = p.astype(wire) if axes.q or axes.replica else p
+    if how == "whole":
+        p = _mean(p, axes.q, axes.replica).astype(dtype)
+        basis, zero = _orthonormalize(p, method, axes.p, rows)
+    else:
+        axis = 0 if how == "matrices" else 1
+        p = lax.psum_scatter(p, axes.q, scatter_dimension=axis, tiled=True)
+        p = _mean(p, (), axes.replica).astype(dtype)
+        names = axes.p
+        if how == "rows":
+            names = axes.p + axes.q
+            rows = jnp.arange(l_local) if rows is None else rows
+            mine = lax.axis_index(axes.q) * p.shape[1]
+            rows = lax.dynamic_slice_in_dim(rows, mine, p.shape[1])
+        basis, zero = _orthonormalize(p, method, names, rows)
+        basis = lax.all_gather(basis.astype(wire), axes.q, axis=axis, tiled=True)
+        basis = basis.astype(dtype)
+        if how == "matrices":
+            zero = lax.all_gather(zero, axes.q, tiled=True)
+    if len(parts) == 1:
+        return [basis], [zero]
+    ends = [sum(x.shape[0] for x in parts[:i]) for i in range(1, len(parts))]
+    return jnp.split(basis, ends), jnp.split(zero, ends)
+
+
+def _mean(x, summed: tuple[str, ...], averaged: tuple[str, ...]):
+    """One reduction for a sum over some mesh axes and a mean over others."""
+    return psum(x, summed + averaged) / axis_size(averaged)
+
+
 def _column_norms(r, q_names):
     """|R_j|, through a power of two: squares of 1e20 overflow, and Q = 0 never ends."""
-    largest = _pmax(jnp.max(jnp.abs(r), axis=(-2, -1), keepdims=True), q_names)
+    largest = pmax(jnp.max(jnp.abs(r), axis=(-2, -1), keepdims=True), q_names)
     exponent = jnp.frexp(largest)[1]
     square = jnp.square(jnp.ldexp(r, -exponent))
-    total = _psum(jnp.sum(square, axis=-2, keepdims=True), q_names)
+    total = psum(jnp.sum(square, axis=-2, keepdims=True), q_names)
     return jnp.ldexp(jnp.sqrt(total), exponent)
-
-
-def _batched(ps, method, axis_name, rows):
-    """Orthonormalises a list of (batch, l, r) as one batch; keeps the list's form."""
-    flat, treedef = jax.tree.flatten(ps)
-    if len(flat) == 1:
-        basis, zero = _orthonormalize(flat[0], method, axis_name, rows)
-        return treedef.unflatten([basis]), treedef.unflatten([zero])
-    ends = [sum(p.shape[0] for p in flat[:i]) for i in range(1, len(flat))]
-    basis, zero = _orthonormalize(jnp.concatenate(flat), method, axis_name, rows)
-    return (
-        treedef.unflatten(jnp.split(basis, ends)),
-        treedef.unflatten(jnp.split(zero, ends)),
-    )
 
 
 def _dot(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:

@@ -22,8 +22,8 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxpapers.optim.layout import Layout
-from jaxpapers.optim.power_iteration import StepOptions, dion_step
+from jaxpapers.optim.layout import Layout, is_sharding, per_leaf
+from jaxpapers.optim.power_iteration import MeshAxes, StepOptions, dion_step
 
 
 def mesh_step(
@@ -33,8 +33,18 @@ def mesh_step(
     momenta: Sequence[jax.Array],
     qs: Sequence[jax.Array],
     options: StepOptions,
+    replica: tuple[str, ...] = (),
 ) -> tuple[list[jax.Array], list[jax.Array], list[jax.Array]]:
     """``dion_step`` on leaves of one group (see ``group_key``), each with its sharding.
+
+    Args:
+      layouts: of the leaves.
+      shardings: of the leaves; None: not sharded.
+      grads: shaped as the leaves.
+      momenta: shaped as the leaves.
+      qs: right factors.
+      options: hyper-parameters.
+      replica: mesh axes, manual already, over which P and R are averaged.
 
     Returns:
       Directions and momenta shaped and sharded as the leaves, Qs as the given ones.
@@ -60,14 +70,18 @@ def mesh_step(
         specs,
         mesh,
         options,
+        replica,
     )
 
 
-@functools.partial(jax.jit, static_argnums=(4, 5, 6, 7))
-def _mesh_step(traced, grads, momenta, qs, layouts, specs, mesh, options):
+@functools.partial(jax.jit, static_argnums=(4, 5, 6, 7, 8))
+def _mesh_step(traced, grads, momenta, qs, layouts, specs, mesh, options, replica):
     """Jitted, so that an update outside jit compiles once as well."""
-    p_names = _names(layouts[0].p_axes, specs[0])
-    q_names = _names(layouts[0].q_axes, specs[0])
+    axes = MeshAxes(
+        axis_names(layouts[0].p_axes, specs[0]),
+        axis_names(layouts[0].q_axes, specs[0]),
+        replica,
+    )
 
     def body(traced, grads, momenta, qs):
         shapes = [g.shape for g in grads]
@@ -76,8 +90,7 @@ def _mesh_step(traced, grads, momenta, qs, layouts, specs, mesh, options):
             [x.to_matrices(m) for x, m in zip(layouts, momenta)],
             [x.q_to_matrices(q) for x, q in zip(layouts, qs)],
             options._replace(**traced),
-            p_names=p_names,
-            q_names=q_names,
+            axes=axes,
             p_rows=layouts[0].rows(layouts[0].p_axes, shapes[0], specs[0]),
             q_rows=[
                 x.rows(x.q_axes, s, spec) for x, s, spec in zip(layouts, shapes, specs)
@@ -93,14 +106,21 @@ def _mesh_step(traced, grads, momenta, qs, layouts, specs, mesh, options):
         return body(traced, grads, momenta, qs)
     leaf_specs = list(specs)
     q_specs = [x.q_spec(spec) for x, spec in zip(layouts, specs)]
-    kinds = zip(mesh.axis_names, mesh.axis_types)
-    return jax.shard_map(
+    return on_blocks(
         body,
-        mesh=mesh,
+        mesh,
         in_specs=(P(), leaf_specs, leaf_specs, q_specs),
         out_specs=(leaf_specs, leaf_specs, q_specs),
-        axis_names={name for name, kind in kinds if kind != AxisType.Manual},
     )(traced, grads, momenta, qs)
+
+
+def on_blocks(body, mesh, in_specs, out_specs):
+    """``jax.shard_map`` over those of the mesh's axes that are not manual already."""
+    kinds = zip(mesh.axis_names, mesh.axis_types)
+    free = {name for name, kind in kinds if kind != AxisType.Manual}
+    return jax.shard_map(
+        body, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=free
+    )
 
 
 def group_key(layout: Layout, sharding: NamedSharding | None, dtype: Any) -> tuple:
@@ -112,12 +132,60 @@ def group_key(layout: Layout, sharding: NamedSharding | None, dtype: Any) -> tup
     )
     return (
         side,
-        _names(layout.q_axes, spec),
-        _names(layout.batch, spec),
+        axis_names(layout.q_axes, spec),
+        axis_names(layout.batch, spec),
         layout.rank,
         None if sharding is None else sharding.mesh,
         jnp.dtype(dtype),
     )
+
+
+class Placement:
+    """How the leaves of one transformation are sharded.
+
+    Args:
+      declared: the user's ``sharding=``: NamedSharding or PartitionSpec per leaf.
+      unknown: ``warn`` (once) or ``raise`` where nothing tells.
+    """
+
+    def __init__(self, declared: Any, unknown: str):
+        self._declared, self._unknown = declared, unknown
+        # Of the concrete arrays that init was given, by path: under Auto axes the
+        # traced update cannot see them.
+        self._seen: dict[str, NamedSharding] = {}
+        self._told = False
+
+    def see(self, named: Sequence[tuple[str, Any]]) -> None:
+        """Remembers the shardings of concrete leaves."""
+        for path, leaf in named:
+            if isinstance(leaf, jax.core.Tracer):
+                continue
+            self._seen.pop(path, None)
+            actual = getattr(leaf, "sharding", None)
+            if isinstance(actual, NamedSharding):
+                self._seen[path] = actual
+
+    def find(
+        self, layouts: Sequence[Layout], leaves: Sequence[Any], *, report: bool = False
+    ) -> list[NamedSharding | None]:
+        """The sharding of each leaf, None if not sharded.
+
+        Args:
+          layouts: of the leaves.
+          leaves: parameters or momenta.
+          report: warn or raise about leaves whose sharding nothing tells.
+        """
+        named = [(x.path, leaf) for x, leaf in zip(layouts, leaves)]
+        declared = per_leaf(self._declared, named, is_sharding, "sharding")
+        found = [
+            find_sharding(x, leaf, given, self._seen.get(x.path))
+            for x, leaf, given in zip(layouts, leaves, declared)
+        ]
+        unknown = [x.path for x, (_, known) in zip(layouts, found) if not known]
+        if report and unknown and (self._unknown == "raise" or not self._told):
+            self._told = True
+            report_unknown(unknown, self._unknown)
+        return [where for where, _ in found]
 
 
 def find_sharding(
@@ -169,12 +237,18 @@ def find_sharding(
         ]
         return None, mesh.empty or math.prod(automatic) == 1
     _check(layout, found.spec, found.mesh)
-    auto_size = math.prod(
-        size
-        for size, kind in zip(found.mesh.axis_sizes, found.mesh.axis_types)
-        if kind != AxisType.Manual
-    )
-    return (found if auto_size > 1 else None), True
+    scope = jax.sharding.get_abstract_mesh()
+    if (
+        AxisType.Manual in scope.axis_types
+        and scope.axis_names == found.mesh.axis_names
+    ):
+        # Inside the caller's shard_map over some axes: the same mesh, seen from there.
+        found = NamedSharding(scope, found.spec)
+    kinds = zip(found.mesh.axis_sizes, found.mesh.axis_types)
+    free = [(size, kind) for size, kind in kinds if kind != AxisType.Manual]
+    # Explicit types name axes of size 1 as well, and a product over them is refused.
+    split = any(size > 1 or kind == AxisType.Explicit for size, kind in free)
+    return (found if split else None), True
 
 
 def report_unknown(paths: Sequence[str], action: str) -> None:
@@ -226,6 +300,15 @@ def _check(layout: Layout, spec: P, mesh) -> P:
     return spec
 
 
+def constrain(x: jax.Array, where: NamedSharding) -> jax.Array:
+    """Gives a traced or concrete value the sharding."""
+    if not isinstance(x, jax.core.Tracer):
+        return jax.device_put(x, where)
+    if AxisType.Explicit in where.mesh.axis_types:
+        return jax.sharding.reshard(x, where)
+    return jax.lax.with_sharding_constraint(x, where)
+
+
 def _reshard(x: jax.Array, spec: P) -> jax.Array:
     """Moves a value with an Explicit type to the spec that shard_map expects."""
     sharding = jax.typeof(x).sharding
@@ -234,7 +317,7 @@ def _reshard(x: jax.Array, spec: P) -> jax.Array:
     return x
 
 
-def _names(axes: Sequence[int], spec: P) -> tuple[str, ...]:
+def axis_names(axes: Sequence[int], spec: P) -> tuple[str, ...]:
     """Mesh axes that split the given array axes, in order."""
     entries = tuple(spec)
     return tuple(n for a in axes if a < len(entries) for n in _tuple(entries[a]))

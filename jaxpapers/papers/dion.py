@@ -35,7 +35,10 @@ from jaxpapers.method import Method, gradient, param_spec
 from jaxpapers.nets import transformer
 from jaxpapers.optim import DimensionNumbers, routing
 
-RULES = (optim.q_rule(lambda path, leaf: dimensions(path, leaf)), *transformer.RULES)
+RULES = (
+    *optim.state_rules(lambda path, leaf: dimensions(path, leaf)),
+    *transformer.RULES,
+)
 
 
 def dimensions(path: str, leaf: Any) -> DimensionNumbers | None:

@@ -7,18 +7,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxpapers.optim import (
     DimensionNumbers,
     DionState,
     dion_state_sharding,
+    replica_specs,
     scale_by_dion,
+    sync_for_checkpoint,
 )
 from jaxpapers.optim.orthonormalize import METHODS
 
 OUT_IN = DimensionNumbers(1, 0)  # The recorded weights are PyTorch's.
+# LLVM's optimisations are most of a compile, and not what the meshes are about.
+QUICK = {"xla_backend_optimization_level": 0}
 pytestmark = pytest.mark.parity("dion")
 MESHES = [
     ((8,), "Auto"),
@@ -48,6 +52,58 @@ def test_mesh_other_methods(case, method, make_mesh):
     check(case, method, make_mesh((4, 2)))
 
 
+@pytest.mark.parametrize("others", [(), (2,), (2, 2)])
+def test_replicas_with_momenta_of_their_own(case, others):
+    """Compressed synchronisation: every replica's M, not only their mean."""
+    folder, _, entry = case
+    if len(entry["arrays"]["G"][0]) != 4:
+        pytest.skip("not recorded on several replicas")
+    with np.load(folder / entry["file"]) as file:
+        data = dict(file)
+    sizes = (len(data["G"]), *others)
+    mesh = jax.make_mesh(
+        sizes,
+        ("replica", "data", "model")[: len(sizes)],
+        axis_types=(AxisType.Auto,) * len(sizes),
+        devices=jax.devices()[: math.prod(sizes)],
+    )
+    x, hyper = data["X0"], entry["hyper"]
+    where = best_sharding(mesh, x.shape, but="replica")
+    tx = scale_by_dion(
+        hyper["rank_fraction"],
+        mu=hyper["mu"],
+        weight_dimension_numbers=OUT_IN,
+        scale=None,
+        sharding=where,
+        replicate_axis="replica",
+    )
+    x_tol, m_tol, _ = tolerances(entry, x)
+    with jax.set_mesh(mesh):
+        params = {"w": jax.device_put(x, where)}
+        state = tx.init(params)
+        q0 = jax.device_put(data["Q0"], state.q["w"].sharding)
+        state = state._replace(q={"w": q0})
+        specs = replica_specs(state, params, "replica")
+        update = jax.shard_map(
+            lambda g, s: tx.update({"w": g[0]}, s),
+            in_specs=(P("replica"), specs),
+            out_specs=(P(), specs),
+            axis_names={"replica"},
+        )
+        update = jax.jit(update, compiler_options=QUICK)
+        for t in range(data["G"].shape[1]):
+            direction, state = update(data["G"][:, t], state)
+            keep, rate = factors(
+                data["lr"][t], hyper["weight_decay"], x.shape[0] / x.shape[1], x.dtype
+            )
+            x = keep * x - rate * np.asarray(direction["w"])
+            close(x, data["X"][t], x_tol, f"X after step {t}")
+            close(state.momentum["w"], data["M"][:, t], m_tol, f"M after step {t}")
+        synced = sync_for_checkpoint(state, params).momentum["w"]
+        for m in synced:
+            close(m, data["M_synced"], m_tol, "synchronised M")
+
+
 def check(case, method, mesh=None):
     """Replays a case and compares X, M after every step and Q after the last."""
     folder, name, entry = case
@@ -55,7 +111,8 @@ def check(case, method, mesh=None):
         pytest.skip(
             f"{entry['implementation']} has no Q: Muon is not in this optimizer"
         )
-    data = np.load(folder / entry["file"])
+    with np.load(folder / entry["file"]) as file:
+        data = dict(file)
     double = data["X0"].dtype == np.float64
     with jax.enable_x64(double):
         if mesh is None:
@@ -100,9 +157,7 @@ def replay(entry, data, method, mesh):
             state, {"w": x0}, {"w": where}, weight_dimension_numbers=OUT_IN, p_side=side
         )
         state = jax.device_put(state, placed)
-    # LLVM's optimisations are most of a compile, and not what the meshes are about.
-    quick = {"xla_backend_optimization_level": 0}
-    update = jax.jit(tx.update, compiler_options=quick if mesh else None)
+    update = jax.jit(tx.update, compiler_options=QUICK if mesh else None)
     x_tol, m_tol, q_tol = tolerances(entry, x0)
     x = x0
     for t in range(len(g)):
@@ -152,19 +207,18 @@ def close(got, want, tol, what):
     assert error <= tol, f"{what}: relative error {error:.1e} > {tol:.0e}"
 
 
-def best_sharding(mesh, shape):
+def best_sharding(mesh, shape, but=None):
     """Shards a (m, n) array over as many devices as divide it, on both sides if equal."""
     if mesh is None:
         return None
     specs = []
-    for sides in itertools.product((0, 1, None), repeat=len(mesh.shape)):
-        spec = [
-            tuple(a for a, s in zip(mesh.axis_names, sides) if s == d) for d in (0, 1)
-        ]
+    names = [a for a in mesh.axis_names if a != but]
+    for sides in itertools.product((0, 1, None), repeat=len(names)):
+        spec = [tuple(a for a, s in zip(names, sides) if s == d) for d in (0, 1)]
         parts = [math.prod(mesh.shape[a] for a in axes) for axes in spec]
         if not any(size % part for size, part in zip(shape, parts)):
             specs.append((math.prod(parts), min(parts), P(*(a or None for a in spec))))
     used, _, spec = max(specs, key=lambda s: s[:2])
-    divides = any(size % a == 0 for size in shape for a in mesh.shape.values())
+    divides = any(size % mesh.shape[a] == 0 for size in shape for a in names)
     assert used > 1 or not divides
     return NamedSharding(mesh, spec)

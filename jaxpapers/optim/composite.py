@@ -1,0 +1,132 @@
+"""One optimizer for matrices, AdamW or Lion for everything else."""
+
+import math
+from collections.abc import Hashable
+from typing import Any
+
+import jax
+import optax
+from jax import lax
+
+from jaxpapers.optim import routing
+from jaxpapers.optim.layout import is_dimensions, make_layout, named_leaves, per_leaf
+from jaxpapers.optim.options import check_choice, check_range
+
+
+def with_scalars(
+    matrices: optax.GradientTransformation,
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    weight_dimension_numbers: Any = None,
+    weight_decay: Any = 0.01,
+    weight_decay_mask: Any = None,
+    scalar: str = "adamw",
+    scalar_learning_rate: optax.ScalarOrSchedule | None = None,
+    scalar_b1: Any = 0.9,
+    scalar_b2: Any = 0.95,
+    scalar_eps: Any = 1e-8,
+    momentum_dtype: Any = None,
+    labels: Any = None,
+    replicate_axis: str | None = None,
+) -> optax.GradientTransformation:
+    """Routes matrices to a direction transformation and the rest to AdamW or Lion.
+
+    Args:
+      matrices: direction for the leaves labelled ``dion``; averages over
+        ``replicate_axis`` itself.
+      learning_rate: base learning rate or schedule, decay uses it unscaled.
+      weight_dimension_numbers: see ``scale_by_dion``; a None leaf goes to the scalar
+        optimizer. Without it only 2-D leaves are matrices.
+      weight_decay: decoupled decay of matrices and of the ``scalar`` group; embeddings
+        and heads have none.
+      weight_decay_mask: tree of bool, or function of the parameters, further
+        restricting what decays.
+      scalar: ``adamw`` or ``lion``.
+      scalar_learning_rate: default ``learning_rate``.
+      scalar_b1: first beta of the scalar optimizer.
+      scalar_b2: second beta.
+      scalar_eps: AdamW's epsilon.
+      momentum_dtype: of the scalar optimizer's first moment.
+      labels: replaces the default routing: a tree of ``dion`` | ``scalar`` |
+        ``embedding`` | ``head``, or a function of the parameters that returns one.
+      replicate_axis: manual mesh axis over which gradients of the other leaves are
+        averaged.
+
+    Raises:
+      ValueError: bad hyper-parameters.
+    """
+    check_range("weight_decay", weight_decay, 0)
+    check_choice("scalar", scalar, ("adamw", "lion"))
+    for name, value in (
+        ("learning_rate", learning_rate),
+        ("scalar_learning_rate", scalar_learning_rate),
+    ):
+        if value is not None and not callable(value):
+            check_range(name, value, 0)
+    for name, beta in (("scalar_b1", scalar_b1), ("scalar_b2", scalar_b2)):
+        check_range(name, beta, 0, 1, open_right=True)
+    if scalar_learning_rate is None:
+        scalar_learning_rate = learning_rate
+
+    def decay(amount):
+        # An array (inject_hyperparams) may become non-zero: the state must not change.
+        if isinstance(amount, jax.Array) or amount != 0:
+            return optax.add_decayed_weights(amount, weight_decay_mask)
+        return optax.identity()
+
+    def scalar_direction():
+        mean = [] if replicate_axis is None else [_average(replicate_axis)]
+        if scalar == "lion":
+            rule = optax.scale_by_lion(scalar_b1, scalar_b2, mu_dtype=momentum_dtype)
+        else:
+            rule = optax.scale_by_adam(
+                scalar_b1, scalar_b2, scalar_eps, mu_dtype=momentum_dtype
+            )
+        return optax.chain(*mean, rule) if mean else rule
+
+    scalar_rate = optax.scale_by_learning_rate(scalar_learning_rate)
+    head = (
+        [_scale_by_fan_in(weight_dimension_numbers)] if scalar == "lion" else []
+    )  # The factor belongs to Lion only: with AdamW it starves the head.
+    transforms: dict[Hashable, optax.GradientTransformation] = {
+        "dion": optax.chain(
+            matrices, decay(weight_decay), optax.scale_by_learning_rate(learning_rate)
+        ),
+        "scalar": optax.chain(scalar_direction(), decay(weight_decay), scalar_rate),
+        "embedding": optax.chain(scalar_direction(), scalar_rate),
+        "head": optax.chain(scalar_direction(), *head, scalar_rate),
+    }
+    if labels is None:
+
+        def labels(params):
+            return routing.route(params, weight_dimension_numbers)
+
+    return optax.partition(transforms, labels)
+
+
+def _average(axis: str) -> optax.GradientTransformation:
+    """Mean of the gradients over a manual mesh axis."""
+
+    def update(updates, params=None):
+        del params
+        return jax.tree.map(lambda g: lax.pmean(g, axis), updates)
+
+    return optax.stateless(update)
+
+
+def _scale_by_fan_in(weight_dimension_numbers: Any) -> optax.GradientTransformation:
+    """Multiplies by 1/sqrt(fan_in): Lion's learning-rate factor of an output head."""
+
+    def update(updates, params=None):
+        del params
+        named, treedef = named_leaves(updates)
+        dimensions = per_leaf(
+            weight_dimension_numbers, named, is_dimensions, "weight_dimension_numbers"
+        )
+        scaled = [
+            g / math.sqrt(make_layout(path, g.shape, d).fan_in)
+            for (path, g), d in zip(named, dimensions)
+        ]
+        return treedef.unflatten(scaled)
+
+    return optax.stateless(update)

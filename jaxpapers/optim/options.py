@@ -1,0 +1,90 @@
+"""Checks of the optimizers' hyper-parameters, before anything is traced if possible."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def check_choice(name: str, value: Any, choices: tuple) -> None:
+    """ValueError unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+
+
+def check_range(
+    name: str,
+    value: Any,
+    low: int | float,
+    high: int | float = math.inf,
+    *,
+    open_right: bool = False,
+) -> None:
+    """ValueError unless ``value`` is in [low, high]; traced values and schedules pass."""
+    if is_traced(value) or callable(value):
+        return
+    value = float(value)
+    if not low <= value <= high or (open_right and value == high):
+        bound = ")" if open_right or high == math.inf else "]"
+        raise ValueError(f"{name} must be in [{low}, {high}{bound}, got {value}")
+
+
+def check_leaf(path: str, leaf: Any, name: str) -> None:
+    """TypeError unless the leaf is an array of real floating-point numbers."""
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        raise TypeError(
+            f"{path}: {name} needs real floating-point leaves, got {leaf.dtype}; keep "
+            "it out with optax.masked, or give it to another optimizer"
+        )
+
+
+def check_trees(name: str, got: Any, expected: Any) -> None:
+    """ValueError where gradients do not have the structure and shapes of the state."""
+    structures = [jax.tree.structure(x) for x in (got, expected)]
+    if structures[0] != structures[1]:
+        raise ValueError(
+            f"{name}: gradients and state have different structures: got "
+            f"{structures[0]}, expected {structures[1]}; call init with the parameters "
+            "that these gradients belong to"
+        )
+
+
+def is_number(x: Any) -> bool:
+    """Whether ``x`` is one value of a numeric per-leaf option."""
+    return isinstance(x, int | float | jax.Array) or hasattr(x, "dtype")
+
+
+def is_traced(*values: Any) -> bool:
+    """Whether any value is known at run time only."""
+    return any(isinstance(v, jax.core.Tracer) for v in values)
+
+
+def static_fraction(path: str, fraction: Any, rank: int | None) -> float:
+    """rank_fraction as a float; may be traced once the state fixes the rank."""
+    if is_traced(fraction):
+        if rank is None:
+            raise ValueError(_STATIC.format(name="rank_fraction"))
+        return 1.0
+    if not 0 < float(fraction) <= 1:
+        raise ValueError(
+            f"{path}: rank_fraction must be in (0, 1], got {float(fraction)}"
+        )
+    return float(fraction)
+
+
+def static_multiple(multiple: Any, rank: int | None) -> int:
+    """rank_multiple_of as an int, likewise."""
+    if is_traced(multiple):
+        if rank is None:
+            raise ValueError(_STATIC.format(name="rank_multiple_of"))
+        return 1
+    if int(multiple) != multiple or multiple < 1:
+        raise ValueError(f"rank_multiple_of must be an integer >= 1, got {multiple}")
+    return int(multiple)
+
+
+_STATIC = (
+    "{name} shapes the state and cannot be traced; with optax.inject_hyperparams pass "
+    "static_args=('rank_fraction', 'rank_multiple_of'), or call init outside jit"
+)

@@ -1,0 +1,173 @@
+"""A Dion state for another rank or another number of replicas.
+
+All functions take optimizer states of any nesting (``optax.chain``, ``partition``) and
+change the ``DionState`` in them.
+"""
+
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxpapers.optim.dion import DionState
+from jaxpapers.optim.layout import (
+    is_dimensions,
+    make_layout,
+    named_leaves,
+    path_name,
+    per_leaf,
+)
+from jaxpapers.optim.options import is_number, static_fraction, static_multiple
+
+
+def rescale_rank(
+    state: Any,
+    params: Any,
+    rank_fraction: Any,
+    rank_multiple_of: int = 1,
+    *,
+    weight_dimension_numbers: Any = None,
+    seed: int = 0,
+) -> Any:
+    """The state for another ``rank_fraction``, to go on with ``dion(rank_fraction=...)``.
+
+    M is kept. A smaller Q keeps its leading columns; a larger one gets further ones,
+    normal with the root mean square of the columns that are there, so that the first
+    step's power iteration finds new directions and keeps the old ones.
+
+    Args:
+      state: optimizer state.
+      params: the parameters, or their shapes.
+      rank_fraction: as for ``scale_by_dion``.
+      rank_multiple_of: as for ``scale_by_dion``.
+      weight_dimension_numbers: as for ``scale_by_dion``.
+      seed: of the further columns.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxpapers.optim import scale_by_dion
+      >>> params = {"kernel": jnp.ones((8, 16))}
+      >>> state = scale_by_dion(0.5).init(params)
+      >>> rescale_rank(state, params, 0.25).q["kernel"].shape
+      (8, 2)
+    """
+    table = dict(named_leaves(params)[0])
+
+    def q(path, leaf):
+        name = path_name(path)
+        param = table[name]
+        named = [(name, param)]
+        layout = make_layout(
+            name,
+            param.shape,
+            per_leaf(weight_dimension_numbers, named, is_dimensions, "dimensions")[0],
+            rank_fraction=static_fraction(
+                name,
+                per_leaf(rank_fraction, named, is_number, "rank_fraction")[0],
+                None,
+            ),
+            rank_multiple_of=static_multiple(rank_multiple_of, None),
+        )
+        return _with_rank(name, leaf, layout.rank, seed)
+
+    return _map_dion(state, "q", q)
+
+
+def sync_for_checkpoint(state: Any, params: Any) -> Any:
+    """Gives all replicas the mean of their momenta, outside their ``jax.shard_map``.
+
+    Not needed for checkpoints of the whole state, which hold every replica's momentum.
+    It is for code that stores one replica only: training goes on from the mean as it
+    would have without this call, up to rounding.
+
+    Args:
+      state: optimizer state with replicas on the leading axis of its momenta.
+      params: the parameters, or their shapes.
+    """
+    shapes = {path: leaf.shape for path, leaf in named_leaves(params)[0]}
+
+    def momentum(path, m):
+        if m.shape[1:] != shapes[path_name(path)]:
+            return m
+        return jnp.broadcast_to(m.mean(0, keepdims=True), m.shape)
+
+    return _map_dion(state, "momentum", momentum)
+
+
+def resize(state: Any, target: Any, *, seed: int = 0) -> Any:
+    """The state in the shapes of ``target``: another rank, or number of replicas.
+
+    A momentum gets one more axis in front for replicas, loses it, or has it resized; in
+    all cases every replica gets the mean.
+
+    Args:
+      state: optimizer state.
+      target: like ``state``, of the wanted shapes.
+      seed: see ``rescale_rank``.
+
+    Raises:
+      ValueError: shapes that differ in anything else.
+    """
+
+    def q(path, x, t):
+        name = path_name(path)
+        if x.shape[:-1] != t.shape[:-1]:
+            raise ValueError(_UNLIKE.format(name=name, got=x.shape, expected=t.shape))
+        return _with_rank(name, x, t.shape[-1], seed)
+
+    def node(x, t):
+        if not isinstance(x, DionState):
+            return x
+        return x._replace(
+            momentum=jax.tree_util.tree_map_with_path(
+                _with_replicas, x.momentum, t.momentum
+            ),
+            q=jax.tree_util.tree_map_with_path(q, x.q, t.q),
+        )
+
+    return jax.tree.map(node, state, target, is_leaf=lambda x: isinstance(x, DionState))
+
+
+_UNLIKE = (
+    "{name}: cannot resize a leaf of Dion's state from shape {got} to {expected}; only "
+    "the rank and the number of replicas may change"
+)
+
+
+def _with_replicas(path, m: jax.Array, target: Any) -> jax.Array:
+    """M for the target's number of replicas: the mean for each, if it changes."""
+    if m.shape == target.shape:
+        return m
+    if m.ndim >= target.ndim:
+        before, after = m.shape[1:], target.shape[m.ndim == target.ndim :]
+    else:
+        before, after = m.shape, target.shape[1:]
+    if before != after:
+        name = path_name(path)
+        raise ValueError(_UNLIKE.format(name=name, got=m.shape, expected=target.shape))
+    mean = m if m.ndim < target.ndim else m.mean(0)
+    return jnp.broadcast_to(mean, target.shape)
+
+
+def _with_rank(name: str, q: jax.Array, rank: int, seed: int) -> jax.Array:
+    old = q.shape[-1]
+    if rank <= old:
+        return q[..., :rank]
+    key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
+    more = jax.random.normal(key, (*q.shape[:-1], rank - old), jnp.float32)
+    size = jnp.sqrt(jnp.mean(jnp.square(q.astype(jnp.float32))))
+    return jnp.concatenate([q, (size * more).astype(q.dtype)], axis=-1)
+
+
+def _map_dion(state: Any, field: str, f: Callable) -> Any:
+    """Maps (path, leaf) over a field of every DionState."""
+
+    def node(x):
+        if not isinstance(x, DionState):
+            return x
+        new = jax.tree_util.tree_map_with_path(f, getattr(x, field))
+        return x._replace(**{field: new})
+
+    return jax.tree.map(node, state, is_leaf=lambda x: isinstance(x, DionState))

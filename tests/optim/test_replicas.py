@@ -1,0 +1,268 @@
+"""Data-parallel replicas that average P and R: the numbers of the averaged gradient."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxpapers.optim import (
+    DimensionNumbers,
+    dion,
+    dion_state_sharding,
+    replica_specs,
+    rescale_rank,
+    resize,
+    scale_by_dion,
+    sync_for_checkpoint,
+)
+
+R, D, M = "replica", "data", "model"
+DIMENSIONS = {
+    "tall": DimensionNumbers(),
+    "wide": DimensionNumbers(),
+    "stacked": DimensionNumbers(1, 2),
+    "full": DimensionNumbers(),
+}
+SHAPES = {"tall": (16, 32), "wide": (32, 16), "stacked": (4, 16, 24), "full": (8, 8)}
+SPECS = {"tall": P(D, M), "wide": P(M, D), "stacked": P(None, D, M), "full": P()}
+# Full rank: more numbers in its factors than in its gradient, which is averaged.
+FRACTIONS = {"tall": 0.25, "wide": 0.25, "stacked": 0.25, "full": 1.0}
+QUICK = {"xla_backend_optimization_level": 0}
+
+
+def gradients(replicas, step=0):
+    rng = np.random.default_rng(step)
+    return {
+        name: rng.normal(size=(replicas, *shape)).astype(np.float32)
+        for name, shape in SHAPES.items()
+    }
+
+
+def mesh_of(sizes, kind):
+    count = int(np.prod(sizes))
+    return jax.make_mesh(
+        sizes,
+        (R, D, M),
+        axis_types=(AxisType[kind],) * 3,
+        devices=jax.devices()[:count],
+    )
+
+
+def transformation(mesh=None, **options):
+    where = None
+    if mesh is not None:
+        where = {name: NamedSharding(mesh, spec) for name, spec in SPECS.items()}
+    return scale_by_dion(
+        FRACTIONS, weight_dimension_numbers=DIMENSIONS, sharding=where, **options
+    )
+
+
+def placed(mesh, replicas):
+    """A transformation, parameters, state, and an update of per-replica gradients."""
+    tx = transformation(mesh, replicate_axis=R)
+    where = {name: NamedSharding(mesh, spec) for name, spec in SPECS.items()}
+    params = jax.device_put({n: jnp.zeros(s) for n, s in SHAPES.items()}, where)
+    state = tx.init(params)
+    specs = replica_specs(state, params, R)
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    @functools.partial(
+        jax.shard_map,
+        mesh=mesh,
+        in_specs=(P(R), specs),
+        out_specs=(P(), specs),
+        axis_names={R},
+    )
+    def update(grads, state):
+        return tx.update(jax.tree.map(lambda g: g[0], grads), state)
+
+    def put(grads):
+        return {
+            n: jax.device_put(g, NamedSharding(mesh, P(R, *SPECS[n])))
+            for n, g in grads.items()
+        }
+
+    return params, state, where, lambda g, s: update(put(g), s)
+
+
+def close(got, want):
+    tol = 2e-6 * max(1, np.abs(want).max())
+    np.testing.assert_allclose(got, want, rtol=0, atol=tol)
+
+
+@functools.cache
+def plain(replicas, steps=3, silent=False):
+    tx, out = transformation(), []
+    state = tx.init({n: jnp.zeros(s) for n, s in SHAPES.items()})
+    update = jax.jit(tx.update)
+    for t in range(steps):
+        mean = jax.tree.map(lambda g: g.mean(0), some_gradients(replicas, t, silent))
+        updates, state = update(mean, state)
+        out.append(jax.tree.map(np.asarray, (updates, state)))
+    return out
+
+
+def some_gradients(replicas, step, silent):
+    """Silent: the last replica has no gradient at all for the first steps."""
+    grads = gradients(replicas, step)
+    if silent and step < 2:
+        for g in grads.values():
+            g[-1] = 0
+    return grads
+
+
+@pytest.mark.parametrize("silent", [False, True])
+@pytest.mark.parametrize(
+    "sizes, kind",
+    [((2, 1, 1), "Auto"), ((4, 1, 1), "Explicit"), ((2, 2, 2), "Auto"),
+     ((2, 2, 2), "Explicit"), ((4, 2, 1), "Auto")],
+)  # fmt: skip
+def test_equals_averaged_gradients(sizes, kind, silent):
+    mesh, replicas = mesh_of(sizes, kind), sizes[0]
+    with jax.set_mesh(mesh):
+        params, state, where, update = placed(mesh, replicas)
+        expected = dion_state_sharding(
+            state, params, where, weight_dimension_numbers=DIMENSIONS, replicate_axis=R
+        )
+        for t, (updates, after) in enumerate(plain(replicas, silent=silent)):
+            got, state = update(some_gradients(replicas, t, silent), state)
+            jax.tree.map(close, got, updates)
+            jax.tree.map(close, state.q, after.q)
+            assert state.momentum["full"].shape == SHAPES["full"]
+            for name in ("tall", "wide", "stacked"):
+                m = state.momentum[name]
+                assert m.shape == (replicas, *SHAPES[name])
+                close(np.mean(m, 0), after.momentum[name])
+                assert (np.ptp(m, 0) > 0.1).any()  # Each replica has its own.
+        for x, s in zip(jax.tree.leaves(state), jax.tree.leaves(expected)):
+            assert x.sharding.is_equivalent_to(s, x.ndim), (x.shape, x.sharding, s)
+
+
+def test_replicas_are_bitwise_equal_over_many_steps():
+    mesh = mesh_of((2, 2, 2), "Auto")
+    with jax.set_mesh(mesh):
+        _, state, _, update = placed(mesh, 2)
+        for t in range(50):
+            grads = gradients(2, t)
+            if t < 5:
+                grads["stacked"][1, 2] = 0  # An expert without tokens on a replica.
+            updates, state = update(grads, state)
+            for tree in (updates, state.q):
+                for x in jax.tree.leaves(tree):
+                    assert np.isfinite(x).all()
+                    by_index = {}
+                    for shard in x.addressable_shards:
+                        data = np.asarray(shard.data)
+                        first = by_index.setdefault(str(shard.index), data)
+                        np.testing.assert_array_equal(first, data)
+
+
+def test_synchronised_state_goes_on_as_the_old_one():
+    mesh = mesh_of((2, 2, 2), "Auto")
+    with jax.set_mesh(mesh):
+        params, state, _, update = placed(mesh, 2)
+        _, state = update(gradients(2, 0), state)
+        synced = jax.jit(sync_for_checkpoint)(state, params)
+        m = np.asarray(synced.momentum["tall"])
+        np.testing.assert_array_equal(m[0], m[1])
+        for t in (1, 2):
+            want, state = update(gradients(2, t), state)
+            got, synced = update(gradients(2, t), synced)
+            jax.tree.map(close, got, jax.tree.map(np.asarray, want))
+
+
+def test_resize_to_other_replicas_and_ranks():
+    shapes = {n: jax.ShapeDtypeStruct(s, jnp.float32) for n, s in SHAPES.items()}
+    tx = transformation()
+    one = tx.init(jax.tree.map(lambda s: jnp.ones(s.shape), shapes))
+    one = one._replace(momentum=jax.tree.map(lambda m: m + 1.0, one.momentum))
+
+    def with_replicas(n):
+        return one._replace(
+            momentum={
+                k: m if k == "full" else jnp.stack([m * (i + 1) for i in range(n)])
+                for k, m in one.momentum.items()
+            }
+        )
+
+    two, four = with_replicas(2), with_replicas(4)
+    for before, after, value in ((two, four, 1.5), (two, one, 1.5), (one, four, 1.0)):
+        got = resize(before, jax.eval_shape(lambda x: x, after))
+        assert jax.tree.map(jnp.shape, got) == jax.tree.map(jnp.shape, after)
+        assert (got.momentum["tall"] == value).all()
+        assert (got.momentum["full"] == 1).all()
+    chain = (optax.EmptyState(), one)
+    assert resize(chain, chain)[1] is not None
+    wrong = one._replace(momentum={**one.momentum, "tall": jnp.ones((2, 5, 32))})
+    with pytest.raises(ValueError, match="tall: cannot resize.*only the rank"):
+        resize(two, wrong)
+
+
+def test_rescaled_rank_keeps_columns_and_trains_on():
+    params = {"w": jnp.zeros((16, 32))}
+    rng = np.random.default_rng(0)
+    grads = {"w": jnp.asarray(rng.normal(size=(16, 32)), jnp.float32)}
+    tx = scale_by_dion(0.25, scale=None)
+    state = tx.init(params)
+    for _ in range(3):
+        _, state = tx.update(grads, state)
+    more = rescale_rank(state, params, 0.5)
+    assert more.q["w"].shape == (16, 8)
+    np.testing.assert_array_equal(more.q["w"][:, :4], state.q["w"])
+    np.testing.assert_array_equal(more.momentum["w"], state.momentum["w"])
+    updates, _ = scale_by_dion(0.5, scale=None).update(grads, more)
+    np.testing.assert_allclose(np.linalg.norm(updates["w"]), np.sqrt(8), rtol=1e-4)
+    less = rescale_rank(more, params, 2 / 16)
+    np.testing.assert_array_equal(less.q["w"], state.q["w"][:, :2])
+    with pytest.raises(ValueError, match="rescale_rank"):
+        tx.update(grads, less)
+
+
+def test_composite_averages_the_other_leaves():
+    mesh = mesh_of((2, 1, 1), "Auto")
+    params = {
+        "kernel": jnp.ones((16, 32)),
+        "bias": jnp.ones(32),
+        "embed": jnp.ones((8, 4)),
+    }
+    rng = np.random.default_rng(0)
+    grads = jax.tree.map(
+        lambda p: jnp.asarray(rng.normal(size=(2, *p.shape)), jnp.float32), params
+    )
+    with jax.set_mesh(mesh):
+        tx = dion(0.1, 0.25, replicate_axis=R)
+        state = tx.init(params)
+        specs = replica_specs(state, params, R)
+        update = jax.shard_map(
+            lambda g, s, p: tx.update(jax.tree.map(lambda x: x[0], g), s, p),
+            in_specs=(P(R), specs, P()),
+            out_specs=(P(), specs),
+        )
+        got, _ = jax.jit(update)(grads, state, params)
+    tx = dion(0.1, 0.25)
+    mean = jax.tree.map(lambda g: g.mean(0), grads)
+    want, _ = tx.update(mean, tx.init(params), params)
+    jax.tree.map(close, got, want)
+
+
+def test_errors():
+    mesh = mesh_of((2, 1, 1), "Auto")
+    params = {"w": jnp.ones((16, 32))}
+    tx = scale_by_dion(0.25, replicate_axis="pod")
+    with pytest.raises(ValueError, match="'pod': no mesh with this axis is in scope"):
+        tx.init(params)
+    with jax.set_mesh(mesh):
+        tx = scale_by_dion(0.25, replicate_axis=R)
+        state = tx.init(params)
+        with pytest.raises(ValueError, match="no manual mesh axis here"):
+            tx.update(params, state)
+        whole = jax.shard_map(
+            tx.update, in_specs=(P(), P()), out_specs=P(), axis_names={R}
+        )
+        with pytest.raises(ValueError, match="w: momentum has shape.*replica_specs"):
+            jax.eval_shape(whole, params, state)
