@@ -1,5 +1,6 @@
 """Optax transformations: Dion and what it is made of."""
 
+from jaxpapers.optim.cost import DionPlan, plan_dion
 from jaxpapers.optim.dion import DionState, dion, scale_by_dion
 from jaxpapers.optim.layout import DimensionNumbers
 from jaxpapers.optim.orthonormalize import orthonormalize
@@ -14,10 +15,12 @@ from jaxpapers.optim.state_sharding import (
 
 __all__ = [
     "DimensionNumbers",
+    "DionPlan",
     "DionState",
     "dion",
     "dion_state_sharding",
     "orthonormalize",
+    "plan_dion",
     "power_iterate",
     "replica_specs",
     "rescale_rank",

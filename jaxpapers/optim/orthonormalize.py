@@ -52,6 +52,7 @@ from jaxpapers.optim.collectives import (
 )
 
 METHODS = ("scqr", "cqr2", "rcqr", "qr")
+GRAM_PASSES = {"scqr": 5, "cqr2": 2, "rcqr": 2, "qr": 0}
 # Gram matrices lose half the digits by construction: TPU's default (one bfloat16
 # pass) makes Cholesky fail at cond(p) = 1e2.
 HIGHEST = lax.Precision.HIGHEST
@@ -219,6 +220,11 @@ def _inverse_factor(gram: Array) -> tuple[Array, Array]:
     return _per_matrix(invert, gram)
 
 
+def sketch_rows(r: int) -> int:
+    """Rows of ``rcqr``'s sketch: the reference's oversampling by 1.25, in 128s."""
+    return 128 * math.ceil(1.25 * r / 128)
+
+
 def _sketch_qr(p: Array, axis_name: AxisNames, rows: Array) -> Array:
     """p R^-1 with R from a Householder QR of a random (k, l) sketch of p.
 
@@ -226,8 +232,7 @@ def _sketch_qr(p: Array, axis_name: AxisNames, rows: Array) -> Array:
     and a function of (row, column) alone instead of a Gaussian stream, so that the
     sketch is the same on every mesh. The column space does not depend on it.
     """
-    r = p.shape[-1]
-    k = 128 * math.ceil(1.25 * r / 128)
+    k = sketch_rows(p.shape[-1])
     sketch = _noise(rows, k, p.dtype, stream=1) / math.sqrt(k)
     small = psum(jnp.einsum("lk,...lr->...kr", sketch, p, precision=HIGHEST), axis_name)
     upper = _positive_qr(small)[1]

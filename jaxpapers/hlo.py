@@ -1,0 +1,239 @@
+"""The collectives of a compiled program, read from its text.
+
+``jax.jit(f).lower(...).compile().as_text()`` is what the compiler made of a program,
+after it inserted and combined collectives. Here each becomes a ``Collective`` with the
+mesh axes it runs over and the bytes that a device sends for it in a ring. Loops count as
+often as they run.
+"""
+
+import itertools
+import math
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+KINDS = (
+    "all-reduce",
+    "all-gather",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-broadcast",
+    "collective-permute",
+)
+_BYTES = {"pred": 1.0, "token": 0.0}
+_HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*)?\{$")
+_TYPE = re.compile(r"\b([a-z]+[0-9]*[a-z0-9]*)\[([\d,]*)\]")
+_CALLED = re.compile(
+    r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)"
+)
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_OP_NAME = re.compile(r'op_name="([^"]*)"')
+
+
+class Collective(NamedTuple):
+    """One collective instruction.
+
+    Attributes:
+      kind: of ``KINDS``.
+      axes: names of the mesh axes it runs over; None if its groups are no such axes.
+      group: devices in a group.
+      result_bytes: of its results on one device.
+      wire_bytes: that a device sends in a ring, one time.
+      elements: of its largest result.
+      count: how often the program runs it.
+      op_name: the compiler's note of where it comes from.
+    """
+
+    kind: str
+    axes: tuple[str, ...] | None
+    group: int
+    result_bytes: float
+    wire_bytes: float
+    elements: int
+    count: int
+    op_name: str
+
+
+def collectives(text: str, mesh: Any = None) -> list[Collective]:
+    """Collectives of a compiled module that move data between devices.
+
+    Args:
+      text: ``compiled.as_text()``.
+      mesh: Mesh or AbstractMesh of the program, to name the axes; its devices in order
+        are the program's partitions.
+
+    Raises:
+      ValueError: the text is no HLO module.
+    """
+    bodies, entry = _computations(text)
+    if entry is None:
+        raise ValueError("no HLO module: expected compiled.as_text()")
+    names = {} if mesh is None else _groups_of_axes(mesh)
+    found = []
+    for name, count in _runs(bodies, entry):
+        for line in bodies[name]:
+            item = _parse(line, name, count, names)
+            if item is not None and item.group > 1:
+                found.append(item)
+    return found
+
+
+def wire_bytes(
+    found: list[Collective],
+) -> dict[tuple[str, tuple[str, ...] | None], float]:
+    """Bytes that a device sends, by (kind, axes)."""
+    total: dict[tuple[str, tuple[str, ...] | None], float] = {}
+    for c in found:
+        key = (c.kind, c.axes)
+        total[key] = total.get(key, 0.0) + c.wire_bytes * c.count
+    return total
+
+
+def ring_bytes(kind: str, size: float, group: int) -> float:
+    """Bytes that each of ``group`` devices sends in a ring.
+
+    Args:
+      kind: of ``KINDS``.
+      size: bytes on one device: of the result, for ``reduce-scatter`` of the operand.
+      group: devices.
+
+    Example:
+      >>> ring_bytes("all-reduce", 1024, 4), ring_bytes("all-gather", 1024, 4)
+      (1536.0, 768.0)
+    """
+    if kind == "collective-permute":
+        return float(size)
+    return (2 if kind == "all-reduce" else 1) * (group - 1) / group * size
+
+
+def _computations(text: str) -> tuple[dict[str, list[str]], str | None]:
+    bodies: dict[str, list[str]] = {}
+    entry, current = None, None
+    for line in text.splitlines():
+        head = _HEAD.match(line)
+        if head and "=" not in line.split("(")[0]:
+            current = bodies.setdefault(head.group(2), [])
+            entry = head.group(2) if head.group(1) else entry
+        elif line.startswith("}"):
+            current = None
+        elif current is not None:
+            current.append(line)
+    return bodies, entry
+
+
+def _runs(bodies: dict[str, list[str]], entry: str) -> Iterator[tuple[str, int]]:
+    """(computation, how often it runs), once for every place that calls it."""
+    pending = [(entry, 1)]
+    while pending:
+        name, count = pending.pop()
+        yield name, count
+        for line in bodies[name]:
+            called = _CALLED.findall(line)
+            for group in _BRANCHES.findall(line):
+                called += [x.strip().lstrip("%") for x in group.split(",")]
+            trips = _TRIPS.search(line)
+            times = count * (int(trips.group(1)) if trips else 1)
+            pending += [(c, times) for c in called if c in bodies]
+
+
+def _parse(line: str, computation: str, count: int, names: dict) -> Collective | None:
+    match = re.search(rf" = (.*?) ({'|'.join(KINDS)})(-start)?\(", line)
+    if match is None:
+        return None
+    results, kind, start = match.groups()
+    shapes = [(_size_of(d), _elements(dims)) for d, dims in _TYPE.findall(results)]
+    if start and kind != "all-reduce":
+        # (operands..., results...) and for permutes two context words.
+        shapes = (
+            shapes[1:2] if kind == "collective-permute" else shapes[len(shapes) // 2 :]
+        )
+    groups = _replica_groups(line, kind)
+    group = max((len(g) for g in groups), default=1)
+    result = float(sum(size * n for size, n in shapes))
+    # TPUs run a reduce-scatter as a fusion of an all-reduce with a slice.
+    if kind == "all-reduce" and "all-reduce-scatter" in computation:
+        kind, wire = "reduce-scatter", ring_bytes("reduce-scatter", result, group)
+    elif kind == "reduce-scatter":
+        wire = ring_bytes(kind, result * group, group)
+    else:
+        wire = ring_bytes(kind, result, group)
+    note = _OP_NAME.search(line)
+    return Collective(
+        kind,
+        names.get(groups),
+        group,
+        result,
+        wire,
+        max(n for _, n in shapes),
+        count,
+        note.group(1) if note else "",
+    )
+
+
+def _size_of(dtype: str) -> float:
+    if dtype in _BYTES:
+        return _BYTES[dtype]
+    bits = re.search(r"\d+", dtype)
+    return int(bits.group()) / 8 if bits else 0.0
+
+
+def _elements(dims: str) -> int:
+    return math.prod(int(d) for d in dims.split(",") if d)
+
+
+def _replica_groups(line: str, kind: str) -> frozenset[frozenset[int]]:
+    if kind == "collective-permute":
+        pairs = re.search(r"source_target_pairs=\{(.*?)\}(?:,|$)", line)
+        numbers = re.findall(r"\{(\d+),(\d+)\}", pairs.group(0) if pairs else "")
+        return _connected([{int(a), int(b)} for a, b in numbers])
+    iota = re.search(
+        r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line
+    )
+    if iota:
+        shape, dims, order = ([int(x) for x in (g or "").split(",") if x]
+                              for g in iota.groups())  # fmt: skip
+        return _iota_groups(shape, dims, order)
+    plain = re.search(r"replica_groups=\{(\{.*?\})\}", line)
+    if plain is None:
+        return frozenset()
+    return frozenset(
+        frozenset(int(x) for x in g.split(",") if x)
+        for g in re.findall(r"\{([\d,]*)\}", plain.group(1))
+    )
+
+
+def _iota_groups(shape, dims, order) -> frozenset[frozenset[int]]:
+    import numpy as np
+
+    ids = np.arange(math.prod(dims)).reshape(dims)
+    ids = ids.transpose(order) if order else ids
+    return frozenset(frozenset(map(int, g)) for g in ids.reshape(-1, shape[-1]))
+
+
+def _connected(pairs: list[set[int]]) -> frozenset[frozenset[int]]:
+    """Devices that exchange with each other, directly or not."""
+    groups: list[set[int]] = []
+    for pair in pairs:
+        joined = [g for g in groups if g & pair]
+        groups = [g for g in groups if not g & pair] + [pair.union(*joined)]
+    return frozenset(frozenset(g) for g in groups)
+
+
+def _groups_of_axes(mesh: Any) -> dict[frozenset[frozenset[int]], tuple[str, ...]]:
+    """Groups of partitions that differ along each set of mesh axes only."""
+    import numpy as np
+
+    sizes = dict(zip(mesh.axis_names, mesh.axis_sizes))
+    wide = [n for n in mesh.axis_names if sizes[n] > 1]
+    ids = np.arange(math.prod(sizes.values())).reshape(list(sizes.values()))
+    found = {}
+    for k in range(1, len(wide) + 1):
+        for names in itertools.combinations(wide, k):
+            axes = [mesh.axis_names.index(n) for n in names]
+            last = range(ids.ndim - len(axes), ids.ndim)
+            rows = np.moveaxis(ids, axes, last)
+            rows = rows.reshape(-1, math.prod(sizes[n] for n in names))
+            found[frozenset(frozenset(map(int, g)) for g in rows)] = names
+    return found

@@ -1,0 +1,246 @@
+r"""What a Dion step costs, in closed form: bytes by collective and axes, FLOPs, state.
+
+For N matrices with P on the side l, split over t devices, and Q on the side s, split
+over f, at rank r and e bytes per number, a device holds (l/t, s/f) and sends
+
+=========================== ================== =======================================
+what                        over               bytes in a ring
+=========================== ================== =======================================
+P, whole                    axes of s          2 (f-1)/f N (l/t) r e
+P, scattered and gathered   axes of s          (f-1)/f N (l/t) r e, twice
+c Gram matrices             axes of l [#]_     c 2 (t-1)/t N r (r+1)/2 e
+R                           axes of l          2 (t-1)/t N (s/f) r e
+norms of R's columns        axes of s          2 (f-1)/f N (r + 1) e
+two scalars per matrix      axes of l [#]_     2 (t-1)/t N 2 e
+=========================== ================== =======================================
+
+.. [#] If P's rows are scattered, over those of l and s; if its matrices are, N / f.
+
+P and R of replicas are reduced together with the sums above, or after the scatter. The
+tests compare these numbers with the compiled program, to the byte.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from jaxpapers.optim.layout import DimensionNumbers, make_layout
+from jaxpapers.optim.orthonormalize import GRAM_PASSES, shares_factors, sketch_rows
+from jaxpapers.optim.power_iteration import choose_split
+from jaxpapers.optim.sharded import axis_names
+
+Axes = tuple[str, ...]
+
+
+class DionPlan(NamedTuple):
+    """Cost of one leaf's (or several equal leaves') Dion step on one device.
+
+    Attributes:
+      rank: r.
+      transposed: P lies on the input side (the paper's transposed case).
+      p_axis: mesh axes that split P's rows.
+      q_axis: mesh axes that split Q's rows.
+      compressed: replicas exchange P and R; otherwise their gradients.
+      split: how P's orthonormalisation is shared, see ``choose_split``.
+      bytes_per_step: bytes sent in rings, by (collective, mesh axes).
+      largest: elements of the largest result of a collective.
+      flops: multiplications and additions.
+      state_bytes: M and Q.
+    """
+
+    rank: int
+    transposed: bool
+    p_axis: Axes
+    q_axis: Axes
+    compressed: bool
+    split: str
+    bytes_per_step: dict[tuple[str, Axes], float]
+    largest: int
+    flops: float
+    state_bytes: int
+
+    @property
+    def total_bytes(self) -> float:
+        """Sum of ``bytes_per_step``."""
+        return sum(self.bytes_per_step.values())
+
+
+def plan_dion(
+    shape: Sequence[int],
+    spec: P,
+    mesh: Any,
+    rank_fraction: float = 1.0,
+    rank_multiple_of: int = 1,
+    *,
+    dimensions: DimensionNumbers | None = None,
+    power_iters: int = 1,
+    orthogonalize: str = "scqr",
+    right_factor: str = "colnorm",
+    replicate_axis: str | None = None,
+    p_side: str = "longer",
+    split_p: str = "auto",
+    communication_dtype: Any = None,
+    dtype: Any = jnp.float32,
+    momentum_dtype: Any = None,
+    q_dtype: Any = None,
+    count: int = 1,
+) -> DionPlan:
+    """Cost of a leaf's step under ``scale_by_dion`` with the same arguments.
+
+    Args:
+      shape: of the leaf.
+      spec: its PartitionSpec.
+      mesh: Mesh, AbstractMesh, or sizes by axis name.
+      rank_fraction: one number, as are the other options of ``scale_by_dion``.
+      rank_multiple_of: see ``scale_by_dion``.
+      dimensions: see ``scale_by_dion``.
+      power_iters: see ``scale_by_dion``.
+      orthogonalize: see ``scale_by_dion``.
+      right_factor: see ``scale_by_dion``.
+      replicate_axis: see ``scale_by_dion``.
+      p_side: see ``scale_by_dion``.
+      split_p: see ``power_iterate``.
+      communication_dtype: see ``power_iterate``.
+      dtype: of the gradient.
+      momentum_dtype: default ``dtype``.
+      q_dtype: default that of M.
+      count: leaves of this shape and sharding, which share their collectives.
+
+    Example:
+      >>> from jax.sharding import PartitionSpec as P
+      >>> mesh = {"data": 4, "model": 2}
+      >>> plan = plan_dion((1024, 4096), P("data", "model"), mesh, 0.25)
+      >>> plan.rank, plan.p_axis, round(plan.total_bytes / 2**20, 2)
+      (256, ('model',), 4.35)
+    """
+    sizes = dict(mesh) if isinstance(mesh, dict) else dict(mesh.shape)
+    layout = make_layout(
+        "leaf",
+        shape,
+        dimensions,
+        rank_fraction=rank_fraction,
+        rank_multiple_of=rank_multiple_of,
+        p_side=p_side,
+    )
+
+    def devices(axes: Axes) -> int:
+        return math.prod(sizes[a] for a in axes)
+
+    p_axis, q_axis = (axis_names(x, spec) for x in (layout.p_axes, layout.q_axes))
+    replicas = (replicate_axis,) if replicate_axis else ()
+    compressed = bool(replicas) and layout.compresses
+    averaged = replicas if compressed else ()
+    t, f = devices(p_axis), devices(q_axis)
+    l, s, r = (math.prod(shape[a] for a in layout.p_axes),
+               math.prod(shape[a] for a in layout.q_axes), layout.rank)  # fmt: skip
+    n = count * math.prod(shape[a] for a in layout.batch)
+    n //= devices(axis_names(layout.batch, spec))
+    dtype, m_dtype = jnp.dtype(dtype), jnp.dtype(momentum_dtype or dtype)
+    compute = jnp.promote_types(m_dtype, jnp.float32)
+    e = compute.itemsize
+    sent = _Sent(list(sizes), sizes)
+    if replicas and not compressed:
+        sent.add("all-reduce", replicas, n * (l // t) * (s // f), dtype.itemsize)
+
+    split = choose_split(n, l, l // t, f, orthogonalize, split_p)
+    wire = jnp.dtype(communication_dtype or compute).itemsize
+    once = _Sent(list(sizes), sizes)
+    p_size = n * (l // t) * r
+    basis_axes, n_basis, l_basis = p_axis, n, l // t
+    if split == "whole":
+        once.add("all-reduce", q_axis + averaged, p_size, wire)
+    else:
+        once.add("reduce-scatter", q_axis, p_size, wire)
+        once.add("all-reduce", averaged, p_size // f, wire)
+        once.add("all-gather", q_axis, p_size, wire)
+        if split == "matrices":
+            n_basis //= f
+            once.add("all-gather", q_axis, n, 1)  # Which matrices are all zero.
+        else:
+            basis_axes, l_basis = p_axis + q_axis, l_basis // f
+    flops = _orthonormalize(once, orthogonalize, basis_axes, n_basis, l_basis, r, e)
+    once.add("all-reduce", p_axis + averaged, n * (s // f) * r, e)
+    sent.add_all(once, power_iters)
+    flops = power_iters * (flops + 4 * n * (l // t) * (s // f) * r)
+    flops += 4 * n * (l // t) * (s // f) * r
+
+    sent.add("all-reduce", q_axis, n * r, e)
+    if right_factor == "colnorm":
+        sent.add("all-reduce", q_axis, n, e)  # max |R|, before squaring.
+    else:  # It needs the same maximum.
+        flops += _orthonormalize(sent, "scqr", q_axis, n, s // f, r, e)
+    q_item = jnp.dtype(q_dtype or m_dtype).itemsize
+    state = n * (l // t) * (s // f) * m_dtype.itemsize + n * (s // f) * r * q_item
+    transposed = layout.p_axes != _output_axes(layout.shape, dimensions)
+    return DionPlan(
+        r, transposed, p_axis, q_axis, compressed, split, sent.bytes, sent.largest,
+        flops, state,
+    )  # fmt: skip
+
+
+class _Sent:
+    """Adds up what collectives send."""
+
+    def __init__(self, order: list[str], sizes: dict[str, int]):
+        self._order, self._sizes = order, sizes
+        self.bytes: dict[tuple[str, Axes], float] = {}
+        self.largest = 0
+
+    def add(self, kind: str, axes: Axes, elements: int, itemsize: int) -> None:
+        """A collective whose larger side (result, scatter's operand) has ``elements``."""
+        axes = tuple(a for a in self._order if a in axes and self._sizes[a] > 1)
+        group = math.prod(self._sizes[a] for a in axes)
+        if group == 1:
+            return
+        passes = 2 if kind == "all-reduce" else 1
+        size = passes * (group - 1) / group * elements * itemsize
+        self.bytes[kind, axes] = self.bytes.get((kind, axes), 0.0) + size
+        result = elements // group if kind == "reduce-scatter" else elements
+        self.largest = max(self.largest, result)
+
+    def add_all(self, other: "_Sent", times: int) -> None:
+        for key, size in other.bytes.items():
+            self.bytes[key] = self.bytes.get(key, 0.0) + times * size
+        self.largest = max(self.largest, other.largest)
+
+
+def _orthonormalize(
+    sent: _Sent, method: str, axes: Axes, n: int, rows: int, r: int, e: int
+) -> float:
+    """Adds the collectives of ``orthonormalize`` and returns its FLOPs."""
+    group = math.prod(sent._sizes[a] for a in axes)
+    sent.add("all-reduce", axes, n, e)  # max |p|
+    if method == "qr":
+        k = min(rows, r)
+        sent.add("all-gather", axes, n * group * k * r, e)
+        flops = 4.0 * n * rows * r * k
+        return flops + n * (2 * rows * r * k + 4 * group * k * r * r) * (group > 1)
+    sent.add("all-reduce", axes, n, e)  # sum p^2, for the jitter
+    flops = 0.0
+    if method == "rcqr":
+        k = sketch_rows(r)
+        sent.add("all-reduce", axes, n * k * r, e)
+        flops += n * (2 * k * rows * r + 4 * k * r * r + rows * r * r)
+    shared = shares_factors(n, group)
+    triangle = n * r * (r + 1) // 2
+    for i in range(GRAM_PASSES[method]):
+        refined = method == "scqr" and i == 0
+        if shared:
+            sent.add("reduce-scatter", axes, triangle, e)
+            for _ in range(2 if refined else 1):
+                sent.add("all-gather", axes, triangle, e)
+        else:
+            sent.add("all-reduce", axes, triangle, e)
+        products = 4 if refined else 2
+        flops += n * 2 * products * rows * r * r
+        flops += (n / group if shared else n) * 2 * r**3 / 3
+    return flops
+
+
+def _output_axes(shape, dimensions) -> tuple[int, ...]:
+    axes = (dimensions or DimensionNumbers()).output_axis
+    axes = (axes,) if isinstance(axes, int) else tuple(axes)
+    return tuple(a % len(shape) for a in axes)

@@ -1,0 +1,202 @@
+"""``plan_dion`` against the compiled program: the same bytes, to the byte."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxpapers import hlo
+from jaxpapers.optim import (
+    DimensionNumbers,
+    dion_state_sharding,
+    plan_dion,
+    replica_specs,
+    scale_by_dion,
+)
+from jaxpapers.optim.orthonormalize import METHODS
+
+R, D, M = "replica", "data", "model"
+# Every way to write 8 as a product of three axes.
+SIZES = [
+    (a, b, 8 // a // b) for a in (1, 2, 4, 8) for b in (1, 2, 4, 8) if 8 % (a * b) == 0
+]
+# Both orientations, long enough to split rows; a stack to share matrices of; a spec
+# with both axes on P's side, and one whose batch axis is split.
+SHAPES = {
+    "tall": ((64, 1024), None, P(D, M)),
+    "wide": ((1024, 64), None, P(D, M)),
+    "stack": ((8, 32, 64), DimensionNumbers(1, 2), P(None, D, M)),
+    "side": ((32, 128), None, P(None, (D, M))),
+    "pipe": ((16, 16, 32), DimensionNumbers(1, 2), P(D, M)),
+}
+FRACTIONS = (1 / 4, 1 / 16)
+QUICK = {"xla_backend_optimization_level": 0}
+
+
+def compile_step(sizes, options, dtypes=jnp.float32):
+    """(mesh, leaves with their fractions, compiled step) of one mesh and all SHAPES."""
+    mesh = jax.make_mesh(sizes, (R, D, M), axis_types=(AxisType.Auto,) * 3)
+    leaves = {
+        f"{name}{i}": (*SHAPES[name], fraction)
+        for name in SHAPES
+        for i, fraction in enumerate(FRACTIONS)
+    }
+    where = {n: NamedSharding(mesh, spec) for n, (_, _, spec, _) in leaves.items()}
+    dimensions = {n: d for n, (_, d, _, _) in leaves.items()}
+    tx = scale_by_dion(
+        {n: fraction for n, (_, _, _, fraction) in leaves.items()},
+        weight_dimension_numbers=dimensions,
+        sharding=where,
+        batch="none",
+        replicate_axis=R if sizes[0] > 1 else None,
+        **options,
+    )
+    params = {
+        n: jax.ShapeDtypeStruct(shape, dtypes, sharding=where[n])
+        for n, (shape, _, _, _) in leaves.items()
+    }
+    with jax.set_mesh(mesh):
+        state = jax.eval_shape(tx.init, params)
+        placed = dion_state_sharding(
+            state, params, where, weight_dimension_numbers=dimensions, replicate_axis=R
+        )
+        state = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            state,
+            placed,
+        )
+        update = tx.update
+        if sizes[0] > 1:
+            specs = replica_specs(state, params, R)
+            update = jax.shard_map(
+                lambda g, s: tx.update(jax.tree.map(lambda x: x[0], g), s),
+                in_specs=(P(R), specs),
+                out_specs=(P(), specs),
+                axis_names={R},
+            )
+            params = {
+                n: jax.ShapeDtypeStruct(
+                    (sizes[0], *x.shape),
+                    x.dtype,
+                    sharding=NamedSharding(mesh, P(R, *where[n].spec)),
+                )
+                for n, x in params.items()
+            }
+        compiled = jax.jit(update).lower(params, state).compile(QUICK)
+    return mesh, leaves, compiled
+
+
+def check(sizes, **options):
+    mesh, leaves, compiled = compile_step(sizes, options)
+    expected, largest = {}, 0
+    for shape, dimensions, spec, fraction in leaves.values():
+        plan = plan_dion(
+            shape,
+            spec,
+            mesh,
+            fraction,
+            dimensions=dimensions,
+            replicate_axis=R if sizes[0] > 1 else None,
+            **options,
+        )
+        largest = max(largest, plan.largest)
+        for key, size in plan.bytes_per_step.items():
+            expected[key] = expected.get(key, 0) + size
+    found = hlo.collectives(compiled.as_text(), mesh)
+    assert hlo.wire_bytes(found) == pytest.approx(expected, abs=1e-6)
+    assert max(c.elements for c in found) <= largest
+    return found
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_bytes_on_every_mesh(sizes):
+    check(sizes)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"orthogonalize": "cqr2"},
+        {"orthogonalize": "rcqr"},
+        {"orthogonalize": "qr"},
+        {"right_factor": "orth"},
+        {"power_iters": 2, "split_p": "whole"},
+    ],
+    ids=str,
+)
+def test_bytes_of_other_options(options):
+    check((2, 2, 2), **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "scqr"])
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_bytes_of_all_methods_on_every_mesh(sizes, method):
+    check(sizes, orthogonalize=method)
+
+
+@functools.cache
+def example(rank, **options):
+    """The digest's: 1024 x 4096 on 4 x 2, where optax's Muon sends 84480 KiB."""
+    return plan_dion(
+        (1024, 4096), P(D, M), {D: 4, M: 2}, rank / 1024, split_p="whole", **options
+    )
+
+
+def test_example_of_the_digest():
+    assert example(256).total_bytes <= 84480 * 1024 / 21
+    assert example(64).total_bytes <= 84480 * 1024 / 94
+    assert example(256).largest == 4096 // 2 * 256
+    halved = example(256, communication_dtype=jnp.bfloat16)
+    assert example(256).total_bytes - halved.total_bytes == 1.5 * 2048 * 256 * 2
+    assert not example(256).transposed
+    assert plan_dion((64, 16), P(), {}).transposed
+
+
+def test_bytes_of_replicas():
+    shape, spec, mesh = (1024, 1024), P(D, M), {R: 4, D: 2, M: 2}
+    plain = plan_dion(shape, spec, mesh, 1 / 16)
+    low = plan_dion(shape, spec, mesh, 1 / 16, replicate_axis=R)
+    full = plan_dion(shape, spec, mesh, 1.0, replicate_axis=R)
+    assert low.compressed and not full.compressed
+    # The gradient of a device's block, averaged over 4.
+    assert full.bytes_per_step["all-reduce", (R,)] == 1.5 * 512 * 512 * 4
+    assert low.total_bytes - plain.total_bytes < full.bytes_per_step["all-reduce", (R,)]
+
+
+def test_flops_and_state_against_the_compiler():
+    mesh = jax.make_mesh((4, 2), (D, M), axis_types=(AxisType.Auto,) * 2)
+    where = NamedSharding(mesh, P(D, M))
+    g = {"w": jax.ShapeDtypeStruct((512, 1024), jnp.float32, sharding=where)}
+    tx = scale_by_dion(1 / 8, sharding=where, q_dtype=jnp.bfloat16)
+    state = jax.eval_shape(tx.init, g)
+    placed = dion_state_sharding(state, g, {"w": where})
+    state = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, placed
+    )
+    compiled = jax.jit(tx.update).lower(g, state).compile()
+    plan = plan_dion((512, 1024), P(D, M), mesh, 1 / 8, q_dtype=jnp.bfloat16)
+    # The compiler does not see into LAPACK's Cholesky, but counts elementwise work.
+    assert compiled.cost_analysis()["flops"] == pytest.approx(plan.flops, rel=0.1)
+    arguments = compiled.memory_analysis().argument_size_in_bytes
+    assert arguments == plan.state_bytes + 512 * 1024 * 4 // 8 + 4  # And the count.
+
+
+@pytest.mark.parametrize("rank", [64, 256])
+def test_temporary_memory(rank):
+    """At most one float32 block and three thin factors per matrix (digest, 9b)."""
+    mesh = jax.make_mesh((4, 2), (D, M), axis_types=(AxisType.Auto,) * 2)
+    where = NamedSharding(mesh, P(D, M))
+    g = {"w": jax.ShapeDtypeStruct((1024, 4096), jnp.float32, sharding=where)}
+    tx = scale_by_dion(rank / 1024, sharding=where)
+    state = jax.eval_shape(tx.init, g)
+    placed = dion_state_sharding(state, g, {"w": where})
+    state = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, placed
+    )
+    compiled = jax.jit(tx.update, donate_argnums=(0, 1)).lower(g, state).compile()
+    block, thin = 1024 * 4096 // 8 * 4, 4096 // 2 * rank * 4
+    assert compiled.memory_analysis().temp_size_in_bytes <= block + 3 * thin
