@@ -69,6 +69,7 @@ def get_config(preset: str | None = None) -> ConfigDict:
             "train": {
                 "steps": 1600,
                 "accumulate": 1,
+                "replica_sync": "gradient",  # lowrank: replicas average P and R
                 "seed": 0,
                 "eval_every": 400,
                 "save_every": 0,

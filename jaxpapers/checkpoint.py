@@ -5,12 +5,18 @@ Order of preference when a run starts: the latest checkpoint in its own workdir,
 beside the last one and renamed when complete, so a kill while writing loses nothing.
 """
 
+import functools
 import logging
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxpapers.method import path_name
 
 ITEMS = ("state", "data", "config")
 
@@ -55,7 +61,11 @@ def save(
 
 
 def restore(
-    manager: ocp.CheckpointManager, target: Any, step: int | None = None
+    manager: ocp.CheckpointManager,
+    target: Any,
+    step: int | None = None,
+    *,
+    resize: Callable | None = None,
 ) -> tuple[Any, int]:
     """State and data position of a checkpoint, laid out as ``target`` says.
 
@@ -63,20 +73,35 @@ def restore(
       manager: of ``open_manager``.
       target: State of ShapeDtypeStruct with shardings; any mesh.
       step: default the latest.
+      resize: (state, target) -> state of the target's shapes, for leaves that were
+        stored with others; raises ValueError for those that it cannot change.
 
     Raises:
       FileNotFoundError: no checkpoint there.
       ValueError: its leaves are not those of ``target``; names the first difference.
     """
     step = _step(manager, step)
-    _check_match(manager, step, target)
+    stored = _as_stored(manager, step, target) if resize else target
+    same = jax.tree.map(lambda a, b: a.shape == b.shape, stored, target)
+    unchanged = jax.tree.all(same)
+    try:
+        if resize and not unchanged:
+            jax.eval_shape(resize, stored, target)
+    except ValueError:
+        stored = target  # The comparison below says what differs.
+    _check_match(manager, step, stored)
     restored = manager.restore(
         step,
         args=ocp.args.Composite(
-            state=ocp.args.StandardRestore(target), data=ocp.args.JsonRestore()
+            state=ocp.args.StandardRestore(stored), data=ocp.args.JsonRestore()
         ),
     )
-    return restored["state"], int(restored["data"]["next_index"])
+    state = restored["state"]
+    if resize and not unchanged:
+        shardings = jax.tree.map(lambda x: x.sharding, target)
+        change = functools.partial(resize, target=target)
+        state = jax.jit(change, out_shardings=shardings)(state)
+    return state, int(restored["data"]["next_index"])
 
 
 def read_config(manager: ocp.CheckpointManager, step: int | None = None) -> dict:
@@ -131,11 +156,42 @@ def _step(manager: ocp.CheckpointManager, step: int | None) -> int:
     return step
 
 
-def _check_match(manager, step: int, target: Any, prefix: str = "") -> None:
-    """Compares leaves with the stored metadata before orbax reads anything."""
+def _as_stored(manager, step: int, target: Any) -> Any:
+    """``target`` with the shapes of the stored leaves, sharded as far as they allow."""
+    forms = _stored_forms(manager, step)
+
+    def leaf(path, x):
+        is_key = jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+        shape, _ = forms.get(path_name(path), (x.shape, None))
+        if is_key or shape == x.shape:
+            return x
+        # What may differ is the size of an axis, or an axis in front of the others.
+        mesh, spec = x.sharding.mesh, tuple(x.sharding.spec)
+        spec += (None,) * (len(x.shape) - len(spec))
+        spec = ((None,) * len(shape) + spec)[-len(shape) :]
+        spec = [
+            e if size % _parts(mesh, e) == 0 else None for size, e in zip(shape, spec)
+        ]
+        where = NamedSharding(mesh, PartitionSpec(*spec))
+        return jax.ShapeDtypeStruct(shape, x.dtype, sharding=where)
+
+    return jax.tree_util.tree_map_with_path(leaf, target)
+
+
+def _parts(mesh, entry: Any) -> int:
+    names = () if entry is None else (entry,) if isinstance(entry, str) else entry
+    return math.prod(mesh.shape[n] for n in names)
+
+
+def _stored_forms(manager, step: int) -> dict[str, tuple[tuple[int, ...], str]]:
     # Not manager.item_metadata: it knows nothing of items that it has not written.
     reader = ocp.PyTreeCheckpointHandler()
-    stored = _forms(reader.metadata(manager.directory / str(step) / "state").tree)
+    return _forms(reader.metadata(manager.directory / str(step) / "state").tree)
+
+
+def _check_match(manager, step: int, target: Any, prefix: str = "") -> None:
+    """Compares leaves with the stored metadata before orbax reads anything."""
+    stored = _stored_forms(manager, step)
     if prefix:
         stored = {k[len(prefix) + 1 :]: v for k, v in stored.items()
                   if k.startswith(f"{prefix}/")}  # fmt: skip
@@ -171,7 +227,7 @@ def _forms(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
 
     flat = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): form(leaf)
+        path_name(path): form(leaf)
         for path, leaf in flat
         if hasattr(leaf, "shape") and leaf.shape is not None
     }

@@ -10,6 +10,8 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxpapers.method import path_name
+
 AXES = ("replica", "data", "model")
 
 
@@ -82,7 +84,7 @@ def state_shardings(state: Any, rules: Sequence[tuple[str, Any]], mesh: Mesh) ->
     """
     used: set[int] = set()
     params = {
-        _name(path): leaf
+        path_name(path): leaf
         for path, leaf in jax.tree_util.tree_flatten_with_path(state.params)[0]
     }
     by_length = sorted(params, key=len, reverse=True)
@@ -107,7 +109,7 @@ def state_shardings(state: Any, rules: Sequence[tuple[str, Any]], mesh: Mesh) ->
         return P()
 
     def sharding(path, leaf):
-        name = _name(path)
+        name = path_name(path)
         spec = spec_of(name, leaf)
         check_divides(name, leaf.shape, spec, mesh)
         return NamedSharding(mesh, spec)
@@ -197,7 +199,3 @@ def start_distributed(local_device_ids: Sequence[int] | None = None) -> None:
 
 def _batch_axes(mesh: Mesh) -> tuple[str, ...]:
     return tuple(n for n in ("replica", "data") if n in mesh.shape)
-
-
-def _name(path: Sequence[Any]) -> str:
-    return jax.tree_util.keystr(tuple(path), simple=True, separator="/")

@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from jaxpapers.method import path_name
+
 
 @runtime_checkable
 class Writer(Protocol):
@@ -188,7 +190,7 @@ def parameter_table(params: Any, labels: Any = None) -> Table:
         spec = getattr(sharding, "spec", None)
         count += math.prod(leaf.shape)
         table.add_row(
-            jax.tree_util.keystr(path, simple=True, separator="/"),
+            path_name(path),
             "x".join(map(str, leaf.shape)),
             str(leaf.dtype),
             "whole" if not spec else "(" + ", ".join(str(s or "-") for s in spec) + ")",

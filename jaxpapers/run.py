@@ -15,6 +15,7 @@ from jaxpapers import mesh as meshes
 from jaxpapers import papers, report, tasks
 from jaxpapers import train as trainer
 from jaxpapers.config import check_continues, load_config
+from jaxpapers.method import path_name
 
 
 def list_papers() -> Table:
@@ -187,7 +188,7 @@ def export(workdir: str, out: str) -> Path:
     name, _, _, _, params = load_run(workdir)
     flat = jax.tree_util.tree_flatten_with_path(params)[0]
     save_file(
-        {jax.tree_util.keystr(k, simple=True, separator="/"): v for k, v in flat},
+        {path_name(k): v for k, v in flat},
         out,
         metadata={"paper": name, "format": "flax"},
     )

@@ -148,7 +148,10 @@ def fit(
             else None
         )
         try:
-            state, position = _start(compiled, manager, seed, init_from)
+            with jax.set_mesh(mesh):
+                state, position = _start(
+                    compiled, manager, seed, init_from, method.resize
+                )
             if report:
                 report.start(compiled, method, int(state.step), steps)
             with jax.set_mesh(mesh):
@@ -162,10 +165,10 @@ def fit(
                 manager.close()
 
 
-def _start(compiled: Compiled, manager, seed: int, init_from: str | None):
+def _start(compiled: Compiled, manager, seed: int, init_from: str | None, resize):
     """Own latest checkpoint, else other parameters, else a fresh init."""
     if manager and manager.latest_step() is not None:
-        return ckpt.restore(manager, compiled.shapes)
+        return ckpt.restore(manager, compiled.shapes, resize=resize)
     state = compiled.init(jax.random.key(seed))
     if init_from:
         params = ckpt.restore_params(init_from, compiled.shapes.params)

@@ -75,14 +75,13 @@ def with_scalars(
         return optax.identity()
 
     def scalar_direction():
-        mean = [] if replicate_axis is None else [_average(replicate_axis)]
         if scalar == "lion":
             rule = optax.scale_by_lion(scalar_b1, scalar_b2, mu_dtype=momentum_dtype)
         else:
             rule = optax.scale_by_adam(
                 scalar_b1, scalar_b2, scalar_eps, mu_dtype=momentum_dtype
             )
-        return optax.chain(*mean, rule) if mean else rule
+        return rule if replicate_axis is None else _averaged(rule, replicate_axis)
 
     scalar_rate = optax.scale_by_learning_rate(scalar_learning_rate)
     head = (
@@ -104,14 +103,16 @@ def with_scalars(
     return optax.partition(transforms, labels)
 
 
-def _average(axis: str) -> optax.GradientTransformation:
-    """Mean of the gradients over a manual mesh axis."""
+def _averaged(
+    rule: optax.GradientTransformation, axis: str
+) -> optax.GradientTransformation:
+    """``rule``, with its state, on the mean of the gradients over a manual mesh axis."""
 
-    def update(updates, params=None):
-        del params
-        return jax.tree.map(lambda g: lax.pmean(g, axis), updates)
+    def update(updates, state, params=None):
+        mean = jax.tree.map(lambda g: lax.pmean(g, axis), updates)
+        return rule.update(mean, state, params)
 
-    return optax.stateless(update)
+    return optax.GradientTransformation(rule.init, update)
 
 
 def _scale_by_fan_in(weight_dimension_numbers: Any) -> optax.GradientTransformation:

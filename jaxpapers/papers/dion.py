@@ -31,12 +31,14 @@ import optax
 from jaxtyping import Array, Int, Key
 
 from jaxpapers import optim
-from jaxpapers.method import Method, gradient, param_spec
+from jaxpapers.method import Method, Replicas, State, gradient, param_spec
 from jaxpapers.nets import transformer
 from jaxpapers.optim import DimensionNumbers, routing
 
 RULES = (
-    *optim.state_rules(lambda path, leaf: dimensions(path, leaf)),
+    *optim.state_rules(
+        lambda path, leaf: dimensions(path, leaf), replicate_axis="replica"
+    ),
     *transformer.RULES,
 )
 
@@ -66,7 +68,10 @@ def loss(
     del key
     tokens = batch["tokens"]
     logits = apply({"params": params}, tokens[:, :-1])
-    nats = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
+    # One-hot labels, which the compiler fuses away: picking a label's logit would gather
+    # logits whose vocabulary is split over devices.
+    labels = jax.nn.one_hot(tokens[:, 1:], logits.shape[-1], dtype=logits.dtype)
+    nats = optax.softmax_cross_entropy(logits, labels)
     if "weight" not in batch:
         value = nats.mean()
         return value, {"bits": value / jnp.log(2.0)}
@@ -156,9 +161,21 @@ def optimizer(config: Any) -> optax.GradientTransformation:
     all of its leaves.
 
     Raises:
-      ValueError: unknown name, or shares of the schedule that exceed the run.
+      ValueError: unknown name, shares of the schedule that exceed the run, or
+        ``train.replica_sync`` with what it excludes.
     """
     c = config.optim
+    sync = config.train.replica_sync
+    if sync not in ("gradient", "lowrank"):
+        raise ValueError(
+            f"config.train.replica_sync must be gradient or lowrank, got {sync!r}"
+        )
+    if sync == "lowrank" and (c.name != "dion" or c.clip):
+        raise ValueError(
+            "config.train.replica_sync=lowrank never forms the averaged gradient: it "
+            "needs optim.name=dion and optim.clip=0, got "
+            f"{c.name!r} and {c.clip}"
+        )
     if c.warmup < 0 or c.cooldown < 0 or c.warmup + c.cooldown > 1:
         raise ValueError(
             "config.optim: warmup and cooldown are shares of the run and at most 1 "
@@ -185,6 +202,7 @@ def optimizer(config: Any) -> optax.GradientTransformation:
             scalar_learning_rate=scalar_rate,
             scalar_b1=c.b1,
             scalar_b2=c.b2,
+            replicate_axis="replica" if sync == "lowrank" else None,
         )
     elif c.name == "muon":
         tx = optax.contrib.muon(
@@ -244,9 +262,12 @@ def make(
       ValueError: see ``network``, ``optimizer`` and ``optim.dion``.
     """
     net = net or network(config)
-    labels = None
+    labels = replicas = None
     if tx is None:
         tx = optimizer(config)
+        if config.train.replica_sync == "lowrank":
+            specs = functools.partial(optim.replica_specs, replicate_axis="replica")
+            replicas = Replicas("replica", specs)
         labels = functools.partial(
             _labels, name=config.optim.name, scalar=config.optim.scalar
         )
@@ -269,8 +290,15 @@ def make(
         ),
         rules=rules,
         labels=labels,
+        resize=resize,
         accumulate=config.train.accumulate,
+        replicas=replicas,
     )
+
+
+def resize(state: State, target: State) -> State:
+    """A state whose Dion part gets the target's rank and number of replicas."""
+    return state._replace(opt_state=optim.resize(state.opt_state, target.opt_state))
 
 
 def _labels(params, *, name, scalar):

@@ -48,12 +48,17 @@ def load(config: Any, method: Any, mesh: Any) -> Task:
             streams = [s[: max(c.quick_tokens // len(streams), 1)] for s in streams]
         count = sum(int((s < text.SEPARATOR).sum()) if corpus.byte_level else len(s)
                     for s in streams)  # fmt: skip
-        total = []
+        total, newest = [], None
         with jax.set_mesh(mesh):
             for batch in text.score_windows(streams, c.context, size):
                 local = jax.tree.map(lambda x: x[rows], batch)
-                total.append(nats(params, meshes.put_batch(local, mesh, size)))
-        bits = text.bits_per_byte(math.fsum(float(x) for x in total), count)
+                last, newest = newest, nats(params, meshes.put_batch(local, mesh, size))
+                # Two in flight keep the devices busy. Without a limit the programs of
+                # several devices of one CPU wait for each other's threads, for ever.
+                if last is not None:
+                    total.append(float(last))
+        total += [] if newest is None else [float(newest)]
+        bits = text.bits_per_byte(math.fsum(total), count)
         name = "validation_bits_quick" if quick else "validation_bits"
         return {name: bits}
 

@@ -1,0 +1,130 @@
+"""The language model trained by replicas that average P and R instead of gradients."""
+
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from jaxpapers import checkpoint, run, tasks, train
+from jaxpapers import mesh as meshes
+from jaxpapers.papers import dion
+
+SMALL = [
+    "--config.data.context=16", "--config.data.batch=8", "--config.net.width=32",
+    "--config.net.layers=1", "--config.net.heads=2", "--config.optim.clip=0.0",
+    "--config.train.steps=6", "--config.train.sample=0",
+]  # fmt: skip
+LOWRANK = "--config.train.replica_sync=lowrank"
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    for i in range(40):
+        lines = [f"def f{j}(x):\n    return x + {(i * j) % 7}\n\n" for j in range(20)]
+        (folder / f"{i}.py").write_text("".join(lines))
+    return f"--config.data.path={folder}"
+
+
+class Losses:
+    """A report that keeps the losses."""
+
+    def __init__(self):
+        self.values = []
+
+    def start(self, *args):
+        pass
+
+    def step(self, step, metrics):
+        self.values.append(metrics["loss"])
+
+    def evaluation(self, step, values):
+        pass
+
+
+def fit(corpus, mesh, *overrides, workdir=None, **options):
+    """(final state, losses) of a small run on a mesh of 8 devices."""
+    config = run.load_config("dion:smoke", [*SMALL, corpus, *overrides])
+    grid = meshes.make_mesh(meshes.parse_mesh(mesh))
+    method = dion.make(config)
+    task = tasks.load(config, method, grid)
+    report = Losses()
+    state = train.fit(
+        method,
+        task.examples,
+        steps=config.train.steps,
+        batch=config.data.batch,
+        mesh=grid,
+        workdir=workdir,
+        report=report,
+        **options,
+    )
+    return jax.device_get(state._replace(key=jax.random.key_data(state.key))), np.array(
+        report.values
+    )
+
+
+@pytest.fixture(scope="module")
+def plain(corpus):
+    return fit(corpus, "replica:2,data:2,model:2")
+
+
+@pytest.mark.parametrize(
+    "mesh, extra",
+    [
+        ("replica:2,data:2,model:2", ()),
+        ("replica:4,data:2", ()),
+        ("replica:2,data:2,model:2", ("--config.train.accumulate=2",)),
+    ],
+)
+def test_same_loss_curve_as_averaged_gradients(corpus, plain, mesh, extra):
+    state, losses = fit(corpus, mesh, LOWRANK, *extra)
+    np.testing.assert_allclose(losses, plain[1], rtol=2e-5)
+    assert losses[-1] < losses[0] - 0.5
+    for x, y in zip(jax.tree.leaves(state.params), jax.tree.leaves(plain[0].params)):
+        np.testing.assert_allclose(x, y, atol=2e-4)
+    momentum = state.opt_state.inner_states["dion"].inner_state[0].momentum
+    up = momentum["layers"]["mlp"]["up"]["kernel"]
+    assert up.ndim == 4  # One for each replica, and they differ.
+    assert np.ptp(up, 0).max() > 0.1 * np.abs(up).max()
+
+
+def test_resumes_bitwise_and_on_other_replicas_and_ranks(corpus, tmp_path):
+    mesh = "replica:2,data:2,model:2"
+    want, _ = fit(corpus, mesh, LOWRANK)
+    fit(corpus, mesh, LOWRANK, "--config.train.steps=6", workdir=tmp_path / "a",
+        save_every=3)  # fmt: skip
+    # What a run stopped at step 3 leaves behind.
+    shutil.rmtree(tmp_path / "a" / "checkpoints" / "6")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    shutil.copytree(tmp_path / "a", tmp_path / "c")
+    got, _ = fit(corpus, mesh, LOWRANK, workdir=tmp_path / "a")
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    got, _ = fit(corpus, "replica:4,data:2", LOWRANK, workdir=tmp_path / "b")
+    for x, y in zip(jax.tree.leaves(got.params), jax.tree.leaves(want.params)):
+        np.testing.assert_allclose(x, y, atol=2e-4)
+    got, losses = fit(
+        corpus, "data:8", "--config.optim.rank_fraction=0.5", workdir=tmp_path / "c"
+    )
+    q = got.opt_state.inner_states["dion"].inner_state[0].q
+    assert q["layers"]["mlp"]["up"]["kernel"].shape[-1] == 16
+    assert len(losses) == 3 and np.isfinite(losses).all()
+
+
+def test_another_width_is_no_matter_of_resizing(corpus, tmp_path):
+    fit(corpus, "data:8", workdir=tmp_path)
+    with pytest.raises(ValueError, match="has shape .*, this config expects"):
+        fit(corpus, "data:8", "--config.net.width=16", workdir=tmp_path)
+    manager = checkpoint.open_manager(tmp_path / "checkpoints", read_only=True)
+    assert manager.latest_step() == 6
+    manager.close()
+
+
+def test_errors(corpus):
+    with pytest.raises(ValueError, match="needs optim.name=dion and optim.clip=0"):
+        fit(corpus, "replica:2,data:4", LOWRANK, "--config.optim.clip=1.0")
+    with pytest.raises(ValueError, match="must be gradient or lowrank"):
+        fit(corpus, "data:8", "--config.train.replica_sync=half")
+    with pytest.raises(ValueError, match="'replica'.*--mesh replica:2,data:4"):
+        fit(corpus, "data:8", LOWRANK)
