@@ -91,7 +91,7 @@ def wire_bytes(
     return total
 
 
-def ring_bytes(kind: str, size: float, group: int) -> float:
+def ring_bytes(kind: str, size: int | float, group: int) -> float:
     """Bytes that each of ``group`` devices sends in a ring.
 
     Args:

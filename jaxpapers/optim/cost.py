@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from jaxpapers.optim.layout import DimensionNumbers, make_layout
-from jaxpapers.optim.orthonormalize import GRAM_PASSES, shares_factors, sketch_rows
+from jaxpapers.optim.orthonormalize import GRAM_PASSES, share_axes, sketch_rows
 from jaxpapers.optim.power_iteration import choose_split
 from jaxpapers.optim.sharded import axis_names
 
@@ -224,19 +224,22 @@ def _orthonormalize(
         k = sketch_rows(r)
         sent.add("all-reduce", axes, n * k * r, e)
         flops += n * (2 * k * rows * r + 4 * k * r * r + rows * r * r)
-    shared = shares_factors(n, group)
-    triangle = n * r * (r + 1) // 2
+    shared, padded = share_axes(n, {a: sent._sizes[a] for a in axes})
+    rest = tuple(a for a in axes if a not in shared)
+    devices = math.prod(sent._sizes[a] for a in shared)
+    triangle = padded * r * (r + 1) // 2
     for i in range(GRAM_PASSES[method]):
         refined = method == "scqr" and i == 0
         if shared:
-            sent.add("reduce-scatter", axes, triangle, e)
+            sent.add("reduce-scatter", shared, triangle, e)
+            sent.add("all-reduce", rest, triangle // devices, e)
             for _ in range(2 if refined else 1):
-                sent.add("all-gather", axes, triangle, e)
+                sent.add("all-gather", shared, triangle, e)
         else:
             sent.add("all-reduce", axes, triangle, e)
         products = 4 if refined else 2
         flops += n * 2 * products * rows * r * r
-        flops += (n / group if shared else n) * 2 * r**3 / 3
+        flops += padded / devices * 2 * r**3 / 3
     return flops
 
 

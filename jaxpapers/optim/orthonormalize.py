@@ -14,10 +14,10 @@ method       passes                                         sent per matrix
              stacked R factors (tall-skinny QR)
 ============ ============================================== =====================
 
-Of a Gram matrix, which is symmetric, r (r + 1) / 2 entries are sent. Of a batch with as
-many matrices as devices, or a multiple of it, each device receives and factorises its
-share and the triangular inverses are gathered: the bytes of a plain sum, a fraction of
-the work.
+Of a Gram matrix, which is symmetric, r (r + 1) / 2 entries are sent. Of a batch large
+enough to fill a mesh axis (``share_axes``) each device receives and factorises a share,
+and the triangular inverses are gathered: the bytes of a plain sum, a fraction of the
+work.
 
 ``rcqr`` is not orthonormal when an exactly singular ``p`` is square, ``cqr2`` when it is
 ill-conditioned; both then stay finite, with columns no longer than 1.
@@ -32,6 +32,7 @@ Reference: Ahn et al., Dion, arXiv 2504.05295 (``cqr``, ``rcqr``); Fukaya et al.
 Shifted Cholesky QR, SIAM J. Sci. Comput. 42 (2020) for the shift.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -43,7 +44,6 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxpapers.optim.collectives import (
     AxisNames,
-    axis_size,
     pack,
     pmax,
     psum,
@@ -154,9 +154,31 @@ def _cholesky_qr(
     return basis
 
 
-def shares_factors(matrices: int, devices: int) -> bool:
-    """Whether the devices factorise equal shares of the matrices, or each does all."""
-    return devices > 1 and matrices % devices == 0
+def share_axes(matrices: int, sizes: dict[str, int]) -> tuple[tuple[str, ...], int]:
+    """Mesh axes whose devices each factorise a share of a batch of Gram matrices.
+
+    The largest product of axes that the batch fills, with at most a third of padding.
+
+    Args:
+      matrices: in the batch.
+      sizes: of the mesh axes over which the Gram matrices are summed.
+
+    Returns:
+      The axes, () if every device has to do all, and the padded size of the batch.
+
+    Example:
+      >>> share_axes(28, {"data": 64, "model": 8})
+      (('model',), 32)
+    """
+    best: tuple[tuple[str, ...], int] = ((), matrices)
+    devices = 1
+    for k in range(1, len(sizes) + 1):
+        for axes in itertools.combinations(sizes, k):
+            count = math.prod(sizes[a] for a in axes)
+            padded = count * math.ceil(matrices / count)
+            if 3 * padded <= 4 * matrices and (count, -padded) > (devices, -best[1]):
+                best, devices = (axes, padded), count
+    return best
 
 
 def _factor_of_sum(
@@ -165,18 +187,24 @@ def _factor_of_sum(
     """``_factor`` of the sum over devices; L is anything unless asked for."""
     r = gram.shape[-1]
     packed = pack(gram.reshape(-1, r, r))
-    if not shares_factors(packed.shape[0], axis_size(axis_name)):
-        total = symmetric(unpack(psum(packed, axis_name), r))
+    n = packed.shape[0]
+    names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+    shared, padded = share_axes(n, {name: lax.axis_size(name) for name in names})
+    if not shared:
+        total = symmetric(unpack(psum(packed, names), r))
         return _factor(total.reshape(gram.shape), shift)
-    mine = lax.psum_scatter(packed, axis_name, scatter_dimension=0, tiled=True)
+    # Scatter, sum the share over the other axes, gather: the bytes of one all-reduce.
+    packed = jnp.pad(packed, ((0, padded - n), (0, 0), (0, 0)))
+    mine = lax.psum_scatter(packed, shared, scatter_dimension=0, tiled=True)
+    mine = psum(mine, tuple(name for name in names if name not in shared))
     lower, inverse = _factor(symmetric(unpack(mine, r)), shift)
 
-    def share(x):
-        x = lax.all_gather(pack(x), axis_name, tiled=True)
-        return unpack(x, r).reshape(gram.shape)
+    def gather(x):
+        x = lax.all_gather(pack(x), shared, tiled=True)
+        return unpack(x[:n], r).reshape(gram.shape)
 
-    inverse = jnp.swapaxes(share(jnp.swapaxes(inverse, -1, -2)), -1, -2)
-    return share(lower) if with_lower else inverse, inverse
+    inverse = jnp.swapaxes(gather(jnp.swapaxes(inverse, -1, -2)), -1, -2)
+    return gather(lower) if with_lower else inverse, inverse
 
 
 def _factor(gram: Array, shift: str) -> tuple[Array, Array]:

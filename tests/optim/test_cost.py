@@ -30,6 +30,7 @@ SHAPES = {
     "wide": ((1024, 64), None, P(D, M)),
     "stack": ((8, 32, 64), DimensionNumbers(1, 2), P(None, D, M)),
     "side": ((32, 128), None, P(None, (D, M))),
+    "padded": ((7, 16, 64), DimensionNumbers(1, 2), P(None, D, M)),
     "pipe": ((16, 16, 32), DimensionNumbers(1, 2), P(D, M)),
 }
 FRACTIONS = (1 / 4, 1 / 16)
