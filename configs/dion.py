@@ -5,13 +5,15 @@
     jaxpapers train dion:standard        30 minutes
     jaxpapers train dion:adamw | dion:muon    the default model, other optimizers
     jaxpapers train dion:160m --config.data.path=SHARDS   the paper's model
+    jaxpapers plan dion:3b --topology v5p:8x8x8 --mesh data:64,model:8
+                                         3.1 B parameters, for pods
 
 Expected: see the table in README.md, which benchmarks/ and these presets produce.
 """
 
 from ml_collections import ConfigDict
 
-PRESETS = ("default", "smoke", "standard", "adamw", "muon", "160m")
+PRESETS = ("default", "smoke", "standard", "adamw", "muon", "160m", "3b")
 
 
 def get_config(preset: str | None = None) -> ConfigDict:
@@ -101,4 +103,11 @@ def get_config(preset: str | None = None) -> ConfigDict:
         config.optim.update(lr=0.02, scalar_lr=0.0, scalar="lion", b2=0.98)
         config.optim.update(rank_fraction=0.5, cooldown=0.2, clip=0.0, b1=0.95)
         config.train.update(steps=3000, eval_every=250, save_minutes=20.0, sample=0)
+    elif preset == "3b":
+        config.data.update(context=2048, batch=1024, eval_batch=256)
+        config.net.update(vocab_size=50304, width=3072, layers=28, heads=24)
+        config.net.update(kv_heads=8, hidden=8192, rope_theta=500_000.0, unroll=1)
+        config.net.update(dtype="bfloat16", remat=True)
+        config.optim.update(lr=0.01, scalar_lr=0.002, warmup=0.01, cooldown=0.2)
+        config.train.update(steps=30_000, eval_every=1000, save_minutes=20.0, sample=0)
     return config.lock()

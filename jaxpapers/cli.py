@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     unknown = [x for x in rest if x not in overrides]
     if unknown:
         parser.error(f"unknown argument {unknown[0]!r}; see {options.command} --help")
-    if overrides and options.command != "train":
+    if overrides and options.command not in ("train", "plan"):
         parser.error(f"{options.command} takes no config fields, got {overrides[0]!r}")
     try:
         _set_up_devices(options)
@@ -91,6 +91,25 @@ def _train(options, overrides) -> int:
     except train.Preempted as e:
         print(f"jaxpapers: {e}; the same command continues", file=sys.stderr)
         return train.PREEMPTED
+    return 0
+
+
+def _plan(options, overrides) -> int:
+    import json
+
+    from jaxpapers import plan, run
+
+    result = run.plan(
+        options.target,
+        overrides,
+        topology=options.topology,
+        mesh=options.mesh,
+        config_path=options.config,
+    )
+    if options.json:
+        print(json.dumps(result._asdict(), indent=1))
+    else:
+        print("\n".join(plan.format_plan(result)))
     return 0
 
 
@@ -206,6 +225,17 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--local-device-ids", metavar="0,1",
                      help="devices of this process, with --distributed")  # fmt: skip
 
+    sub = command("plan", _plan, "compile the training step for a pod: does it fit, "
+                  "what does it send")  # fmt: skip
+    sub.add_argument("target", metavar="NAME[:preset]")
+    sub.add_argument("--topology", metavar="v5p:8x8x8",
+                     help="a TPU slice; needs jaxpapers[tpu], no TPU")  # fmt: skip
+    sub.add_argument(
+        "--config", metavar="FILE.py[:preset]", help="a config of your own"
+    )
+    sub.add_argument("--json", action="store_true", help="print the plan as JSON")
+    _device_options(sub)
+
     for name, action, summary in (
         ("eval", _eval, "evaluate a run's latest checkpoint"),
         ("sample", _sample, "continue a prompt with a run's latest checkpoint"),
@@ -250,6 +280,8 @@ def _set_up_devices(options: argparse.Namespace) -> None:
         return
     import jax
 
+    if getattr(options, "topology", None) or _has_only_cpus():
+        jax.config.update("jax_platforms", "cpu")
     if options.fake_devices:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", options.fake_devices)
@@ -258,3 +290,15 @@ def _set_up_devices(options: argparse.Namespace) -> None:
 
         ids = options.local_device_ids
         mesh.start_distributed([int(i) for i in ids.split(",")] if ids else None)
+
+
+def _has_only_cpus() -> bool:
+    """No TPU's device file and no plugin of another kind: then libtpu, installed for
+    ``plan``, is not asked for a TPU, which it would miss loudly.
+    """
+    import glob
+    from importlib.metadata import entry_points
+
+    if "JAX_PLATFORMS" in os.environ or entry_points(group="jax_plugins"):
+        return False
+    return not (glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*"))

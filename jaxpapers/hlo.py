@@ -29,6 +29,9 @@ _CALLED = re.compile(
 )
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_CONDITION = re.compile(r" while\(.*condition=%?([\w.\-]+)")
+_BOUND = re.compile(r"= s32\[\]\S* constant\((\d+)\)")
+_CHAIN = re.compile(r'channel_id=(\d+).*chain_id="(\d+)"')
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 
 
@@ -71,12 +74,19 @@ def collectives(text: str, mesh: Any = None) -> list[Collective]:
     if entry is None:
         raise ValueError("no HLO module: expected compiled.as_text()")
     names = {} if mesh is None else _groups_of_axes(mesh)
-    found = []
+    found, chains = [], set()
     for name, count in _runs(bodies, entry):
         for line in bodies[name]:
             item = _parse(line, name, count, names)
-            if item is not None and item.group > 1:
-                found.append(item)
+            if item is None or item.group == 1:
+                continue
+            # TPUs cut one collective into a chain of fusions, each of which shows it.
+            chain = _CHAIN.search(line)
+            if chain and chain.groups() in chains:
+                continue
+            if chain:
+                chains.add(chain.groups())
+            found.append(item)
     return found
 
 
@@ -133,9 +143,24 @@ def _runs(bodies: dict[str, list[str]], entry: str) -> Iterator[tuple[str, int]]
             called = _CALLED.findall(line)
             for group in _BRANCHES.findall(line):
                 called += [x.strip().lstrip("%") for x in group.split(",")]
-            trips = _TRIPS.search(line)
-            times = count * (int(trips.group(1)) if trips else 1)
+            times = count * _trips(line, bodies)
             pending += [(c, times) for c in called if c in bodies]
+
+
+def _trips(line: str, bodies: dict[str, list[str]]) -> int:
+    """How often a while instruction runs its body; 1 for others, or if nothing tells.
+
+    TPU programs do not say it: the loops of ``lax.scan`` count from 0 to the constant
+    that their condition compares with.
+    """
+    known = _TRIPS.search(line)
+    if known:
+        return int(known.group(1))
+    loop = _CONDITION.search(line)
+    condition = bodies.get(loop.group(1), []) if loop else []
+    bounds = [b.group(1) for b in map(_BOUND.search, condition) if b]
+    less = any("direction=LT" in x for x in condition)
+    return int(bounds[0]) if less and len(bounds) == 1 else 1
 
 
 def _parse(line: str, computation: str, count: int, names: dict) -> Collective | None:
@@ -185,8 +210,8 @@ def _elements(dims: str) -> int:
 
 def _replica_groups(line: str, kind: str) -> frozenset[frozenset[int]]:
     if kind == "collective-permute":
-        pairs = re.search(r"source_target_pairs=\{(.*?)\}(?:,|$)", line)
-        numbers = re.findall(r"\{(\d+),(\d+)\}", pairs.group(0) if pairs else "")
+        pairs = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", line)
+        numbers = re.findall(r"\{(\d+),(\d+)\}", pairs.group(1) if pairs else "")
         return _connected([{int(a), int(b)} for a, b in numbers])
     iota = re.search(
         r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line

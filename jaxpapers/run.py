@@ -13,6 +13,7 @@ from rich.table import Table
 from jaxpapers import checkpoint as ckpt
 from jaxpapers import mesh as meshes
 from jaxpapers import papers, report, tasks
+from jaxpapers import plan as plans
 from jaxpapers import train as trainer
 from jaxpapers.config import check_continues, load_config
 from jaxpapers.method import path_name
@@ -33,7 +34,7 @@ def show(name: str, preset: str = "") -> str:
     module = papers.load(name)
     config = load_config(f"{name}:{preset}" if preset else name)
     method, _ = _method(name, config)
-    batch = {"tokens": jax.ShapeDtypeStruct((1, 9), jax.numpy.int32)}
+    batch = tasks.batch_shapes(config)
     state = jax.eval_shape(method.init, jax.random.key(0), batch)
     labels = method.labels(state.params) if method.labels else None
     console = Console(width=110, highlight=False, file=None)
@@ -147,6 +148,37 @@ def train(
     return {**final, **baselines, "seconds": seconds}
 
 
+def plan(
+    target: str,
+    overrides: Sequence[str] = (),
+    *,
+    topology: str | None = None,
+    mesh: str | None = None,
+    config_path: str | None = None,
+) -> plans.Plan:
+    """Compiles a paper's training step for a TPU topology, or for the devices here.
+
+    Args:
+      target: ``name[:preset]``.
+      overrides: ``--config.group.field=value``.
+      topology: "v5e:4x4", "v6e:16x16", "v5p:8x8x8"; None: the devices that are here.
+      mesh: "data:64,model:8"; default all devices on ``data``.
+      config_path: see ``load_config``.
+
+    Raises:
+      ValueError: unknown topology, or what ``train.compile`` raises.
+      ModuleNotFoundError: libtpu is missing.
+    """
+    name, _, _ = target.partition(":")
+    config = load_config(target, overrides, config_path)
+    devices = plans.topology_devices(topology) if topology else None
+    grid = meshes.make_mesh(meshes.parse_mesh(mesh) if mesh else None, devices)
+    method = papers.load(name).make(config)
+    meshes.batch_rows(grid, config.data.batch, parts=config.train.accumulate)
+    shapes = tasks.batch_shapes(config)
+    return plans.plan(method, grid, shapes, topology or jax.default_backend())
+
+
 def evaluate(workdir: str, *, mesh: str | None = None) -> dict[str, float]:
     """Evaluates the latest checkpoint of a run on all of its validation data."""
     name, config, method, grid, params = load_run(workdir, mesh)
@@ -209,7 +241,7 @@ def load_run(workdir: str, mesh: str | None = None) -> tuple:
     stored = json.loads(path.read_text())
     config = ConfigDict(stored["config"]).lock()
     method, grid = _method(stored["paper"], config, mesh)
-    batch = {"tokens": jax.ShapeDtypeStruct((1, config.data.context + 1), "int32")}
+    batch = tasks.batch_shapes(config)
     with jax.set_mesh(grid):
         state = jax.eval_shape(method.init, jax.random.key(0), batch)
     shardings = meshes.state_shardings(state, method.rules, grid)

@@ -35,12 +35,14 @@ class Compiled(NamedTuple):
       step: (state, batch) -> (state, metrics); donates the state.
       shapes: State of ShapeDtypeStruct with shardings.
       executable: the compiled step, for memory and cost analysis.
+      jaxpr: the step before compilation.
     """
 
     init: Callable[[jax.Array], State]
     step: Callable[[State, Any], tuple[State, dict]]
     shapes: State
     executable: Any
+    jaxpr: Any = None
 
 
 def compile(method: Method, mesh: jax.sharding.Mesh, batch: Any) -> Compiled:
@@ -71,7 +73,8 @@ def compile(method: Method, mesh: jax.sharding.Mesh, batch: Any) -> Compiled:
             out_shardings=(shardings, replicated),
             donate_argnums=0,
         )
-        executable = step.lower(shapes, batch).compile()
+        traced = step.trace(shapes, batch)
+        executable = traced.lower().compile()
 
     def init(key):
         with jax.set_mesh(mesh):
@@ -80,7 +83,7 @@ def compile(method: Method, mesh: jax.sharding.Mesh, batch: Any) -> Compiled:
             )
             return build(key)
 
-    return Compiled(init, executable, shapes, executable)
+    return Compiled(init, executable, shapes, executable, traced.jaxpr)
 
 
 def fit(

@@ -4,6 +4,8 @@ import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
+
 
 class Task(NamedTuple):
     """Data and evaluation of a run, bound to its config.
@@ -29,12 +31,20 @@ class Task(NamedTuple):
     describe: str
 
 
+def batch_shapes(config: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of a global training batch, without reading any data."""
+    return _module(config).batch_shapes(config)
+
+
 def load(config: Any, method: Any, mesh: Any) -> Task:
     """The task that ``config.data.task`` names."""
+    return _module(config).load(config, method, mesh)
+
+
+def _module(config: Any) -> Any:
     names = ("language_model",)
     if config.data.task not in names:
         raise ValueError(
             f"config.data.task must be one of {names}, got {config.data.task!r}"
         )
-    module = importlib.import_module(f"jaxpapers.tasks.{config.data.task}")
-    return module.load(config, method, mesh)
+    return importlib.import_module(f"jaxpapers.tasks.{config.data.task}")

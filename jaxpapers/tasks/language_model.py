@@ -12,6 +12,12 @@ from jaxpapers.data import text
 from jaxpapers.tasks import Task
 
 
+def batch_shapes(config: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of a global training batch."""
+    c = config.data
+    return {"tokens": jax.ShapeDtypeStruct((c.batch, c.context + 1), jnp.int32)}
+
+
 def load(config: Any, method: Any, mesh: Any) -> Task:
     """Reads ``config.data`` and binds the evaluation to a method and mesh.
 

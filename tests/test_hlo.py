@@ -1,0 +1,92 @@
+"""The reader of compiled programs, on texts with known contents and on real ones."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxpapers import hlo
+
+# Forms that the TPU compiler writes: asynchronous pairs, iota groups, a loop that says
+# how often it runs, a reduce-scatter as a fusion.
+TEXT = r"""HloModule jit_f, num_partitions=8
+
+%all-reduce-scatter.1 (x: f32[16,8]) -> f32[4,8] {
+  %x = f32[16,8]{1,0} parameter(0)
+  %all-reduce.7 = f32[16,8]{1,0} all-reduce(%x), replica_groups={{0,2,4,6},{1,3,5,7}}
+  ROOT %slice = f32[4,8]{1,0} dynamic-slice(%all-reduce.7, %i)
+}
+
+%cond (q: (s32[], f32[4])) -> pred[] {
+  %n = s32[]{:T(128)} constant(3)
+  ROOT %lt = pred[] compare(%i, %n), direction=LT
+}
+
+%body (p: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %ar = f32[4]{0} all-reduce(%v), PAIRS, x={op_name="jit(f)/optimizer/psum"}
+}
+
+%sends (p: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %g1 = f32[4]{0} all-gather(%v), channel_id=7, PAIRS, x={chain_id="9"}
+  %g2 = f32[4]{0} all-gather(%v), channel_id=7, PAIRS, x={chain_id="9"}
+}
+
+ENTRY %main.1 (x: f32[16,8]) -> f32[4,8] {
+  %ag-start = (bf16[2,8]{1,0}, bf16[4,8]{1,0}) all-gather-start(%y), PAIRS
+  %ag = bf16[4,8]{1,0} all-gather-done(%ag-start)
+  %pair = (f32[3]{0}, s32[2,2]{1,0}) all-reduce(%u, %w), replica_groups=[2,4]<=[4,2]T(1,0)
+  %perm = f32[10]{0} collective-permute(%z), source_target_pairs={{0,1},{2,3},{4,5},{6,7}}
+  %alone = f32[10]{0} all-reduce(%z), replica_groups={{0},{1}}
+  %loop = (s32[], f32[4]{0}) while(%t), body=%body, x={"known_trip_count":{"n":"12"}}
+  %tpu = (s32[], f32[4]{0}) while(%t), condition=%cond, body=%sends
+  ROOT %f = f32[4,8]{1,0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1
+}
+""".replace("PAIRS", "replica_groups=[4,2]<=[8]")
+
+
+def test_forms_of_the_text():
+    mesh = jax.sharding.AbstractMesh((4, 2), ("data", "model"))
+    found = {(c.kind, c.count): c for c in hlo.collectives(TEXT, mesh)}
+    assert found["all-gather", 3].wire_bytes == 8  # Once, three times.
+    assert len(found) == 6  # Not the reduction of each device with itself.
+    gather = found["all-gather", 1]
+    assert (gather.axes, gather.group, gather.result_bytes) == (("model",), 2, 64)
+    assert gather.wire_bytes == 32
+    pair = found["all-reduce", 1]
+    assert (pair.axes, pair.group, pair.result_bytes) == (("data",), 4, 28)
+    assert pair.wire_bytes == 2 * 3 / 4 * 28 and pair.elements == 4
+    loop = found["all-reduce", 12]
+    assert loop.axes == ("model",) and "/optimizer/" in loop.op_name
+    scatter = found["reduce-scatter", 1]
+    assert scatter.axes == ("data",) and scatter.wire_bytes == 3 / 4 * 16 * 8 * 4
+    permute = found["collective-permute", 1]
+    assert permute.axes == ("model",) and permute.wire_bytes == 40
+    total = hlo.wire_bytes(list(found.values()))
+    assert total["all-reduce", ("model",)] == 12 * 16
+
+
+def test_what_is_no_program_is_refused():
+    with pytest.raises(ValueError, match="no HLO module"):
+        hlo.collectives("")
+
+
+def test_loops_and_axes_of_a_compiled_program():
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+
+    def f(x):
+        def body(carry, _):
+            return jnp.sin(carry + jax.lax.psum(x * carry.sum(), "data")), None
+
+        total, _ = jax.lax.scan(body, jnp.ones((2, 2)), length=5)
+        return jax.lax.all_gather(total, "model", axis=1, tiled=True).sum(1)
+
+    where = NamedSharding(mesh, P("data", "model"))
+    x = jax.ShapeDtypeStruct((4, 8), jnp.float32, sharding=where)
+    f = jax.jit(jax.shard_map(
+        f, mesh=mesh, in_specs=P("data", "model"), out_specs=P("data"),
+        check_vma=False,
+    ))  # fmt: skip
+    total = hlo.wire_bytes(hlo.collectives(f.lower(x).compile().as_text(), mesh))
+    assert total["all-reduce", ("data",)] == 5 * hlo.ring_bytes("all-reduce", 16, 2)
+    assert total["all-gather", ("model",)] == hlo.ring_bytes("all-gather", 64, 4)

@@ -1,0 +1,106 @@
+"""Plans: closed forms against the compiler, and the TPU compiler without a TPU."""
+
+import importlib.util
+import platform
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from jaxpapers import cli, plan, run
+from jaxpapers import mesh as meshes
+from jaxpapers.optim import plan_dion
+from jaxpapers.papers import dion
+
+SMALL = [
+    "--config.data.context=16", "--config.data.batch=8", "--config.net.width=64",
+    "--config.net.layers=4", "--config.net.heads=2", "--config.optim.clip=0.0",
+    "--config.net.unroll=1",
+]  # fmt: skip
+
+
+def sent(rows, part):
+    return sum(row["wire_bytes"] for row in rows if row["part"] == part)
+
+
+def test_optimizer_sends_what_the_closed_form_says():
+    config = run.load_config("dion:smoke", SMALL)
+    grid = meshes.make_mesh({"data": 4, "model": 2})
+    batch = {"tokens": jax.ShapeDtypeStruct((8, 17), jnp.int32)}
+    found = plan.plan(dion.make(config), grid, batch)
+
+    into, out = P(None, "data", "model"), P(None, "model", "data")
+    expected = {}
+    for shape, spec, count in (
+        ((4, 64, 64), into, 3),  # query, key, value
+        ((4, 64, 64), out, 1),
+        ((4, 64, 192), into, 3),  # gate, up; and down, with P on the same side
+    ):
+        dimensions = dion.dimensions("", jax.ShapeDtypeStruct(shape, jnp.float32))
+        leaf = plan_dion(shape, spec, grid, 0.25, dimensions=dimensions, count=count)
+        for (kind, axes), size in leaf.bytes_per_step.items():
+            key = (kind, ",".join(axes))
+            expected[key] = expected.get(key, 0) + size
+    rows = [r for r in found.collectives if r["part"] == "optimizer"]
+    got = {(r["kind"], r["axes"]): r["wire_bytes"] for r in rows}
+    assert set(got) == set(expected)
+    for key, size in expected.items():
+        # The compiler merges all-reduces of the optimizer into the backward pass's.
+        assert got[key] <= size + 1 if key[0] == "all-reduce" else got[key] == size
+    assert sent(found.collectives, "forward/backward") > 0
+    assert (
+        found.parameters
+        == 4 * (4 * 64 * 64 + 3 * 64 * 192 + 2 * 64) + 64 + 2 * 264 * 64
+    )
+    assert found.fits is None and found.devices == 8
+    lines = plan.format_plan(found)
+    assert "nothing was run" in lines[0] and "optimizer" in lines[-1]
+
+
+def test_product_flops_of_loops_gradients_and_shards():
+    a, b = jnp.ones((3, 4)), jnp.ones((4, 5))
+
+    def flops(f, *args):
+        return plan.product_flops(jax.make_jaxpr(f)(*args).jaxpr)
+
+    assert flops(jnp.matmul, a, b) == 2 * 3 * 4 * 5
+    batched = jnp.ones((7, 3, 4)), jnp.ones((7, 4, 5))
+    assert flops(jnp.matmul, *batched) == 7 * 120
+    # Both gradients of a product cost as much as it did.
+    assert flops(jax.grad(lambda a, b: (a @ b).sum(), (0, 1)), a, b) == 3 * 120
+
+    def loop(w):
+        return jax.lax.scan(lambda x, _: (x @ w, None), jnp.ones((2, 4)), length=6)[0]
+
+    assert flops(loop, jnp.ones((4, 4))) == 6 * 2 * 2 * 4 * 4
+    mesh = meshes.make_mesh({"data": 8})
+    split = jax.shard_map(
+        lambda x, y: x @ y, mesh=mesh, in_specs=(P("data"), P()), out_specs=P("data")
+    )
+    assert flops(split, jnp.ones((16, 4)), b) == 2 * 16 * 4 * 5
+    choice = lambda a, b: jax.lax.cond(True, lambda: a @ b, lambda: a @ b * 2)  # noqa: E731
+    assert flops(choice, a, b) == 120
+
+
+def test_compiles_for_a_tpu_slice(capsys):
+    if importlib.util.find_spec("libtpu") is None:
+        linux = platform.system() == "Linux" and platform.machine() == "x86_64"
+        assert not linux, "the test extra installs libtpu on Linux x86-64"
+        pytest.skip(f"no libtpu for {platform.system()} {platform.machine()}")
+    found = run.plan("dion:smoke", SMALL, topology="v5e:4x4", mesh="data:8,model:2")
+    assert found.devices == 16 and found.fits and found.hbm_bytes == 16e9
+    optimizer = [r for r in found.collectives if r["part"] == "optimizer"]
+    # The largest is P of the three stacked MLP kernels, or their packed Grams.
+    assert {r["axes"] for r in optimizer} <= {"data", "model", "data,model"}
+    assert max(r["largest"] for r in optimizer) <= 12 * (192 // 2) * 16
+    whole = 4 * 64 * 192
+    assert all(r["largest"] < whole for r in optimizer)
+
+
+def test_command_line(capsys):
+    arguments = ["plan", "dion:smoke", *SMALL, "--mesh", "data:8"]
+    assert cli.main(arguments) == 0
+    assert "forward/backward" in capsys.readouterr().out
+    assert cli.main([*arguments, "--topology", "v9:1"]) == 1
+    assert "cannot describe 'v9:1'" in capsys.readouterr().err
