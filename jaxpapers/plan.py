@@ -112,6 +112,9 @@ def plan(
       target: topology of the mesh; its kind of chip gives the memory to compare with.
     """
     began = time.monotonic()
+    # A program for devices that are not here cannot be read back from a compile cache.
+    write_after = jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", math.inf)
     try:
         compiled = trainer.compile(method, mesh, batch)
     except jax.errors.JaxRuntimeError as e:
@@ -123,6 +126,8 @@ def plan(
             + "; use a larger slice, a smaller data.batch, a larger train.accumulate, "
             "or net.remat=True"
         ) from None
+    finally:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", write_after)
     seconds = time.monotonic() - began
     memory = compiled.executable.memory_analysis()
     hbm = HBM.get(target.partition(":")[0])
