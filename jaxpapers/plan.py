@@ -93,7 +93,7 @@ def topology_devices(name: str) -> Sequence[Any]:
         if kind not in HBM:
             raise ValueError(f"unknown kind of TPU {kind!r}")
         return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
-    except (ValueError, RuntimeError, NotImplementedError) as e:
+    except (ValueError, RuntimeError) as e:
         raise ValueError(
             f"--topology: cannot describe {name!r} ({' '.join(str(e).split())[:200]}); "
             "expected e.g. v5e:4x4, v6e:16x16 or v5p:8x8x8"
@@ -113,8 +113,9 @@ def plan(
     """
     began = time.monotonic()
     # A program for devices that are not here cannot be read back from a compile cache.
-    write_after = jax.config.jax_persistent_cache_min_compile_time_secs
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", math.inf)
+    option = "jax_persistent_cache_min_compile_time_secs"
+    write_after = getattr(jax.config, option)
+    jax.config.update(option, math.inf)
     try:
         compiled = trainer.compile(method, mesh, batch)
     except jax.errors.JaxRuntimeError as e:
@@ -127,7 +128,7 @@ def plan(
             "or net.remat=True"
         ) from None
     finally:
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", write_after)
+        jax.config.update(option, write_after)
     seconds = time.monotonic() - began
     memory = compiled.executable.memory_analysis()
     hbm = HBM.get(target.partition(":")[0])

@@ -1,0 +1,89 @@
+"""What a training step needs and sends on TPU slices, by optimizer: compiled, not run.
+
+    python benchmarks/plan_tables.py            every row (half an hour on two cores)
+    python benchmarks/plan_tables.py dion:3b    rows whose preset contains the word
+
+Each row is one ``jaxpapers plan`` in a process of its own, compiled by the TPU compiler for
+a slice that is not here. Writes results/plans.json beside this, row by row; a row that is
+there already is computed again only if its command changed.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+OUT = Path(__file__).parent / "results" / "plans.json"
+TIMEOUT = 1200
+
+# preset, topology, mesh, fields. Batches of the small slice are those of a small slice.
+SLICES = [
+    ("dion:160m", "v5e:4x4", "data:8,model:2", {"data.batch": 256}),
+    ("dion:160m", "v6e:16x16", "data:128,model:2", {}),
+    ("dion:160m", "v5p:8x8x8", "data:256,model:2", {}),
+    ("dion:3b", "v5e:4x4", "data:4,model:4", {"data.batch": 32}),
+    ("dion:3b", "v6e:16x16", "data:32,model:8", {}),
+    ("dion:3b", "v5p:8x8x8", "data:64,model:8", {}),
+]
+OPTIMIZERS = {
+    "dion 1/4": {"optim.name": "dion", "optim.rank_fraction": 0.25},
+    "muon (optax)": {"optim.name": "muon", "optim.scalar": "adamw"},
+    "adamw": {"optim.name": "adamw", "optim.scalar": "adamw"},
+}
+
+
+def command(preset: str, topology: str, mesh: str, fields: dict) -> list[str]:
+    """The command line of one row, without the interpreter."""
+    overrides = [f"--config.{k}={v}" for k, v in sorted(fields.items())]
+    return [
+        "plan",
+        preset,
+        "--topology",
+        topology,
+        "--mesh",
+        mesh,
+        "--json",
+        *overrides,
+    ]
+
+
+def compute(arguments: list[str]) -> dict:
+    """Runs one command; its JSON, or why there is none."""
+    began = time.monotonic()
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "jaxpapers", *arguments],
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT,
+        )
+    except subprocess.TimeoutExpired:
+        return {"error": f"not compiled within {TIMEOUT} s"}
+    if done.returncode:
+        lines = [x for x in done.stderr.splitlines() if x.startswith("jaxpapers:")]
+        return {"error": (lines or done.stderr.splitlines() or ["?"])[-1]}
+    return {**json.loads(done.stdout), "wall_seconds": time.monotonic() - began}
+
+
+def main() -> None:
+    word = sys.argv[1] if len(sys.argv) > 1 else ""
+    rows = json.loads(OUT.read_text())["rows"] if OUT.exists() else {}
+    for preset, topology, mesh, fields in SLICES:
+        for name, optimizer in OPTIMIZERS.items():
+            arguments = command(preset, topology, mesh, {**fields, **optimizer})
+            key = f"{preset} {topology} {name}"
+            if word not in preset or rows.get(key, {}).get("command") == arguments:
+                continue
+            rows[key] = {"command": arguments, **compute(arguments)}
+            print(key, rows[key].get("error", f"{rows[key].get('peak_bytes')} bytes"))
+            versions = {p: version(p) for p in ("jax", "jaxlib", "libtpu", "optax")}
+            OUT.parent.mkdir(exist_ok=True)
+            OUT.write_text(
+                json.dumps({"versions": versions, "rows": rows}, indent=1) + "\n"
+            )
+
+
+if __name__ == "__main__":
+    main()
