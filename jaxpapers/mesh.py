@@ -64,7 +64,15 @@ def make_mesh(
     # jax.make_mesh defaults to Explicit axes, under which library code must spell out
     # every output sharding; the compiler places activations here.
     types = (AxisType.Auto,) * len(names)
-    return jax.make_mesh(sizes, names, axis_types=types, devices=devices)
+    try:
+        return jax.make_mesh(sizes, names, axis_types=types, devices=devices)
+    except NotImplementedError:
+        last = jax.devices()[-1] if devices is None else devices[-1]
+        raise ValueError(
+            f"mesh {shape} does not lie on these chips, the last of which is at "
+            f"{tuple(getattr(last, 'coords', ()))}: the size of every axis has to be a "
+            "product of sizes of the physical axes; change --mesh"
+        ) from None
 
 
 def state_shardings(state: Any, rules: Sequence[tuple[str, Any]], mesh: Mesh) -> Any:

@@ -27,8 +27,9 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from jaxpapers.optim.collectives import share_axes
 from jaxpapers.optim.layout import DimensionNumbers, make_layout
-from jaxpapers.optim.orthonormalize import GRAM_PASSES, share_axes, sketch_rows
+from jaxpapers.optim.orthonormalize import GRAM_PASSES, sketch_rows
 from jaxpapers.optim.power_iteration import choose_split
 from jaxpapers.optim.sharded import axis_names
 
@@ -174,7 +175,7 @@ def plan_dion(
         flops += _orthonormalize(sent, "scqr", q_axis, n, s // f, r, e)
     q_item = jnp.dtype(q_dtype or m_dtype).itemsize
     state = n * (l // t) * (s // f) * m_dtype.itemsize + n * (s // f) * r * q_item
-    transposed = layout.p_axes != _output_axes(layout.shape, dimensions)
+    transposed = layout.p_axes == layout.reduction
     return DionPlan(
         r, transposed, p_axis, q_axis, compressed, split, sent.bytes, sent.largest,
         flops, state,
@@ -241,9 +242,3 @@ def _orthonormalize(
         flops += n * 2 * products * rows * r * r
         flops += padded / devices * 2 * r**3 / 3
     return flops
-
-
-def _output_axes(shape, dimensions) -> tuple[int, ...]:
-    axes = (dimensions or DimensionNumbers()).output_axis
-    axes = (axes,) if isinstance(axes, int) else tuple(axes)
-    return tuple(a % len(shape) for a in axes)

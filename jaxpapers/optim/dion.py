@@ -45,9 +45,21 @@ from jaxpapers.optim.options import (
     static_multiple,
 )
 from jaxpapers.optim.orthonormalize import METHODS
-from jaxpapers.optim.power_iteration import RIGHT_FACTORS, SPLITS, StepOptions
+from jaxpapers.optim.power_iteration import (
+    RIGHT_FACTORS,
+    SPLITS,
+    StepOptions,
+    dion_step,
+)
 from jaxpapers.optim.replicas import check_axis, count_replicas
-from jaxpapers.optim.sharded import Placement, constrain, group_key, mesh_step
+from jaxpapers.optim.sharded import (
+    Placement,
+    blockwise,
+    constrain,
+    group_key,
+    leaf_spec,
+    q_spec,
+)
 
 
 class DionState(NamedTuple):
@@ -243,12 +255,12 @@ def scale_by_dion(
         )  # fmt: skip
         outputs: list[Any] = [None] * len(layouts)
         for members in groups.values():
-            done = mesh_step(
+            done = blockwise(
+                _dion_blocks,
                 [layouts[i] for i in members],
                 [found[i] for i in members],
-                [grads[i] for i in members],
-                [momenta[i] for i in members],
-                [qs[i] for i in members],
+                [[xs[i] for i in members] for xs in (grads, momenta, qs)],
+                (leaf_spec, leaf_spec, q_spec),
                 options,
                 (replicate_axis,) if replicate_axis and averaged[members[0]] else (),
             )
@@ -414,6 +426,27 @@ def _init_q(layout: Layout, seed: Any, dtype: Any, where: NamedSharding | None, 
     if isinstance(like, jax.core.Tracer):
         return constrain(draw(key), where)
     return jax.jit(draw, out_shardings=where)(key)
+
+
+def _dion_blocks(options, axes, layouts, specs, grads, momenta, qs):
+    """``dion_step`` on one device's blocks of the leaves of a group."""
+    shapes = [g.shape for g in grads]
+    directions, new_momenta, new_qs = dion_step(
+        [x.to_matrices(g) for x, g in zip(layouts, grads)],
+        [x.to_matrices(m) for x, m in zip(layouts, momenta)],
+        [x.q_to_matrices(q) for x, q in zip(layouts, qs)],
+        options,
+        axes=axes,
+        p_rows=layouts[0].rows(layouts[0].p_axes, shapes[0], specs[0]),
+        q_rows=[
+            x.rows(x.q_axes, s, spec) for x, s, spec in zip(layouts, shapes, specs)
+        ],
+    )
+    return (
+        [x.from_matrices(y, s) for x, y, s in zip(layouts, directions, shapes)],
+        [x.from_matrices(y, s) for x, y, s in zip(layouts, new_momenta, shapes)],
+        [y.reshape(q.shape) for y, q in zip(new_qs, qs)],
+    )
 
 
 def _momentum(layout: Layout, m: jax.Array, replicated: bool) -> jax.Array:

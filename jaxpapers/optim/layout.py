@@ -43,6 +43,7 @@ class Layout(NamedTuple):
       rank: columns of P and Q.
       fan_in: product of the reduction axes.
       fan_out: product of the output axes.
+      reduction: axes of the fan-in; they are ``p_axes`` or ``q_axes``.
     """
 
     path: str
@@ -53,6 +54,7 @@ class Layout(NamedTuple):
     rank: int
     fan_in: int
     fan_out: int
+    reduction: tuple[int, ...]
 
     @property
     def q_shape(self) -> tuple[int, ...]:
@@ -66,6 +68,11 @@ class Layout(NamedTuple):
         """Q's partition given the parameter's: same axes, the rank whole."""
         entries = tuple(spec) + (None,) * (len(self.shape) - len(tuple(spec)))
         return P(*(entries[a] for a in self.batch + self.q_axes), None)
+
+    def row_spec(self, spec: P) -> P:
+        """Partition of one number per output row, kept on the leaf's axes."""
+        entries = tuple(spec) + (None,) * (len(self.shape) - len(tuple(spec)))
+        return P(*(None if a in self.reduction else e for a, e in enumerate(entries)))
 
     def to_matrices(self, x: jax.Array) -> jax.Array:
         """(Local block of) a leaf -> (batch, l, s)."""
@@ -183,7 +190,9 @@ def make_layout(
     batch = tuple(a for a in range(len(shape)) if a not in reduction + output)
     if rank is None:
         rank = matrix_rank(fan_out, fan_in, rank_fraction, rank_multiple_of)
-    return Layout(path, tuple(shape), batch, p_axes, q_axes, rank, fan_in, fan_out)
+    return Layout(
+        path, tuple(shape), batch, p_axes, q_axes, rank, fan_in, fan_out, reduction
+    )
 
 
 def path_name(path: Sequence[Any]) -> str:

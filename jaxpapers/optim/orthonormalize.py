@@ -32,7 +32,6 @@ Reference: Ahn et al., Dion, arXiv 2504.05295 (``cqr``, ``rcqr``); Fukaya et al.
 Shifted Cholesky QR, SIAM J. Sci. Comput. 42 (2020) for the shift.
 """
 
-import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -42,14 +41,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxpapers.optim.collectives import (
-    AxisNames,
-    pack,
-    pmax,
-    psum,
-    symmetric,
-    unpack,
-)
+from jaxpapers.optim.collectives import AxisNames, map_sum, pmax, psum
 
 METHODS = ("scqr", "cqr2", "rcqr", "qr")
 GRAM_PASSES = {"scqr": 5, "cqr2": 2, "rcqr": 2, "qr": 0}
@@ -154,57 +146,20 @@ def _cholesky_qr(
     return basis
 
 
-def share_axes(matrices: int, sizes: dict[str, int]) -> tuple[tuple[str, ...], int]:
-    """Mesh axes whose devices each factorise a share of a batch of Gram matrices.
-
-    The largest product of axes that the batch fills, with at most a third of padding.
-
-    Args:
-      matrices: in the batch.
-      sizes: of the mesh axes over which the Gram matrices are summed.
-
-    Returns:
-      The axes, () if every device has to do all, and the padded size of the batch.
-
-    Example:
-      >>> share_axes(28, {"data": 64, "model": 8})
-      (('model',), 32)
-    """
-    best: tuple[tuple[str, ...], int] = ((), matrices)
-    devices = 1
-    for k in range(1, len(sizes) + 1):
-        for axes in itertools.combinations(sizes, k):
-            count = math.prod(sizes[a] for a in axes)
-            padded = count * math.ceil(matrices / count)
-            if 3 * padded <= 4 * matrices and (count, -padded) > (devices, -best[1]):
-                best, devices = (axes, padded), count
-    return best
-
-
 def _factor_of_sum(
     gram: Array, axis_name: AxisNames, shift: str, with_lower: bool
 ) -> tuple[Array, Array]:
     """``_factor`` of the sum over devices; L is anything unless asked for."""
-    r = gram.shape[-1]
-    packed = pack(gram.reshape(-1, r, r))
-    n = packed.shape[0]
-    names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
-    shared, padded = share_axes(n, {name: lax.axis_size(name) for name in names})
-    if not shared:
-        total = symmetric(unpack(psum(packed, names), r))
-        return _factor(total.reshape(gram.shape), shift)
-    # Scatter, sum the share over the other axes, gather: the bytes of one all-reduce.
-    packed = jnp.pad(packed, ((0, padded - n), (0, 0), (0, 0)))
-    mine = lax.psum_scatter(packed, shared, scatter_dimension=0, tiled=True)
-    mine = psum(mine, tuple(name for name in names if name not in shared))
-    lower, inverse = _factor(symmetric(unpack(mine, r)), shift)
 
-    def gather(x):
-        x = lax.all_gather(pack(x), shared, tiled=True)
-        return unpack(x[:n], r).reshape(gram.shape)
+    def factor(gram):
+        lower, inverse = _factor(gram, shift)
+        upper = jnp.swapaxes(inverse, -1, -2)
+        return (upper, lower) if with_lower else (upper,)
 
-    inverse = jnp.swapaxes(gather(jnp.swapaxes(inverse, -1, -2)), -1, -2)
-    return gather(lower) if with_lower else inverse, inverse
+    flat = gram.reshape(-1, *gram.shape[-2:])
+    factors = map_sum(factor, flat, axis_name)
+    upper, lower = (factors[i].reshape(gram.shape) for i in (0, -1))
+    return lower, jnp.swapaxes(upper, -1, -2)
 
 
 def _factor(gram: Array, shift: str) -> tuple[Array, Array]:

@@ -1,4 +1,4 @@
-"""The Dion step on a mesh: where each matrix lies, and one shard_map around its step.
+"""Matrix steps on a mesh: where each matrix lies, and one shard_map around its step.
 
 Automatic partitioning gathers a factor and replicates whole rows of the update as soon
 as it meets a QR, Cholesky or triangular solve of a sharded operand. So the step runs
@@ -14,7 +14,7 @@ each parameter is sharded:
 import functools
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -23,95 +23,98 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxpapers.optim.layout import Layout, is_sharding, per_leaf
-from jaxpapers.optim.power_iteration import MeshAxes, StepOptions, dion_step
+from jaxpapers.optim.power_iteration import MeshAxes
 
 
-def mesh_step(
+def leaf_spec(layout: Layout, spec: P) -> P:
+    """Partition of what is shaped as the leaf."""
+    del layout
+    return spec
+
+
+def q_spec(layout: Layout, spec: P) -> P:
+    """Partition of the leaf's Q."""
+    return layout.q_spec(spec)
+
+
+def row_spec(layout: Layout, spec: P) -> P:
+    """Partition of one number per output row."""
+    return layout.row_spec(spec)
+
+
+def blockwise(
+    step: Callable,
     layouts: Sequence[Layout],
     shardings: Sequence[NamedSharding | None],
-    grads: Sequence[jax.Array],
-    momenta: Sequence[jax.Array],
-    qs: Sequence[jax.Array],
-    options: StepOptions,
+    arrays: Sequence[Sequence[jax.Array]],
+    specs: Sequence[Callable[[Layout, P], P]],
+    options: Any,
     replica: tuple[str, ...] = (),
-) -> tuple[list[jax.Array], list[jax.Array], list[jax.Array]]:
-    """``dion_step`` on leaves of one group (see ``group_key``), each with its sharding.
+) -> tuple[list[jax.Array], ...]:
+    """A step on the leaves of one group (see ``group_key``), on each device's blocks.
 
     Args:
+      step: (options, axes, layouts, specs of the leaves, *arrays) -> tuple of lists; the
+        first result is shaped as the leaves, the others as the arrays after the first.
       layouts: of the leaves.
       shardings: of the leaves; None: not sharded.
-      grads: shaped as the leaves.
-      momenta: shaped as the leaves.
-      qs: right factors.
-      options: hyper-parameters.
-      replica: mesh axes, manual already, over which P and R are averaged.
+      arrays: lists over the leaves: gradients, then state.
+      specs: how each of ``arrays`` is partitioned, given the leaf's spec.
+      options: NamedTuple of hyper-parameters; arrays in it may be traced.
+      replica: mesh axes, manual already, over which the step averages.
 
     Returns:
-      Directions and momenta shaped and sharded as the leaves, Qs as the given ones.
+      The results of ``step``, sharded as said.
     """
     mesh = shardings[0].mesh if shardings[0] is not None else None
-    specs = tuple(P() if s is None else s.spec for s in shardings)
+    leaf_specs = tuple(P() if s is None else s.spec for s in shardings)
     # Schedules and inject_hyperparams make these arrays: they enter as arguments.
     traced = {k: v for k, v in options._asdict().items() if isinstance(v, jax.Array)}
     without: dict[str, Any] = dict.fromkeys(traced)
     options = options._replace(**without)
     if mesh is not None:
-        q_specs = [x.q_spec(spec) for x, spec in zip(layouts, specs)]
-        grads, momenta, qs = (
-            [_reshard(x, spec) for x, spec in zip(xs, which)]
-            for xs, which in ((grads, specs), (momenta, specs), (qs, q_specs))
-        )
-    return _mesh_step(
+        arrays = [
+            [
+                _reshard(x, of(layout, spec))
+                for x, layout, spec in zip(xs, layouts, leaf_specs)
+            ]
+            for xs, of in zip(arrays, specs)
+        ]
+    return _blockwise(
         traced,
-        list(grads),
-        list(momenta),
-        list(qs),
+        tuple(list(xs) for xs in arrays),
+        step,
         tuple(layouts),
-        specs,
+        leaf_specs,
+        tuple(specs),
         mesh,
         options,
         replica,
     )
 
 
-@functools.partial(jax.jit, static_argnums=(4, 5, 6, 7, 8))
-def _mesh_step(traced, grads, momenta, qs, layouts, specs, mesh, options, replica):
+@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5, 6, 7, 8))
+def _blockwise(
+    traced, arrays, step, layouts, leaf_specs, specs, mesh, options, replica
+):
     """Jitted, so that an update outside jit compiles once as well."""
     axes = MeshAxes(
-        axis_names(layouts[0].p_axes, specs[0]),
-        axis_names(layouts[0].q_axes, specs[0]),
+        axis_names(layouts[0].p_axes, leaf_specs[0]),
+        axis_names(layouts[0].q_axes, leaf_specs[0]),
         replica,
     )
 
-    def body(traced, grads, momenta, qs):
-        shapes = [g.shape for g in grads]
-        directions, new_momenta, new_qs = dion_step(
-            [x.to_matrices(g) for x, g in zip(layouts, grads)],
-            [x.to_matrices(m) for x, m in zip(layouts, momenta)],
-            [x.q_to_matrices(q) for x, q in zip(layouts, qs)],
-            options._replace(**traced),
-            axes=axes,
-            p_rows=layouts[0].rows(layouts[0].p_axes, shapes[0], specs[0]),
-            q_rows=[
-                x.rows(x.q_axes, s, spec) for x, s, spec in zip(layouts, shapes, specs)
-            ],
-        )
-        return (
-            [x.from_matrices(y, s) for x, y, s in zip(layouts, directions, shapes)],
-            [x.from_matrices(y, s) for x, y, s in zip(layouts, new_momenta, shapes)],
-            [y.reshape(q.shape) for y, q in zip(new_qs, qs)],
-        )
+    def body(traced, arrays):
+        return step(options._replace(**traced), axes, layouts, leaf_specs, *arrays)
 
     if mesh is None:
-        return body(traced, grads, momenta, qs)
-    leaf_specs = list(specs)
-    q_specs = [x.q_spec(spec) for x, spec in zip(layouts, specs)]
-    return on_blocks(
-        body,
-        mesh,
-        in_specs=(P(), leaf_specs, leaf_specs, q_specs),
-        out_specs=(leaf_specs, leaf_specs, q_specs),
-    )(traced, grads, momenta, qs)
+        return body(traced, arrays)
+    array_specs = tuple(
+        [of(layout, spec) for layout, spec in zip(layouts, leaf_specs)] for of in specs
+    )
+    return on_blocks(body, mesh, in_specs=(P(), array_specs), out_specs=array_specs)(
+        traced, arrays
+    )
 
 
 def on_blocks(body, mesh, in_specs, out_specs):

@@ -80,7 +80,7 @@ def test_batching_changes_nothing():
     factorisations = {
         batch: str(
             jax.make_jaxpr(scale_by_dion(rank, batch=batch).update)(grads, state)
-        ).count("name=_mesh_step")
+        ).count("name=_blockwise")
         for batch in out
     }
     assert factorisations == {"same_shape": 2, "none": 4}
