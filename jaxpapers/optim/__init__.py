@@ -2,7 +2,10 @@
 
 from jaxpapers.optim.cost import DionPlan, plan_dion
 from jaxpapers.optim.dion import DionState, dion, scale_by_dion
+from jaxpapers.optim.dion2 import Dion2State, dion2, scale_by_dion2
 from jaxpapers.optim.layout import DimensionNumbers
+from jaxpapers.optim.muon import MuonState, muon, normuon, scale_by_muon
+from jaxpapers.optim.newton_schulz import newton_schulz
 from jaxpapers.optim.orthonormalize import orthonormalize
 from jaxpapers.optim.power_iteration import power_iterate
 from jaxpapers.optim.resize import rescale_rank, resize, sync_for_checkpoint
@@ -15,10 +18,16 @@ from jaxpapers.optim.state_sharding import (
 
 __all__ = [
     "DimensionNumbers",
+    "Dion2State",
     "DionPlan",
     "DionState",
+    "MuonState",
     "dion",
+    "dion2",
     "dion_state_sharding",
+    "muon",
+    "newton_schulz",
+    "normuon",
     "orthonormalize",
     "plan_dion",
     "power_iterate",
@@ -27,6 +36,8 @@ __all__ = [
     "resize",
     "route",
     "scale_by_dion",
+    "scale_by_dion2",
+    "scale_by_muon",
     "state_rules",
     "sync_for_checkpoint",
 ]

@@ -1,0 +1,242 @@
+r"""Dion2: Muon on the largest rows of the momentum, with error feedback for the rest.
+
+Ahn et al., "Dion2", arXiv 2512.16928. For one matrix B = M + G with its shorter side
+last, (l, s), and the k = ceil(alpha s) columns of largest L1 norm, S (s, k) selecting:
+
+$$ U = \mathrm{polar}(B S), \quad M \leftarrow B - (1 - \mu) B S S^\top, \quad
+   \mathrm{update}\ U S^\top $$
+
+Only what was used of the momentum decays. The product B S is summed over the devices
+that split s, as Dion's P is; then l is the only side that is split, and
+``newton_schulz`` needs no exchange but that of a (k, k) Gram matrix.
+
+Departs from the reference code in the side that is selected from: always the shorter one,
+by norms over the whole matrix, so that a run does not depend on its mesh (the reference
+takes the sharded side, and may select on each shard alone).
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from jaxpapers.optim.collectives import psum
+from jaxpapers.optim.composite import with_scalars
+from jaxpapers.optim.layout import SCALES, named_leaves
+from jaxpapers.optim.matrices import check_shapes, in_groups, read_layouts
+from jaxpapers.optim.newton_schulz import COEFFICIENTS, newton_schulz
+from jaxpapers.optim.options import check_choice, check_range, check_trees, is_traced
+from jaxpapers.optim.orthonormalize import HIGHEST
+from jaxpapers.optim.power_iteration import MeshAxes
+from jaxpapers.optim.sharded import Placement, leaf_spec
+
+
+class Dion2State(NamedTuple):
+    """State of ``scale_by_dion2``.
+
+    Attributes:
+      count: number of updates, int32 scalar.
+      momentum: M, shaped as the parameters.
+    """
+
+    count: jax.Array
+    momentum: Any
+
+
+class _Options(NamedTuple):
+    mu: Any
+    fraction: float
+    coefficients: str
+
+
+def scale_by_dion2(
+    fraction: float = 0.25,
+    mu: Any = 0.95,
+    coefficients: str = "polar_express",
+    weight_dimension_numbers: Any = None,
+    momentum_dtype: Any = None,
+    sharding: Any = None,
+    scale: str | None = "spectral",
+    *,
+    unknown_sharding: str = "warn",
+) -> optax.GradientTransformation:
+    """Replaces gradients of matrices by Dion2's direction.
+
+    Args:
+      fraction: alpha, part of the shorter side that a step updates, in (0, 1].
+      mu: decay of the part of the momentum that the update used.
+      coefficients: of ``newton_schulz``.
+      weight_dimension_numbers: as for ``scale_by_dion``.
+      momentum_dtype: dtype of M; default the parameter's.
+      sharding: as for ``scale_by_dion``.
+      scale: ``spectral`` (sqrt(fan_out / fan_in)) or None.
+      unknown_sharding: as for ``scale_by_dion``.
+
+    Raises:
+      ValueError, TypeError: as ``scale_by_dion``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> tx = scale_by_dion2(0.5, scale=None)
+      >>> params = {"kernel": jnp.ones((4, 8))}
+      >>> updates, _ = tx.update(params, tx.init(params))
+      >>> int((updates["kernel"] != 0).any(1).sum())
+      2
+    """
+    if is_traced(fraction):
+        raise ValueError("fraction shapes the computation and cannot be traced")
+    if not 0 < float(fraction) <= 1:
+        raise ValueError(f"fraction must be in (0, 1], got {float(fraction)}")
+    check_range("mu", mu, 0, 1)
+    check_choice("coefficients", coefficients, tuple(COEFFICIENTS))
+    check_choice("scale", scale, SCALES)
+    check_choice("unknown_sharding", unknown_sharding, ("warn", "raise"))
+    placement = Placement(sharding, unknown_sharding)
+
+    def init(params):
+        named, treedef = named_leaves(params)
+        read_layouts(named, weight_dimension_numbers, "Dion2")
+        placement.see(named)
+        return Dion2State(
+            jnp.zeros((), jnp.int32),
+            treedef.unflatten(
+                [jnp.zeros_like(x, dtype=momentum_dtype or x.dtype) for _, x in named]
+            ),
+        )
+
+    def update(updates, state, params=None):
+        del params
+        named, treedef = named_leaves(updates)
+        check_trees("dion2", updates, state.momentum)
+        momenta = jax.tree.leaves(state.momentum)
+        check_shapes(named, momenta)
+        layouts = read_layouts(named, weight_dimension_numbers, "Dion2")
+        found = placement.find(layouts, momenta, report=True)
+        outputs = in_groups(
+            _dion2_blocks,
+            layouts,
+            found,
+            [[g for _, g in named], momenta],
+            (leaf_spec, leaf_spec),
+            _Options(mu, float(fraction), coefficients),
+        )
+        directions = [
+            (layout.update_scale(scale) * o).astype(g.dtype)
+            for layout, (_, g), (o, _) in zip(layouts, named, outputs)
+        ]
+        after = [m.astype(old.dtype) for old, (_, m) in zip(momenta, outputs)]
+        return treedef.unflatten(directions), Dion2State(
+            jnp.asarray(optax.safe_increment(state.count)), treedef.unflatten(after)
+        )
+
+    return optax.GradientTransformation(init, update)
+
+
+def dion2(
+    learning_rate: optax.ScalarOrSchedule,
+    fraction: float = 0.25,
+    mu: Any = 0.95,
+    coefficients: str = "polar_express",
+    weight_dimension_numbers: Any = None,
+    momentum_dtype: Any = None,
+    sharding: Any = None,
+    scale: str | None = "spectral",
+    *,
+    unknown_sharding: str = "warn",
+    weight_decay: Any = 0.01,
+    weight_decay_mask: Any = None,
+    scalar: str = "adamw",
+    scalar_learning_rate: optax.ScalarOrSchedule | None = None,
+    scalar_b1: Any = 0.9,
+    scalar_b2: Any = 0.95,
+    scalar_eps: Any = 1e-8,
+    labels: Any = None,
+) -> optax.GradientTransformation:
+    """Dion2 for hidden matrices, AdamW or Lion for everything else.
+
+    Args:
+      learning_rate: base learning rate or schedule.
+      fraction: see ``scale_by_dion2``, as are all arguments up to ``unknown_sharding``.
+      mu: see ``scale_by_dion2``.
+      coefficients: see ``scale_by_dion2``.
+      weight_dimension_numbers: see ``scale_by_dion2``.
+      momentum_dtype: see ``scale_by_dion2``.
+      sharding: see ``scale_by_dion2``.
+      scale: see ``scale_by_dion2``.
+      unknown_sharding: see ``scale_by_dion2``.
+      weight_decay: see ``dion``, as are all that follow.
+      weight_decay_mask: see ``dion``.
+      scalar: see ``dion``.
+      scalar_learning_rate: see ``dion``.
+      scalar_b1: see ``dion``.
+      scalar_b2: see ``dion``.
+      scalar_eps: see ``dion``.
+      labels: see ``dion``.
+    """
+    matrices = scale_by_dion2(
+        fraction,
+        mu,
+        coefficients,
+        weight_dimension_numbers,
+        momentum_dtype,
+        sharding,
+        scale,
+        unknown_sharding=unknown_sharding,
+    )
+    return with_scalars(
+        matrices,
+        learning_rate,
+        weight_dimension_numbers=weight_dimension_numbers,
+        weight_decay=weight_decay,
+        weight_decay_mask=weight_decay_mask,
+        scalar=scalar,
+        scalar_learning_rate=scalar_learning_rate,
+        scalar_b1=scalar_b1,
+        scalar_b2=scalar_b2,
+        scalar_eps=scalar_eps,
+        momentum_dtype=momentum_dtype,
+        labels=labels,
+    )
+
+
+def _dion2_blocks(options, axes, layouts, specs, grads, momenta):
+    """One step on a device's blocks of the leaves of a group."""
+    del specs
+    dtype = jnp.promote_types(momenta[0].dtype, jnp.float32)
+    b = jnp.concatenate(
+        [
+            layout.to_matrices(m.astype(dtype) + g.astype(dtype))
+            for layout, m, g in zip(layouts, momenta, grads)
+        ]
+    )
+    chosen = _select(b, options.fraction, axes)
+    part = psum(jnp.einsum("nls,nsk->nlk", b, chosen, precision=HIGHEST), axes.q)
+    polar = newton_schulz(part, options.coefficients, axes=MeshAxes(p=axes.p))
+    direction = jnp.einsum("nlk,nsk->nls", polar, chosen, precision=HIGHEST)
+    used = chosen.sum(-1)[:, None, :] > 0
+    momentum = jnp.where(used, options.mu * b, b)
+    counts = [layout.to_matrices(g).shape[0] for layout, g in zip(layouts, grads)]
+    ends = [sum(counts[:i]) for i in range(1, len(counts))]
+    return tuple(
+        [
+            layout.from_matrices(y, g.shape)
+            for layout, y, g in zip(layouts, jnp.split(x, ends), grads)
+        ]
+        for x in (direction, momentum)
+    )
+
+
+def _select(b: jax.Array, fraction: float, axes: MeshAxes) -> jax.Array:
+    """One-hot columns (n, s, k) of the k largest column norms of b (n, l, s)."""
+    norms = psum(jnp.abs(b).sum(-2), axes.p)
+    start = 0
+    if axes.q:
+        start = lax.axis_index(axes.q) * norms.shape[-1]
+        norms = lax.all_gather(norms, axes.q, axis=1, tiled=True)
+    k = math.ceil(fraction * norms.shape[-1])
+    index = lax.top_k(norms, k)[1]
+    rows = start + jnp.arange(b.shape[-1])
+    return (index[:, None, :] == rows[None, :, None]).astype(b.dtype)

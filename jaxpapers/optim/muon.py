@@ -1,0 +1,340 @@
+r"""Muon and NorMuon on sharded matrices, by the same dimension numbers as Dion.
+
+Muon (Jordan et al., 2024): M <- mu M + G, direction polar(M), or polar(G + mu M) with
+Nesterov's momentum. NorMuon (Li et al., arXiv 2510.05491) divides each output row of the
+direction O by the root of a running mean of its squares, and restores |O|_F:
+
+$$ v \leftarrow \beta_2 v + (1 - \beta_2)\,\mathrm{mean}_{in}(O^2), \quad
+   O' = O / (\sqrt v + \epsilon), \quad O \leftarrow O'\, |O|_F / |O'|_F $$
+
+``newton_schulz`` tells what crosses devices. The reference code is microsoft/dion,
+whose arithmetic is bfloat16; here it is float32, so numbers agree to bfloat16's rounding.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxpapers.optim.collectives import psum
+from jaxpapers.optim.composite import with_scalars
+from jaxpapers.optim.layout import SCALES, named_leaves
+from jaxpapers.optim.matrices import check_shapes, in_groups, read_layouts
+from jaxpapers.optim.newton_schulz import COEFFICIENTS, newton_schulz
+from jaxpapers.optim.options import check_choice, check_range, check_trees
+from jaxpapers.optim.sharded import Placement, axis_names, leaf_spec, row_spec
+
+
+class MuonState(NamedTuple):
+    """State of ``scale_by_muon``.
+
+    Attributes:
+      count: number of updates, int32 scalar.
+      momentum: M, shaped as the parameters.
+      row_square: v, one number per output row (reduction axes of size 1); () for Muon.
+    """
+
+    count: jax.Array
+    momentum: Any
+    row_square: Any
+
+
+class _Options(NamedTuple):
+    mu: Any
+    b2: Any
+    eps: Any
+    nesterov: bool
+    coefficients: str
+
+
+def scale_by_muon(
+    mu: Any = 0.95,
+    nesterov: bool = False,
+    coefficients: str = "jordan",
+    b2: Any = None,
+    eps: Any = 1e-8,
+    weight_dimension_numbers: Any = None,
+    momentum_dtype: Any = None,
+    sharding: Any = None,
+    scale: str | None = "spectral",
+    *,
+    unknown_sharding: str = "warn",
+) -> optax.GradientTransformation:
+    """Replaces gradients of matrices by the polar factor of their momentum.
+
+    Args:
+      mu: decay of the momentum.
+      nesterov: take the polar factor of G + mu M.
+      coefficients: of ``newton_schulz``.
+      b2: decay of NorMuon's row statistics; None: plain Muon.
+      eps: added to the root of the row statistics.
+      weight_dimension_numbers: as for ``scale_by_dion``.
+      momentum_dtype: dtype of M; default the parameter's.
+      sharding: as for ``scale_by_dion``.
+      scale: ``spectral`` (sqrt(fan_out / fan_in)), ``rms`` or None.
+      unknown_sharding: as for ``scale_by_dion``.
+
+    Raises:
+      ValueError, TypeError: as ``scale_by_dion``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> tx = scale_by_muon(scale=None)
+      >>> params = {"kernel": jnp.eye(4, 8)}
+      >>> updates, _ = tx.update(params, tx.init(params))
+      >>> updates["kernel"].shape
+      (4, 8)
+    """
+    check_range("mu", mu, 0, 1, open_right=True)
+    check_range("eps", eps, 0)
+    check_choice("coefficients", coefficients, tuple(COEFFICIENTS))
+    check_choice("scale", scale, SCALES)
+    check_choice("unknown_sharding", unknown_sharding, ("warn", "raise"))
+    if b2 is not None:
+        check_range("b2", b2, 0, 1, open_right=True)
+    placement = Placement(sharding, unknown_sharding)
+
+    def init(params):
+        named, treedef = named_leaves(params)
+        layouts = read_layouts(named, weight_dimension_numbers, "Muon")
+        placement.see(named)
+        leaves = [leaf for _, leaf in named]
+        momentum = [jnp.zeros_like(x, dtype=momentum_dtype or x.dtype) for x in leaves]
+        rows: Any = ()
+        if b2 is not None:
+            rows = treedef.unflatten(
+                [
+                    jnp.zeros_like(_row_sums(layout, x), jnp.float32)
+                    for layout, x in zip(layouts, leaves)
+                ]
+            )
+        return MuonState(jnp.zeros((), jnp.int32), treedef.unflatten(momentum), rows)
+
+    def update(updates, state, params=None):
+        del params
+        named, treedef = named_leaves(updates)
+        check_trees("muon", updates, state.momentum)
+        momenta = jax.tree.leaves(state.momentum)
+        check_shapes(named, momenta)
+        layouts = read_layouts(named, weight_dimension_numbers, "Muon")
+        found = placement.find(layouts, momenta, report=True)
+        arrays: list[Any] = [[g for _, g in named], momenta]
+        specs: list[Any] = [leaf_spec, leaf_spec]
+        if b2 is not None:
+            arrays.append(jax.tree.leaves(state.row_square))
+            specs.append(row_spec)
+        options = _Options(mu, b2, eps, nesterov, coefficients)
+        outputs = in_groups(_muon_blocks, layouts, found, arrays, specs, options)
+        results = [
+            (
+                (layout.update_scale(scale) * o).astype(g.dtype),
+                *(y.astype(x.dtype) for x, y in zip(states, after)),
+            )
+            for layout, (_, g), (o, *after), *states in zip(
+                layouts, named, outputs, *arrays[1:]
+            )
+        ]
+        trees = [treedef.unflatten(x) for x in zip(*results)] if results else []
+        if not results:
+            return updates, state
+        return trees[0], MuonState(
+            jnp.asarray(optax.safe_increment(state.count)),
+            trees[1],
+            trees[2] if b2 is not None else (),
+        )
+
+    return optax.GradientTransformation(init, update)
+
+
+def muon(
+    learning_rate: optax.ScalarOrSchedule,
+    mu: Any = 0.95,
+    nesterov: bool = False,
+    coefficients: str = "jordan",
+    weight_dimension_numbers: Any = None,
+    momentum_dtype: Any = None,
+    sharding: Any = None,
+    scale: str | None = "spectral",
+    *,
+    unknown_sharding: str = "warn",
+    weight_decay: Any = 0.01,
+    weight_decay_mask: Any = None,
+    scalar: str = "adamw",
+    scalar_learning_rate: optax.ScalarOrSchedule | None = None,
+    scalar_b1: Any = 0.9,
+    scalar_b2: Any = 0.95,
+    scalar_eps: Any = 1e-8,
+    labels: Any = None,
+) -> optax.GradientTransformation:
+    """Muon for hidden matrices, AdamW or Lion for everything else.
+
+    Departs from ``optax.contrib.muon``: the momentum is a plain sum (no 1 - mu, no bias
+    correction, which cancel in the polar factor unless Nesterov's is used), Nesterov's
+    momentum is off by default, and the scale is sqrt(fan_out / fan_in) also below 1.
+
+    Args:
+      learning_rate: base learning rate or schedule.
+      mu: see ``scale_by_muon``, as are all arguments up to ``unknown_sharding``.
+      nesterov: see ``scale_by_muon``.
+      coefficients: see ``scale_by_muon``.
+      weight_dimension_numbers: see ``scale_by_muon``.
+      momentum_dtype: see ``scale_by_muon``.
+      sharding: see ``scale_by_muon``.
+      scale: see ``scale_by_muon``.
+      unknown_sharding: see ``scale_by_muon``.
+      weight_decay: see ``dion``, as are all that follow.
+      weight_decay_mask: see ``dion``.
+      scalar: see ``dion``.
+      scalar_learning_rate: see ``dion``.
+      scalar_b1: see ``dion``.
+      scalar_b2: see ``dion``.
+      scalar_eps: see ``dion``.
+      labels: see ``dion``.
+    """
+    matrices = scale_by_muon(
+        mu,
+        nesterov,
+        coefficients,
+        None,
+        1e-8,
+        weight_dimension_numbers,
+        momentum_dtype,
+        sharding,
+        scale,
+        unknown_sharding=unknown_sharding,
+    )
+    return with_scalars(
+        matrices,
+        learning_rate,
+        weight_dimension_numbers=weight_dimension_numbers,
+        weight_decay=weight_decay,
+        weight_decay_mask=weight_decay_mask,
+        scalar=scalar,
+        scalar_learning_rate=scalar_learning_rate,
+        scalar_b1=scalar_b1,
+        scalar_b2=scalar_b2,
+        scalar_eps=scalar_eps,
+        momentum_dtype=momentum_dtype,
+        labels=labels,
+    )
+
+
+def normuon(
+    learning_rate: optax.ScalarOrSchedule,
+    mu: Any = 0.95,
+    b2: Any = 0.95,
+    eps: Any = 1e-8,
+    nesterov: bool = False,
+    coefficients: str = "jordan",
+    weight_dimension_numbers: Any = None,
+    momentum_dtype: Any = None,
+    sharding: Any = None,
+    scale: str | None = "spectral",
+    *,
+    unknown_sharding: str = "warn",
+    weight_decay: Any = 0.01,
+    weight_decay_mask: Any = None,
+    scalar: str = "adamw",
+    scalar_learning_rate: optax.ScalarOrSchedule | None = None,
+    scalar_b1: Any = 0.9,
+    scalar_b2: Any = 0.95,
+    scalar_eps: Any = 1e-8,
+    labels: Any = None,
+) -> optax.GradientTransformation:
+    """NorMuon for hidden matrices, AdamW or Lion for everything else.
+
+    Args:
+      learning_rate: base learning rate or schedule.
+      mu: see ``scale_by_muon``, as are all arguments up to ``unknown_sharding``.
+      b2: see ``scale_by_muon``.
+      eps: see ``scale_by_muon``.
+      nesterov: see ``scale_by_muon``.
+      coefficients: see ``scale_by_muon``.
+      weight_dimension_numbers: see ``scale_by_muon``.
+      momentum_dtype: see ``scale_by_muon``.
+      sharding: see ``scale_by_muon``.
+      scale: see ``scale_by_muon``.
+      unknown_sharding: see ``scale_by_muon``.
+      weight_decay: see ``dion``, as are all that follow.
+      weight_decay_mask: see ``dion``.
+      scalar: see ``dion``.
+      scalar_learning_rate: see ``dion``.
+      scalar_b1: see ``dion``.
+      scalar_b2: see ``dion``.
+      scalar_eps: see ``dion``.
+      labels: see ``dion``.
+    """
+    matrices = scale_by_muon(
+        mu,
+        nesterov,
+        coefficients,
+        b2,
+        eps,
+        weight_dimension_numbers,
+        momentum_dtype,
+        sharding,
+        scale,
+        unknown_sharding=unknown_sharding,
+    )
+    return with_scalars(
+        matrices,
+        learning_rate,
+        weight_dimension_numbers=weight_dimension_numbers,
+        weight_decay=weight_decay,
+        weight_decay_mask=weight_decay_mask,
+        scalar=scalar,
+        scalar_learning_rate=scalar_learning_rate,
+        scalar_b1=scalar_b1,
+        scalar_b2=scalar_b2,
+        scalar_eps=scalar_eps,
+        momentum_dtype=momentum_dtype,
+        labels=labels,
+    )
+
+
+def _muon_blocks(options, axes, layouts, specs, grads, momenta, *rows):
+    """One step on a device's blocks of the leaves of a group."""
+    dtype = jnp.promote_types(momenta[0].dtype, jnp.float32)
+    new = [
+        options.mu * m.astype(dtype) + g.astype(dtype) for m, g in zip(momenta, grads)
+    ]
+    used = new
+    if options.nesterov:
+        used = [g.astype(dtype) + options.mu * m for m, g in zip(new, grads)]
+    parts = [x.to_matrices(b) for x, b in zip(layouts, used)]
+    ends = [sum(p.shape[0] for p in parts[:i]) for i in range(1, len(parts))]
+    polar = newton_schulz(jnp.concatenate(parts), options.coefficients, axes=axes)
+    directions = [
+        x.from_matrices(y, g.shape)
+        for x, y, g in zip(layouts, jnp.split(polar, ends), grads)
+    ]
+    if not rows:
+        return directions, new
+    scaled = [
+        _normalise_rows(options, *args)
+        for args in zip(layouts, specs, directions, rows[0])
+    ]
+    return [o for o, _ in scaled], new, [v for _, v in scaled]
+
+
+def _normalise_rows(options, layout, spec, o, v):
+    """NorMuon's second moment: O and v."""
+    across = axis_names(layout.reduction, spec)
+    everything = across + axis_names(
+        [a for a in layout.p_axes + layout.q_axes if a not in layout.reduction], spec
+    )
+    square = psum(_row_sums(layout, jnp.square(o)), across) / layout.fan_in
+    v = options.b2 * v + (1 - options.b2) * square
+    scaled = o / (jnp.sqrt(v) + options.eps)
+
+    def norm(x):
+        total = jnp.square(x).sum(layout.p_axes + layout.q_axes, keepdims=True)
+        return jnp.sqrt(psum(total, everything))
+
+    after = norm(scaled)
+    return scaled * (norm(o) / jnp.where(after == 0, 1, after)), v
+
+
+def _row_sums(layout, x):
+    return x.sum(layout.reduction, keepdims=True)

@@ -1,0 +1,131 @@
+r"""Polar factors by odd polynomials, of matrices that stay sharded.
+
+For B = U S V^T the polar factor is U V^T. Each step maps the singular values by
+sigma (a + b sigma^2 + c sigma^4), on X scaled to a spectral norm of at most 1:
+
+$$ A = X^\top X, \quad X \leftarrow X (a I + b A + c A^2) $$
+
+All steps are polynomials in the Gram matrix G of the first X on its shorter side, so
+X_k = X_0 W_k with a symmetric W_k that commutes with G:
+
+$$ A_k = G W_k^2, \quad W_{k+1} = W_k (a I + b A_k + c A_k^2) $$
+
+Only G crosses the devices that split the longer side, once and not at every step; and
+they share its steps where there are several matrices (``collectives.map_sum``). The
+devices that split the shorter side exchange their blocks: each receives whole rows of a
+share of the matrices if there are enough of them, else of all. G is formed and iterated
+in float32 with full precision, where the product of steps is accurate to rounding.
+
+References: Jordan et al., Muon, 2024; Amsel et al., Polar Express, arXiv 2505.16932.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxpapers.optim.collectives import axis_size, map_sum, psum, symmetric
+from jaxpapers.optim.orthonormalize import HIGHEST
+from jaxpapers.optim.power_iteration import ONE_DEVICE, MeshAxes
+
+# Each step's (a, b, c).
+COEFFICIENTS = {
+    "jordan": ((3.4445, -4.7750, 2.0315),) * 5,
+    "dion": (
+        (4.0848, -6.8946, 2.9270),
+        (3.9505, -6.3029, 2.6377),
+        (3.7418, -5.5913, 2.3037),
+        (2.8769, -3.1427, 1.2046),
+        (2.8366, -3.0525, 1.2012),
+    ),
+    "polar_express": (
+        (8.156554524902461, -22.48329292557795, 15.878769915207462),
+        (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+        (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+        (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+        (2.3465413258596377, -1.7098782382687081, 0.42323551169305323),
+    ),
+}
+# Polar Express is tuned for a spectral norm that stays below 1.
+_MARGIN = {"jordan": 1.0, "dion": 1.0, "polar_express": 1.02}
+
+
+def newton_schulz(
+    x: jax.Array,
+    coefficients: str = "jordan",
+    *,
+    axes: MeshAxes = ONE_DEVICE,
+    eps: float = 1e-7,
+) -> jax.Array:
+    """Approximate polar factors of matrices.
+
+    Args:
+      x: (n, l, s) with l >= s over all devices; the block of a device inside
+        ``jax.shard_map``.
+      coefficients: ``jordan`` (singular values end in [0.7, 1.2]), ``dion``,
+        ``polar_express`` (closer to 1).
+      axes: mesh axes that split l (``p``) and s (``q``).
+      eps: added to the Frobenius norm that x is divided by.
+
+    Returns:
+      Like ``x``, float32 at least; zero for a zero matrix.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> y = newton_schulz(jnp.diag(jnp.array([3.0, 0.5]))[None], "polar_express")
+      >>> bool(jnp.allclose(y[0], jnp.eye(2), atol=0.01))
+      True
+    """
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    square = psum(jnp.square(x).sum((-2, -1), keepdims=True), axes.p + axes.q)
+    x = x / (_MARGIN[coefficients] * jnp.sqrt(square) + eps)
+    rows = _whole_rows(x, axes.q)
+    gram = jnp.einsum("nls,nlt->nst", rows, rows, precision=HIGHEST)
+
+    def steps(gram):
+        return (_polynomial(gram, COEFFICIENTS[coefficients]),)
+
+    factor = steps(gram) if not axes.p else map_sum(steps, gram, axes.p)
+    w = factor[0] if not axes.p else symmetric(jnp.tril(factor[0]))
+    return _own_columns(
+        jnp.einsum("nls,nst->nlt", rows, w, precision=HIGHEST), x.shape, axes.q
+    )
+
+
+def exchanges_shares(matrices: int, devices: int) -> bool:
+    """Whether whole rows are exchanged for shares of the batch, not gathered for all."""
+    return devices > 1 and matrices % devices == 0
+
+
+def _polynomial(gram: jax.Array, coefficients) -> jax.Array:
+    """W with X W = the image of X under all steps, from G = X^T X."""
+
+    def dot(x, y):
+        return jnp.matmul(x, y, precision=HIGHEST)
+
+    eye = jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=gram.dtype), gram.shape)
+    w, a_k = eye, gram
+    for i, (a, b, c) in enumerate(coefficients):
+        step = a * eye + b * a_k + c * dot(a_k, a_k)
+        w = dot(w, step)
+        if i + 1 < len(coefficients):
+            a_k = dot(dot(a_k, step), step)  # G W^2, as everything commutes.
+    return w
+
+
+def _whole_rows(x: jax.Array, names: tuple[str, ...]) -> jax.Array:
+    """Whole rows, of a share of the batch if it divides over the devices, else of all."""
+    if not names:
+        return x
+    if exchanges_shares(x.shape[0], axis_size(names)):
+        return lax.all_to_all(x, names, split_axis=0, concat_axis=2, tiled=True)
+    return lax.all_gather(x, names, axis=2, tiled=True)
+
+
+def _own_columns(y: jax.Array, shape, names: tuple[str, ...]) -> jax.Array:
+    """Inverse of ``_whole_rows``: every device's own columns, of the whole batch."""
+    if not names:
+        return y
+    if exchanges_shares(shape[0], axis_size(names)):
+        return lax.all_to_all(y, names, split_axis=2, concat_axis=0, tiled=True)
+    start = lax.axis_index(names) * shape[2]
+    return lax.dynamic_slice_in_dim(y, start, shape[2], axis=2)

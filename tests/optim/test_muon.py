@@ -1,0 +1,218 @@
+"""Muon, NorMuon and Dion2: closed forms, optax's Muon, and the same numbers on meshes."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxpapers import hlo
+from jaxpapers.optim import (
+    DimensionNumbers,
+    newton_schulz,
+    scale_by_dion2,
+    scale_by_muon,
+)
+from jaxpapers.optim.newton_schulz import COEFFICIENTS
+
+D, M = "data", "model"
+# Stacks that divide over an axis exchange shares; others gather rows.
+LEAVES = {
+    "tall": ((16, 32), DimensionNumbers(), P(D, M)),
+    "wide": ((32, 16), DimensionNumbers(), P(D, M)),
+    "stack": ((8, 16, 24), DimensionNumbers(1, 2), P(None, D, M)),
+    "odd": ((3, 16, 8), DimensionNumbers(1, 2), P(None, (D, M))),
+    "heads": ((16, 4, 8), DimensionNumbers(0, (1, 2)), P(None, D, M)),
+}
+DIMENSIONS = {name: d for name, (_, d, _) in LEAVES.items()}
+MAKERS = {
+    "muon": functools.partial(scale_by_muon),
+    "nesterov": functools.partial(scale_by_muon, nesterov=True),
+    "normuon": functools.partial(scale_by_muon, b2=0.95, coefficients="polar_express"),
+    "dion2": functools.partial(scale_by_dion2, 0.25),
+}
+QUICK = {"xla_backend_optimization_level": 0}
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def tree(seed):
+    return {
+        name: jnp.asarray(normal(*s, seed=seed)) for name, (s, _, _) in LEAVES.items()
+    }
+
+
+@functools.cache
+def unsharded(kind):
+    tx = MAKERS[kind](weight_dimension_numbers=DIMENSIONS)
+    state, out = tx.init(tree(0)), []
+    update = jax.jit(tx.update)
+    for t in range(3):
+        updates, state = update(tree(t), state)
+        out.append(jax.tree.map(np.asarray, (updates, state)))
+    return out
+
+
+@pytest.mark.parametrize("axes", ["Auto", "Explicit"])
+@pytest.mark.parametrize("sizes", [(8,), (4, 2), (2, 4)])
+@pytest.mark.parametrize("kind", MAKERS)
+def test_same_numbers_on_every_mesh(kind, sizes, axes, make_mesh):
+    if axes == "Explicit" and sizes != (4, 2):
+        pytest.skip("Explicit axes are tested on one mesh")
+    mesh = make_mesh(sizes, axes)
+    specs = {
+        name: P(*(None if e == M and len(sizes) == 1 else
+                  D if isinstance(e, tuple) and len(sizes) == 1 else e for e in spec))
+        for name, (_, _, spec) in LEAVES.items()
+    }  # fmt: skip
+    where = {name: NamedSharding(mesh, spec) for name, spec in specs.items()}
+    if sizes == (8,):
+        where["heads"] = NamedSharding(mesh, P(D))
+    with jax.set_mesh(mesh):
+        tx = MAKERS[kind](weight_dimension_numbers=DIMENSIONS, unknown_sharding="raise")
+        state = tx.init(jax.device_put(tree(0), where))
+        update = jax.jit(tx.update, compiler_options=QUICK)
+        for t, want in enumerate(unsharded(kind)):
+            updates, state = update(jax.device_put(tree(t), where), state)
+            jax.tree.map(
+                lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5),
+                (updates, state),
+                want,
+            )
+        for name in LEAVES:
+            assert state.momentum[name].sharding.is_equivalent_to(
+                where[name], state.momentum[name].ndim
+            )
+
+
+def test_no_whole_matrix_on_a_device(make_mesh):
+    mesh = make_mesh((4, 2))
+    where = NamedSharding(mesh, P(D, M))
+    g = {"w": jax.ShapeDtypeStruct((64, 256), jnp.float32, sharding=where)}
+    for kind, bound in (("muon", 64 * 256 // 2), ("dion2", 256 // 2 * 16)):
+        tx = MAKERS[kind](sharding=where)
+        state = jax.eval_shape(tx.init, g)
+        m = jax.ShapeDtypeStruct((64, 256), jnp.float32, sharding=where)
+        state = state._replace(momentum={"w": m})
+        text = jax.jit(tx.update).lower(g, state).compile().as_text()
+        found = hlo.collectives(text, mesh)
+        assert max(c.elements for c in found) == bound, kind
+    stack = NamedSharding(mesh, P(None, D, M))
+    g = {"w": jax.ShapeDtypeStruct((8, 64, 256), jnp.float32, sharding=stack)}
+    tx = scale_by_muon(sharding=stack, weight_dimension_numbers=DimensionNumbers(1, 2))
+    state = jax.eval_shape(tx.init, g)._replace(momentum=g)
+    found = hlo.collectives(
+        jax.jit(tx.update).lower(g, state).compile().as_text(), mesh
+    )
+    sent = hlo.wire_bytes(found)
+    # Two exchanges of the local blocks; one sum of packed (64, 64) Grams of the share.
+    assert sent["all-to-all", (D,)] == 2 * 3 / 4 * 8 * 64 * 256 // 8 * 4
+    gram = 2 * (64 * 65 // 2) * 4
+    assert sent["reduce-scatter", (M,)] == sent["all-gather", (M,)] == gram / 2
+    assert ("all-gather", (D,)) not in sent
+
+
+@pytest.mark.parametrize("coefficients, low, high", [
+    ("jordan", 0.65, 1.25), ("dion", 0.8, 1.2), ("polar_express", 0.85, 1.15),
+])  # fmt: skip
+def test_singular_values_end_near_one(coefficients, low, high):
+    x = normal(3, 40, 24)
+    y = newton_schulz(jnp.asarray(x), coefficients)
+    u, _, v = np.linalg.svd(x, full_matrices=False)
+    inside = np.linalg.svd(y, compute_uv=False)
+    assert low < inside.min() and inside.max() < high
+    # Same singular vectors: U^T Y V is diagonal.
+    core = np.einsum("nls,nlt,nvt->nsv", u, y, v)
+    off = core - np.einsum("nss->ns", core)[..., None] * np.eye(24)
+    assert np.abs(off).max() < 2e-5
+    assert not np.asarray(newton_schulz(jnp.zeros((1, 4, 2)))).any()
+
+
+def test_product_form_equals_the_plain_iteration():
+    x = normal(1, 48, 32).astype(np.float64)
+    with jax.enable_x64(True):
+        got = newton_schulz(jnp.asarray(x), "dion", eps=0.0)
+    y = x[0] / np.linalg.norm(x)
+    for a, b, c in COEFFICIENTS["dion"]:
+        gram = y.T @ y
+        y = y @ (a * np.eye(32) + b * gram + c * gram @ gram)
+    np.testing.assert_allclose(got[0], y, atol=1e-12)
+
+
+def test_same_direction_as_optax():
+    g = {"w": jnp.asarray(normal(32, 16))}
+    ours = scale_by_muon(scale=None)
+    numbers = {"w": optax.contrib.MuonDimensionNumbers(0, 1)}
+    theirs = optax.contrib.scale_by_muon(
+        nesterov=False, weight_dimension_numbers=numbers
+    )
+    a, b = ours.init(g), theirs.init(g)
+    for t in range(3):
+        g = {"w": jnp.asarray(normal(32, 16, seed=t))}
+        (x, a), (y, b) = ours.update(g, a), theirs.update(g, b)
+        np.testing.assert_allclose(x["w"], y["w"], atol=2e-4)
+
+
+def test_normuon_has_equal_rows_and_the_old_norm():
+    g = {"w": jnp.asarray(normal(32, 16) * np.logspace(0, -3, 16, dtype=np.float32))}
+    plain = scale_by_muon(coefficients="polar_express", scale=None)
+    normed = scale_by_muon(coefficients="polar_express", scale=None, b2=0.0)
+    x, _ = plain.update(g, plain.init(g))
+    y, state = normed.update(g, normed.init(g))
+    assert state.row_square["w"].shape == (1, 16)
+    np.testing.assert_allclose(
+        np.linalg.norm(x["w"]), np.linalg.norm(y["w"]), rtol=1e-5
+    )
+    rows = np.linalg.norm(y["w"], axis=0)  # (in, out): one per output.
+    np.testing.assert_allclose(rows, rows.mean(), rtol=1e-4)
+
+
+def test_dion2_uses_the_largest_rows_and_keeps_the_rest():
+    g = normal(8, 24)
+    g[[1, 6]] *= 10  # Two of the eight rows of the shorter side.
+    tx = scale_by_dion2(0.25, scale=None)
+    updates, state = tx.update({"w": jnp.asarray(g)}, tx.init({"w": jnp.asarray(g)}))
+    u, m = np.asarray(updates["w"]), np.asarray(state.momentum["w"])
+    assert set(np.flatnonzero(u.any(1))) == {1, 6}
+    np.testing.assert_allclose(u[[1, 6]] @ u[[1, 6]].T, np.eye(2), atol=0.1)
+    np.testing.assert_allclose(m[[1, 6]], 0.95 * g[[1, 6]], rtol=1e-6)
+    rest = [0, 2, 3, 4, 5, 7]
+    np.testing.assert_array_equal(m[rest], g[rest])
+    whole = scale_by_dion2(1.0, scale=None, coefficients="jordan")
+    muon = scale_by_muon(scale=None)
+    x, _ = whole.update({"w": jnp.asarray(g)}, whole.init({"w": jnp.asarray(g)}))
+    y, _ = muon.update({"w": jnp.asarray(g)}, muon.init({"w": jnp.asarray(g)}))
+    np.testing.assert_allclose(x["w"], y["w"], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "make, match",
+    [
+        (lambda: scale_by_muon(mu=1.0), "mu must be in"),
+        (lambda: scale_by_muon(coefficients="x"), "coefficients must be one of"),
+        (lambda: scale_by_muon(b2=1.5), "b2 must be in"),
+        (lambda: scale_by_dion2(0.0), "fraction must be in"),
+    ],
+)
+def test_bad_options(make, match):
+    with pytest.raises(ValueError, match=match):
+        make()
+
+
+def test_bad_leaves():
+    for tx in (scale_by_muon(), scale_by_dion2()):
+        with pytest.raises(TypeError, match="w: .* needs real floating-point"):
+            tx.init({"w": jnp.ones((4, 4), jnp.complex64)})
+        with pytest.raises(ValueError, match="pass weight_dimension_numbers"):
+            tx.init({"w": jnp.ones((4, 4, 4))})
+        state = tx.init({"w": jnp.ones((4, 8))})
+        with pytest.raises(ValueError, match="w: gradient has shape"):
+            tx.update({"w": jnp.ones((8, 4))}, state)
+        with pytest.raises(ValueError, match="different structures"):
+            tx.update({"v": jnp.ones((4, 8))}, state)
