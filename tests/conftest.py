@@ -26,7 +26,8 @@ REFERENCE = Path(
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """``@pytest.mark.parity("dion")``: the test's ``case`` runs over that family's index.
 
-    Each case is (folder, name, entry of the index). A family without a folder has none.
+    Each case is (folder, name, entry of the index). A family without a folder has none;
+    ``only=`` takes some of its entries.
     """
     marker = metafunc.definition.get_closest_marker("parity")
     if marker is None or "case" not in metafunc.fixturenames:
@@ -34,6 +35,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     folder = REFERENCE / marker.args[0]
     index = folder / "index.json"
     cases = json.loads(index.read_text())["cases"] if index.exists() else {}
+    only = marker.kwargs.get("only", lambda entry: True)
+    cases = {name: entry for name, entry in cases.items() if only(entry)}
     metafunc.parametrize(
         "case",
         [(folder, name, entry) for name, entry in cases.items()],

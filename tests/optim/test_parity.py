@@ -24,7 +24,6 @@ from jaxpapers.optim.orthonormalize import METHODS
 OUT_IN = DimensionNumbers(1, 0)  # The recorded weights are PyTorch's.
 # LLVM's optimisations are most of a compile, and not what the meshes are about.
 QUICK = {"xla_backend_optimization_level": 0}
-pytestmark = pytest.mark.parity("dion")
 MESHES = [
     ((8,), "Auto"),
     ((8,), "Explicit"),
@@ -35,30 +34,45 @@ MESHES = [
 ]
 
 
+def is_muon(entry):
+    return entry["implementation"] == "muon_reference"
+
+
+def is_dion(entry):
+    return not is_muon(entry)
+
+
+def has_replicas(entry):
+    return is_dion(entry) and len(entry["arrays"]["G"][0]) == 4
+
+
+def is_small(entry):
+    return is_dion(entry) and min(entry["shape"]) <= 16
+
+
+@pytest.mark.parity("dion", only=is_dion)
 @pytest.mark.parametrize("method", METHODS)
 def test_one_device(case, method):
     check(case, method)
 
 
+@pytest.mark.parity("dion", only=is_dion)
 @pytest.mark.parametrize("sizes, kind", MESHES)
 def test_mesh(case, sizes, kind, make_mesh):
     check(case, "scqr", make_mesh(sizes, kind))
 
 
+@pytest.mark.parity("dion", only=is_small)
 @pytest.mark.parametrize("method", ["cqr2", "rcqr", "qr"])
 def test_mesh_other_methods(case, method, make_mesh):
-    # Wide matrices with few rows per device, and the smallest full-rank one.
-    if case[1] not in ("simple_wide_rank8", "tall_full_rcqr"):
-        pytest.skip("the other methods run sharded on two of the recorded cases")
     check(case, method, make_mesh((4, 2)))
 
 
+@pytest.mark.parity("dion", only=has_replicas)
 @pytest.mark.parametrize("others", [(), (2,), (2, 2)])
 def test_replicas_with_momenta_of_their_own(case, others):
     """Compressed synchronisation: every replica's M, not only their mean."""
     folder, _, entry = case
-    if len(entry["arrays"]["G"][0]) != 4:
-        pytest.skip("not recorded on several replicas")
     with np.load(folder / entry["file"]) as file:
         data = dict(file)
     sizes = (len(data["G"]), *others)
@@ -105,12 +119,11 @@ def test_replicas_with_momenta_of_their_own(case, others):
             close(m, data["M_synced"], m_tol, "synchronised M")
 
 
+@pytest.mark.parity("dion", only=is_muon)
 @pytest.mark.parametrize("sizes", [None, (8,), (4, 2), (2, 4)])
 def test_muon(case, sizes, make_mesh):
     """The reference iterates in bfloat16, hence the digest's 5e-3 on X."""
     folder, _, entry = case
-    if entry["implementation"] != "muon_reference":
-        pytest.skip("not a Muon run")
     with np.load(folder / entry["file"]) as file:
         data = dict(file)
     x, hyper = data["X0"], entry["hyper"]
@@ -141,8 +154,6 @@ def test_muon(case, sizes, make_mesh):
 def check(case, method, mesh=None):
     """Replays a case and compares X, M after every step and Q after the last."""
     folder, name, entry = case
-    if "Q0" not in entry["arrays"]:
-        pytest.skip("a Muon run: test_muon replays it")
     with np.load(folder / entry["file"]) as file:
         data = dict(file)
     double = data["X0"].dtype == np.float64
