@@ -21,6 +21,7 @@ KINDS = (
     "collective-broadcast",
     "collective-permute",
 )
+Groups = frozenset[frozenset[int]]
 _BYTES = {"pred": 1.0, "token": 0.0}
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*)?\{$")
 _TYPE = re.compile(r"\b([a-z]+[0-9]*[a-z0-9]*)\[([\d,]*)\]")
@@ -68,16 +69,18 @@ def collectives(text: str, mesh: Any = None) -> list[Collective]:
         are the program's partitions.
 
     Raises:
-      ValueError: the text is no HLO module.
+      ValueError: the text is no HLO module, or has groups in a form not known here.
     """
     bodies, entry = _computations(text)
     if entry is None:
         raise ValueError("no HLO module: expected compiled.as_text()")
     names = {} if mesh is None else _groups_of_axes(mesh)
+    header = re.search(r"num_partitions=(\d+)", text[: text.find("\n")])
+    partitions = int(header.group(1)) if header else 1
     found, chains = [], set()
     for name, count in _runs(bodies, entry):
         for line in bodies[name]:
-            item = _parse(line, name, count, names)
+            item = _parse(line, name, count, names, partitions)
             if item is None or item.group == 1:
                 continue
             # TPUs cut one collective into a chain of fusions, each of which shows it.
@@ -163,7 +166,9 @@ def _trips(line: str, bodies: dict[str, list[str]]) -> int:
     return int(bounds[0]) if less and len(bounds) == 1 else 1
 
 
-def _parse(line: str, computation: str, count: int, names: dict) -> Collective | None:
+def _parse(
+    line: str, computation: str, count: int, names: dict, partitions: int
+) -> Collective | None:
     match = re.search(rf" = (.*?) ({'|'.join(KINDS)})(-start)?\(", line)
     if match is None:
         return None
@@ -174,7 +179,7 @@ def _parse(line: str, computation: str, count: int, names: dict) -> Collective |
         shapes = (
             shapes[1:2] if kind == "collective-permute" else shapes[len(shapes) // 2 :]
         )
-    groups = _replica_groups(line, kind)
+    groups = _replica_groups(line, kind, partitions)
     group = max((len(g) for g in groups), default=1)
     result = float(sum(size * n for size, n in shapes))
     # TPUs run a reduce-scatter as a fusion of an all-reduce with a slice.
@@ -208,28 +213,60 @@ def _elements(dims: str) -> int:
     return math.prod(int(d) for d in dims.split(",") if d)
 
 
-def _replica_groups(line: str, kind: str) -> frozenset[frozenset[int]]:
+def _replica_groups(line: str, kind: str, partitions: int) -> Groups:
     if kind == "collective-permute":
         pairs = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", line)
         numbers = re.findall(r"\{(\d+),(\d+)\}", pairs.group(1) if pairs else "")
         return _connected([{int(a), int(b)} for a, b in numbers])
+    named = re.search(
+        r"replica_groups=mesh\[([^\]]*)\]"
+        r"(?:,\s*device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))?\s*\{([^}]*)\}",
+        line,
+    )
+    if named:
+        return _named_groups(*named.groups())
     iota = re.search(
         r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line
     )
     if iota:
-        shape, dims, order = ([int(x) for x in (g or "").split(",") if x]
-                              for g in iota.groups())  # fmt: skip
+        shape, dims, order = (_numbers(g) for g in iota.groups())
         return _iota_groups(shape, dims, order)
-    plain = re.search(r"replica_groups=\{(\{.*?\})\}", line)
+    plain = re.search(r"replica_groups=\{((?:\{[\d,]*\},?)*)\}", line)
     if plain is None:
-        return frozenset()
-    return frozenset(
-        frozenset(int(x) for x in g.split(",") if x)
-        for g in re.findall(r"\{([\d,]*)\}", plain.group(1))
-    )
+        raise ValueError(f"cannot read the replica groups of: {line.strip()[:300]}")
+    groups = [_numbers(g) for g in re.findall(r"\{([\d,]*)\}", plain.group(1))]
+    return frozenset(map(frozenset, groups or [range(partitions)]))
 
 
-def _iota_groups(shape, dims, order) -> frozenset[frozenset[int]]:
+def _numbers(text: str | None) -> list[int]:
+    return [int(x) for x in (text or "").split(",") if x]
+
+
+def _named_groups(sizes: str, dims, order, axes: str) -> Groups:
+    """mesh['a'=2,'b'=4] {'b'}, a part of an axis as 'b':(1)2: after 1, of size 2."""
+    import numpy as np
+
+    names = re.findall(r"'([^']+)'=(\d+)", sizes)
+    ids = np.arange(math.prod(int(n) for _, n in names))
+    if dims is not None:
+        ids = ids.reshape(_numbers(dims)).transpose(_numbers(order) or None).reshape(-1)
+    used = {
+        name: (int(before or 1), int(size or 0))
+        for name, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", axes)
+    }
+    shape, last = [], []
+    for name, size in names:
+        before, part = used.get(name, (int(size), 1))
+        part = part or int(size)
+        shape += [before, part, int(size) // before // part]
+        if name in used:
+            last.append(len(shape) - 2)
+    rows = np.moveaxis(ids.reshape(shape), last, range(-len(last), 0))
+    rows = rows.reshape(-1, math.prod(shape[i] for i in last))
+    return frozenset(frozenset(map(int, g)) for g in rows)
+
+
+def _iota_groups(shape, dims, order) -> Groups:
     import numpy as np
 
     ids = np.arange(math.prod(dims)).reshape(dims)
@@ -237,7 +274,7 @@ def _iota_groups(shape, dims, order) -> frozenset[frozenset[int]]:
     return frozenset(frozenset(map(int, g)) for g in ids.reshape(-1, shape[-1]))
 
 
-def _connected(pairs: list[set[int]]) -> frozenset[frozenset[int]]:
+def _connected(pairs: list[set[int]]) -> Groups:
     """Devices that exchange with each other, directly or not."""
     groups: list[set[int]] = []
     for pair in pairs:

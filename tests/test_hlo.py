@@ -66,6 +66,37 @@ def test_forms_of_the_text():
     assert total["all-reduce", ("model",)] == 12 * 16
 
 
+FORMS = {
+    "{{0,1},{2,3},{4,5},{6,7}}": ("model",),
+    "[2,4]<=[4,2]T(1,0)": ("data",),
+    "{}": ("data", "model"),
+    "mesh['a'=4,'b'=2] {'b'}": ("model",),
+    "mesh['a'=1,'b'=4,'c'=2] {'b'}": ("data",),
+    "mesh['a'=8] {'a'}": ("data", "model"),
+    "mesh['a'=8] {'a':(1)4}": ("data",),
+    "mesh['a'=8] {'a':(4)2}": ("model",),
+    "mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}": ("data",),
+    "mesh['a'=2,'b'=2,'c'=2] {'a','b'}": ("data",),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_replica_groups(form):
+    text = TEXT.splitlines()[0] + (
+        "\n\nENTRY %main (x: f32[4]) -> f32[4] {\n  ROOT %r = f32[4]{0} all-reduce(%x), "
+        f"replica_groups={form}, to_apply=%sum\n}}\n"
+    )
+    mesh = jax.sharding.AbstractMesh((4, 2), ("data", "model"))
+    (found,) = hlo.collectives(text, mesh)
+    assert found.axes == FORMS[form]
+
+
+def test_unknown_replica_groups_are_not_passed_over():
+    text = TEXT.replace("replica_groups=[4,2]<=[8]", "replica_groups=new[4,2]")
+    with pytest.raises(ValueError, match="cannot read the replica groups of: %a"):
+        hlo.collectives(text)
+
+
 def test_what_is_no_program_is_refused():
     with pytest.raises(ValueError, match="no HLO module"):
         hlo.collectives("")
