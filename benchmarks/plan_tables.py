@@ -4,7 +4,8 @@
     python benchmarks/plan_tables.py dion:3b    rows whose preset contains the word
 
 Each row is one ``jaxpapers plan`` in its own process, compiled by the TPU compiler for
-a slice that is not here. Writes results/plans.json beside this, row by row; a row that is
+a slice that is not here. Writes results/plans.json beside this, row by row, and the
+table of docs/scale.md; a row that is
 there already is computed again only if its command changed or it had failed.
 """
 
@@ -16,6 +17,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 OUT = Path(__file__).parent / "results" / "plans.json"
+DOC = Path(__file__).parents[1] / "docs" / "scale.md"
+MARKS = ("<!-- plans: begin -->", "<!-- plans: end -->")
 TIMEOUT = 1200
 
 # preset, topology, mesh, fields. Batches of the small slice are those of a small slice.
@@ -72,6 +75,48 @@ def compute(arguments: list[str]) -> dict:
     return {**json.loads(done.stdout), "wall_seconds": time.monotonic() - began}
 
 
+def markdown(rows: dict) -> str:
+    """The rows as the table of docs/scale.md."""
+    lines = [
+        "| slice, mesh, optimizer | parameters | optimizer | temporaries | peak | fits | "
+        "sent, forward/backward | sent, optimizer | PFLOP | compile |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for key, row in rows.items():
+        arguments = row["command"]
+        preset, topology = arguments[1], arguments[3]
+        name = key.removeprefix(f"{preset} {topology} ")
+        label = f"{preset} {topology} {arguments[5]} {name}"
+        if "error" in row:
+            lines.append(f"| {label} | {row['error']} |" + " |" * 8)
+            continue
+        sent = [
+            sum(r["wire_bytes"] for r in row["collectives"] if r["part"] == part)
+            for part in ("forward/backward", "optimizer")
+        ]
+        cells = [
+            *(
+                f"{row[x] / 1e6:,.0f} MB"
+                for x in ("parameter_bytes", "optimizer_bytes")
+            ),
+            *(f"{row[x] / 1e9:.2f} GB" for x in ("temporary_bytes", "peak_bytes")),
+            "yes" if row["fits"] else "no",
+            *(f"{x / 1e6:,.0f} MB" for x in sent),
+            f"{row['flops'] / 1e15:.3f}",
+            f"{row['compile_seconds']:.0f} s",
+        ]
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def write_table(rows: dict) -> None:
+    """Puts the table between the marks of docs/scale.md."""
+    text = DOC.read_text()
+    before, rest = text.split(MARKS[0])
+    after = rest.split(MARKS[1])[1]
+    DOC.write_text(before + MARKS[0] + "\n" + markdown(rows) + MARKS[1] + after)
+
+
 def main() -> None:
     """Computes the missing rows."""
     word = sys.argv[1] if len(sys.argv) > 1 else ""
@@ -93,6 +138,7 @@ def main() -> None:
             OUT.write_text(
                 json.dumps({"versions": versions, "rows": rows}, indent=1) + "\n"
             )
+    write_table(rows)
 
 
 if __name__ == "__main__":
