@@ -28,10 +28,9 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from jaxpapers.optim.collectives import share_axes
-from jaxpapers.optim.layout import DimensionNumbers, make_layout
+from jaxpapers.optim.layout import DimensionNumbers, axis_names, make_layout
 from jaxpapers.optim.orthonormalize import GRAM_PASSES, sketch_rows
 from jaxpapers.optim.power_iteration import choose_split
-from jaxpapers.optim.sharded import axis_names
 
 Axes = tuple[str, ...]
 

@@ -34,6 +34,7 @@ from jaxpapers.optim.layout import (
     named_leaves,
     per_leaf,
 )
+from jaxpapers.optim.matrices import in_groups
 from jaxpapers.optim.options import (
     check_choice,
     check_leaf,
@@ -45,6 +46,7 @@ from jaxpapers.optim.options import (
     static_multiple,
 )
 from jaxpapers.optim.orthonormalize import METHODS
+from jaxpapers.optim.placement import Placement, constrain
 from jaxpapers.optim.power_iteration import (
     RIGHT_FACTORS,
     SPLITS,
@@ -52,14 +54,7 @@ from jaxpapers.optim.power_iteration import (
     dion_step,
 )
 from jaxpapers.optim.replicas import check_axis, count_replicas
-from jaxpapers.optim.sharded import (
-    Placement,
-    blockwise,
-    constrain,
-    group_key,
-    leaf_spec,
-    q_spec,
-)
+from jaxpapers.optim.sharded import leaf_spec, q_spec
 
 
 class DionState(NamedTuple):
@@ -245,33 +240,31 @@ def scale_by_dion(
             )
         ]
         found = placement.find(layouts, momenta, report=True)
-        groups: dict[Any, list[int]] = {}
-        for i, (layout, where) in enumerate(zip(layouts, found)):
-            key = (averaged[i], group_key(layout, where, momenta[i].dtype))
-            groups.setdefault(key if batch == "same_shape" else i, []).append(i)
         options = StepOptions(
             mu, eps, noise_guard, power_iters, orthogonalize, right_factor, split_p,
             communication_dtype and jnp.dtype(communication_dtype),
         )  # fmt: skip
-        outputs: list[Any] = [None] * len(layouts)
-        for members in groups.values():
-            done = blockwise(
-                _dion_blocks,
-                [layouts[i] for i in members],
-                [found[i] for i in members],
-                [[xs[i] for i in members] for xs in (grads, momenta, qs)],
-                (leaf_spec, leaf_spec, q_spec),
-                options,
-                (replicate_axis,) if replicate_axis and averaged[members[0]] else (),
-            )
-            for i, direction, m, q in zip(members, *done):
-                direction = layouts[i].update_scale(scale) * direction
-                m = m.astype(momenta[i].dtype)
-                outputs[i] = (
+        done = in_groups(
+            _dion_blocks,
+            layouts,
+            found,
+            (grads, momenta, qs),
+            (leaf_spec, leaf_spec, q_spec),
+            options,
+            [0 if batch == "same_shape" else i for i in range(len(layouts))],
+            [(replicate_axis,) if replicate_axis and own else () for own in averaged],
+        )
+        outputs = []
+        for i, (direction, m, q) in enumerate(done):
+            direction = layouts[i].update_scale(scale) * direction
+            m = m.astype(momenta[i].dtype)
+            outputs.append(
+                (
                     direction.astype(named[i][1].dtype),
                     m[None] if averaged[i] else m,
                     q.astype(qs[i].dtype),
                 )
+            )
         directions, new_momenta, new_qs = zip(*outputs) if outputs else ((), (), ())
         return treedef.unflatten(directions), DionState(
             jnp.asarray(optax.safe_increment(state.count)),

@@ -26,12 +26,18 @@ from jax import lax
 from jaxpapers.optim.collectives import psum
 from jaxpapers.optim.composite import with_scalars
 from jaxpapers.optim.layout import SCALES, named_leaves
-from jaxpapers.optim.matrices import check_shapes, in_groups, read_layouts
+from jaxpapers.optim.matrices import (
+    check_shapes,
+    in_groups,
+    read_layouts,
+    same_shape,
+)
 from jaxpapers.optim.newton_schulz import COEFFICIENTS, newton_schulz
 from jaxpapers.optim.options import check_choice, check_range, check_trees, is_traced
 from jaxpapers.optim.orthonormalize import HIGHEST
+from jaxpapers.optim.placement import Placement
 from jaxpapers.optim.power_iteration import MeshAxes
-from jaxpapers.optim.sharded import Placement, leaf_spec
+from jaxpapers.optim.sharded import leaf_spec
 
 
 class Dion2State(NamedTuple):
@@ -122,6 +128,7 @@ def scale_by_dion2(
             [[g for _, g in named], momenta],
             (leaf_spec, leaf_spec),
             _Options(mu, float(fraction), coefficients),
+            same_shape(layouts),
         )
         directions = [
             (layout.update_scale(scale) * o).astype(g.dtype)

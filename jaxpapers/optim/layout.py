@@ -224,6 +224,19 @@ def per_leaf(
     return [table[path] for path, _ in named]
 
 
+def axis_names(axes: Sequence[int], spec: P) -> tuple[str, ...]:
+    """Mesh axes that split the given array axes, in order."""
+    entries = tuple(spec)
+    return tuple(n for a in axes if a < len(entries) for n in mesh_axes(entries[a]))
+
+
+def mesh_axes(entry: Any) -> tuple[str, ...]:
+    """Mesh axes of one entry of a PartitionSpec."""
+    if entry is None:
+        return ()
+    return (entry,) if isinstance(entry, str) else tuple(entry)
+
+
 def named_leaves(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
     """[(path, leaf)] and the tree's structure."""
     flat, treedef = jax.tree_util.tree_flatten_with_path(tree)

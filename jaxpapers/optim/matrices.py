@@ -20,6 +20,11 @@ def read_layouts(named: Sequence[tuple[str, Any]], dimensions: Any, name: str):
     return [make_layout(path, leaf.shape, d) for (path, leaf), d in zip(named, numbers)]
 
 
+def same_shape(layouts: Sequence[Layout]) -> list[Any]:
+    """Keys for ``in_groups`` of leaves whose matrices have equal shapes."""
+    return [(x.fan_in, x.fan_out) for x in layouts]
+
+
 def check_shapes(
     named: Sequence[tuple[str, Any]], momenta: Sequence[jax.Array]
 ) -> None:
@@ -39,15 +44,25 @@ def in_groups(
     arrays: Sequence[Sequence[jax.Array]],
     specs: Sequence[Callable[[Layout, P], P]],
     options: Any,
+    keys: Sequence[Any],
+    replicas: Sequence[tuple[str, ...]] | None = None,
 ) -> list[tuple[jax.Array, ...]]:
-    """``blockwise`` on groups of leaves of equal matrices; results leaf by leaf."""
+    """``blockwise`` on groups of leaves; results leaf by leaf.
+
+    Args:
+      step: see ``blockwise``, as for all up to ``options``.
+      layouts: of the leaves.
+      found: shardings of the leaves.
+      arrays: lists over the leaves: gradients, momenta, further state.
+      specs: of each of ``arrays``.
+      options: hyper-parameters.
+      keys: leaves with equal ones may share a step, if ``group_key`` agrees.
+      replicas: mesh axes that each leaf is averaged over.
+    """
     groups: dict[Any, list[int]] = {}
+    replicas = replicas or [()] * len(layouts)
     for i, (layout, where) in enumerate(zip(layouts, found)):
-        key = (
-            group_key(layout, where, arrays[1][i].dtype),
-            layout.fan_in,
-            layout.fan_out,
-        )
+        key = (keys[i], replicas[i], group_key(layout, where, arrays[1][i].dtype))
         groups.setdefault(key, []).append(i)
     outputs: list[Any] = [None] * len(layouts)
     for members in groups.values():
@@ -58,6 +73,7 @@ def in_groups(
             [[xs[i] for i in members] for xs in arrays],
             specs,
             options,
+            replicas[members[0]],
         )
         for i, *results in zip(members, *done):
             outputs[i] = tuple(results)

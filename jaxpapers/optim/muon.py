@@ -19,11 +19,17 @@ import optax
 
 from jaxpapers.optim.collectives import psum
 from jaxpapers.optim.composite import with_scalars
-from jaxpapers.optim.layout import SCALES, named_leaves
-from jaxpapers.optim.matrices import check_shapes, in_groups, read_layouts
+from jaxpapers.optim.layout import SCALES, axis_names, named_leaves
+from jaxpapers.optim.matrices import (
+    check_shapes,
+    in_groups,
+    read_layouts,
+    same_shape,
+)
 from jaxpapers.optim.newton_schulz import COEFFICIENTS, newton_schulz
 from jaxpapers.optim.options import check_choice, check_range, check_trees
-from jaxpapers.optim.sharded import Placement, axis_names, leaf_spec, row_spec
+from jaxpapers.optim.placement import Placement
+from jaxpapers.optim.sharded import leaf_spec, row_spec
 
 
 class MuonState(NamedTuple):
@@ -125,7 +131,8 @@ def scale_by_muon(
             arrays.append(jax.tree.leaves(state.row_square))
             specs.append(row_spec)
         options = _Options(mu, b2, eps, nesterov, coefficients)
-        outputs = in_groups(_muon_blocks, layouts, found, arrays, specs, options)
+        keys = same_shape(layouts)
+        outputs = in_groups(_muon_blocks, layouts, found, arrays, specs, options, keys)
         results = [
             (
                 (layout.update_scale(scale) * o).astype(g.dtype),
