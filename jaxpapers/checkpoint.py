@@ -82,13 +82,14 @@ def restore(
     """
     step = _step(manager, step)
     stored = _as_stored(manager, step, target) if resize else target
-    same = jax.tree.map(lambda a, b: a.shape == b.shape, stored, target)
-    unchanged = jax.tree.all(same)
-    try:
-        if resize and not unchanged:
-            jax.eval_shape(resize, stored, target)
-    except ValueError:
-        stored = target  # The comparison below says what differs.
+    unchanged = _forms(stored) == _forms(target)
+    if resize and not unchanged:
+        try:
+            after = jax.eval_shape(functools.partial(resize, target=target), stored)
+        except ValueError:
+            after = None
+        if after is None or _forms(after) != _forms(target):
+            stored = target  # The comparison below says what differs.
     _check_match(manager, step, stored)
     restored = manager.restore(
         step,

@@ -239,7 +239,11 @@ def load_run(workdir: str, mesh: str | None = None) -> tuple:
     if not path.exists():
         raise FileNotFoundError(f"{workdir} holds no run (no config.json); train first")
     stored = json.loads(path.read_text())
-    config = ConfigDict(stored["config"]).lock()
+    config = ConfigDict(stored["config"])
+    if "replica_sync" in config.train:
+        # Of the state only the parameters are read: no axis of replicas is needed.
+        config.train.replica_sync = "gradient"
+    config.lock()
     method, grid = _method(stored["paper"], config, mesh)
     batch = tasks.batch_shapes(config)
     with jax.set_mesh(grid):

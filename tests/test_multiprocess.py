@@ -1,5 +1,6 @@
 """Two processes of two devices train as one process of four."""
 
+import json
 import os
 import signal
 import socket
@@ -141,3 +142,74 @@ def test_a_signal_to_one_process_stops_both(tmp_path):
     assert out[0].splitlines()[-1] == out[1].splitlines()[-1]
     steps = [int(p.name) for p in (tmp_path / "checkpoints").iterdir()]
     assert f"stopped at step {max(steps)} of" in out[0]
+
+
+def slurm(count, workdir, *arguments):
+    """``jaxpapers train --distributed`` as SLURM starts it: one process per rank."""
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    command = [sys.executable, "-m", "jaxpapers", "train", "dion:smoke", "--quiet",
+               "--distributed", f"--workdir={workdir}", *arguments]  # fmt: skip
+    return [
+        subprocess.Popen(
+            command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            env={
+                **os.environ,
+                "JAX_PLATFORMS": "cpu",
+                "JAX_NUM_CPU_DEVICES": str(4 // count),
+                "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
+                "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+                "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+                "SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "localhost",
+                "SLURM_NTASKS": str(count), "SLURM_PROCID": str(rank),
+                "SLURM_LOCALID": str(rank),
+            },
+        )
+        for rank in range(count)
+    ]  # fmt: skip
+
+
+def losses(workdir):
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    return {r["step"]: r["loss"] for r in records if "loss" in r}
+
+
+def test_four_processes_resumed_by_two_and_by_one(tmp_path):
+    corpus = tmp_path / "text.py"
+    corpus.write_text("def f(x):\n    return x + 1\n\n\n" * 100)
+    fields = {**SMALL, "data.path": corpus, "train.sample": 0}
+    overrides = [f"--config.{k}={v}" for k, v in fields.items()]
+    workdir = tmp_path / "run"
+    for count, steps in ((4, 2), (2, 4), (1, 6)):
+        stop = f"--config.train.steps={steps}"
+        mesh_of = "--mesh=data:2,model:2"
+        codes, out, errors = finish(slurm(count, workdir, *overrides, stop, mesh_of))
+        assert codes == [0] * count, errors
+        assert "this model" in out[0] and not any(x.strip() for x in out[1:])
+    alone = tmp_path / "alone"
+    # The schedule's end moves with the steps: the same three stages on one process.
+    for steps in (2, 4, 6):
+        run.train(
+            "dion:smoke",
+            [*overrides, f"--config.train.steps={steps}"],
+            workdir=str(alone),
+            mesh="data:8",
+            quiet=True,
+        )
+    got, want = losses(workdir), losses(alone)
+    assert sorted(got) == sorted(want) == [1, 2, 3, 4, 5, 6]
+    np.testing.assert_allclose([got[i] for i in got], [want[i] for i in got], rtol=1e-4)
+
+
+def test_a_killed_process_ends_the_others(tmp_path):
+    processes = pair(LINE, tmp_path)
+    for line in processes[1].stdout:
+        if line.strip() == "three":
+            break
+    processes[1].kill()
+    began = time.monotonic()
+    codes, _, errors = finish(processes)
+    assert codes[0] not in (0, 75), errors
+    assert time.monotonic() - began < 110

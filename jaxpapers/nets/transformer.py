@@ -5,6 +5,7 @@ D width, N query heads, K key/value heads, H head size, F hidden size, V vocabul
 Kernels are (in, out), stacked over layers by ``nn.scan`` to (L, in, out).
 """
 
+import math
 from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
@@ -49,9 +50,11 @@ def _look_up(table: jax.Array, tokens: jax.Array) -> jax.Array:
         return jnp.take(table, tokens, axis=0)
     table = jax.lax.with_sharding_constraint(table, P("model", None))
     rows = jnp.take(table, tokens, axis=0)
-    if tokens.shape[0] % mesh.shape["data"]:
+    # Inside a shard_map over replicas the batch is split over `data` alone.
+    axes = tuple(n for n in ("replica", "data") if kinds.get(n) == AxisType.Auto)
+    if tokens.shape[0] % math.prod(mesh.shape[n] for n in axes):
         return rows
-    return jax.lax.with_sharding_constraint(rows, P("data", None, None))
+    return jax.lax.with_sharding_constraint(rows, P(axes, None, None))
 
 
 class RMSNorm(nn.Module):

@@ -12,12 +12,15 @@ c Gram matrices             axes of l [#]_     c 2 (t-1)/t N r (r+1)/2 e
 R                           axes of l          2 (t-1)/t N (s/f) r e
 norms of R's columns        axes of s          2 (f-1)/f N (r + 1) e
 two scalars per matrix      axes of l [#]_     2 (t-1)/t N 2 e
+rcqr's sketch, k rows       axes of l [#]_     2 (t-1)/t N k r e
+qr's factors                axes of l          (t-1)/t N t min(l/t, r) r e
 =========================== ================== =======================================
 
 .. [#] If P's rows are scattered, over those of l and s; if its matrices are, N / f.
 
-P and R of replicas are reduced together with the sums above, or after the scatter. The
-tests compare these numbers with the compiled program, to the byte.
+With scattered matrices a byte for each says which are zero. P and R of replicas are
+reduced together with the sums above, or after the scatter. The tests compare these
+numbers with the compiled program, to the byte.
 """
 
 import math
@@ -25,12 +28,20 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from jaxpapers.optim.collectives import share_axes
 from jaxpapers.optim.layout import DimensionNumbers, axis_names, make_layout
-from jaxpapers.optim.orthonormalize import GRAM_PASSES, sketch_rows
-from jaxpapers.optim.power_iteration import choose_split
+from jaxpapers.optim.options import (
+    check_choice,
+    check_range,
+    static_fraction,
+    static_multiple,
+)
+from jaxpapers.optim.orthonormalize import GRAM_PASSES, METHODS, sketch_rows
+from jaxpapers.optim.placement import check_spec
+from jaxpapers.optim.power_iteration import RIGHT_FACTORS, SPLITS, choose_split
 
 Axes = tuple[str, ...]
 
@@ -72,7 +83,7 @@ def plan_dion(
     shape: Sequence[int],
     spec: P,
     mesh: Any,
-    rank_fraction: float = 1.0,
+    rank_fraction: int | float = 1.0,
     rank_multiple_of: int = 1,
     *,
     dimensions: DimensionNumbers | None = None,
@@ -117,14 +128,25 @@ def plan_dion(
       (256, ('model',), 4.35)
     """
     sizes = dict(mesh) if isinstance(mesh, dict) else dict(mesh.shape)
+    check_choice("orthogonalize", orthogonalize, METHODS)
+    check_choice("right_factor", right_factor, RIGHT_FACTORS)
+    check_choice("split_p", split_p, SPLITS)
+    check_range("power_iters", power_iters, 1)
+    check_range("count", count, 1)
+    if replicate_axis and replicate_axis not in sizes:
+        raise ValueError(
+            f"replicate_axis={replicate_axis!r} is no axis of the mesh {sizes}"
+        )
     layout = make_layout(
         "leaf",
         shape,
         dimensions,
-        rank_fraction=rank_fraction,
-        rank_multiple_of=rank_multiple_of,
+        rank_fraction=static_fraction("leaf", rank_fraction, None),
+        rank_multiple_of=static_multiple(rank_multiple_of, None),
         p_side=p_side,
     )
+    abstract = AbstractMesh(tuple(sizes.values()), tuple(sizes))
+    check_spec(layout, spec, abstract)
 
     def devices(axes: Axes) -> int:
         return math.prod(sizes[a] for a in axes)
@@ -164,6 +186,8 @@ def plan_dion(
     flops = _orthonormalize(once, orthogonalize, basis_axes, n_basis, l_basis, r, e)
     once.add("all-reduce", p_axis + averaged, n * (s // f) * r, e)
     sent.add_all(once, power_iters)
+    # Between repeats R is scaled by its maximum.
+    sent.add("all-reduce", q_axis, (power_iters - 1) * n, e)
     flops = power_iters * (flops + 4 * n * (l // t) * (s // f) * r)
     flops += 4 * n * (l // t) * (s // f) * r
 
@@ -228,8 +252,11 @@ def _orthonormalize(
     rest = tuple(a for a in axes if a not in shared)
     devices = math.prod(sent._sizes[a] for a in shared)
     triangle = padded * r * (r + 1) // 2
-    for i in range(GRAM_PASSES[method]):
+    passes = GRAM_PASSES[method]
+    for i in range(passes):
         refined = method == "scqr" and i == 0
+        # The last two passes also factorise with a shift, to fall back on.
+        factorisations = 2 if i >= passes - 2 else 1
         if shared:
             sent.add("reduce-scatter", shared, triangle, e)
             sent.add("all-reduce", rest, triangle // devices, e)
@@ -239,5 +266,5 @@ def _orthonormalize(
             sent.add("all-reduce", axes, triangle, e)
         products = 4 if refined else 2
         flops += n * 2 * products * rows * r * r
-        flops += padded / devices * 2 * r**3 / 3
+        flops += factorisations * padded / devices * 4 * r**3 / 3
     return flops

@@ -37,6 +37,7 @@ from jaxpapers.optim.layout import (
 from jaxpapers.optim.matrices import in_groups
 from jaxpapers.optim.options import (
     check_choice,
+    check_dtype,
     check_leaf,
     check_range,
     check_trees,
@@ -156,6 +157,12 @@ def scale_by_dion(
     """
     _check_options(mu, eps, power_iters, orthogonalize, right_factor, batch, scale)
     check_choice("split_p", split_p, SPLITS)
+    for name, dtype in (
+        ("momentum_dtype", momentum_dtype),
+        ("q_dtype", q_dtype),
+        ("communication_dtype", communication_dtype),
+    ):
+        check_dtype(name, dtype)
     check_choice("unknown_sharding", unknown_sharding, ("warn", "raise"))
     check_range("noise_guard", noise_guard, 0, 1, open_right=True)
     placement = Placement(sharding, unknown_sharding)
@@ -444,6 +451,12 @@ def _dion_blocks(options, axes, layouts, specs, grads, momenta, qs):
 
 def _momentum(layout: Layout, m: jax.Array, replicated: bool) -> jax.Array:
     """This replica's M."""
+    if not replicated and m.shape != layout.shape:
+        raise ValueError(
+            f"{layout.path}: momentum has shape {m.shape}, expected {layout.shape}: at "
+            f"rank {layout.rank} this leaf's gradient is averaged; change the rank of a "
+            "state with rescale_rank(..., replicas=...)"
+        )
     if replicated and m.shape != (1, *layout.shape):
         raise ValueError(
             f"{layout.path}: momentum has shape {m.shape}, expected one replica's, "

@@ -25,7 +25,7 @@ from jax import lax
 
 from jaxpapers.optim.collectives import psum
 from jaxpapers.optim.composite import with_scalars
-from jaxpapers.optim.layout import SCALES, named_leaves
+from jaxpapers.optim.layout import named_leaves
 from jaxpapers.optim.matrices import (
     check_shapes,
     in_groups,
@@ -33,9 +33,15 @@ from jaxpapers.optim.matrices import (
     same_shape,
 )
 from jaxpapers.optim.newton_schulz import COEFFICIENTS, newton_schulz
-from jaxpapers.optim.options import check_choice, check_range, check_trees, is_traced
+from jaxpapers.optim.options import (
+    check_choice,
+    check_dtype,
+    check_range,
+    check_trees,
+    is_traced,
+)
 from jaxpapers.optim.orthonormalize import HIGHEST
-from jaxpapers.optim.placement import Placement
+from jaxpapers.optim.placement import Placement, placed
 from jaxpapers.optim.power_iteration import MeshAxes
 from jaxpapers.optim.sharded import leaf_spec
 
@@ -98,20 +104,21 @@ def scale_by_dion2(
         raise ValueError(f"fraction must be in (0, 1], got {float(fraction)}")
     check_range("mu", mu, 0, 1)
     check_choice("coefficients", coefficients, tuple(COEFFICIENTS))
-    check_choice("scale", scale, SCALES)
+    check_choice("scale", scale, ("spectral", None))
+    check_dtype("momentum_dtype", momentum_dtype)
     check_choice("unknown_sharding", unknown_sharding, ("warn", "raise"))
     placement = Placement(sharding, unknown_sharding)
 
     def init(params):
         named, treedef = named_leaves(params)
-        read_layouts(named, weight_dimension_numbers, "Dion2")
+        layouts = read_layouts(named, weight_dimension_numbers, "Dion2")
         placement.see(named)
-        return Dion2State(
-            jnp.zeros((), jnp.int32),
-            treedef.unflatten(
-                [jnp.zeros_like(x, dtype=momentum_dtype or x.dtype) for _, x in named]
-            ),
-        )
+        leaves = [x for _, x in named]
+        momentum = [
+            placed(jnp.zeros_like(x, dtype=momentum_dtype or x.dtype), where)
+            for x, where in zip(leaves, placement.find(layouts, leaves))
+        ]
+        return Dion2State(jnp.zeros((), jnp.int32), treedef.unflatten(momentum))
 
     def update(updates, state, params=None):
         del params

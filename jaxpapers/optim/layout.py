@@ -163,7 +163,7 @@ def make_layout(
     if dimensions is None:
         if len(shape) != 2:
             raise ValueError(
-                f"{path}: Dion needs to know which axes of a {len(shape)}-D parameter "
+                f"{path}: nothing says which axes of a {len(shape)}-D parameter "
                 f"{tuple(shape)} form its matrix; pass weight_dimension_numbers, e.g. "
                 "DimensionNumbers(1, 2) for stacked layers (L, in, out), or leave it "
                 "to another optimizer"
@@ -179,7 +179,7 @@ def make_layout(
     if 0 in shape:
         raise ValueError(
             f"{path}: parameter has no elements, got shape {tuple(shape)}; leave it "
-            "out of Dion"
+            "to another optimizer"
         )
     if p_side not in P_SIDES:
         raise ValueError(f"p_side must be one of {P_SIDES}, got {p_side!r}")

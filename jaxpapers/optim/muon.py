@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding
 
 from jaxpapers.optim.collectives import psum
 from jaxpapers.optim.composite import with_scalars
@@ -27,8 +28,13 @@ from jaxpapers.optim.matrices import (
     same_shape,
 )
 from jaxpapers.optim.newton_schulz import COEFFICIENTS, newton_schulz
-from jaxpapers.optim.options import check_choice, check_range, check_trees
-from jaxpapers.optim.placement import Placement
+from jaxpapers.optim.options import (
+    check_choice,
+    check_dtype,
+    check_range,
+    check_trees,
+)
+from jaxpapers.optim.placement import Placement, placed
 from jaxpapers.optim.sharded import leaf_spec, row_spec
 
 
@@ -96,6 +102,7 @@ def scale_by_muon(
     check_range("eps", eps, 0)
     check_choice("coefficients", coefficients, tuple(COEFFICIENTS))
     check_choice("scale", scale, SCALES)
+    check_dtype("momentum_dtype", momentum_dtype)
     check_choice("unknown_sharding", unknown_sharding, ("warn", "raise"))
     if b2 is not None:
         check_range("b2", b2, 0, 1, open_right=True)
@@ -106,15 +113,21 @@ def scale_by_muon(
         layouts = read_layouts(named, weight_dimension_numbers, "Muon")
         placement.see(named)
         leaves = [leaf for _, leaf in named]
-        momentum = [jnp.zeros_like(x, dtype=momentum_dtype or x.dtype) for x in leaves]
+        found = placement.find(layouts, leaves)
+        momentum = [
+            placed(jnp.zeros_like(x, dtype=momentum_dtype or x.dtype), where)
+            for x, where in zip(leaves, found)
+        ]
         rows: Any = ()
         if b2 is not None:
-            rows = treedef.unflatten(
-                [
-                    jnp.zeros_like(_row_sums(layout, x), jnp.float32)
-                    for layout, x in zip(layouts, leaves)
-                ]
-            )
+            rows = [
+                placed(
+                    jnp.zeros_like(_row_sums(layout, x), jnp.float32),
+                    where and NamedSharding(where.mesh, layout.row_spec(where.spec)),
+                )
+                for layout, x, where in zip(layouts, leaves, found)
+            ]
+            rows = treedef.unflatten(rows)
         return MuonState(jnp.zeros((), jnp.int32), treedef.unflatten(momentum), rows)
 
     def update(updates, state, params=None):
@@ -142,13 +155,12 @@ def scale_by_muon(
                 layouts, named, outputs, *arrays[1:]
             )
         ]
-        trees = [treedef.unflatten(x) for x in zip(*results)] if results else []
-        if not results:
-            return updates, state
-        return trees[0], MuonState(
+        columns = zip(*results) if results else [()] * len(arrays)
+        directions, *states = (treedef.unflatten(x) for x in columns)
+        return directions, MuonState(
             jnp.asarray(optax.safe_increment(state.count)),
-            trees[1],
-            trees[2] if b2 is not None else (),
+            states[0],
+            states[1] if b2 is not None else (),
         )
 
     return optax.GradientTransformation(init, update)

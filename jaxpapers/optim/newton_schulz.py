@@ -14,7 +14,9 @@ Only G crosses the devices that split the longer side, once and not at every ste
 they share its steps where there are several matrices (``collectives.map_sum``). The
 devices that split the shorter side exchange their blocks: each receives whole rows of a
 share of the matrices if there are enough of them, else of all. G is formed and iterated
-in float32 with full precision, where the product of steps is accurate to rounding.
+in float32 with full precision. Its rounding shows where singular values are far below the
+largest: the result is then up to 2e-3 (Frobenius norm, one dominant value, the others
+1e-3 of it) from that of the plain iteration, which is 1e-5 from exact arithmetic.
 
 References: Jordan et al., Muon, 2024; Amsel et al., Polar Express, arXiv 2505.16932.
 """
@@ -23,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxpapers.optim.collectives import axis_size, map_sum, psum, symmetric
+from jaxpapers.optim.collectives import axis_size, map_sum, pmax, psum, symmetric
 from jaxpapers.optim.orthonormalize import HIGHEST
 from jaxpapers.optim.power_iteration import ONE_DEVICE, MeshAxes
 
@@ -64,7 +66,8 @@ def newton_schulz(
       coefficients: ``jordan`` (singular values end in [0.7, 1.2]), ``dion``,
         ``polar_express`` (closer to 1).
       axes: mesh axes that split l (``p``) and s (``q``).
-      eps: added to the Frobenius norm that x is divided by.
+      eps: added to the Frobenius norm that x is divided by, when its largest entry is
+        scaled to 1.
 
     Returns:
       Like ``x``, float32 at least; zero for a zero matrix.
@@ -76,6 +79,9 @@ def newton_schulz(
       True
     """
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    # A power of two near the largest entry first: squares of 1e20 overflow.
+    largest = pmax(jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True), axes.p + axes.q)
+    x = jnp.ldexp(x, -jnp.maximum(jnp.frexp(largest)[1], -120))
     square = psum(jnp.square(x).sum((-2, -1), keepdims=True), axes.p + axes.q)
     x = x / (_MARGIN[coefficients] * jnp.sqrt(square) + eps)
     rows = _whole_rows(x, axes.q)

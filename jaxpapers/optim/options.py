@@ -21,13 +21,26 @@ def check_range(
     *,
     open_right: bool = False,
 ) -> None:
-    """ValueError unless ``value`` is in [low, high]; traced values and schedules pass."""
-    if is_traced(value) or callable(value):
+    """ValueError unless ``value`` is in [low, high]; traced values pass."""
+    if is_traced(value):
         return
+    if callable(value):
+        raise ValueError(
+            f"{name} must be a number, got a function; for a schedule use "
+            "optax.inject_hyperparams"
+        )
     value = float(value)
     if not low <= value <= high or (open_right and value == high):
         bound = ")" if open_right or high == math.inf else "]"
         raise ValueError(f"{name} must be in [{low}, {high}{bound}, got {value}")
+
+
+def check_dtype(name: str, dtype: Any) -> None:
+    """ValueError unless ``dtype`` is None or one of real floating-point numbers."""
+    if dtype is not None and not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
+        raise ValueError(
+            f"{name} must be a real floating-point dtype, got {jnp.dtype(dtype)}"
+        )
 
 
 def check_leaf(path: str, leaf: Any, name: str) -> None:
@@ -40,7 +53,7 @@ def check_leaf(path: str, leaf: Any, name: str) -> None:
 
 
 def check_trees(name: str, got: Any, expected: Any) -> None:
-    """ValueError where gradients do not have the structure and shapes of the state."""
+    """ValueError where gradients do not have the structure of the state."""
     structures = [jax.tree.structure(x) for x in (got, expected)]
     if structures[0] != structures[1]:
         raise ValueError(

@@ -94,7 +94,7 @@ def find_sharding(
                 return None, True
             if not traced and not isinstance(mesh, jax.sharding.Mesh):
                 mesh = jax.sharding.get_mesh()
-            declared = NamedSharding(mesh, _check(layout, declared, mesh))
+            declared = NamedSharding(mesh, check_spec(layout, declared, mesh))
         elif not isinstance(declared, NamedSharding):
             raise TypeError(
                 f"{layout.path}: sharding must be a NamedSharding or PartitionSpec, "
@@ -114,7 +114,7 @@ def find_sharding(
             if kind == AxisType.Auto
         ]
         return None, mesh.empty or math.prod(automatic) == 1
-    _check(layout, found.spec, found.mesh)
+    check_spec(layout, found.spec, found.mesh)
     scope = jax.sharding.get_abstract_mesh()
     if (
         AxisType.Manual in scope.axis_types
@@ -122,6 +122,18 @@ def find_sharding(
     ):
         # Inside the caller's shard_map over some axes: the same mesh, seen from there.
         found = NamedSharding(scope, found.spec)
+    manual = {
+        name
+        for name, kind in zip(found.mesh.axis_names, found.mesh.axis_types)
+        if kind == AxisType.Manual
+    }
+    split_already = [n for e in tuple(found.spec) for n in mesh_axes(e) if n in manual]
+    if split_already:
+        raise ValueError(
+            f"{layout.path}: {found.spec} splits the leaf over {split_already[0]!r}, "
+            "which is a manual axis here; call update inside a shard_map over "
+            "replicate_axis alone (axis_names={replicate_axis})"
+        )
     kinds = zip(found.mesh.axis_sizes, found.mesh.axis_types)
     free = [(size, kind) for size, kind in kinds if kind != AxisType.Manual]
     # Explicit types name axes of size 1 as well, and a product over them is refused.
@@ -132,8 +144,8 @@ def find_sharding(
 def report_unknown(paths: Sequence[str], action: str) -> None:
     """Says that leaves on a mesh with Auto axes have no known sharding."""
     message = (
-        f"dion cannot see how {len(paths)} parameter(s), {paths[0]!r} first, are "
-        "sharded on this mesh with Auto axes, so the compiler partitions their step "
+        f"the optimizer cannot see how {len(paths)} parameter(s), {paths[0]!r} first, "
+        "are sharded on this mesh with Auto axes, so the compiler partitions their step "
         "and may gather whole matrices; pass sharding= (a tree of NamedSharding or "
         "PartitionSpec, or a function of (path, leaf)), call init on the sharded "
         "arrays outside jit, or use Explicit axes"
@@ -143,7 +155,7 @@ def report_unknown(paths: Sequence[str], action: str) -> None:
     warnings.warn(message, UserWarning, stacklevel=4)
 
 
-def _check(layout: Layout, spec: P, mesh) -> P:
+def check_spec(layout: Layout, spec: P, mesh) -> P:
     """Refuses a spec that names unknown or repeated axes, or does not divide."""
     entries = tuple(spec)
     if len(entries) > len(layout.shape):
@@ -176,6 +188,11 @@ def _check(layout: Layout, spec: P, mesh) -> P:
     if len(set(used)) != len(used):
         raise ValueError(f"{layout.path}: {spec} uses a mesh axis twice")
     return spec
+
+
+def placed(x: jax.Array, where: NamedSharding | None) -> jax.Array:
+    """``x`` with the sharding, if there is one."""
+    return x if where is None else constrain(x, where)
 
 
 def constrain(x: jax.Array, where: NamedSharding) -> jax.Array:

@@ -88,7 +88,7 @@ def power_iterate(
       b: matrix (..., l, s), or a list of (batch, l, s) that share l; their P are then
         summed over devices and factorised as one batch.
       q: warm start (..., s, r), or a list of them.
-      iters: repetitions; between them Q <- R, not normalised. May be traced.
+      iters: repetitions; between them Q <- R, scaled by a power of two. May be traced.
       orthogonalize: see ``orthonormalize``.
       axes: mesh axes that split l and s, and those to average over.
       rows: global index of each local row of P, when l is split.
@@ -121,11 +121,15 @@ def power_iterate(
         )
         return p, jax.tree.map(jnp.where, zero, q, r)
 
+    def again(q):
+        # Each repeat multiplies by B twice: without scaling, 1e20 or 1e-20 are lost.
+        return jax.tree.map(lambda r: jnp.ldexp(r, -_exponent(r, axes.q)), once(q)[1])
+
     if isinstance(iters, int):
         for _ in range(iters - 1):
-            q = once(q)[1]
+            q = again(q)
     else:
-        q = lax.fori_loop(0, iters - 1, lambda _, q: once(q)[1], q)
+        q = lax.fori_loop(0, iters - 1, lambda _, q: again(q), q)
     return once(q)
 
 
@@ -267,11 +271,16 @@ def _mean(x, summed: tuple[str, ...], averaged: tuple[str, ...]):
 
 def _column_norms(r, q_names):
     """|R_j|, through a power of two: squares of 1e20 overflow, and Q = 0 never ends."""
-    largest = pmax(jnp.max(jnp.abs(r), axis=(-2, -1), keepdims=True), q_names)
-    exponent = jnp.frexp(largest)[1]
+    exponent = _exponent(r, q_names)
     square = jnp.square(jnp.ldexp(r, -exponent))
     total = psum(jnp.sum(square, axis=-2, keepdims=True), q_names)
     return jnp.ldexp(jnp.sqrt(total), exponent)
+
+
+def _exponent(r, q_names):
+    """Of the power of two just above the largest entry over all devices."""
+    largest = pmax(jnp.max(jnp.abs(r), axis=(-2, -1), keepdims=True), q_names)
+    return jnp.maximum(jnp.frexp(largest)[1], -120)
 
 
 def _dot(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:

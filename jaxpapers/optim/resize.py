@@ -29,6 +29,7 @@ def rescale_rank(
     rank_multiple_of: int = 1,
     *,
     weight_dimension_numbers: Any = None,
+    replicas: int = 0,
     seed: int = 0,
 ) -> Any:
     """The state for another ``rank_fraction``, to go on with ``dion(rank_fraction=...)``.
@@ -43,6 +44,8 @@ def rescale_rank(
       rank_fraction: as for ``scale_by_dion``.
       rank_multiple_of: as for ``scale_by_dion``.
       weight_dimension_numbers: as for ``scale_by_dion``.
+      replicas: with ``replicate_axis``, how many there are: a rank at which factors are
+        no longer worth averaging (or are again) changes which momenta have their axis.
       seed: of the further columns.
 
     Example:
@@ -55,11 +58,11 @@ def rescale_rank(
     """
     table = dict(named_leaves(params)[0])
 
-    def q(path, leaf):
+    def layout_of(path):
         name = path_name(path)
         param = table[name]
         named = [(name, param)]
-        layout = make_layout(
+        return make_layout(
             name,
             param.shape,
             per_leaf(weight_dimension_numbers, named, is_dimensions, "dimensions")[0],
@@ -70,9 +73,22 @@ def rescale_rank(
             ),
             rank_multiple_of=static_multiple(rank_multiple_of, None),
         )
-        return _with_rank(name, leaf, layout.rank, seed)
 
-    return _map_dion(state, "q", q)
+    def q(path, leaf):
+        return _with_rank(path_name(path), leaf, layout_of(path).rank, seed)
+
+    def momentum(path, m):
+        layout = layout_of(path)
+        own = m.ndim > len(layout.shape)
+        if own and not replicas:
+            raise ValueError(
+                f"{layout.path}: momentum has an axis of {m.shape[0]} replicas; pass "
+                f"replicas={m.shape[0]}"
+            )
+        lead = (replicas,) if replicas and layout.compresses else ()
+        return _with_replicas(layout.path, m, (*lead, *layout.shape), own)
+
+    return _map_dion(_map_dion(state, "momentum", momentum), "q", q)
 
 
 def sync_for_checkpoint(state: Any, params: Any) -> Any:
@@ -91,7 +107,10 @@ def sync_for_checkpoint(state: Any, params: Any) -> Any:
     def momentum(path, m):
         if m.shape[1:] != shapes[path_name(path)]:
             return m
-        return jnp.broadcast_to(m.mean(0, keepdims=True), m.shape)
+        mean = jnp.broadcast_to(m.mean(0, keepdims=True), m.shape)
+        return (
+            mean if isinstance(m, jax.core.Tracer) else jax.device_put(mean, m.sharding)
+        )
 
     return _map_dion(state, "momentum", momentum)
 
@@ -111,20 +130,28 @@ def resize(state: Any, target: Any, *, seed: int = 0) -> Any:
       ValueError: shapes that differ in anything else.
     """
 
-    def q(path, x, t):
-        name = path_name(path)
-        if x.shape[:-1] != t.shape[:-1]:
-            raise ValueError(_UNLIKE.format(name=name, got=x.shape, expected=t.shape))
-        return _with_rank(name, x, t.shape[-1], seed)
-
     def node(x, t):
         if not isinstance(x, DionState):
             return x
+
+        def q(path, old, new):
+            name = path_name(path)
+            if old.shape[:-1] != new.shape[:-1]:
+                raise ValueError(
+                    _UNLIKE.format(name=name, got=old.shape, expected=new.shape)
+                )
+            return _with_rank(name, old, new.shape[-1], seed).astype(new.dtype)
+
+        def momentum(path, old, new, q):
+            # M has at least Q's axes; only one more can be that of replicas.
+            own = old.ndim > max(new.ndim - 1, q.ndim)
+            name = path_name(path)
+            return _with_replicas(name, old, new.shape, own).astype(new.dtype)
+
+        tree_map = jax.tree_util.tree_map_with_path
         return x._replace(
-            momentum=jax.tree_util.tree_map_with_path(
-                _with_replicas, x.momentum, t.momentum
-            ),
-            q=jax.tree_util.tree_map_with_path(q, x.q, t.q),
+            momentum=tree_map(momentum, x.momentum, t.momentum, x.q),
+            q=tree_map(q, x.q, t.q),
         )
 
     return jax.tree.map(node, state, target, is_leaf=lambda x: isinstance(x, DionState))
@@ -136,26 +163,23 @@ _UNLIKE = (
 )
 
 
-def _with_replicas(path, m: jax.Array, target: Any) -> jax.Array:
-    """M for the target's number of replicas: the mean for each, if it changes."""
-    if m.shape == target.shape:
+def _with_replicas(name: str, m: jax.Array, shape: tuple[int, ...], own: bool):
+    """M in a shape with other replicas: the mean for each; ``own``: m has their axis."""
+    if m.shape == shape:
         return m
-    if m.ndim >= target.ndim:
-        before, after = m.shape[1:], target.shape[m.ndim == target.ndim :]
-    else:
-        before, after = m.shape, target.shape[1:]
-    if before != after:
-        name = path_name(path)
-        raise ValueError(_UNLIKE.format(name=name, got=m.shape, expected=target.shape))
-    mean = m if m.ndim < target.ndim else m.mean(0)
-    return jnp.broadcast_to(mean, target.shape)
+    matrix = m.shape[1:] if own else m.shape
+    if shape[len(shape) - len(matrix) :] != matrix or len(shape) > len(matrix) + 1:
+        raise ValueError(_UNLIKE.format(name=name, got=m.shape, expected=shape))
+    return jnp.broadcast_to(m.mean(0) if own else m, shape)
 
 
 def _with_rank(name: str, q: jax.Array, rank: int, seed: int) -> jax.Array:
     old = q.shape[-1]
     if rank <= old:
         return q[..., :rank]
+    # Not init's key: its first columns may be Q itself.
     key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
+    key = jax.random.fold_in(jax.random.fold_in(key, 1), old)
     more = jax.random.normal(key, (*q.shape[:-1], rank - old), jnp.float32)
     size = jnp.sqrt(jnp.mean(jnp.square(q.astype(jnp.float32))))
     return jnp.concatenate([q, (size * more).astype(q.dtype)], axis=-1)

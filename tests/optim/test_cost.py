@@ -168,6 +168,27 @@ def test_bytes_of_replicas():
     assert low.total_bytes - plain.total_bytes < full.bytes_per_step["all-reduce", (R,)]
 
 
+@pytest.mark.parametrize(
+    "options, match",
+    [
+        ({"rank_fraction": -1}, "rank_fraction must be in"),
+        ({"rank_fraction": 2.0}, "rank_fraction must be in"),
+        ({"shape": (63, 64)}, "does not divide"),
+        ({"spec": P(D, D)}, "uses a mesh axis twice"),
+        ({"spec": P("pod")}, "names the mesh axis 'pod'"),
+        ({"replicate_axis": "pod"}, "is no axis of the mesh"),
+        ({"split_p": "x"}, "split_p must be one of"),
+        ({"right_factor": "x"}, "right_factor must be one of"),
+        ({"orthogonalize": "x"}, "orthogonalize must be one of"),
+    ],
+    ids=str,
+)
+def test_bad_input(options, match):
+    options = {"shape": (64, 64), "spec": P(D, M), **options}
+    with pytest.raises(ValueError, match=match):
+        plan_dion(mesh={D: 2, M: 2}, **options)
+
+
 def test_flops_and_state_against_the_compiler():
     mesh = jax.make_mesh((4, 2), (D, M), axis_types=(AxisType.Auto,) * 2)
     where = NamedSharding(mesh, P(D, M))

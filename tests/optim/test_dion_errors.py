@@ -1,6 +1,7 @@
 """Wrong input is refused with what was got, what was expected and what to do."""
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from jaxpapers.optim import DimensionNumbers, dion, scale_by_dion
@@ -47,7 +48,7 @@ def test_options(name):
 
 @pytest.mark.parametrize("shape", [(), (8,), (2, 8, 4)])
 def test_leaf_that_is_no_matrix(shape):
-    match = rf"w: Dion needs to know which axes of a {len(shape)}-D parameter .*pass "
+    match = rf"w: nothing says which axes of a {len(shape)}-D parameter .*pass "
     with pytest.raises(ValueError, match=match):
         scale_by_dion().init({"w": jnp.ones(shape)})
 
@@ -124,3 +125,20 @@ def test_sharding_of_another_kind():
         scale_by_dion(sharding={"w": "data"}).init(W)
     with pytest.raises(ValueError, match="sharding has no entry for the parameter 'w'"):
         scale_by_dion(sharding={"v": None}).init(W)
+
+
+@pytest.mark.parametrize("name", ["momentum_dtype", "q_dtype", "communication_dtype"])
+def test_dtypes_are_real_numbers(name):
+    with pytest.raises(ValueError, match=f"{name} must be a real floating-point dtype"):
+        scale_by_dion(**{name: jnp.int8})
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e20])
+def test_repeated_iterations_keep_the_scale(scale):
+    g = np.random.default_rng(0).normal(size=(16, 32)).astype(np.float32)
+    out = []
+    for c in (1.0, scale):
+        tx = scale_by_dion(0.25, power_iters=3, eps=0.0)
+        g_c = {"w": jnp.asarray(g * np.float32(c))}
+        out.append(tx.update(g_c, tx.init(g_c))[0]["w"])
+    np.testing.assert_allclose(out[1], out[0], atol=2e-5)

@@ -198,11 +198,45 @@ def test_dion2_uses_the_largest_rows_and_keeps_the_rest():
         (lambda: scale_by_muon(coefficients="x"), "coefficients must be one of"),
         (lambda: scale_by_muon(b2=1.5), "b2 must be in"),
         (lambda: scale_by_dion2(0.0), "fraction must be in"),
+        (lambda: scale_by_dion2(scale="rms"), "scale must be one of"),
+        (
+            lambda: scale_by_muon(momentum_dtype=jnp.int32),
+            "momentum_dtype must be a real",
+        ),
+        (
+            lambda: scale_by_muon(mu=lambda t: 0.9),
+            "mu must be a number, got a function",
+        ),
     ],
 )
 def test_bad_options(make, match):
     with pytest.raises(ValueError, match=match):
         make()
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+@pytest.mark.parametrize("scale", [1e-20, 1e20, 1e30])
+def test_tiny_and_huge_gradients(kind, scale):
+    g = normal(8, 24)
+    out = []
+    for c in (1.0, scale):
+        tx = MAKERS[kind](scale=None)
+        g_c = {"w": jnp.asarray(g * np.float32(c))}
+        out.append(tx.update(g_c, tx.init(g_c))[0]["w"])
+    np.testing.assert_allclose(out[1], out[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["normuon", "dion2"])
+def test_state_is_sharded_from_the_start(kind, make_mesh):
+    mesh = make_mesh((4, 2))
+    with jax.set_mesh(mesh):
+        tx = MAKERS[kind](sharding=P(D, M))
+        state = jax.jit(tx.init)({"w": jnp.ones((16, 32))})
+    where = NamedSharding(mesh, P(D, M))
+    assert state.momentum["w"].sharding.is_equivalent_to(where, 2)
+    if kind == "normuon":
+        rows = NamedSharding(mesh, P(None, M))
+        assert state.row_square["w"].sharding.is_equivalent_to(rows, 2)
 
 
 def test_bad_leaves():

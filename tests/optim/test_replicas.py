@@ -196,6 +196,9 @@ def test_resize_to_other_replicas_and_ranks():
         assert jax.tree.map(jnp.shape, got) == jax.tree.map(jnp.shape, after)
         assert (got.momentum["tall"] == value).all()
         assert (got.momentum["full"] == 1).all()
+    rows = one._replace(momentum={**one.momentum, "tall": jnp.ones((32, 32))})
+    with pytest.raises(ValueError, match="tall: cannot resize"):
+        resize(one, rows)
     chain = (optax.EmptyState(), one)
     assert resize(chain, chain)[1] is not None
     wrong = one._replace(momentum={**one.momentum, "tall": jnp.ones((2, 5, 32))})
@@ -221,6 +224,59 @@ def test_rescaled_rank_keeps_columns_and_trains_on():
     np.testing.assert_array_equal(less.q["w"], state.q["w"][:, :2])
     with pytest.raises(ValueError, match="rescale_rank"):
         tx.update(grads, less)
+
+
+def test_a_larger_rank_brings_new_directions():
+    params = {"w": jnp.zeros((32, 64))}
+    state = scale_by_dion(0.25).init(params)
+    for fraction in (0.5, 1.0):
+        state = rescale_rank(state, params, fraction)
+        q = np.asarray(state.q["w"])
+        assert np.linalg.matrix_rank(q, tol=1e-2) == q.shape[1] == 32 * fraction
+
+
+def test_a_rank_at_which_the_other_way_of_averaging_pays():
+    mesh = mesh_of((2, 2, 2), "Auto")
+    with jax.set_mesh(mesh):
+        params, state, _, update = placed(mesh, 2)
+        _, state = update(gradients(2, 0), state)
+        mean = np.mean(state.momentum["tall"], 0)
+        options = {"weight_dimension_numbers": DIMENSIONS}
+        with pytest.raises(ValueError, match="pass replicas=2"):
+            rescale_rank(state, params, 1.0, **options)
+        full = rescale_rank(state, params, 1.0, replicas=2, **options)
+        assert jax.tree.map(jnp.shape, full.momentum) == SHAPES
+        np.testing.assert_allclose(full.momentum["tall"], mean, atol=1e-6)
+        back = rescale_rank(full, params, FRACTIONS["tall"], replicas=2, **options)
+        assert back.momentum["tall"].shape == (2, 16, 32)
+        # Without it the update says what is wrong.
+        wrong = state._replace(q={**full.q})
+        tx = scale_by_dion(1.0, replicate_axis=R, **options)
+        specs = replica_specs(wrong, params, R)
+        f = jax.shard_map(
+            tx.update, in_specs=(P(), specs), out_specs=(P(), specs), axis_names={R}
+        )
+        with pytest.raises(ValueError, match="gradient is averaged; change the rank"):
+            jax.eval_shape(f, params, wrong)
+
+
+def test_sharded_over_an_axis_that_is_manual():
+    mesh = mesh_of((2, 2, 1), "Auto")
+    g = {"w": jnp.ones((16, 32))}
+    with jax.set_mesh(mesh):
+        tx = scale_by_dion(0.25, replicate_axis=R, sharding=P(None, D))
+        state = tx.init(g)
+        specs = replica_specs(state, g, R)._replace(momentum={"w": P(R, None, D)})
+        f = jax.shard_map(
+            tx.update,
+            in_specs=(P(None, D), specs),
+            out_specs=P(),
+            check_vma=False,
+        )
+        with pytest.raises(
+            ValueError, match="w: .* over 'data', which is a manual axis"
+        ):
+            jax.eval_shape(f, g, state)
 
 
 def test_composite_averages_the_other_leaves():

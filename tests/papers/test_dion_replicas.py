@@ -121,6 +121,41 @@ def test_another_width_is_no_matter_of_resizing(corpus, tmp_path):
     manager.close()
 
 
+def test_another_vocabulary_neither(corpus, tmp_path):
+    fit(corpus, "data:8", workdir=tmp_path)
+    with pytest.raises(
+        ValueError, match="embedding' has shape .*, this config expects"
+    ):
+        fit(corpus, "data:8", "--config.net.vocab_size=512", workdir=tmp_path)
+
+
+def test_a_run_of_replicas_is_read_without_them(corpus, tmp_path):
+    folder = str(tmp_path / "run")
+    result = run.train(
+        "dion:smoke", [*SMALL, corpus, LOWRANK], workdir=folder, quiet=True,
+        mesh="replica:2,data:4",
+    )  # fmt: skip
+    again = run.evaluate(folder)
+    assert again["validation_bits"] == pytest.approx(
+        result["validation_bits"], rel=1e-5
+    )
+    assert len(run.sample(folder, length=3)) > 0
+    assert run.export(folder, str(tmp_path / "p.safetensors")).exists()
+
+
+def test_replicas_compute_nothing_twice(corpus):
+    """Of the same batch, a device of replica 2 x data 4 does what one of data 8 does."""
+    config = run.load_config("dion:smoke", [*SMALL, corpus])
+    batch = tasks.batch_shapes(config)
+    flops = {}
+    for mesh in ("data:8", "replica:2,data:4"):
+        grid = meshes.make_mesh(meshes.parse_mesh(mesh))
+        compiled = train.compile(dion.make(config), grid, batch)
+        flops[mesh] = compiled.executable.cost_analysis()["flops"]
+    # Dion's factors are split over data alone.
+    assert flops["replica:2,data:4"] < 1.3 * flops["data:8"]
+
+
 def test_errors(corpus):
     with pytest.raises(ValueError, match="needs optim.name=dion and optim.clip=0"):
         fit(corpus, "replica:2,data:4", LOWRANK, "--config.optim.clip=1.0")
