@@ -26,7 +26,9 @@ rank, port, folder = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
-jax.distributed.initialize(f"localhost:{port}", 2, rank)
+jax.distributed.initialize(
+    f"localhost:{port}", 2, rank, heartbeat_timeout_seconds=10
+)
 assert jax.device_count() == 4 and jax.process_count() == 2
 import numpy as np
 from jax.experimental import multihost_utils
@@ -187,7 +189,8 @@ def test_four_processes_resumed_by_two_and_by_one(tmp_path):
         mesh_of = "--mesh=data:2,model:2"
         codes, out, errors = finish(slurm(count, workdir, *overrides, stop, mesh_of))
         assert codes == [0] * count, errors
-        assert "this model" in out[0] and not any(x.strip() for x in out[1:])
+        # The first process alone speaks (but for the transport's own lines).
+        assert ["this model" in x for x in out] == [True] + [False] * (count - 1)
     alone = tmp_path / "alone"
     # The schedule's end moves with the steps: the same three stages on one process.
     for steps in (2, 4, 6):
@@ -199,8 +202,8 @@ def test_four_processes_resumed_by_two_and_by_one(tmp_path):
             quiet=True,
         )
     got, want = losses(workdir), losses(alone)
-    assert sorted(got) == sorted(want) == [1, 2, 3, 4, 5, 6]
-    np.testing.assert_allclose([got[i] for i in got], [want[i] for i in got], rtol=1e-4)
+    assert sorted(got) == sorted(want) == [2, 4, 6]
+    np.testing.assert_allclose(list(got.values()), list(want.values()), rtol=1e-4)
 
 
 def test_a_killed_process_ends_the_others(tmp_path):
@@ -212,4 +215,4 @@ def test_a_killed_process_ends_the_others(tmp_path):
     began = time.monotonic()
     codes, _, errors = finish(processes)
     assert codes[0] not in (0, 75), errors
-    assert time.monotonic() - began < 110
+    assert time.monotonic() - began < 60  # JAX's default is 100 s, here it is 10.
