@@ -178,6 +178,7 @@ def losses(workdir):
     return {r["step"]: r["loss"] for r in records if "loss" in r}
 
 
+@pytest.mark.slow
 def test_four_processes_resumed_by_two_and_by_one(tmp_path):
     corpus = tmp_path / "text.py"
     corpus.write_text("def f(x):\n    return x + 1\n\n\n" * 100)

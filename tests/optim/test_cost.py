@@ -44,6 +44,7 @@ def compile_step(sizes, options, dtypes=jnp.float32):
         f"{name}{i}": (*SHAPES[name], fraction)
         for name in SHAPES
         for i, fraction in enumerate(FRACTIONS)
+        if name in ("tall", "wide") or i == 0
     }
     where = {n: NamedSharding(mesh, spec) for n, (_, _, spec, _) in leaves.items()}
     dimensions = {n: d for n, (_, d, _, _) in leaves.items()}
