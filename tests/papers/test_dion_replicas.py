@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from jaxpapers import run, tasks, train
 from jaxpapers import mesh as meshes
+from jaxpapers import run, tasks, train
 from jaxpapers.papers import dion
 
 SMALL = [
