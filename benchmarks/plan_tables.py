@@ -24,7 +24,7 @@ TIMEOUT = 1200
 # preset, topology, mesh, fields. Batches of the small slice are those of a small slice.
 SLICES = [
     ("dion:3b", "v5p:8x8x8", "data:64,model:8", {}),
-    ("dion:3b", "v6e:16x16", "data:16,model:16", {}),
+    ("dion:3b", "v6e:16x16", "data:256", {}),
     ("dion:3b", "v5e:4x4", "data:4,model:4", {"data.batch": 32}),
     ("dion:160m", "v5p:8x8x8", "replica:8,data:64", {}),
     ("dion:160m", "v6e:16x16", "data:256", {}),
