@@ -10,6 +10,7 @@ there already is computed again only if its command changed or it had failed.
 """
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -24,7 +25,7 @@ TIMEOUT = 1200
 # preset, topology, mesh, fields. Batches of the small slice are those of a small slice.
 SLICES = [
     ("dion:3b", "v5p:8x8x8", "data:64,model:8", {}),
-    ("dion:3b", "v6e:16x16", "data:256", {}),
+    ("dion:3b", "v6e:16x16", "data:16,model:16", {"train.accumulate": 2}),
     ("dion:3b", "v5e:4x4", "data:4,model:4", {"data.batch": 32}),
     ("dion:160m", "v5p:8x8x8", "replica:8,data:64", {}),
     ("dion:160m", "v6e:16x16", "data:256", {}),
@@ -88,7 +89,10 @@ def markdown(rows: dict) -> str:
         name = key.removeprefix(f"{preset} {topology} ")
         label = f"{preset} {topology} {arguments[5]} {name}"
         if "error" in row:
-            lines.append(f"| {label} | {row['error']} |" + " |" * 8)
+            reason = row["error"].removeprefix("jaxpapers: ").split(" on ")[0]
+            need = re.search(r"temporaries \(([\d.]+G)\)", row["error"])
+            need = f" ({need.group(1)}B of temporaries)" if need else ""
+            lines.append(f"| {label} | {reason}{need} |" + " |" * 8)
             continue
         sent = [
             sum(r["wire_bytes"] for r in row["collectives"] if r["part"] == part)
