@@ -8,10 +8,11 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxpapers import hlo
+from jaxpapers import hlo, plan
 from jaxpapers.optim import (
     DimensionNumbers,
     dion_state_sharding,
+    orthonormalize,
     plan_dion,
     replica_specs,
     scale_by_dion,
@@ -95,7 +96,7 @@ def check(sizes, **options):
     mesh, leaves, compiled = compile_step(sizes, options)
     expected, largest = {}, 0
     for shape, dimensions, spec, fraction in leaves.values():
-        plan = plan_dion(
+        leaf = plan_dion(
             shape,
             spec,
             mesh,
@@ -104,8 +105,8 @@ def check(sizes, **options):
             replicate_axis=R if sizes[0] > 1 else None,
             **options,
         )
-        largest = max(largest, plan.largest)
-        for key, size in plan.bytes_per_step.items():
+        largest = max(largest, leaf.largest)
+        for key, size in leaf.bytes_per_step.items():
             expected[key] = expected.get(key, 0) + size
     found = hlo.collectives(compiled.as_text(), mesh)
     assert hlo.wire_bytes(found) == pytest.approx(expected, abs=1e-6)
@@ -223,3 +224,22 @@ def test_temporary_memory(rank):
     compiled = jax.jit(tx.update, donate_argnums=(0, 1)).lower(g, state).compile()
     block, thin = 1024 * 4096 // 8 * 4, 4096 // 2 * rank * 4
     assert compiled.memory_analysis().temp_size_in_bytes <= block + 3 * thin
+
+
+@pytest.mark.parametrize("method, passes, factors", [("scqr", 6, 7), ("cqr2", 2, 4)])
+def test_factorisations_are_counted(method, passes, factors):
+    """The compiler's count leaves LAPACK out, so the traced step is counted."""
+    l, s, r = 96, 64, 16
+    p = jax.ShapeDtypeStruct((l, r), jnp.float32)
+    traced = jax.make_jaxpr(lambda p: orthonormalize(p, method))(p)
+
+    def count(jaxpr):
+        names = [e.primitive.name for e in jaxpr.eqns]
+        inner = [j for e in jaxpr.eqns for j in plan._inner_jaxprs(e.params)]
+        return names.count("cholesky") + sum(map(count, inner))
+
+    assert count(traced.jaxpr) == factors
+    flops = plan_dion((s, l), P(), {}, r / s, orthogonalize=method).flops
+    # A pass multiplies twice by (l, r); scqr's first one refines with two more.
+    expected = 8 * l * s * r + passes * 4 * l * r**2 + factors * 4 * r**3 / 3
+    assert flops == pytest.approx(expected)
