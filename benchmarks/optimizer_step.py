@@ -126,13 +126,37 @@ def measure(steps: dict, repetitions: int) -> dict:
     }
 
 
-def product(shape):
-    """The product that Dion's power iteration consists of: (l, s) by (s, s / 4)."""
+def pieces(shape) -> dict:
+    """What a rank-1/4 step is made of: its products and its orthonormalisation."""
     l, s = max(shape), min(shape)
-    a, b = jnp.ones((l, s)), jnp.ones((s, s // 4))
-    f = jax.jit(lambda a, b: jnp.matmul(a, b, precision="highest"))
-    f(a, b).block_until_ready()
-    return lambda: f(a, b).block_until_ready()
+    r = s // 4
+    b, q, p = (jax.random.normal(jax.random.key(i), x)
+               for i, x in enumerate([(l, s), (s, r), (l, r)]))  # fmt: skip
+
+    def dot(spec, x, y):
+        return jnp.einsum(spec, x, y, precision="highest")
+
+    @jax.jit
+    def products(b, q, p):
+        right = dot("ls,lr->sr", b, p)
+        return (
+            dot("ls,sr->lr", b, q),
+            dot("lr,sr->ls", p, right),
+            dot("lr,sr->ls", p, q),
+        )
+
+    one = jax.jit(lambda b, q: dot("ls,sr->lr", b, q))
+    basis = jax.jit(optim.orthonormalize)
+    made = {
+        "matrix product l x s x s/4": lambda: one(b, q),
+        "the four products of a step": lambda: products(b, q, p),
+        "orthonormalize l x s/4, scqr": lambda: basis(p),
+    }
+    for run in made.values():
+        jax.block_until_ready(run())
+    return {
+        name: lambda run=run: jax.block_until_ready(run()) for name, run in made.items()
+    }
 
 
 def dion_flops(shape, fraction: float) -> float:
@@ -145,11 +169,13 @@ def dion_flops(shape, fraction: float) -> float:
 def matrix(shape, repetitions: int, microsoft: str | None) -> dict:
     """Measures one shape."""
     steps = {**jax_steps(shape), **torch_steps(shape, microsoft)}
-    steps["matrix product l x s x s/4"] = product(shape)
+    steps.update(pieces(shape))
     times = measure(steps, repetitions)
     l, s = max(shape), min(shape)
     plain = 2 * l * s * (s // 4) / times["matrix product l x s x s/4"]["wall_ms"] / 1e6
     flops = dion_flops(shape, 0.25)
+    step = times["dion 1/4 scqr"]
+    parts = ("the four products of a step", "orthonormalize l x s/4, scqr")
     return {
         "times": times,
         "ratio_to_optax_muon_cpu": {
@@ -160,6 +186,11 @@ def matrix(shape, repetitions: int, microsoft: str | None) -> dict:
             "gflop": flops / 1e9,
             "gflop_per_s": flops / times["dion 1/4 scqr"]["wall_ms"] / 1e6,
             "plain_product_gflop_per_s": plain,
+            "share_of_cpu_time": {
+                **{name: times[name]["cpu_ms"] / step["cpu_ms"] for name in parts},
+                "sums and copies": 1
+                - sum(times[name]["cpu_ms"] for name in parts) / step["cpu_ms"],
+            },
         },
     }
 

@@ -80,8 +80,9 @@ def markdown(rows: dict) -> str:
     """The rows as the table of docs/scale.md."""
     lines = [
         "| slice, mesh, optimizer | parameters | optimizer | temporaries | peak | fits | "
-        "sent, forward/backward | sent, optimizer | PFLOP | compile |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "sent, forward/backward | sent, optimizer | its largest matrix | "
+        "PFLOP | compile |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for key, row in rows.items():
         arguments = row["command"]
@@ -92,12 +93,13 @@ def markdown(rows: dict) -> str:
             reason = row["error"].removeprefix("jaxpapers: ").split(" on ")[0]
             need = re.search(r"temporaries \(([\d.]+G)\)", row["error"])
             need = f" ({need.group(1)}B of temporaries)" if need else ""
-            lines.append(f"| {label} | {reason}{need} |" + " |" * 8)
+            lines.append(f"| {label} | {reason}{need} |" + " |" * 9)
             continue
         sent = [
             sum(r["wire_bytes"] for r in row["collectives"] if r["part"] == part)
             for part in ("forward/backward", "optimizer")
         ]
+        optimizer = [r for r in row["collectives"] if r["part"].startswith("optimizer")]
         cells = [
             *(
                 f"{row[x] / 1e6:,.0f} MB"
@@ -106,6 +108,7 @@ def markdown(rows: dict) -> str:
             *(f"{row[x] / 1e9:.2f} GB" for x in ("temporary_bytes", "peak_bytes")),
             "yes" if row["fits"] else "no",
             *(f"{x / 1e6:,.0f} MB" for x in sent),
+            f"{max((r['matrix'] for r in optimizer), default=0) / 1e6:.2f} M",
             f"{row['flops'] / 1e15:.3f}",
             f"{row['compile_seconds']:.0f} s",
         ]

@@ -60,6 +60,7 @@ def get_config(preset: str | None = None) -> ConfigDict:
                 "clip": 1.0,  # global gradient norm; 0: none
                 "rank_fraction": 0.25,
                 "rank_multiple_of": 1,
+                "rank_schedule": "",  # "1000:0.125,2000:0.5": other ranks from steps on
                 "mu": 0.95,
                 "orthogonalize": "scqr",
                 "momentum_dtype": "",  # "": float32, as the parameters

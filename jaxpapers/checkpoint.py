@@ -105,6 +105,14 @@ def restore(
     return state, int(restored["data"]["next_index"])
 
 
+def latest_step(directory: str | Path) -> int | None:
+    """Step of the latest complete checkpoint in a folder; None if there is none."""
+    if not Path(directory).is_dir():
+        return None
+    with open_manager(directory, read_only=True) as manager:
+        return manager.latest_step()
+
+
 def read_config(manager: ocp.CheckpointManager, step: int | None = None) -> dict:
     """The resolved config that a checkpoint was written with."""
     step = _step(manager, step)

@@ -46,6 +46,7 @@ class Collective(NamedTuple):
       result_bytes: of its results on one device.
       wire_bytes: that a device sends in a ring, one time.
       elements: of its largest result.
+      matrix: of the last two axes of its largest result.
       count: how often the program runs it.
       op_name: the compiler's note of where it comes from.
     """
@@ -56,6 +57,7 @@ class Collective(NamedTuple):
     result_bytes: float
     wire_bytes: float
     elements: int
+    matrix: int
     count: int
     op_name: str
 
@@ -154,7 +156,7 @@ def _trips(line: str, bodies: dict[str, list[str]]) -> int:
     """How often a while instruction runs its body; 1 for others, or if nothing tells.
 
     TPU programs do not say it: the loops of ``lax.scan`` count from 0 to the constant
-    that their condition compares with.
+    that their condition compares with, and nothing else.
     """
     known = _TRIPS.search(line)
     if known:
@@ -162,7 +164,7 @@ def _trips(line: str, bodies: dict[str, list[str]]) -> int:
     loop = _CONDITION.search(line)
     condition = bodies.get(loop.group(1), []) if loop else []
     bounds = [b.group(1) for b in map(_BOUND.search, condition) if b]
-    less = any("direction=LT" in x for x in condition)
+    less = any("direction=LT" in x and x.lstrip().startswith("ROOT") for x in condition)
     return int(bounds[0]) if less and len(bounds) == 1 else 1
 
 
@@ -173,7 +175,7 @@ def _parse(
     if match is None:
         return None
     results, kind, start = match.groups()
-    shapes = [(_size_of(d), _elements(dims)) for d, dims in _TYPE.findall(results)]
+    shapes = [(_size_of(d), _numbers(dims)) for d, dims in _TYPE.findall(results)]
     if start and kind != "all-reduce":
         # (operands..., results...) and for permutes two context words.
         shapes = (
@@ -181,7 +183,7 @@ def _parse(
         )
     groups = _replica_groups(line, kind, partitions)
     group = max((len(g) for g in groups), default=1)
-    result = float(sum(size * n for size, n in shapes))
+    result = float(sum(size * math.prod(dims) for size, dims in shapes))
     # TPUs run a reduce-scatter as a fusion of an all-reduce with a slice.
     if kind == "all-reduce" and "all-reduce-scatter" in computation:
         kind, wire = "reduce-scatter", ring_bytes("reduce-scatter", result, group)
@@ -196,7 +198,8 @@ def _parse(
         group,
         result,
         wire,
-        max(n for _, n in shapes),
+        max(math.prod(dims) for _, dims in shapes),
+        max(math.prod(dims[-2:]) for _, dims in shapes),
         count,
         note.group(1) if note else "",
     )
@@ -207,10 +210,6 @@ def _size_of(dtype: str) -> float:
         return _BYTES[dtype]
     bits = re.search(r"\d+", dtype)
     return int(bits.group()) / 8 if bits else 0.0
-
-
-def _elements(dims: str) -> int:
-    return math.prod(int(d) for d in dims.split(",") if d)
 
 
 def _replica_groups(line: str, kind: str, partitions: int) -> Groups:

@@ -17,10 +17,11 @@ import jax
 from jaxpapers import hlo
 from jaxpapers import train as trainer
 from jaxpapers.method import Method
+from jaxpapers.optim.orthonormalize import RESCUE
 
 # Bytes of memory of one chip.
 HBM = {"v5e": 16e9, "v5p": 95e9, "v6e": 32e9}
-PARTS = ("forward/backward", "optimizer")
+PARTS = ("forward/backward", "optimizer", f"optimizer, {RESCUE}")
 
 
 class DoesNotFit(ValueError):
@@ -42,7 +43,9 @@ class Plan(NamedTuple):
       hbm_bytes: memory of the chip; None if unknown.
       fits: whether the peak is below that; None if unknown.
       flops: of the matrix products of a step, per chip, recomputation included.
-      collectives: rows of part, kind, axes, count, result_bytes, wire_bytes, largest.
+      collectives: rows of part, kind, axes, count, result_bytes, wire_bytes, largest,
+        matrix (see ``hlo.Collective``). Loops of unknown length count once: Dion's of
+        well-conditioned factors; what others need is a part of its own.
       compile_seconds: spent here.
     """
 
@@ -215,7 +218,7 @@ def _rows(found: list[hlo.Collective]) -> list[dict[str, Any]]:
     """
     groups: dict[tuple, list[hlo.Collective]] = {}
     for c in found:
-        part = PARTS["/optimizer/" in c.op_name]
+        part = PARTS[("/optimizer/" in c.op_name) + (f"/{RESCUE}/" in c.op_name)]
         groups.setdefault((part, c.kind, c.axes), []).append(c)
     rows = [
         {
@@ -226,6 +229,7 @@ def _rows(found: list[hlo.Collective]) -> list[dict[str, Any]]:
             "result_bytes": int(sum(c.result_bytes * c.count for c in members)),
             "wire_bytes": int(sum(c.wire_bytes * c.count for c in members)),
             "largest": max(c.elements for c in members),
+            "matrix": max(c.matrix for c in members),
         }
         for (part, kind, axes), members in groups.items()
     ]
@@ -249,18 +253,19 @@ def format_plan(p: Plan) -> list[str]:
         lines.append(f"{verb} in the chip's {size(p.hbm_bytes)}")
     lines.append(f"matrix products: {_decimal(p.flops, 'FLOP')} per chip and step")
     lines.append(
-        f"{'part':<17} {'collective':<19} {'axes':<14} {'count':>6} "
+        f"{'part':<26} {'collective':<19} {'axes':<14} {'count':>6} "
         f"{'sent':>10} {'largest result':>15}"
     )
     for row in p.collectives:
         lines.append(
-            f"{row['part']:<17} {row['kind']:<19} {row['axes']:<14} "
+            f"{row['part']:<26} {row['kind']:<19} {row['axes']:<14} "
             f"{row['count']:>6} {size(row['wire_bytes']):>10} "
             f"{row['largest']:>15,}"
         )
     for part in PARTS:
         sent = sum(r["wire_bytes"] for r in p.collectives if r["part"] == part)
-        lines.append(f"{part}: {size(sent)} sent per chip and step")
+        if sent or part in PARTS[:2]:
+            lines.append(f"{part}: {size(sent)} sent per chip and step")
     return lines
 
 

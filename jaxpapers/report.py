@@ -123,6 +123,8 @@ class Report:
         if first:
             self.console.print(f"continuing from step {first}")
         self._first, self._steps, self._began = first, steps, time.monotonic()
+        if self._progress:  # Of an earlier part of the run.
+            self._progress.stop()
         if self._live:
             self._progress = Progress(
                 TextColumn("{task.completed:.0f}/{task.total:.0f}"),

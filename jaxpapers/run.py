@@ -85,6 +85,7 @@ def train(
     talk = report.make_console(quiet=quiet)
     method, grid = _method(name, config, mesh)
     meshes.batch_rows(grid, config.data.batch, parts=config.train.accumulate)
+    parts = papers.phases(name, config)
     task = tasks.load(config, method, grid)
     paper = papers.NAMES[name]
     talk.print(f"[bold]{paper.title}[/], arXiv {paper.arxiv}")
@@ -108,11 +109,12 @@ def train(
         quiet=quiet,
         unit=task.unit,
     )
-    try:
-        state = trainer.fit(
-            method,
+
+    def fit_until(last, part):
+        return trainer.fit(
+            papers.load(name).make(part),
             task.examples,
-            steps=config.train.steps,
+            steps=last,
             batch=config.data.batch,
             mesh=grid,
             seed=config.train.seed,
@@ -127,6 +129,12 @@ def train(
             report=reporter,
             profile=profile,
         )
+
+    try:
+        for last, part in parts[:-1]:
+            if (ckpt.latest_step(folder / "checkpoints") or 0) < last:
+                fit_until(last, part)
+        state = fit_until(*parts[-1])
         # Only now is it known that the config fits the checkpoint that was there.
         _write_config(folder, name, plain)
         final, baselines = task.evaluate(state.params), task.baselines()

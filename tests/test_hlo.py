@@ -23,6 +23,16 @@ TEXT = r"""HloModule jit_f, num_partitions=8
   ROOT %lt = pred[] compare(%i, %n), direction=LT
 }
 
+%until (q: (s32[], f32[4], pred[])) -> pred[] {
+  %n = s32[] constant(9)
+  %lt = pred[] compare(%i, %n), direction=LT
+  ROOT %and = pred[] and(%lt, %done)
+}
+
+%work (p: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %rs = f32[2,5,3]{2,1,0} all-to-all(%v), PAIRS
+}
+
 %body (p: (s32[], f32[4])) -> (s32[], f32[4]) {
   %ar = f32[4]{0} all-reduce(%v), PAIRS, x={op_name="jit(f)/optimizer/psum"}
 }
@@ -40,6 +50,7 @@ ENTRY %main.1 (x: f32[16,8]) -> f32[4,8] {
   %alone = f32[10]{0} all-reduce(%z), replica_groups={{0},{1}}
   %loop = (s32[], f32[4]{0}) while(%t), body=%body, x={"known_trip_count":{"n":"12"}}
   %tpu = (s32[], f32[4]{0}) while(%t), condition=%cond, body=%sends
+  %data = (s32[], f32[4]{0}) while(%t), condition=%until, body=%work
   ROOT %f = f32[4,8]{1,0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1
 }
 """.replace("PAIRS", "replica_groups=[4,2]<=[8]")
@@ -49,7 +60,10 @@ def test_forms_of_the_text():
     mesh = jax.sharding.AbstractMesh((4, 2), ("data", "model"))
     found = {(c.kind, c.count): c for c in hlo.collectives(TEXT, mesh)}
     assert found["all-gather", 3].wire_bytes == 8  # Once, three times.
-    assert len(found) == 6  # Not the reduction of each device with itself.
+    # A loop that data end counts once, whatever else bounds it.
+    data = found["all-to-all", 1]
+    assert (data.elements, data.matrix) == (30, 15)
+    assert len(found) == 7  # Not the reduction of each device with itself.
     gather = found["all-gather", 1]
     assert (gather.axes, gather.group, gather.result_bytes) == (("model",), 2, 64)
     assert gather.wire_bytes == 32

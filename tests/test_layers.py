@@ -36,7 +36,7 @@ ALLOWED = {
         "train",
     },
     "hlo": set(),
-    "plan": {"hlo", "method", "train"},
+    "plan": {"hlo", "method", "optim", "train"},
     "cli": {"mesh", "papers", "plan", "report", "run", "train"},
     "__main__": {"cli"},
     "__init__": {"optim"},

@@ -6,11 +6,13 @@ import platform
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxpapers import cli, plan, run
+from jaxpapers import cli, hlo, optim, plan, run
 from jaxpapers import mesh as meshes
 from jaxpapers.optim import plan_dion
+from jaxpapers.optim.orthonormalize import RESCUE
 from jaxpapers.papers import dion
 
 SMALL = [
@@ -83,19 +85,65 @@ def test_product_flops_of_loops_gradients_and_shards():
     assert flops(choice, a, b) == 120
 
 
-def test_compiles_for_a_tpu_slice(capsys):
+@pytest.fixture
+def libtpu():
+    """Only where libtpu cannot be installed is nothing compiled for a TPU."""
     if importlib.util.find_spec("libtpu") is None:
         linux = platform.system() == "Linux" and platform.machine() == "x86_64"
         assert not linux, "the test extra installs libtpu on Linux x86-64"
         pytest.skip(f"no libtpu for {platform.system()} {platform.machine()}")
+
+
+def optimizer_rows(found):
+    return [r for r in found.collectives if r["part"].startswith("optimizer")]
+
+
+def test_compiles_for_a_tpu_slice(libtpu):
     found = run.plan("dion:smoke", SMALL, topology="v5e:4x4", mesh="data:8,model:2")
     assert found.devices == 16 and found.fits and found.hbm_bytes == 16e9
-    optimizer = [r for r in found.collectives if r["part"] == "optimizer"]
+    optimizer = optimizer_rows(found)
     # The largest is P of the three stacked MLP kernels, or their packed Grams.
     assert {r["axes"] for r in optimizer} <= {"data", "model", "data,model"}
     assert max(r["largest"] for r in optimizer) <= 12 * (192 // 2) * 16
-    whole = 4 * 64 * 192
-    assert all(r["largest"] < whole for r in optimizer)
+    assert max(r["matrix"] for r in optimizer) < 64 * 64
+
+
+@pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
+def test_a_tpu_sends_the_closed_form_to_the_byte(libtpu, dtype):
+    """P in bfloat16 too: a CPU's compiler would promote that sum to float32."""
+    grid = meshes.make_mesh({"data": 8, "model": 2}, plan.topology_devices("v5e:4x4"))
+    spec = P("data", "model")
+    where = NamedSharding(grid, spec)
+    options = {"communication_dtype": dtype, "split_p": "whole"}
+    tx = optim.scale_by_dion(1 / 4, sharding=where, **options)
+    grads = {"w": jax.ShapeDtypeStruct((256, 1024), jnp.float32, sharding=where)}
+    with jax.set_mesh(grid):
+        state = jax.eval_shape(tx.init, grads)
+        placed = optim.dion_state_sharding(state, grads, {"w": where})
+        state = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            state,
+            placed,
+        )
+        text = jax.jit(tx.update).lower(grads, state).compile().as_text()
+    found = [c for c in hlo.collectives(text, grid) if f"/{RESCUE}/" not in c.op_name]
+    expected = plan_dion((256, 1024), spec, grid, 1 / 4, **options)
+    assert hlo.wire_bytes(found) == pytest.approx(expected.bytes_per_step)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "topology, mesh, fields",
+    [
+        ("v5p:8x8x8", "data:64,model:8", []),
+        ("v6e:16x16", "data:16,model:16", ["--config.train.accumulate=2"]),
+    ],
+)
+def test_3b_fits_and_sends_no_whole_matrix(libtpu, topology, mesh, fields):
+    found = run.plan("dion:3b", fields, topology=topology, mesh=mesh)
+    assert found.fits and found.parameters > 3e9
+    smallest = 3072 * 1024  # Key and value.
+    assert max(r["matrix"] for r in optimizer_rows(found)) < smallest
 
 
 def test_command_line(capsys):

@@ -106,33 +106,43 @@ def share_axes(matrices: int, sizes: dict[str, int]) -> tuple[tuple[str, ...], i
     return best
 
 
-def map_sum(
-    f: Callable[[jax.Array], tuple[jax.Array, ...]], x: jax.Array, axis_name: AxisNames
-) -> tuple[jax.Array, ...]:
-    """The lower triangles of ``f`` of a sum over devices, which they share the work of.
+def share_sum(
+    x: jax.Array, axis_name: AxisNames
+) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
+    """Sum of symmetric matrices over devices, of which each gets a share to work on.
 
     Only triangles are sent. Where the batch fills a mesh axis (``share_axes``), the sum
-    is scattered, each device maps its share and the results are gathered: the bytes of
-    a plain sum, a fraction of the work.
+    is scattered and what devices make of their shares is gathered: the bytes of a plain
+    sum, a fraction of the work. Else every device has all, and nothing is gathered.
 
     Args:
-      f: maps symmetric matrices (k, r, r) to some matrices (k, r, r) each.
-      x: symmetric matrices (n, r, r), a summand.
+      x: (n, r, r), a summand.
       axis_name: mesh axes to sum over.
+
+    Returns:
+      The share (k, r, r) of the sum, and a function that gathers the lower triangles of
+      something (k, r, r), or numbers (k, c), from all shares.
     """
     n, r = x.shape[:2]
     names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+    if not names:
+        return x, lambda y: y
     shared, padded = share_axes(n, {name: lax.axis_size(name) for name in names})
     if not shared:
-        return f(symmetric(unpack(psum(pack(x), names), r)))
+        return symmetric(unpack(psum(pack(x), names), r)), lambda y: y
     # Scatter, sum the share over the other axes, gather: the bytes of one all-reduce.
-    packed = jnp.pad(pack(x), ((0, padded - n), (0, 0), (0, 0)))
+    # What pads the batch is the identity, which can be factorised.
+    eye = jnp.broadcast_to(jnp.eye(r, dtype=x.dtype), (padded - n, r, r))
+    packed = pack(jnp.concatenate([x, eye]))
     mine = lax.psum_scatter(packed, shared, scatter_dimension=0, tiled=True)
     mine = psum(mine, tuple(name for name in names if name not in shared))
-    return tuple(
-        unpack(lax.all_gather(pack(y), shared, tiled=True)[:n], r)
-        for y in f(symmetric(unpack(mine, r)))
-    )
+
+    def gather(y):
+        if y.ndim == 2:
+            return lax.all_gather(y, shared, tiled=True)[:n]
+        return unpack(lax.all_gather(pack(y), shared, tiled=True)[:n], r)
+
+    return symmetric(unpack(mine, r)), gather
 
 
 def _pad(x, rows, columns):

@@ -8,19 +8,23 @@ what                        over               bytes in a ring
 =========================== ================== =======================================
 P, whole                    axes of s          2 (f-1)/f N (l/t) r e
 P, scattered and gathered   axes of s          (f-1)/f N (l/t) r e, twice
-c Gram matrices             axes of l [#]_     c 2 (t-1)/t N r (r+1)/2 e
+2 Gram matrices (scqr)      axes of l [#]_     2 (t-1)/t N r (r+1)/2 e, twice
 R                           axes of l          2 (t-1)/t N (s/f) r e
 norms of R's columns        axes of s          2 (f-1)/f N (r + 1) e
-two scalars per matrix      axes of l [#]_     2 (t-1)/t N 2 e
+max |p|, and sum p^2 [#]_   axes of l [#]_     2 (t-1)/t N e each
 rcqr's sketch, k rows       axes of l [#]_     2 (t-1)/t N k r e
 qr's factors                axes of l          (t-1)/t N t min(l/t, r) r e
 =========================== ================== =======================================
 
 .. [#] If P's rows are scattered, over those of l and s; if its matrices are, N / f.
+.. [#] Only cqr2 and rcqr, as the trace of scqr's Gram matrix is that sum.
 
-With scattered matrices a byte for each says which are zero. P and R of replicas are
-reduced together with the sums above, or after the scatter. The tests compare these
-numbers with the compiled program, to the byte.
+A Gram matrix that devices share is scattered and its inverse factor gathered, with 3
+numbers of each matrix in the first pass of scqr and one in the next. Every further pass
+of scqr sends ``bytes_per_pass`` more, an ill-conditioned batch ``bytes_of_rescue`` once.
+With scattered P's a byte for each says which are zero. P and R of replicas are reduced
+together with the sums above, or after the scatter. The tests compare these numbers with
+the compiled program, to the byte.
 """
 
 import math
@@ -56,9 +60,12 @@ class DionPlan(NamedTuple):
       q_axis: mesh axes that split Q's rows.
       compressed: replicas exchange P and R; otherwise their gradients.
       split: how P's orthonormalisation is shared, see ``choose_split``.
-      bytes_per_step: bytes sent in rings, by (collective, mesh axes).
+      bytes_per_step: bytes sent in rings, by (collective, mesh axes); with scqr those of
+        well-conditioned P's.
+      bytes_per_pass: what one more Gram pass sends, where scqr needs more than two.
+      bytes_of_rescue: what the jittered first pass of an ill-conditioned batch sends.
       largest: elements of the largest result of a collective.
-      flops: multiplications and additions.
+      flops: multiplications and additions, of well-conditioned P's.
       state_bytes: M and Q.
     """
 
@@ -69,6 +76,8 @@ class DionPlan(NamedTuple):
     compressed: bool
     split: str
     bytes_per_step: dict[tuple[str, Axes], float]
+    bytes_per_pass: dict[tuple[str, Axes], float]
+    bytes_of_rescue: dict[tuple[str, Axes], float]
     largest: int
     flops: float
     state_bytes: int
@@ -125,7 +134,7 @@ def plan_dion(
       >>> mesh = {"data": 4, "model": 2}
       >>> plan = plan_dion((1024, 4096), P("data", "model"), mesh, 0.25)
       >>> plan.rank, plan.p_axis, round(plan.total_bytes / 2**20, 2)
-      (256, ('model',), 4.35)
+      (256, ('model',), 3.69)
     """
     sizes = dict(mesh) if isinstance(mesh, dict) else dict(mesh.shape)
     check_choice("orthogonalize", orthogonalize, METHODS)
@@ -163,7 +172,7 @@ def plan_dion(
     dtype, m_dtype = jnp.dtype(dtype), jnp.dtype(momentum_dtype or dtype)
     compute = jnp.promote_types(m_dtype, jnp.float32)
     e = compute.itemsize
-    sent = _Sent(list(sizes), sizes)
+    sent, further, rescue = (_Sent(list(sizes), sizes) for _ in range(3))
     if replicas and not compressed:
         sent.add("all-reduce", replicas, n * (l // t) * (s // f), dtype.itemsize)
 
@@ -184,6 +193,9 @@ def plan_dion(
         else:
             basis_axes, l_basis = p_axis + q_axis, l_basis // f
     flops = _orthonormalize(once, orthogonalize, basis_axes, n_basis, l_basis, r, e)
+    if orthogonalize == "scqr":
+        _gram_pass(further, basis_axes, n_basis, r, e, numbers=1, times=power_iters)
+        _gram_pass(rescue, basis_axes, n_basis, r, e, factors=2, times=power_iters)
     once.add("all-reduce", p_axis + averaged, n * (s // f) * r, e)
     sent.add_all(once, power_iters)
     # Between repeats R is scaled by its maximum.
@@ -196,12 +208,14 @@ def plan_dion(
         sent.add("all-reduce", q_axis, n, e)  # max |R|, before squaring.
     else:  # It needs the same maximum.
         flops += _orthonormalize(sent, "scqr", q_axis, n, s // f, r, e)
+        _gram_pass(further, q_axis, n, r, e, numbers=1)
+        _gram_pass(rescue, q_axis, n, r, e, factors=2)
     q_item = jnp.dtype(q_dtype or m_dtype).itemsize
     state = n * (l // t) * (s // f) * m_dtype.itemsize + n * (s // f) * r * q_item
     transposed = layout.p_axes == layout.reduction
     return DionPlan(
-        r, transposed, p_axis, q_axis, compressed, split, sent.bytes, sent.largest,
-        flops, state,
+        r, transposed, p_axis, q_axis, compressed, split, sent.bytes, further.bytes,
+        rescue.bytes, sent.largest, flops, state,
     )  # fmt: skip
 
 
@@ -209,14 +223,14 @@ class _Sent:
     """Adds up what collectives send."""
 
     def __init__(self, order: list[str], sizes: dict[str, int]):
-        self._order, self._sizes = order, sizes
+        self._order, self.sizes = order, sizes
         self.bytes: dict[tuple[str, Axes], float] = {}
         self.largest = 0
 
     def add(self, kind: str, axes: Axes, elements: int, itemsize: int) -> None:
         """A collective whose larger side (result, scatter's operand) has ``elements``."""
-        axes = tuple(a for a in self._order if a in axes and self._sizes[a] > 1)
-        group = math.prod(self._sizes[a] for a in axes)
+        axes = tuple(a for a in self._order if a in axes and self.sizes[a] > 1)
+        group = math.prod(self.sizes[a] for a in axes)
         if group == 1:
             return
         passes = 2 if kind == "all-reduce" else 1
@@ -235,36 +249,62 @@ def _orthonormalize(
     sent: _Sent, method: str, axes: Axes, n: int, rows: int, r: int, e: int
 ) -> float:
     """Adds the collectives of ``orthonormalize`` and returns its FLOPs."""
-    group = math.prod(sent._sizes[a] for a in axes)
+    group = math.prod(sent.sizes[a] for a in axes)
     sent.add("all-reduce", axes, n, e)  # max |p|
     if method == "qr":
         k = min(rows, r)
         sent.add("all-gather", axes, n * group * k * r, e)
         flops = 4.0 * n * rows * r * k
         return flops + n * (2 * rows * r * k + 4 * group * k * r * r) * (group > 1)
-    sent.add("all-reduce", axes, n, e)  # sum p^2, for the jitter
     flops = 0.0
+    if method != "scqr":
+        sent.add("all-reduce", axes, n, e)  # sum p^2, for the jitter
     if method == "rcqr":
         k = sketch_rows(r)
         sent.add("all-reduce", axes, n * k * r, e)
         flops += n * (2 * k * rows * r + 4 * k * r * r + rows * r * r)
-    shared, padded = share_axes(n, {a: sent._sizes[a] for a in axes})
-    rest = tuple(a for a in axes if a not in shared)
-    devices = math.prod(sent._sizes[a] for a in shared)
-    triangle = padded * r * (r + 1) // 2
-    passes = GRAM_PASSES[method]
-    for i in range(passes):
-        refined = method == "scqr" and i == 0
-        # The last two passes also factorise with a shift, to fall back on.
-        factorisations = 2 if i >= passes - 2 else 1
-        if shared:
-            sent.add("reduce-scatter", shared, triangle, e)
-            sent.add("all-reduce", rest, triangle // devices, e)
-            for _ in range(2 if refined else 1):
-                sent.add("all-gather", shared, triangle, e)
-        else:
-            sent.add("all-reduce", axes, triangle, e)
-        products = 4 if refined else 2
-        flops += n * 2 * products * rows * r * r
-        flops += factorisations * padded / devices * 4 * r**3 / 3
+    for i in range(GRAM_PASSES[method]):
+        numbers = (3, 1)[i] if method == "scqr" else 0
+        share = _gram_pass(sent, axes, n, r, e, numbers=numbers)
+        flops += n * 4 * rows * r * r + share * 4 * r**3 / 3
     return flops
+
+
+def _gram_pass(
+    sent: _Sent,
+    axes: Axes,
+    n: int,
+    r: int,
+    e: int,
+    *,
+    factors: int = 1,
+    numbers: int = 0,
+    times: int = 1,
+) -> int:
+    """Adds the collectives of a Gram matrix and its factors; a device's share of them.
+
+    Args:
+      sent: what is added to.
+      axes: mesh axes that split the rows.
+      n: matrices.
+      r: columns.
+      e: bytes per number.
+      factors: triangles that are gathered of each.
+      numbers: gathered of each.
+      times: passes.
+    """
+    shared, padded = share_axes(n, {a: sent.sizes[a] for a in axes})
+    devices = math.prod(sent.sizes[a] for a in shared)
+    triangle = padded * r * (r + 1) // 2
+    for _ in range(times):
+        if not shared:
+            sent.add("all-reduce", axes, triangle, e)
+            continue
+        rest = tuple(a for a in axes if a not in shared)
+        sent.add("reduce-scatter", shared, triangle, e)
+        sent.add("all-reduce", rest, triangle // devices, e)
+        for _ in range(factors):
+            sent.add("all-gather", shared, triangle, e)
+        if numbers:
+            sent.add("all-gather", shared, padded * numbers, e)
+    return padded // devices

@@ -432,8 +432,8 @@ def _dion_blocks(options, axes, layouts, specs, grads, momenta, qs):
     """``dion_step`` on one device's blocks of the leaves of a group."""
     shapes = [g.shape for g in grads]
     directions, new_momenta, new_qs = dion_step(
-        [x.to_matrices(g) for x, g in zip(layouts, grads)],
-        [x.to_matrices(m) for x, m in zip(layouts, momenta)],
+        [x.to_matrices(g, x.order) for x, g in zip(layouts, grads)],
+        [x.to_matrices(m, x.order) for x, m in zip(layouts, momenta)],
         [x.q_to_matrices(q) for x, q in zip(layouts, qs)],
         options,
         axes=axes,
@@ -441,10 +441,17 @@ def _dion_blocks(options, axes, layouts, specs, grads, momenta, qs):
         q_rows=[
             x.rows(x.q_axes, s, spec) for x, s, spec in zip(layouts, shapes, specs)
         ],
+        orders=[x.order for x in layouts],
     )
     return (
-        [x.from_matrices(y, s) for x, y, s in zip(layouts, directions, shapes)],
-        [x.from_matrices(y, s) for x, y, s in zip(layouts, new_momenta, shapes)],
+        [
+            x.from_matrices(y, s, x.order)
+            for x, y, s in zip(layouts, directions, shapes)
+        ],
+        [
+            x.from_matrices(y, s, x.order)
+            for x, y, s in zip(layouts, new_momenta, shapes)
+        ],
         [y.reshape(q.shape) for y, q in zip(new_qs, qs)],
     )
 

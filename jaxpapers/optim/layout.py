@@ -74,19 +74,32 @@ class Layout(NamedTuple):
         entries = tuple(spec) + (None,) * (len(self.shape) - len(tuple(spec)))
         return P(*(None if a in self.reduction else e for a, e in enumerate(entries)))
 
-    def to_matrices(self, x: jax.Array) -> jax.Array:
-        """(Local block of) a leaf -> (batch, l, s)."""
-        x = jnp.transpose(x, self.batch + self.p_axes + self.q_axes)
-        n, k = len(self.batch), len(self.batch) + len(self.p_axes)
+    @property
+    def order(self) -> str:
+        """Which side comes first as the leaf is stored: ``ls`` or ``sl``."""
+        return "ls" if self.p_axes < self.q_axes else "sl"
+
+    def to_matrices(self, x: jax.Array, order: str = "ls") -> jax.Array:
+        """(Local block of) a leaf -> (batch, l, s), or (batch, s, l)."""
+        first, second = self._sides(order)
+        x = jnp.transpose(x, self.batch + first + second)
+        n, k = len(self.batch), len(self.batch) + len(first)
         return x.reshape(
             math.prod(x.shape[:n]), math.prod(x.shape[n:k]), math.prod(x.shape[k:])
         )
 
-    def from_matrices(self, x: jax.Array, local_shape: Sequence[int]) -> jax.Array:
+    def from_matrices(
+        self, x: jax.Array, local_shape: Sequence[int], order: str = "ls"
+    ) -> jax.Array:
         """Inverse of ``to_matrices`` for a local block of the given shape."""
-        order = self.batch + self.p_axes + self.q_axes
-        x = x.reshape([local_shape[a] for a in order])
-        return jnp.transpose(x, [order.index(a) for a in range(len(order))])
+        first, second = self._sides(order)
+        axes = self.batch + first + second
+        x = x.reshape([local_shape[a] for a in axes])
+        return jnp.transpose(x, [axes.index(a) for a in range(len(axes))])
+
+    def _sides(self, order: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        sides = {"l": self.p_axes, "s": self.q_axes}
+        return sides[order[0]], sides[order[1]]
 
     def q_to_matrices(self, q: jax.Array) -> jax.Array:
         """(Local block of) Q -> (batch, s, r)."""

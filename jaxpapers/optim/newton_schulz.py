@@ -11,7 +11,7 @@ X_k = X_0 W_k with a symmetric W_k that commutes with G:
 $$ A_k = G W_k^2, \quad W_{k+1} = W_k (a I + b A_k + c A_k^2) $$
 
 Only G crosses the devices that split the longer side, once and not at every step; and
-they share its steps where there are several matrices (``collectives.map_sum``). The
+they share its steps where there are several matrices (``collectives.share_sum``). The
 devices that split the shorter side exchange their blocks: each receives whole rows of a
 share of the matrices if there are enough of them, else of all. G is formed and iterated
 in float32 with full precision. Its rounding shows where singular values are far below the
@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxpapers.optim.collectives import axis_size, map_sum, pmax, psum, symmetric
+from jaxpapers.optim.collectives import axis_size, pmax, psum, share_sum, symmetric
 from jaxpapers.optim.orthonormalize import HIGHEST
 from jaxpapers.optim.power_iteration import ONE_DEVICE, MeshAxes
 
@@ -87,11 +87,10 @@ def newton_schulz(
     rows = _whole_rows(x, axes.q)
     gram = jnp.einsum("nls,nlt->nst", rows, rows, precision=HIGHEST)
 
-    def steps(gram):
-        return (_polynomial(gram, COEFFICIENTS[coefficients]),)
-
-    factor = steps(gram) if not axes.p else map_sum(steps, gram, axes.p)
-    w = factor[0] if not axes.p else symmetric(jnp.tril(factor[0]))
+    mine, gather = share_sum(gram, axes.p)
+    w = gather(_polynomial(mine, COEFFICIENTS[coefficients]))
+    # A gathered W is a lower triangle.
+    w = symmetric(jnp.tril(w)) if axes.p else w
     return _own_columns(
         jnp.einsum("nls,nst->nlt", rows, w, precision=HIGHEST), x.shape, axes.q
     )

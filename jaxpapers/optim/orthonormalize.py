@@ -7,12 +7,19 @@ all devices, ``r`` the number of columns, ``u`` the unit round-off.
 ============ ============================================== =====================
 method       passes                                         sent per matrix
 ============ ============================================== =====================
-``scqr``     3 shifted + 2 plain Cholesky QR, jittered      5 Grams
+``scqr``     Cholesky QR until the Gram matrix is the       a Gram each
+             identity: 2 passes for well-conditioned p,
+             shifted ones where Cholesky is not safe
 ``cqr2``     2 Cholesky QR (accurate for cond(p) < 1e3)     2 Grams
 ``rcqr``     sketch, Householder QR of it, 2 Cholesky QR    (k, r) + 2 Grams
 ``qr``       Householder QR of each shard, then of the      shards' R factors
              stacked R factors (tall-skinny QR)
 ============ ============================================== =====================
+
+``scqr`` decides by the Gram matrices, which all devices that share a matrix see, so it
+needs no choice of the user: a language model's momentum takes its extra passes in the
+first ten steps or so and two afterwards. A pass is safe if no column is within 3 % of
+the span of those before it; an unsafe first pass starts anew from ``p`` with jitter.
 
 Of a Gram matrix, which is symmetric, r (r + 1) / 2 entries are sent. Of a batch large
 enough to fill a mesh axis (``share_axes``) each device receives and factorises a share,
@@ -24,9 +31,10 @@ ill-conditioned; both then stay finite, with columns no longer than 1.
 
 All of them first divide by a power of two near max|p| (one scalar maximum), so that
 neither tiny nor huge momenta leave float32's range, and return zeros for a zero
-matrix. The three Cholesky methods add a jitter of relative size ``u``: it makes an
-exactly singular ``p`` (dead units, small batches) numerically full rank. The
-triangular factor has a positive diagonal in every method, so signs are deterministic.
+matrix. The three Cholesky methods add a jitter of relative size ``u`` (``scqr`` only
+where it is needed): it makes an exactly singular ``p`` (dead units, small batches)
+numerically full rank. The triangular factor has a positive diagonal in every method, so
+signs are deterministic.
 
 Reference: Ahn et al., Dion, arXiv 2504.05295 (``cqr``, ``rcqr``); Fukaya et al.,
 Shifted Cholesky QR, SIAM J. Sci. Comput. 42 (2020) for the shift.
@@ -41,10 +49,18 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxpapers.optim.collectives import AxisNames, map_sum, pmax, psum
+from jaxpapers.optim.collectives import AxisNames, pmax, psum, share_sum
 
 METHODS = ("scqr", "cqr2", "rcqr", "qr")
-GRAM_PASSES = {"scqr": 5, "cqr2": 2, "rcqr": 2, "qr": 0}
+# What a well-conditioned matrix takes, and what any does at most. The first pass of scqr
+# may be done twice.
+GRAM_PASSES = {"scqr": 2, "cqr2": 2, "rcqr": 2, "qr": 0}
+SCQR_MAX_PASSES = 12
+# Name, in compiled programs, of what only an ill-conditioned batch runs.
+RESCUE = "ill_conditioned"
+# Least squared distance of a unit column from the span of those before it at which a
+# Cholesky factor is trusted: its rounding error there is some sqrt(r) u.
+_SAFE, _LAST = 1e-3, 0.1
 # Gram matrices lose half the digits by construction: TPU's default (one bfloat16
 # pass) makes Cholesky fail at cond(p) = 1e2.
 HIGHEST = lax.Precision.HIGHEST
@@ -105,100 +121,156 @@ def _orthonormalize(
     zero = largest == 0
     # A power of two, so that scaling does not round.
     exponent = jnp.maximum(jnp.frexp(largest)[1], -120)
-    p = jnp.ldexp(p, -exponent)
+    # A zero matrix must not cost its batch more passes: it stands as an orthonormal one.
+    unit = (rows[:, None] == jnp.arange(p.shape[-1])[None]).astype(p.dtype)
+    unit = jnp.broadcast_to(unit, p.shape)
+    p = jnp.where(zero, unit, jnp.ldexp(p, -exponent))
     if method == "qr":
         basis = _tall_skinny_qr(p, axis_name)
+    elif method == "scqr":
+        basis = _shifted_cholesky_qr(p, axis_name, rows)[0]
     else:
-        p = _jitter(p, axis_name, rows)
-        if method == "scqr":
-            # Each shifted pass lifts the smallest singular value, from the jitter's u, by
-            # 1/sqrt(shift). Two such passes are enough at r = 64; the early gradients of
-            # a transformer broke them at r = l = 96.
-            p = _cholesky_qr(p, axis_name, "always", refine=True)
-            for shift in ("always", "always", "on_failure"):
-                p = _cholesky_qr(p, axis_name, shift)
-            basis = _cholesky_qr(p, axis_name, "if_skewed")
-        elif method == "cqr2":
-            p = _cholesky_qr(p, axis_name, "on_failure")
-            basis = _cholesky_qr(p, axis_name, "if_skewed")
-        else:
+        square = psum(jnp.sum(jnp.square(p), axis=(-2, -1), keepdims=True), axis_name)
+        p = _jitter(p, square, axis_name, rows)
+        if method == "rcqr":
             # The reference stops after one pass and is not orthonormal when p has fewer
             # than r non-zero rows.
             p = _sketch_qr(p, axis_name, rows)
-            p = _cholesky_qr(p, axis_name, "on_failure")
-            basis = _cholesky_qr(p, axis_name, "if_skewed")
+        p = _cholesky_qr(p, axis_name, 0.0)
+        basis = _cholesky_qr(p, axis_name, _LAST)
     return jnp.where(zero, 0, basis), zero
 
 
-def _cholesky_qr(
-    p: Array, axis_name: AxisNames, shift: str, *, refine: bool = False
-) -> Array:
-    """p L^-T with L L^T = p^T p + shift: one Gram matrix of communication."""
-    gram = jnp.einsum("...lr,...ls->...rs", p, p, precision=HIGHEST)
-    if axis_name:
-        lower, inverse = _factor_of_sum(gram, axis_name, shift, refine)
-    else:
-        lower, inverse = _factor(gram, shift)
-    basis = jnp.matmul(p, inverse, precision=HIGHEST)
-    if refine:
-        lost = p - jnp.matmul(basis, jnp.swapaxes(lower, -1, -2), precision=HIGHEST)
-        basis += jnp.matmul(lost, inverse, precision=HIGHEST)
-    return basis
-
-
-def _factor_of_sum(
-    gram: Array, axis_name: AxisNames, shift: str, with_lower: bool
+def _shifted_cholesky_qr(
+    p: Array, axis_name: AxisNames, rows: Array
 ) -> tuple[Array, Array]:
-    """``_factor`` of the sum over devices; L is anything unless asked for."""
+    """Cholesky QR passes over a batch until every matrix is orthonormal; their number.
 
-    def factor(gram):
-        lower, inverse = _factor(gram, shift)
-        upper = jnp.swapaxes(inverse, -1, -2)
-        return (upper, lower) if with_lower else (upper,)
+    A matrix that is done waits unchanged for the others of its batch.
+    """
+    shape = p.shape
+    p = p.reshape(-1, *shape[-2:])
+    gram, gather = share_sum(_gram(p), axis_name)
+    inverse, safe, near = _factor(gram, _SAFE, shift=False)
+    trace = jnp.trace(gram, axis1=-2, axis2=-1)
+    facts = gather(jnp.stack([safe, near, trace], axis=-1))[:, None]
+    safe, near, square = facts[..., :1] > 0, facts[..., 1:2] > 0, facts[..., 2:]
+    # NaNs never become safe, and must not cost the others their passes.
+    finite = jnp.isfinite(square)
+    open_ = ~safe & finite
+    basis = _times_upper(p, jnp.where(finite, gather(inverse), jnp.nan))
+    basis = lax.cond(
+        jnp.any(open_),
+        lambda: jnp.where(open_, _rescue(p, square, axis_name, rows), basis),
+        lambda: basis,
+    )
 
-    flat = gram.reshape(-1, *gram.shape[-2:])
-    factors = map_sum(factor, flat, axis_name)
-    upper, lower = (factors[i].reshape(gram.shape) for i in (0, -1))
-    return lower, jnp.swapaxes(upper, -1, -2)
+    def unfinished(carry):
+        count, _, near = carry
+        return (count < SCQR_MAX_PASSES) & ~jnp.all(near)
+
+    def one_pass(carry):
+        count, p, done = carry
+        gram, gather = share_sum(_gram(p), axis_name)
+        inverse, safe, near = _factor(gram, _SAFE)
+        p = jnp.where(done, p, _times_upper(p, gather(inverse)))
+        last = gather((safe & near).astype(p.dtype)[:, None])[:, None] > 0
+        return count + 1, p, done | last
+
+    done = (safe & near) | ~(safe | open_)
+    start = (1 + jnp.any(open_), basis, done)
+    count, basis, _ = lax.while_loop(unfinished, one_pass, start)
+    return basis.reshape(shape), count
 
 
-def _factor(gram: Array, shift: str) -> tuple[Array, Array]:
-    """L and L^-T with L L^T = gram + shift."""
-    # Textbook shifts, 11 (l r + r (r + 1)) u |p|^2, swamp the small directions; u tr(A)
-    # is what rounding of the Gram matrix may have cost at worst, 4 sqrt(r) u max(A_jj)
-    # at any size seen here.
+def _rescue(p: Array, square: Array, axis_name: AxisNames, rows: Array) -> Array:
+    """First pass for what is (nearly) singular: jittered, shifted, refined.
+
+    A shifted pass lifts the smallest singular value, from the jitter's u, by
+    1 / sqrt(shift). What the explicit inverse loses of the span here, no later pass
+    finds again: one step of iterative refinement with L does.
+    """
+    with jax.named_scope(RESCUE):
+        p = _jitter(p, square, axis_name, rows)
+        gram, gather = share_sum(_gram(p), axis_name)
+        lower, inverse = _inverse_factor(_shifted(gram))
+        lower = jnp.tril(gather(lower))
+        inverse = gather(inverse)
+        basis = _times_upper(p, inverse)
+        lost = p - jnp.einsum("nlr,nsr->nls", basis, lower, precision=HIGHEST)
+        return basis + _times_upper(lost, inverse)
+
+
+def _cholesky_qr(p: Array, axis_name: AxisNames, least: float) -> Array:
+    """p L^-T with L L^T = p^T p, shifted where that is not safe."""
+    flat = p.reshape(-1, *p.shape[-2:])
+    gram, gather = share_sum(_gram(flat), axis_name)
+    return _times_upper(flat, gather(_factor(gram, least)[0])).reshape(p.shape)
+
+
+def _gram(p: Array) -> Array:
+    return jnp.einsum("nlr,nls->nrs", p, p, precision=HIGHEST)
+
+
+def _times_upper(p: Array, inverse: Array) -> Array:
+    """p L^-T, given L^-1."""
+    return jnp.einsum("nlr,nsr->nls", p, jnp.tril(inverse), precision=HIGHEST)
+
+
+def _factor(gram: Array, least: float, shift: bool = True) -> tuple[Array, ...]:
+    """L^-1, and (n,) of whether it is safe and the Gram matrix near the identity.
+
+    Args:
+      gram: (n, r, r).
+      least: squared distance of a column from the span of those before it, relative to
+        its square, below which the factor is not safe.
+      shift: shift what is not safe.
+    """
+    lower, inverse = _inverse_factor(gram)
+    diagonal = jnp.diagonal(gram, axis1=-2, axis2=-1)
+    pivots = jnp.square(jnp.diagonal(lower, axis1=-2, axis2=-1))
+    # Where Cholesky fails, pivots are NaN. It also succeeds on mere rounding error, and
+    # columns longer than 1 come out: a last pass must not let them.
+    safe = jnp.all(pivots > least * diagonal, axis=-1)
+    if shift:
+        inverse = lax.cond(
+            jnp.all(safe),
+            lambda: inverse,
+            lambda: jnp.where(
+                safe[:, None, None], inverse, _inverse_factor(_shifted(gram))[1]
+            ),
+        )
+    off = jnp.square(gram - jnp.eye(gram.shape[-1], dtype=gram.dtype)[None])
+    return inverse, safe, off.sum((-2, -1)) < 0.25
+
+
+def _shifted(gram: Array) -> Array:
+    """gram + shift.
+
+    Textbook shifts, 11 (l r + r (r + 1)) u |p|^2, swamp the small directions; u tr(A) is
+    what rounding of the Gram matrix may have cost at worst, 4 sqrt(r) u max(A_jj) at any
+    size seen here.
+    """
     r, unit = gram.shape[-1], jnp.finfo(gram.dtype).eps
     diagonal = jnp.diagonal(gram, axis1=-2, axis2=-1)
     size = jnp.minimum(diagonal.sum(-1), 4 * math.sqrt(r) * diagonal.max(-1))
-    eye = jnp.broadcast_to(jnp.eye(r, dtype=gram.dtype), gram.shape)
-    shifted = gram + unit * size[..., None, None] * eye
-    if shift == "always":
-        return _inverse_factor(shifted)
-    lower, inverse = _inverse_factor(gram)
-    pivots = jnp.diagonal(inverse, axis1=-2, axis2=-1)[..., None]
-    spread = jnp.min(pivots, -2) / jnp.max(pivots, -2)
-    # Where Cholesky fails, pivots are NaN. It also succeeds on mere rounding error, and
-    # columns longer than 1 come out: a last pass must not let them.
-    fine = spread > (0.1 if shift == "if_skewed" else 0)
-    return lower, jnp.where(fine[..., None], inverse, _inverse_factor(shifted)[1])
+    return gram + unit * size[:, None, None] * jnp.eye(r, dtype=gram.dtype)[None]
 
 
 def _inverse_factor(gram: Array) -> tuple[Array, Array]:
-    """Cholesky factor L and L^-T.
+    """Cholesky factor L and its inverse.
 
     The small inverse, then one product with p: products run at full speed everywhere,
     triangular solves with many right-hand sides nowhere. What the explicit inverse of
-    an ill-conditioned L loses of the orthonormality the next pass repairs; what it
-    loses of the span only ``refine`` does.
+    an ill-conditioned L loses of the orthonormality the next pass repairs.
     """
 
     def invert(gram):
         lower = lax.linalg.cholesky(gram, symmetrize_input=False)
         eye = jnp.eye(gram.shape[-1], dtype=gram.dtype)
-        inverse = lax.linalg.triangular_solve(
-            lower, eye, left_side=False, lower=True, transpose_a=True
+        return lower, lax.linalg.triangular_solve(
+            lower, eye, left_side=True, lower=True
         )
-        return lower, inverse
 
     return _per_matrix(invert, gram)
 
@@ -267,10 +339,9 @@ def _per_matrix(f: Callable, *xs: Array) -> Any:
     return jax.tree.map(lambda y: y.reshape(*batch, *y.shape[1:]), out)
 
 
-def _jitter(p: Array, axis_name: AxisNames, rows: Array) -> Array:
+def _jitter(p: Array, square: Array, axis_name: AxisNames, rows: Array) -> Array:
     """Adds noise of one unit round-off relative to the root mean square of ``p``."""
     count = psum(p.shape[-2] * p.shape[-1], axis_name)
-    square = psum(jnp.sum(jnp.square(p), axis=(-2, -1), keepdims=True), axis_name)
     size = jnp.finfo(p.dtype).eps * jnp.sqrt(square / count)
     noise = _noise(rows, p.shape[-1], p.dtype, stream=0)
     return p + size * jnp.broadcast_to(noise, p.shape)

@@ -33,7 +33,7 @@ RIGHT_FACTORS = ("colnorm", "orth")
 SPLITS = ("auto", "whole")
 
 # Orthonormalising f-th parts of P's rows on f devices instead of all rows on each sends
-# some 20 r^2 bytes more and saves some 20 l r^2 FLOPs: from this l on, an accelerator
+# some 8 r^2 bytes more and saves some 8 l r^2 FLOPs: from this l on, an accelerator
 # computes longer than it would send.
 ROWS_WORTH_SPLITTING = 1024
 
@@ -81,6 +81,7 @@ def power_iterate(
     rows: jax.Array | None = None,
     split_p: str = "auto",
     communication_dtype: Any = None,
+    order: Any = "ls",
 ) -> tuple[Any, Any]:
     """Power iteration P, R with P orthonormal and R = B^T P (steps 2-4).
 
@@ -97,6 +98,9 @@ def power_iterate(
       communication_dtype: of P on its way between the devices that split s; default
         that of the computation. The P that is used is the rounded one, so nothing is
         lost from the momentum.
+      order: ``ls``, or ``sl`` where ``b`` is stored as (..., s, l): products read it as
+        it lies, for a transposed copy costs as much as a product does at a low rank. A
+        list if ``b`` is one.
 
     Returns:
       P (..., l, r) and R (..., s, r), shaped like ``b`` and ``q`` otherwise. Where B Q
@@ -110,14 +114,19 @@ def power_iterate(
       (1.0, 3.0)
     """
 
+    order = jax.tree.map(lambda _: order, b) if isinstance(order, str) else order
+
     def once(q):
         parts, treedef = jax.tree.flatten(
-            jax.tree.map(lambda b, q: _dot("ls,sr->lr", b, q), b, q)
+            jax.tree.map(lambda b, q, o: _dot(f"{o},sr->lr", b, q), b, q, order)
         )
         found = _basis(parts, orthogonalize, axes, rows, split_p, communication_dtype)
         p, zero = (treedef.unflatten(x) for x in found)
         r = jax.tree.map(
-            lambda b, p: _mean(_dot("ls,lr->sr", b, p), axes.p, axes.replica), b, p
+            lambda b, p, o: _mean(_dot(f"{o},lr->sr", b, p), axes.p, axes.replica),
+            b,
+            p,
+            order,
         )
         return p, jax.tree.map(jnp.where, zero, q, r)
 
@@ -168,17 +177,19 @@ def dion_step(
     axes: MeshAxes = ONE_DEVICE,
     p_rows: jax.Array | None = None,
     q_rows: Sequence[jax.Array | None] | None = None,
+    orders: Sequence[str] | None = None,
 ) -> tuple[list[jax.Array], list[jax.Array], list[jax.Array]]:
     """Steps 1-7 for matrices that share l, r and mesh axes.
 
     Args:
-      grads: G, each (batch, l, s).
-      momenta: M, each (batch, l, s).
+      grads: G, each (batch, l, s), or (batch, s, l) as ``orders`` says.
+      momenta: M, each like its G.
       qs: Q, each (batch, s, r).
       options: hyper-parameters.
       axes: mesh axes that split l and s, and those to average over.
       p_rows: global index of each local row of P, when l is split.
       q_rows: the same for each Q, when s is split.
+      orders: ``ls`` or ``sl`` for each matrix, see ``power_iterate``; default ``ls``.
 
     Returns:
       Directions P Q^T, new momenta and new Qs in the compute dtype: float64 if the
@@ -189,6 +200,7 @@ def dion_step(
     mu, eps, guard = (
         jnp.asarray(x, dtype) for x in (options.mu, options.eps, options.noise_guard)
     )
+    orders = list(orders or ["ls"] * len(grads))
     b = [m.astype(dtype) + g.astype(dtype) for m, g in zip(momenta, grads)]
     ps, rs = power_iterate(
         b,
@@ -199,10 +211,14 @@ def dion_step(
         rows=p_rows,
         split_p=options.split_p,
         communication_dtype=options.communication_dtype,
+        order=orders,
     )
-    new_momenta = [b - (1 - mu) * _dot("lr,sr->ls", p, r) for b, p, r in zip(b, ps, rs)]
+    new_momenta = [
+        b - (1 - mu) * _dot(f"lr,sr->{o}", p, r)
+        for b, p, r, o in zip(b, ps, rs, orders)
+    ]
     directions, new_qs = [], []
-    for p, r, rows in zip(ps, rs, q_rows or [None] * len(rs)):
+    for p, r, rows, o in zip(ps, rs, q_rows or [None] * len(rs), orders):
         norm = _column_norms(r, axes.q)
         if options.right_factor == "orth":
             # Orth-Dion (arXiv 2605.16341). Cholesky QR's positive diagonal matters:
@@ -213,7 +229,7 @@ def dion_step(
         # Columns of R that are rounding noise beside the largest one carry no signal,
         # yet normalisation makes them unit: the guard drops them from the update only.
         keep = norm >= guard * jnp.max(norm, axis=-1, keepdims=True)
-        directions.append(_dot("lr,sr->ls", p, jnp.where(keep, q, 0)))
+        directions.append(_dot(f"lr,sr->{o}", p, jnp.where(keep, q, 0)))
         new_qs.append(q)
     return directions, new_momenta, new_qs
 

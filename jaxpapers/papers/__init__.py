@@ -3,7 +3,7 @@
 import difflib
 import importlib
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Paper(NamedTuple):
@@ -47,6 +47,12 @@ def load(name: str) -> ModuleType:
     """
     check(name)
     return importlib.import_module(f"jaxpapers.papers.{name}")
+
+
+def phases(name: str, config: Any) -> list[tuple[int, Any]]:
+    """(last step, config) of the parts of a run: one, unless the paper has ``phases``."""
+    split = getattr(load(name), "phases", None)
+    return split(config) if split else [(config.train.steps, config)]
 
 
 def check(name: str) -> Paper:

@@ -153,6 +153,45 @@ def schedule(peak: float, steps: int, warmup: float, cooldown: float) -> optax.S
     )
 
 
+def phases(config: Any) -> list[tuple[int, Any]]:
+    """``config.optim.rank_schedule`` as (last step, config) of each part of the run.
+
+    A rank is a shape, so a schedule of ranks is a sequence of programs: each part goes on
+    from the checkpoint of the one before it, its Q resized (``optim.resize``).
+
+    Raises:
+      ValueError: steps that do not rise within the run, or another optimizer.
+    """
+    text, steps = config.optim.rank_schedule, config.train.steps
+    try:
+        changes = [part.split(":") for part in text.split(",") if part]
+        changes = [(int(step), float(fraction)) for step, fraction in changes]
+    except ValueError:
+        raise ValueError(
+            "config.optim.rank_schedule must be step:fraction,step:fraction, e.g. "
+            f"1000:0.125,2000:0.5, got {text!r}"
+        ) from None
+    starts = [step for step, _ in changes]
+    if starts != sorted(set(starts)) or any(step < 1 for step in starts):
+        raise ValueError(
+            f"config.optim.rank_schedule: steps must be >= 1 and rise, got {text!r}"
+        )
+    if changes and config.optim.name != "dion":
+        raise ValueError(
+            "config.optim.rank_schedule needs optim.name=dion, got "
+            f"{config.optim.name!r}"
+        )
+    fractions = [config.optim.rank_fraction] + [x for _, x in changes]
+    found = []
+    for first, last, fraction in zip([0, *starts], [*starts, steps], fractions):
+        if first >= steps:
+            break
+        part = config.copy_and_resolve_references()
+        part.optim.rank_fraction = fraction
+        found.append((min(last, steps), part))
+    return found
+
+
 def optimizer(config: Any) -> optax.GradientTransformation:
     """The optimizer of ``config.optim``: dion, muon (optax.contrib) or adamw.
 

@@ -162,6 +162,26 @@ def test_zero_test_looks_at_all_shards(make_mesh):
     np.testing.assert_allclose(np.linalg.norm(state.q["w"], axis=0), 1, atol=2e-6)
 
 
+def test_devices_take_passes_of_their_own(make_mesh):
+    """Shares of a stack that need more Gram passes than others do not wait for them."""
+    mesh = make_mesh((4, 2))
+    rng = np.random.default_rng(0)
+    g = rng.normal(size=(8, 16, 24)).astype(np.float32)
+    # Two matrices to each device along "data"; every second device's are singular.
+    g[[2, 3, 6]] = rng.normal(size=(3, 16, 1)) @ rng.normal(size=(3, 1, 24))
+    g[7] = 0
+    numbers = DimensionNumbers(1, 2)
+    tx = scale_by_dion(0.5, scale=None, weight_dimension_numbers=numbers)
+    want, _ = tx.update({"w": jnp.asarray(g)}, tx.init({"w": jnp.asarray(g)}))
+    x = {"w": jax.device_put(g, NamedSharding(mesh, P(None, D, M)))}
+    got, _ = jax.jit(tx.update)(x, tx.init(x))
+    got, want = np.asarray(got["w"]), np.asarray(want["w"])
+    np.testing.assert_allclose(got[[0, 1, 4, 5]], want[[0, 1, 4, 5]], atol=2e-6)
+    assert np.isfinite(got).all() and not got[7].any()
+    norms = np.linalg.norm(got[[2, 3, 6]], axis=(1, 2))
+    assert (norms <= np.sqrt(8) * (1 + 1e-5)).all() and (norms > 0.9).all()
+
+
 def one_leaf(mesh):
     where = NamedSharding(mesh, P(D, M))
     g = jax.device_put(np.random.default_rng(0).normal(size=(16, 32)), where)

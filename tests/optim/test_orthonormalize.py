@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from jaxpapers.optim import orthonormalize
-from jaxpapers.optim.orthonormalize import METHODS
+from jaxpapers.optim.orthonormalize import METHODS, _shifted_cholesky_qr
 
 L, R = 1024, 64  # The digest's; its numbers depend on them.
 CONDITIONS = (0, 2, 3, 4, 5, 6, 7, 8, 10)
@@ -82,6 +82,35 @@ def test_cqr2_orthonormal_or_bounded(name):
     assert length(q) <= 1 + 1e-5
     if name in GOOD:
         assert defect(q) <= 2e-6
+
+
+def passes(*ps):
+    """Gram matrices that scqr takes for a batch."""
+    batch = jnp.stack([jnp.asarray(p / np.abs(p).max(), jnp.float32) for p in ps])
+    run = jax.jit(lambda p: _shifted_cholesky_qr(p, (), jnp.arange(p.shape[-2]))[1])
+    return int(run(batch))
+
+
+def test_passes_are_two_unless_more_are_needed():
+    """The plan's closed form counts two: what a language model's momentum takes."""
+    noise = inputs()["tiny"]
+    assert (
+        passes(inputs()["cond1e0"]) == passes(noise) == passes(inputs()["cond1e2"]) == 2
+    )
+    # Columns of any length are no difficulty.
+    assert passes(noise * 10.0 ** -(np.arange(R) % 7)) == 2
+    counts = {name: passes(inputs()[name]) for name in NAMES}
+    assert max(counts.values()) <= 5, counts
+    assert counts["rank2"] > 3
+    # One bad matrix makes its batch wait, and no pass follows the last one needed.
+    assert passes(noise, inputs()["rank2"]) == counts["rank2"]
+
+
+def test_companions_change_nothing():
+    noise, bad = inputs()["tiny"], inputs()["rank2"]
+    both = jnp.asarray(np.stack([noise, bad, np.zeros((L, R))]), jnp.float32)
+    alone = orthonormalize(both[:1])
+    np.testing.assert_allclose(orthonormalize(both)[:1], alone, rtol=0, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxpapers import run
+from jaxpapers import checkpoint, run
 from jaxpapers.nets.transformer import Transformer
 from jaxpapers.papers import dion
 
@@ -148,3 +148,52 @@ def test_own_network_and_optimizer():
     state = method.init(jax.random.key(0), {"tokens": TOKENS})
     state, metrics = jax.jit(method.update)(state, {"tokens": TOKENS})
     assert int(state.step) == 1 and np.isfinite(float(metrics["loss"]))
+
+
+def test_rank_schedule(tmp_path):
+    """A run whose rank changes twice, stopped in between, goes on bitwise."""
+    corpus = tmp_path / "text.py"
+    corpus.write_text("".join(f"x{i} = {i * i % 11}\n" for i in range(2000)))
+    fields = {
+        "data.path": corpus, "data.context": 16, "data.batch": 8, "data.eval_batch": 8,
+        "net.width": 32, "net.heads": 2, "train.sample": 0, "optim.cooldown": 0.0,
+        "optim.rank_schedule": "2:0.5,5:1.0",
+    }  # fmt: skip
+    fields = [f"--config.{k}={v}" for k, v in fields.items()]
+
+    def train(folder, steps):
+        workdir = str(tmp_path / folder)
+        fields_now = [*fields, f"--config.train.steps={steps}"]
+        run.train("dion:smoke", fields_now, workdir=workdir, quiet=True)
+        with checkpoint.open_manager(f"{workdir}/checkpoints", read_only=True) as m:
+            forms = checkpoint._stored_forms(m, m.latest_step())
+            ranks = {v[0][-1] for k, v in forms.items() if "/q/layers/attention" in k}
+        return run.load_run(workdir)[-1], ranks
+
+    whole, ranks = train("whole", 7)
+    assert ranks == {32}
+    _, ranks = train("parts", 4)
+    assert ranks == {16}
+    parts, ranks = train("parts", 7)
+    assert ranks == {32}
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts)):
+        np.testing.assert_array_equal(a, b)
+    constant = dion.phases(run.load_config("dion:smoke"))
+    assert [last for last, _ in constant] == [100]
+
+
+@pytest.mark.parametrize(
+    "field, match",
+    [
+        ("optim.rank_schedule=5:0.5,2:0.25", "steps must be >= 1 and rise"),
+        ("optim.rank_schedule=0:0.5", "steps must be >= 1 and rise"),
+        ("optim.rank_schedule=half", "must be step:fraction"),
+    ],
+)
+def test_bad_rank_schedule(field, match):
+    config = run.load_config("dion:smoke", [f"--config.{field}"])
+    with pytest.raises(ValueError, match=match):
+        dion.phases(config)
+    config = run.load_config("dion:adamw", ["--config.optim.rank_schedule=5:0.5"])
+    with pytest.raises(ValueError, match="needs optim.name=dion"):
+        dion.phases(config)
