@@ -6,12 +6,13 @@ is downloaded: these files are the user's, except MovieLens-100k (``data.fetch``
 """
 
 import ast
+import contextlib
 import csv
 import gzip
-import io
 import json
 import pickle
 import random
+import zlib
 from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -491,17 +492,16 @@ def records(
 
     Raises:
       ValueError: ``parse`` raised one, or Key-, Index-, Type- or OverflowError: with the
-        line's number; the file is not UTF-8 or a broken gzip file.
+        line's number, as for one that is not UTF-8; a broken gzip file.
     """
     path = Path(path).expanduser()
     total = path.stat().st_size
-    with open(path, "rb") as raw:
-        binary = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
-        for number, line in enumerate(_text(path, binary), 1):
-            line = line.rstrip("\r\n")
+    with open(path, "rb") as raw, _binary(path, raw) as binary:
+        for number, line in _numbered(path, binary):
+            line = line.rstrip(b"\r\n")
             if line and (number > 1 or not header):
                 try:
-                    value = parse(line)
+                    value = parse(line.decode())
                 except (ValueError, LookupError, TypeError, OverflowError) as e:
                     raise ValueError(
                         f"{path}, line {number} is malformed ({type(e).__name__}: {e}): "
@@ -514,13 +514,18 @@ def records(
         progress(total, total)
 
 
-def _text(path: Path, binary: Any) -> Iterator[str]:
+def _binary(path: Path, raw: Any) -> Any:
+    if path.suffix == ".gz":
+        return gzip.GzipFile(fileobj=raw)
+    return contextlib.nullcontext(raw)
+
+
+def _numbered(path: Path, binary: Any) -> Iterator[tuple[int, bytes]]:
     number = 0
     try:
-        text = io.TextIOWrapper(binary, "utf-8", newline="\n")
-        for number, line in enumerate(text, 1):  # noqa: B007
-            yield line
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as e:
+        for number, line in enumerate(binary, 1):  # noqa: B007
+            yield number, line
+    except (gzip.BadGzipFile, EOFError, zlib.error) as e:
         raise ValueError(
             f"{path}: unreadable after line {number}: {e}; copy the file again"
         ) from e
