@@ -192,9 +192,9 @@ def standardize(values: np.ndarray, rows: np.ndarray) -> np.ndarray:
 def criteo(
     path: str | Path,
     *,
-    pretrain_days: float = 30,
-    days: float = 60,
-    window_days: float = 30,
+    pretrain_days: float = 30.0,
+    days: float = 60.0,
+    window_days: float = 30.0,
     progress: Progress | None = None,
 ) -> Conversions:
     """Criteo's conversion logs (data.txt) with the ES-DFM code's 17 features.
