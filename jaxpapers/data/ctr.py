@@ -4,8 +4,8 @@ A sample is (user, candidate, label) and a range of the log: the behaviours befo
 oldest first. Histories are gathered when a batch is built, so memory is that of the log,
 whatever the history's length.
 
-Ids in every table: 0 is padding, 1 .. n are the known values, and the last row, n + 1,
-stands for values that the training split does not have (out of vocabulary).
+Ids in every table: 0 is padding, 1 stands for values that are out of vocabulary, known
+ones are from 2 (as in ``nets.embedding``).
 
 ``data.ctr_files`` reads files. The tasks here are the two of MovieLens-100k; the loaders
 of the original papers' files return the same arrays.
@@ -15,6 +15,9 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
+
+OOV = 1
+FIRST = 2
 
 _COUNT_CHUNK = 8192
 
@@ -55,8 +58,8 @@ class Clicks(NamedTuple):
       log: behaviours that the samples' histories are ranges of.
       pool: int64 rows of the log that auxiliary negatives are drawn from: the training
         part, so popularity-proportional.
-      rows: rows of the tables "user", "item", "cate", padding and out-of-vocabulary
-        row included.
+      rows: rows of the tables "user", "item", "cate", the two of padding and out of
+        vocabulary included.
       negatives: item and category ids aligned with the log, where the source brings
         its own negatives; then they are used instead of draws.
     """
@@ -74,10 +77,10 @@ class Ratings(NamedTuple):
     """Ratings in file order.
 
     Attributes:
-      user, item: int32 ids from 1.
+      user, item: int32 ids.
       rating: float32.
       time: int32 unix seconds.
-      cate: int32 category of every row of the item table (0 for padding).
+      cate: int32 category of every row of the item table.
       rows: rows of the tables "user", "item", "cate".
     """
 
@@ -462,8 +465,8 @@ def check(clicks: Clicks, split: str = "train") -> None:
         high = max(int(x.max(initial=1)) for x in ids)
         if low < 1 or high >= rows:
             raise ValueError(
-                f"{where}: {name} must be in [1, {rows - 1}] (0 is padding, the last is "
-                f"out of vocabulary), got {low if low < 1 else high}"
+                f"{where}: {name} must be in [1, {rows - 1}] (0 is padding), "
+                f"got {low if low < 1 else high}"
             )
     start, stop = samples.start, samples.stop
     if start.min() < 0 or (start > stop).any() or stop.max() > e:

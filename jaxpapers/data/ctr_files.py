@@ -21,6 +21,8 @@ from typing import Any
 import numpy as np
 
 from jaxpapers.data.ctr import (
+    FIRST,
+    OOV,
     Clicks,
     Log,
     Ratings,
@@ -50,7 +52,7 @@ def ml_100k(folder: str | Path, *, category: str = "first") -> Ratings:
 
     def film(line: str) -> tuple[int, str]:
         item, _, _, genres = line.split("\t")
-        return int(item), genres
+        return int(item) + 1, genres
 
     def rated(line: str) -> tuple[int, int, float, int]:
         user, item, rating, time = line.split("\t")
@@ -87,7 +89,7 @@ def movielens_20m(
 
     def film(line: str) -> tuple[int, str]:
         item, _, genres = next(csv.reader([line]))
-        return int(item), genres.replace(" ", "-")
+        return int(item) + 1, genres.replace(" ", "-")
 
     def rated(line: str) -> tuple[int, int, float, int]:
         user, item, rating, time = line.split(",")
@@ -160,9 +162,13 @@ def amazon(
         pass
     names = sorted(items)
     cates = sorted({category.get(name, NO_CATEGORY) for name in names})
-    cate_id = {name: i for i, name in enumerate(cates, 1)}
-    table = [0, *(cate_id[category.get(name, NO_CATEGORY)] for name in names)]
-    rows = {"user": len(users) + 2, "item": len(names) + 2, "cate": len(cates) + 2}
+    cate_id = {name: i for i, name in enumerate(cates, FIRST)}
+    table = [0, OOV, *(cate_id[category.get(name, NO_CATEGORY)] for name in names)]
+    rows = {
+        "user": len(users) + FIRST,
+        "item": len(names) + FIRST,
+        "cate": len(cates) + FIRST,
+    }
     log_user, log = _sorted_log(
         _sorted_ids(users)[user], _sorted_ids(items)[item], time, table
     )
@@ -174,7 +180,7 @@ def amazon(
 def _amazon_din(name, user, log, table, rows, seed) -> Clicks:
     first, last = user_ranges(user)
     place = np.arange(len(user))
-    items = rows["item"] - 2
+    items = rows["item"] - FIRST
     drawn = np.empty((len(user), 1), np.int32)
     # The original's draws: Python 2's randint, one for every review, users in order.
     rng = random.Random(seed)
@@ -185,7 +191,7 @@ def _amazon_din(name, user, log, table, rows, seed) -> Clicks:
         for row in range(start, last[start]):
             item = next(iter(owned))
             while item in owned:
-                item = int(rng.random() * items) + 1
+                item = int(rng.random() * items) + FIRST
             drawn[row] = item
     tested = place == last - 1
     splits = []
@@ -259,9 +265,13 @@ def taobao(
         np.asarray(columns[1]), return_index=True, return_inverse=True
     )
     cates, cate = np.unique(np.asarray(columns[2]), return_inverse=True)
-    rows = {"user": len(users) + 2, "item": len(items) + 2, "cate": len(cates) + 2}
-    table = np.concatenate([[0], cate[where] + 1])
-    user, log = _sorted_log(user + 1, item + 1, columns[3], table)
+    rows = {
+        "user": len(users) + FIRST,
+        "item": len(items) + FIRST,
+        "cate": len(cates) + FIRST,
+    }
+    table = np.concatenate([[0, OOV], cate[where] + FIRST])
+    user, log = _sorted_log(user + FIRST, item + FIRST, columns[3], table)
     first, last = user_ranges(user)
     place = np.arange(len(user))
     at = np.flatnonzero((place == last - 1) & (place > first))
@@ -270,7 +280,7 @@ def taobao(
     rng = np.random.default_rng(seed)
     label = rng.integers(2, size=len(at)).astype(np.float32)
     # Uniform over the other items: skip the candidate.
-    other = rng.integers(1, len(items), size=len(at))
+    other = rng.integers(FIRST, len(items) + 1, size=len(at))
     other += other >= log.item[at]
     shown = np.where(label > 0, log.item[at], other).astype(np.int32)
     cate = table[shown].astype(np.int32)
@@ -297,7 +307,7 @@ def dien_text(
     Args:
       train, test: the two files.
       vocabularies: "user", "item", "cate" -> name -> number, as ``vocabulary`` reads
-        uid_voc.pkl, mid_voc.pkl, cat_voc.pkl: the row is then the number + 1. None: by
+        uid_voc.pkl, mid_voc.pkl, cat_voc.pkl: the id is then the number + 2. None: by
         frequency in the training file, as DIEN's generate_voc does.
       progress: see the module.
     """
@@ -307,7 +317,7 @@ def dien_text(
 
     def code(table: str, name: str) -> int:
         ids = codes[table]
-        return ids.setdefault(name, len(ids) + 1)
+        return ids.setdefault(name, len(ids) + FIRST)
 
     def sample(line: str) -> tuple:
         label, user, item, cate, hist, hist_cate = line.split("\t")
@@ -328,7 +338,7 @@ def dien_text(
     splits.append(_samples(test, sample, progress))
     none = np.zeros(len(log[0]), np.int32)
     behaviours = Log(np.array(log[0], np.int32), np.array(log[1], np.int32), none)
-    rows = {table: len(ids) + 2 for table, ids in codes.items()}
+    rows = {table: len(ids) + FIRST for table, ids in codes.items()}
     clicks = Clicks(Path(train).name, splits[0], splits[1], behaviours, pool, rows)
     if vocabularies is None:
         return by_frequency(clicks)
@@ -337,9 +347,9 @@ def dien_text(
         known = vocabularies.get(table, {})
         if not known:
             raise ValueError(f"vocabularies: {table!r} is missing or empty")
-        sizes[table] = max(known.values()) + 3
-        unknown = sizes[table] - 2
-        maps[table] = np.array([0, *(known.get(x, unknown) + 1 for x in ids)], np.int32)
+        sizes[table] = max(known.values()) + FIRST + 1
+        numbers = (known[x] + FIRST if x in known else OOV for x in ids)
+        maps[table] = np.array([0, OOV, *numbers], np.int32)
     return _renumbered(clicks, maps, sizes)
 
 
@@ -350,7 +360,7 @@ def mimn_text(
 
     Lines of user, item, category, label, and four lists with commas: history items and
     categories, negative items and categories; tabs between them. Ids share one index
-    from 1; zeros in front of a history are padding.
+    from 1, here from 2; zeros in front of a history are padding.
 
     Args:
       train, test: the two files.
@@ -367,12 +377,12 @@ def mimn_text(
             raise ValueError("lengths")
         padding = next((i for i, x in enumerate(columns[0]) if x), len(columns[0]))
         kept = [column[padding:] for column in columns]
-        ids = int(user), int(item), int(cate)
-        if min(ids) < 1 or any(min(column, default=1) < 1 for column in kept):
+        ids = int(user) + 1, int(item) + 1, int(cate) + 1
+        if min(ids) < FIRST or any(min(column, default=1) < 1 for column in kept):
             raise ValueError("id")
         start = len(log[0])
         for values, column in zip(log, kept):
-            values.extend(column)
+            values.extend(x + 1 for x in column)
         return *ids, 0, int(label), start, len(log[0])
 
     first = _samples(train, sample, progress)
@@ -381,7 +391,7 @@ def mimn_text(
     item, cate, neg_item, neg_cate = (np.array(x, np.int32) for x in log)
     ids = [x for s in splits for x in (s.user, s.item, s.cate)]
     highest = max(int(x.max(initial=0)) for x in [*ids, item, cate, neg_item, neg_cate])
-    rows = dict.fromkeys(("user", "item", "cate"), highest + 2)
+    rows = dict.fromkeys(("user", "item", "cate"), highest + 1)
     behaviours = Log(item, cate, np.zeros_like(item))
     name, negatives = Path(train).name, (neg_item, neg_cate)
     return Clicks(name, splits[0], splits[1], behaviours, pool, rows, negatives)
@@ -438,9 +448,9 @@ def by_frequency(clicks: Clicks) -> Clicks:
             count += np.bincount(getattr(log, table), times, n).astype(count.dtype)
         order = np.argsort(-count, kind="stable")
         order = order[count[order] > 0]
-        maps[table] = np.full(n, len(order) + 1, np.int32)
-        maps[table][order] = np.arange(1, len(order) + 1)
-        rows[table] = len(order) + 2
+        maps[table] = np.full(n, OOV, np.int32)
+        maps[table][order] = np.arange(len(order)) + FIRST
+        rows[table] = len(order) + FIRST
     return _renumbered(clicks, maps, rows)
 
 
@@ -448,16 +458,16 @@ def categories(genres: dict[int, str], category: str) -> tuple[np.ndarray, int]:
     """Category ids of an item table from genre texts.
 
     Args:
-      genres: item id (from 1) -> genres, separated by spaces or ``|``.
+      genres: item id (from 2) -> genres, separated by spaces or ``|``.
       category: "first" genre or the "combination" in the order given.
 
     Returns:
-      int32 category of every row of the item table (padding 0; rows without a genre text
-      and the last row: out of vocabulary), and the rows of the category table.
+      int32 category of every row of the item table (padding 0, rows without a genre text
+      1), and the rows of the category table.
 
     Example:
-      >>> categories({1: "Drama", 2: "Action|Drama"}, "first")
-      (array([0, 2, 1, 3], dtype=int32), 4)
+      >>> categories({2: "Drama", 3: "Action|Drama"}, "first")
+      (array([0, 1, 3, 2], dtype=int32), 4)
     """
     if category not in ("first", "combination"):
         raise ValueError(f"category must be 'first' or 'combination', got {category!r}")
@@ -466,12 +476,12 @@ def categories(genres: dict[int, str], category: str) -> tuple[np.ndarray, int]:
         item: " ".join(parts[:1] if category == "first" else parts)
         for item, parts in split.items()
     }
-    ids = {text: i for i, text in enumerate(sorted(set(name.values())), 1)}
-    table = np.full(max(name, default=0) + 2, len(ids) + 1, np.int32)
+    ids = {text: i for i, text in enumerate(sorted(set(name.values())), FIRST)}
+    table = np.full(max(name, default=1) + 1, OOV, np.int32)
     table[0] = 0
     for item, text in name.items():
         table[item] = ids[text]
-    return table, len(ids) + 2
+    return table, len(ids) + FIRST
 
 
 def records(
@@ -550,12 +560,12 @@ def _ratings(path, parse, table, cates, progress) -> Ratings:
     columns = array("i"), array("i"), array("f"), array("i")
 
     def rated(line: str) -> None:
-        values = parse(line)
-        if values[0] < 1 or not 0 < values[1] < len(table) - 1:
-            raise ValueError(f"user {values[0]}, item {values[1]}")
-        if not 0 <= values[2] <= 5:
-            raise ValueError(f"rating {values[2]}")
-        for column, value in zip(columns, values):
+        who, what, stars, when = parse(line)
+        if who < 1 or not 1 <= what < len(table) - 1:
+            raise ValueError(f"user {who}, item {what}")
+        if not 0 <= stars <= 5:
+            raise ValueError(f"rating {stars}")
+        for column, value in zip(columns, (who + 1, what + 1, stars, when)):
             column.append(value)
 
     for _ in records(path, rated, header=True, progress=progress):
@@ -563,7 +573,7 @@ def _ratings(path, parse, table, cates, progress) -> Ratings:
     user, item, rating, time = (np.array(x) for x in columns)
     if not len(user):
         raise ValueError(f"{path}: no ratings")
-    rows = {"user": int(user.max()) + 2, "item": len(table), "cate": cates}
+    rows = {"user": int(user.max()) + 1, "item": len(table), "cate": cates}
     return Ratings(user, item, rating, time, table, rows)
 
 
@@ -577,9 +587,9 @@ def _samples(path, parse, progress) -> Samples:
 
 
 def _sorted_ids(codes: dict[str, int]) -> np.ndarray:
-    """Ids from 1 in the order of the sorted names, by code."""
+    """Ids in the order of the sorted names, by code."""
     ids = np.empty(len(codes), np.int32)
-    ids[[codes[name] for name in sorted(codes)]] = np.arange(1, len(codes) + 1)
+    ids[[codes[name] for name in sorted(codes)]] = np.arange(len(codes)) + FIRST
     return ids
 
 

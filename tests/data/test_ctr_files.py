@@ -44,12 +44,12 @@ def amazon(tmp_path):
 
 
 def unpack(clicks, split):
-    """(user, item, cate, label, history) of every sample."""
+    """(user, item, cate, time, label, history); 1 is the first known id, 0 unknown."""
     samples, log = getattr(clicks, split), clicks.log
     return [
-        (*map(int, row[:5]), log.item[row[5] : row[6]].tolist())
-        for row in zip(*samples)
-    ]  # fmt: skip
+        (u - 1, i - 1, c - 1, t, y, (log.item[start:stop] - 1).tolist())
+        for u, i, c, t, y, start, stop in zip(*(x.tolist() for x in samples))
+    ]
 
 
 def test_amazon_in_din_protocol(amazon):
@@ -58,9 +58,8 @@ def test_amazon_in_din_protocol(amazon):
     item = dict(zip("abcde", range(1, 6)))
     # Last name of the last path: a Lamps, b and c Cables, d Zoom, e has no meta.
     cate = dict(zip("abcde", (2, 1, 1, 3, 4)))
-    assert dict(zip(clicks.log.item.tolist(), clicks.log.cate.tolist())) == {
-        item[x]: cate[x] for x in "abcde"
-    }
+    pairs = zip((clicks.log.item - 1).tolist(), (clicks.log.cate - 1).tolist())
+    assert dict(pairs) == {item[x]: cate[x] for x in "abcde"}
     positive = {}
     for split in ("train", "test"):
         rows = unpack(clicks, split)
@@ -81,10 +80,7 @@ def test_amazon_in_din_protocol(amazon):
 def test_amazon_in_dien_protocol(amazon):
     for seed in range(30):
         clicks = ctr_files.amazon(*amazon, protocol="dien", seed=seed)
-        if (
-            len(clicks.test.label) == 2
-            and clicks.test.user[0] == clicks.rows["user"] - 1
-        ):
+        if len(clicks.test.label) == 2 and clicks.test.user[0] == ctr.OOV:
             break
     assert len(clicks.train.label) == 4  # U1, U2 or U4, one pair each.
     rows = unpack(clicks, "train") + unpack(clicks, "test")
@@ -96,7 +92,7 @@ def test_amazon_in_dien_protocol(amazon):
         for item in [row[1], *row[5]]:
             count[item] += 1
     known = count[1:-1]
-    assert (np.diff(known) <= 0).all() and known.min() > 0 and count[-1] == 0
+    assert (np.diff(known) <= 0).all() and known.min() > 0 and count[0] == 0
     shares = [
         len(ctr_files.amazon(*amazon, protocol="dien", seed=s).test.label) / 6
         for s in range(60)
@@ -233,8 +229,9 @@ def test_ml_100k_files(tmp_path):
     inter.write_text(head + "2\t1\t3\t881250949\n1\t2\t5\t891717742\n")
     ratings = ctr_files.ml_100k(tmp_path)
     assert ratings.rows == {"user": 4, "item": 4, "cate": 4}
-    assert ratings.cate.tolist() == [0, 2, 1, 3]
-    assert ratings.user.tolist() == [2, 1] and ratings.time[1] == 891717742
+    assert ratings.cate.tolist() == [0, 1, 3, 2]
+    assert ratings.user.tolist() == [3, 2] and ratings.item.tolist() == [2, 3]
+    assert ratings.rating.tolist() == [3, 5] and ratings.time[1] == 891717742
     inter.write_text(head + "2\t1\t3\n")
     with pytest.raises(ValueError, match="ml-100k.inter, line 2 is malformed"):
         ctr_files.ml_100k(tmp_path)
@@ -262,7 +259,7 @@ def test_dien_text(tmp_path):
     ]
     assert rows[1][1] == 1 and {rows[0][1], rows[2][1]} == {3, 4}
     assert [(r[0], r[1], r[4], r[5]) for r in unpack(clicks, "test")] == [
-        (3, 5, 1, [1, 5]), (3, 2, 0, [1, 5])
+        (0, 0, 1, [1, 0]), (0, 2, 0, [1, 0])
     ]  # fmt: skip
     assert len(clicks.log.item) == 5 and len(clicks.pool) == 3
     vocabularies = {
@@ -272,8 +269,8 @@ def test_dien_text(tmp_path):
     }
     known = ctr_files.dien_text(train, test, vocabularies=vocabularies)
     assert known.rows == {"user": 4, "item": 6, "cate": 5}
-    assert unpack(known, "train")[0] == (1, 5, 3, 0, 0, [2, 3])
-    assert unpack(known, "test")[0] == (3, 5, 2, 0, 1, [2, 5])
+    assert unpack(known, "train")[0] == (1, 0, 3, 0, 0, [2, 3])
+    assert unpack(known, "test")[0] == (0, 0, 2, 0, 1, [2, 0])
     ctr.Examples(known, 3, negatives=True).batch(0, 3)
     with pytest.raises(ValueError, match="'cate' is missing or empty"):
         ctr_files.dien_text(train, test, vocabularies={**vocabularies, "cate": {}})
@@ -329,8 +326,8 @@ def test_mimn_text(tmp_path):
     assert unpack(clicks, "train") == [(1, 5, 9, 0, 1, [6, 7])]
     assert unpack(clicks, "test") == [(2, 7, 10, 0, 0, [])]
     batch = ctr.Examples(clicks, 3, negatives=True).batch(0, 1)
-    assert batch["neg_hist_item"].tolist() == [[7, 5, 0]]
-    assert batch["neg_hist_cate"].tolist() == [[10, 9, 0]]
+    assert batch["neg_hist_item"].tolist() == [[8, 6, 0]]
+    assert batch["neg_hist_cate"].tolist() == [[11, 10, 0]]
     for line in (
         "1\t5\t9\t1\t6,7\t9,10\t7,5\t10",
         "1\t5\t9\t1\t6,0\t9,10\t7,5\t10,9",
