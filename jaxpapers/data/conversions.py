@@ -1,0 +1,362 @@
+"""Delayed conversions as arrays: CDNOW, Criteo's conversion logs, a synthetic stream.
+
+A click has features, a time, and the time of its conversion, infinite if there is none
+within the attribution window. Events and their labels are made from these three
+(``papers.defer``); everything here is what is known at the click.
+"""
+
+import datetime
+import functools
+import math
+import zlib
+from array import array
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxpapers.data.ctr_files import Progress, records
+
+DAY = 86400.0
+
+# The bins of the eight numeric and the buckets of the nine categorical columns in the
+# ES-DFM code's model for Criteo's logs (defer.md 4).
+CRITEO_BINS = (64, 16, 128, 64, 128, 64, 512, 512)
+CRITEO_BUCKETS = (512, 128, 256, 256, 64, 256, 256, 16, 256)
+
+_CDNOW_START = datetime.date(1997, 1, 1).toordinal()
+_CDNOW_DAYS = 546  # to 1998-06-30
+
+
+class Conversions(NamedTuple):
+    """Clicks sorted by time.
+
+    Attributes:
+      features: (N, F) float32, or int32 where every column is a category.
+      names: the F columns.
+      sizes: values of every categorical column; () if the features are numbers.
+      click_ts: (N,) float64, in units of ``unit``.
+      conv_ts: (N,) float64 time of the conversion, inf if none within the window.
+      pretrain, stream: (N,) bool: clicks that a model is first fitted on, and those
+        that then come one bucket after another; the rest lies between.
+      unit: of the times: "day" or "second".
+      window: attribution window w2, in that unit.
+    """
+
+    features: np.ndarray
+    names: tuple[str, ...]
+    sizes: tuple[int, ...]
+    click_ts: np.ndarray
+    conv_ts: np.ndarray
+    pretrain: np.ndarray
+    stream: np.ndarray
+    unit: str
+    window: float
+
+
+class Synthetic(NamedTuple):
+    """Clicks with exactly known probabilities.
+
+    Attributes:
+      features: (N, 5) float64.
+      click_ts, conv_ts: (N,) float64 days; inf if there is no conversion.
+      p: (N,) probability of a conversion.
+      p_dp: (N,) probability of a conversion after the waiting window w1.
+    """
+
+    features: np.ndarray
+    click_ts: np.ndarray
+    conv_ts: np.ndarray
+    p: np.ndarray
+    p_dp: np.ndarray
+
+
+def cdnow(
+    path: str | Path,
+    *,
+    window: int = 30,
+    pretrain_until: int = 150,
+    stream_from: int = 180,
+    stream_until: int = 515,
+) -> Conversions:
+    """Repeat purchases at CDNOW: is a purchase followed by another within the window?
+
+    The purchases of a customer on a day are one click (67,591); its conversion is the
+    customer's next one. Clicks of the last ``window`` days are left out, as their labels
+    are not final: 65,636 remain. Days count from 1997-01-01.
+
+    Features: log of 1 + purchases so far, days since the previous one and whether there
+    is none, days since the first, CDs, dollars, dollars so far, the gap before the
+    previous one and whether there is none, mean dollars, days since the first per
+    purchase (in 30 days), day of the week; standardised on the pretraining rows.
+
+    Args:
+      path: CDNOW_master.txt, or the folder that ``data.fetch.get("cdnow")`` returns.
+      window: attribution window w2, days.
+      pretrain_until: last day of the pretraining clicks.
+      stream_from, stream_until: first and last day of the stream (25,110 clicks): one
+        day is trained on before the next is tested, so the last is only tested.
+
+    Raises:
+      ValueError: days out of order, or a malformed line, with its number.
+    """
+    final = _CDNOW_DAYS - 1 - window
+    if not 0 <= pretrain_until < stream_from <= stream_until <= final or window < 1:
+        raise ValueError(
+            "expected 0 <= pretrain_until < stream_from <= stream_until <= "
+            f"{final} (the last day whose label is final at window={window}), got "
+            f"{pretrain_until}, {stream_from}, {stream_until}"
+        )
+    path = Path(path).expanduser()
+    path = path / "CDNOW_master.txt" if path.is_dir() else path
+
+    def purchase(line: str) -> tuple[int, int, int, float]:
+        customer, date, cds, dollars = line.split()
+        day = datetime.datetime.strptime(date, "%Y%m%d").toordinal() - _CDNOW_START
+        if not 0 <= day < _CDNOW_DAYS or not 0 <= float(dollars) < np.inf:
+            raise ValueError(f"day {day}, dollars {dollars}")
+        return int(customer), day, int(cds), float(dollars)
+
+    rows = list(records(path, purchase, header=True))
+    if not rows:
+        raise ValueError(f"{path}: no purchases")
+    customer, day, cds, dollars = (np.array(column) for column in zip(*rows))
+    merged, where = np.unique(customer * _CDNOW_DAYS + day, return_inverse=True)
+    customer, day = np.divmod(merged, _CDNOW_DAYS)
+    cds, dollars = np.bincount(where, cds), np.bincount(where, dollars)
+    again = np.append(customer[1:] == customer[:-1], False)
+    following = np.where(again, np.append(day[1:], 0), np.inf)
+    conv_ts = np.where(following - day <= window, following, np.inf)
+    features = _cdnow_features(customer, day, cds, dollars)
+    kept = np.flatnonzero(day <= final)
+    kept = kept[np.argsort(day[kept], kind="stable")]
+    day, values = day[kept], np.column_stack(list(features.values()))[kept]
+    pretrain = day <= pretrain_until
+    if not pretrain.any():
+        raise ValueError(f"{path}: no purchase until day {pretrain_until}")
+    return Conversions(
+        standardize(values, pretrain),
+        tuple(features),
+        (),
+        day.astype(np.float64),
+        conv_ts[kept],
+        pretrain,
+        (day >= stream_from) & (day <= stream_until),
+        "day",
+        float(window),
+    )
+
+
+def _cdnow_features(customer, day, cds, dollars) -> dict[str, np.ndarray]:
+    """Columns of events sorted by customer and day, from that event and earlier ones."""
+    place = np.arange(len(day))
+    first = np.searchsorted(customer, customer)
+    count = place - first + 1
+    total = np.cumsum(dollars)
+    total = total - (total - dollars)[first]
+    gap = np.where(count > 1, day - day[place - 1], 0)
+    before = np.where(count > 2, gap[place - 1], 0)
+    age = day - day[first]
+    weekday = (_CDNOW_START + day + 6) % 7  # The ordinal 1 is a Monday.
+    return {
+        "log_count": np.log1p(count),
+        "gap": gap,
+        "no_gap": count == 1,
+        "age": age,
+        "cds": cds,
+        "dollars": dollars,
+        "total_dollars": total,
+        "gap_before": before,
+        "no_gap_before": count <= 2,
+        "mean_dollars": total / count,
+        "age_per_purchase": age / (count * 30),
+        **{f"weekday_{i}": weekday == i for i in range(7)},
+    }
+
+
+def standardize(values: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Columns with mean 0 and deviation 1 over the given rows, float32.
+
+    A column that is constant there is only shifted.
+
+    Example:
+      >>> standardize(np.array([[1.0, 5], [3, 5], [9, 6]]), np.array([True, True, False]))
+      array([[-1.,  0.],
+             [ 1.,  0.],
+             [ 7.,  1.]], dtype=float32)
+    """
+    values = values.astype(np.float64)
+    mean, deviation = values[rows].mean(0), values[rows].std(0)
+    deviation = np.where(deviation > 0, deviation, 1)
+    return ((values - mean) / deviation).astype(np.float32)
+
+
+def criteo(
+    path: str | Path,
+    *,
+    pretrain_days: float = 30.0,
+    days: float = 60.0,
+    window_days: float = 30.0,
+    progress: Progress | None = None,
+) -> Conversions:
+    """Criteo's conversion logs (data.txt) with the ES-DFM code's 17 features.
+
+    Lines of click seconds, conversion seconds (empty if none), eight integers, nine
+    categories; tabs between them. Numbers are scaled to [0, 1] by their range over the
+    pretraining clicks (the code takes all clicks), a missing one is -1 before that.
+
+    Args:
+      path: data.txt, also gzipped.
+      pretrain_days: clicks before this day are for pretraining, later ones the stream.
+      days: the stream's end; clicks from then on belong to neither.
+      window_days: attribution window w2; a later conversion counts as none.
+      progress: is called with bytes read and bytes of the file.
+
+    Raises:
+      ValueError: a malformed line, a conversion before its click, a negative or NaN
+        time, with the line's number; no pretraining clicks.
+    """
+    if not 0 < pretrain_days < days or window_days <= 0:
+        raise ValueError(
+            "expected 0 < pretrain_days < days and window_days > 0, got "
+            f"{pretrain_days}, {days}, {window_days}"
+        )
+    n = len(CRITEO_BINS)
+    width = 2 + n + len(CRITEO_BUCKETS)
+    # Categories repeat: a hash is computed once while it is remembered.
+    bucket = functools.lru_cache(maxsize=1 << 20)(stable_hash)
+    times, numbers, hashed = array("d"), array("f"), array("i")
+
+    def click(line: str) -> None:
+        parts = line.split("\t")
+        if len(parts) != width:
+            raise ValueError(f"{len(parts)} columns instead of {width}")
+        clicked, converted = float(parts[0]), float(parts[1] or "inf")
+        # Written so that NaN fails.
+        if not 0 <= clicked < np.inf or not clicked <= converted:
+            raise ValueError(f"clicked at {clicked}, converted at {converted}")
+        row = [float(x or -1) for x in parts[2 : 2 + n]]
+        if not all(map(math.isfinite, row)):
+            raise ValueError("a number is not finite")
+        categories = zip(parts[2 + n :], CRITEO_BUCKETS)
+        buckets = [bucket(x, b, i) for i, (x, b) in enumerate(categories)]
+        times.extend((clicked, converted))
+        numbers.extend(row)
+        hashed.extend(buckets)
+
+    for _ in records(path, click, progress=progress):
+        pass
+    click_ts, conv_ts = np.array(times).reshape(-1, 2).T
+    order = np.argsort(click_ts, kind="stable")
+    click_ts, conv_ts = click_ts[order], conv_ts[order]
+    pretrain = click_ts < pretrain_days * DAY
+    if not pretrain.any():
+        raise ValueError(f"{path}: no click before day {pretrain_days}")
+    scaled = np.array(numbers).reshape(-1, n)[order]
+    binned = [
+        bucketize(scaled[:, i], bins, pretrain) for i, bins in enumerate(CRITEO_BINS)
+    ]
+    categorical = np.array(hashed).reshape(-1, len(CRITEO_BUCKETS))[order]
+    window = window_days * DAY
+    return Conversions(
+        np.column_stack([*binned, categorical]).astype(np.int32),
+        tuple(f"number_{i}" for i in range(n))
+        + tuple(f"category_{i}" for i in range(len(CRITEO_BUCKETS))),
+        CRITEO_BINS + CRITEO_BUCKETS,
+        click_ts,
+        np.where(conv_ts - click_ts <= window, conv_ts, np.inf),
+        pretrain,
+        ~pretrain & (click_ts < days * DAY),
+        "second",
+        window,
+    )
+
+
+def bucketize(values: np.ndarray, bins: int, rows: np.ndarray) -> np.ndarray:
+    """Equal-width bins of a column over its range in the given rows (defer.md 4).
+
+    Scaled to [0, 1], the boundaries are j / (bins - 1), j = 0 .. bins - 2; a value at a
+    boundary is above it. So bin 0 has what is below the range, the last what is above
+    bins - 2 of bins - 1 parts of it.
+
+    Example:
+      >>> bucketize(np.array([0.0, 2, 4, -9, 99]), 5, np.array([1, 1, 1, 0, 0], bool))
+      array([1, 3, 4, 0, 4])
+    """
+    if bins < 2:
+        raise ValueError(f"bins must be at least 2, got {bins}")
+    low, high = float(values[rows].min()), float(values[rows].max())
+    scaled = (values - low) / ((high - low) or 1.0)
+    return np.searchsorted(np.arange(bins - 1) / (bins - 1), scaled, side="right")
+
+
+def stable_hash(text: str, buckets: int, column: int = 0) -> int:
+    """Bucket of a category, the same in every process and on every machine.
+
+    Args:
+      text: the category; an empty one is a category too.
+      buckets: number of buckets.
+      column: gives each column another hash.
+
+    Example:
+      >>> stable_hash("a", 512), stable_hash("a", 512, 1)
+      (124, 12)
+    """
+    code = zlib.crc32(f"{column}:{text}".encode())
+    # CRC-32 is linear, its low bits alone are a poor hash: multiply, take the high ones.
+    return (code * 0x9E3779B97F4A7C15 % 2**64 >> 32) * buckets >> 32
+
+
+def synthetic(
+    n: int, *, seed: int = 0, w1: float = 1.0, w2: float = 30.0, span: float = 100.0
+) -> Synthetic:
+    """Clicks whose conversion probabilities are known in closed form (defer.md 8).
+
+    x ~ N(0, I_5), p = sigmoid(a.x - 1); a conversion's delay is exponential with rate
+    r = exp(b.x / 2), truncated at w2, so
+    p_dp = p (e^{-r w1} - e^{-r w2}) / (1 - e^{-r w2}).
+
+    Args:
+      n: clicks.
+      seed: of the draws.
+      w1: waiting window, days.
+      w2: attribution window, days.
+      span: clicks are uniform in [0, span), days; returned in order of time.
+    """
+    if n < 1 or not 0 <= w1 < w2 < np.inf or not 0 < span < np.inf:
+        raise ValueError(
+            "expected n >= 1, 0 <= w1 < w2 < inf and span > 0, got "
+            f"n={n}, w1={w1}, w2={w2}, span={span}"
+        )
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((n, 5))
+    p = 1 / (1 + np.exp(1 - x @ np.array([1, -0.5, 0.5, 0, 0])))
+    rate = np.exp(0.5 * (x @ np.array([0, 0.5, 0, 1, -1])))
+    kept = -np.expm1(-rate * w2)  # Mass of the exponential before w2.
+    delay = -np.log1p(-rng.random(n) * kept) / rate
+    click_ts = np.sort(rng.uniform(0, span, n))
+    converts = rng.random(n) < p
+    conv_ts = np.where(converts, click_ts + np.minimum(delay, w2), np.inf)
+    p_dp = p * (np.exp(-rate * w1) - np.exp(-rate * w2)) / kept
+    return Synthetic(x, click_ts, conv_ts, p, p_dp)
+
+
+def check(click_ts: np.ndarray, conv_ts: np.ndarray) -> None:
+    """Checks the times of clicks and conversions.
+
+    Raises:
+      ValueError: other shapes, a negative, infinite or NaN click, a NaN conversion or
+        one before its click; with the first row that is wrong.
+    """
+    if click_ts.ndim != 1 or click_ts.shape != conv_ts.shape:
+        raise ValueError(
+            "click_ts and conv_ts must be vectors of one length, got "
+            f"{click_ts.shape} and {conv_ts.shape}"
+        )
+    wrong = ~((click_ts >= 0) & (click_ts < np.inf) & (conv_ts >= click_ts))
+    if wrong.any():
+        row = int(np.argmax(wrong))
+        raise ValueError(
+            "click_ts must be finite and not negative, conv_ts not before it (inf for "
+            f"no conversion), got {click_ts[row]} and {conv_ts[row]} in row {row}"
+        )

@@ -1,0 +1,497 @@
+"""Click logs as arrays: samples that point into a log of behaviours, batches of them.
+
+A sample is (user, candidate, label) and a range of the log: the behaviours before it,
+oldest first. Histories are gathered when a batch is built, so memory is that of the log,
+whatever the history's length.
+
+Ids in every table: 0 is padding, 1 stands for values that are out of vocabulary, known
+ones are from 2 (as in ``nets.embedding``).
+
+``data.ctr_files`` reads files. The tasks here are the two of MovieLens-100k; the loaders
+of the original papers' files return the same arrays.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+OOV = 1
+FIRST = 2
+
+_COUNT_CHUNK = 8192
+
+
+class Samples(NamedTuple):
+    """Samples of a split; arrays of one length, int32 unless said.
+
+    Attributes:
+      user, item, cate: ids of the user, the candidate and its category.
+      time: when the candidate was shown, seconds; 0 where the source has no times.
+      label: float32, 1 for a click.
+      start, stop: int64 range of the log's rows that are the history, oldest first.
+    """
+
+    user: np.ndarray
+    item: np.ndarray
+    cate: np.ndarray
+    time: np.ndarray
+    label: np.ndarray
+    start: np.ndarray
+    stop: np.ndarray
+
+
+class Log(NamedTuple):
+    """Behaviours; int32 arrays of one length: item and category ids, seconds."""
+
+    item: np.ndarray
+    cate: np.ndarray
+    time: np.ndarray
+
+
+class Clicks(NamedTuple):
+    """A data set with its split.
+
+    Attributes:
+      name: what it was made from.
+      train, test: the samples.
+      log: behaviours that the samples' histories are ranges of.
+      pool: int64 rows of the log that auxiliary negatives are drawn from: the training
+        part, so popularity-proportional.
+      rows: rows of the tables "user", "item", "cate", the two of padding and out of
+        vocabulary included.
+      negatives: item and category ids aligned with the log, where the source brings
+        its own negatives; then they are used instead of draws.
+    """
+
+    name: str
+    train: Samples
+    test: Samples
+    log: Log
+    pool: np.ndarray
+    rows: dict[str, int]
+    negatives: tuple[np.ndarray, np.ndarray] | None = None
+
+
+class Ratings(NamedTuple):
+    """Ratings in file order.
+
+    Attributes:
+      user, item: int32 ids.
+      rating: float32.
+      time: int32 unix seconds.
+      cate: int32 category of every row of the item table.
+      rows: rows of the tables "user", "item", "cate".
+    """
+
+    user: np.ndarray
+    item: np.ndarray
+    rating: np.ndarray
+    time: np.ndarray
+    cate: np.ndarray
+    rows: dict[str, int]
+
+
+def task_next_item(
+    ratings: Ratings,
+    *,
+    order: str = "row",
+    test: int = 10,
+    train_negatives: int = 1,
+    test_negatives: int = 4,
+    seed: int = 0,
+) -> Clicks:
+    """Which film is rated next (task N): 179,254 training and 47,150 test rows.
+
+    Every user's ratings in time; each but the first is a positive whose history is what
+    the user rated before, the last ``test`` ones for testing. Negatives are items of
+    ratings drawn from the whole log, so in proportion to popularity, and drawn anew
+    while the user has rated that item at any time.
+
+    Args:
+      ratings: the log.
+      order: how equal times of a user are ordered: "row" of the file or item "id".
+      test: last ratings of every user that are tested.
+      train_negatives, test_negatives: per positive.
+      seed: of the negatives.
+    """
+    if order not in ("row", "id"):
+        raise ValueError(f"order must be 'row' or 'id', got {order!r}")
+    tie = ratings.item if order == "id" else np.arange(len(ratings.item))
+    by_time = np.lexsort((tie, ratings.time, ratings.user))
+    user, item, time = (x[by_time] for x in (ratings.user, ratings.item, ratings.time))
+    log = Log(item, ratings.cate[item], time)
+    first, last = user_ranges(user)
+    place = np.arange(len(user))
+    tested = (place > first) & (place >= last - test)
+    rng = np.random.default_rng(seed)
+    owned = np.unique(user.astype(np.int64) * ratings.rows["item"] + item)
+    splits = []
+    for chosen, negatives in ((~tested, train_negatives), (tested, test_negatives)):
+        at = np.flatnonzero(chosen & (place > first))
+        drawn = _not_owned(rng, user[at], item, owned, ratings.rows["item"], negatives)
+        splits.append(pairs(log, user, at, first[at], drawn, ratings.cate[drawn]))
+    pool = np.flatnonzero(~tested)
+    return Clicks("next item", splits[0], splits[1], log, pool, ratings.rows)
+
+
+def task_rating(
+    ratings: Ratings, *, test_users: int = 262, order: str = "row", seed: int = 1234
+) -> Clicks:
+    """Is the film rated 4 or more (task R): 75,994 training and 24,006 test rows.
+
+    The history is what the user rated 4 or more at a strictly earlier time: ratings
+    arrive in pages with one time, and the page of the candidate would tell its label.
+
+    Args:
+      ratings: the log.
+      test_users: users of the test split, the first of a permutation.
+      order: how equal times of a user are ordered in histories: "row" or item "id".
+      seed: of the permutation.
+    """
+    users = np.unique(ratings.user)
+    if not 0 < test_users < len(users):
+        raise ValueError(
+            f"test_users must be between 1 and {len(users) - 1}, got {test_users}"
+        )
+    if order not in ("row", "id"):
+        raise ValueError(f"order must be 'row' or 'id', got {order!r}")
+    tested = users[np.random.default_rng(seed).permutation(len(users))[:test_users]]
+    tested = np.isin(ratings.user, tested)
+    liked = np.flatnonzero(ratings.rating >= 4)
+    tie = ratings.item[liked] if order == "id" else liked
+    liked = liked[np.lexsort((tie, ratings.time[liked], ratings.user[liked]))]
+    item = ratings.item[liked]
+    log = Log(item, ratings.cate[item], ratings.time[liked])
+    # (user, time) as one number: a history is then two binary searches.
+    time = ratings.time.astype(np.int64) - int(ratings.time.min())
+    base = ratings.user.astype(np.int64) * (int(time.max()) + 1)
+    keys = (base + time)[liked]
+    samples = Samples(
+        ratings.user,
+        ratings.item,
+        ratings.cate[ratings.item],
+        ratings.time,
+        (ratings.rating >= 4).astype(np.float32),
+        np.searchsorted(keys, base),
+        np.searchsorted(keys, base + time),
+    )
+    train, test = (Samples(*(x[rows] for x in samples)) for rows in (~tested, tested))
+    pool = np.flatnonzero(~tested[liked])
+    return Clicks("rating", train, test, log, pool, ratings.rows)
+
+
+def user_ranges(user: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """First row of every row's user and one past the last, in a log sorted by user."""
+    first = np.searchsorted(user, user, side="left")
+    return first, np.searchsorted(user, user, side="right")
+
+
+def pairs(
+    log: Log,
+    user: np.ndarray,
+    at: np.ndarray,
+    start: np.ndarray,
+    item: np.ndarray,
+    cate: np.ndarray,
+) -> Samples:
+    """Positives of a log, each followed by its negatives with the same history.
+
+    Args:
+      log: behaviours sorted by user and time.
+      user: (E,) the log's users.
+      at: (P,) rows that are positives; their history ends before them.
+      start: (P,) where their history begins.
+      item, cate: (P, M) ids of the negatives.
+    """
+    each = item.shape[1] + 1
+
+    def repeated(values: np.ndarray) -> np.ndarray:
+        return np.repeat(values, each)
+
+    label = np.zeros((len(at), each), np.float32)
+    label[:, 0] = 1
+    return Samples(
+        repeated(user[at]),
+        np.column_stack([log.item[at], item]).astype(np.int32).ravel(),
+        np.column_stack([log.cate[at], cate]).astype(np.int32).ravel(),
+        repeated(log.time[at]),
+        label.ravel(),
+        repeated(start),
+        repeated(at),
+    )
+
+
+class Examples:
+    """Shuffled batches of a split, addressed by a global example index.
+
+    Every epoch is a seeded permutation of the split. Nothing else is state: the position
+    of a run is one number, whatever the number of hosts.
+    """
+
+    def __init__(
+        self,
+        clicks: Clicks,
+        length: int = 50,
+        *,
+        split: str = "train",
+        seed: int = 0,
+        shuffle: bool = True,
+        times: bool = False,
+        negatives: bool = False,
+    ):
+        """Args: data, last behaviours kept, split, seed, and what a batch holds.
+
+        Args:
+          clicks: the data.
+          length: behaviours of a history that are kept, the most recent ones.
+          split: "train" or "test".
+          seed: of the order and of the auxiliary negatives.
+          shuffle: False keeps the split's order in every epoch.
+          times: whether batches have ``time`` and ``hist_time``.
+          negatives: whether they have ``neg_hist_item`` and ``neg_hist_cate``.
+
+        Raises:
+          ValueError: length < 1, an empty split, arrays that do not fit together, or
+            times or negatives that the data do not have.
+        """
+        if split not in ("train", "test"):
+            raise ValueError(f"split must be 'train' or 'test', got {split!r}")
+        if length < 1:
+            raise ValueError(f"length of hist_item must be at least 1, got {length}")
+        self.samples = getattr(clicks, split)
+        check(clicks, split)
+        if times and not self.samples.time.any():
+            raise ValueError(f"{clicks.name}: has no times; use times=False")
+        if negatives and clicks.negatives is None:
+            pool = clicks.log.item[clicks.pool]
+            different = np.flatnonzero(pool != pool[:1])
+            if not len(different):
+                raise ValueError(
+                    f"{clicks.name}: auxiliary negatives need two items in the pool"
+                )
+            # What to take instead of a draw that hits the behaviour again and again.
+            self._spare = clicks.pool[[0, different[0]]]
+        self.clicks = clicks
+        self.length = length
+        self.seed = seed
+        self.shuffle = shuffle
+        self.times = times
+        self.negatives = negatives
+        self._epoch: tuple[int, np.ndarray] | None = None
+
+    def __len__(self) -> int:
+        """Samples in an epoch."""
+        return len(self.samples.label)
+
+    def batch(self, start: int, size: int, rows: slice = slice(None)) -> dict:
+        """Examples start .. start + size - 1.
+
+        Args:
+          start: global index of the first example.
+          size: examples of the whole batch, over all hosts.
+          rows: the part of the batch that this host builds.
+
+        Returns:
+          int32 ``user``, ``item``, ``cate``, ``length`` (B,), float32 ``label`` (B,),
+          int32 ``hist_item``, ``hist_cate`` (B, T): the behaviours first, oldest first,
+          then zeros. On request ``time`` (B,) and ``hist_time``, and ``neg_hist_item``,
+          ``neg_hist_cate`` (B, T): at every step an item that differs from that step's.
+        """
+        example = np.arange(start, start + size)[rows]
+        epoch, place = np.divmod(example, len(self))
+        index = np.empty_like(place)
+        for e in np.unique(epoch):
+            here = epoch == e
+            index[here] = self._order(int(e))[place[here]]
+        return self.gather(index, example)
+
+    def gather(self, index: np.ndarray, example: np.ndarray) -> dict:
+        """The samples ``index`` of the split as a batch.
+
+        Args:
+          index: rows of the split.
+          example: numbers that, with the seed, decide the auxiliary negatives.
+        """
+        samples, log = self.samples, self.clicks.log
+        stop = samples.stop[index]
+        count = np.minimum(stop - samples.start[index], self.length)
+        step = np.arange(self.length)
+        valid = step < count[:, None]
+        at = ((stop - count)[:, None] + step)[valid]
+
+        def spread(values: np.ndarray) -> np.ndarray:
+            out = np.zeros(valid.shape, np.int32)
+            out[valid] = values
+            return out
+
+        batch = {
+            name: getattr(samples, name)[index] for name in ("user", "item", "cate")
+        }
+        batch["label"] = samples.label[index]
+        batch["length"] = count.astype(np.int32)
+        batch["hist_item"] = spread(log.item[at])
+        batch["hist_cate"] = spread(log.cate[at])
+        if self.times:
+            batch["time"] = samples.time[index]
+            batch["hist_time"] = spread(log.time[at])
+        if self.negatives:
+            if self.clicks.negatives is None:
+                drawn = self._draw(log.item[at], example, valid)
+                item, cate = log.item[drawn], log.cate[drawn]
+            else:
+                item, cate = (x[at] for x in self.clicks.negatives)
+            batch["neg_hist_item"], batch["neg_hist_cate"] = spread(item), spread(cate)
+        return batch
+
+    def score_batches(self, size: int) -> Iterator[dict]:
+        """All samples of the split once, in order, for evaluation.
+
+        Yields:
+          Batches with float32 ``weight`` (size,); the last is filled up with weight 0.
+        """
+        for start in range(0, len(self), size):
+            index = np.arange(start, start + size)
+            weight = (index < len(self)).astype(np.float32)
+            index = np.minimum(index, len(self) - 1)
+            yield {**self.gather(index, index), "weight": weight}
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if not self.shuffle:
+            return np.arange(len(self))
+        if self._epoch is None or self._epoch[0] != epoch:
+            rng = np.random.default_rng((self.seed, epoch))
+            self._epoch = (epoch, rng.permutation(len(self)))
+        return self._epoch[1]
+
+    def _draw(
+        self, item: np.ndarray, example: np.ndarray, valid: np.ndarray
+    ) -> np.ndarray:
+        """Rows of the pool, one per behaviour, whose item is another one.
+
+        A hash of (seed, example, step, try) instead of a generator: any part of any
+        batch gets the same draws without the ones before it.
+        """
+        pool, items = self.clicks.pool, self.clicks.log.item
+        row, step = np.nonzero(valid)
+        key = _mix(_mix(example[row].astype(np.uint64)) + np.uint64(self.seed))
+        key = _mix(key + step.astype(np.uint64))
+        drawn = pool[(key % np.uint64(len(pool))).astype(np.int64)]
+        for attempt in range(1, 9):
+            hit = np.flatnonzero(items[drawn] == item)
+            if not len(hit):
+                return drawn
+            again = _mix(key[hit] + np.uint64(attempt))
+            drawn[hit] = pool[(again % np.uint64(len(pool))).astype(np.int64)]
+        hit = np.flatnonzero(items[drawn] == item)
+        same = items[self._spare[0]] == item[hit]
+        drawn[hit] = np.where(same, self._spare[1], self._spare[0])
+        return drawn
+
+
+def occurrences(clicks: Clicks, length: int = 50) -> dict[str, np.ndarray]:
+    """How many training samples contain each id: n_j of mini-batch-aware L2.
+
+    An id counts once per sample, whether it is the candidate or in the history, however
+    often (din.md 2.4). Padding has 0.
+
+    Args:
+      clicks: the data.
+      length: behaviours of a history that are kept.
+
+    Returns:
+      int64 counts of every row of the tables "user", "item", "cate".
+    """
+    examples = Examples(clicks, length, shuffle=False)
+    counts = {name: np.zeros(n, np.int64) for name, n in clicks.rows.items()}
+    for start in range(0, len(examples), _COUNT_CHUNK):
+        batch = examples.batch(start, min(_COUNT_CHUNK, len(examples) - start))
+        counts["user"] += np.bincount(batch["user"], minlength=clicks.rows["user"])
+        for name in ("item", "cate"):
+            ids = np.sort(np.column_stack([batch[name], batch[f"hist_{name}"]]), 1)
+            first = np.diff(ids, axis=1, prepend=0) > 0
+            counts[name] += np.bincount(ids[first], minlength=clicks.rows[name])
+    return counts
+
+
+def popularity(clicks: Clicks) -> np.ndarray:
+    """Baseline score of the test samples: log(1 + training clicks of the candidate)."""
+    liked = clicks.train.item[clicks.train.label > 0]
+    count = np.bincount(liked, minlength=clicks.rows["item"])
+    return np.log1p(count)[clicks.test.item]
+
+
+def item_mean(clicks: Clicks, *, pseudo: float = 5.0) -> np.ndarray:
+    """Baseline score of the test samples: mean training label of the candidate.
+
+    Args:
+      clicks: the data.
+      pseudo: how many samples of the overall mean every item is given.
+    """
+    item, label, n = clicks.train.item, clicks.train.label, clicks.rows["item"]
+    total = np.bincount(item, label, n) + pseudo * label.mean(dtype=np.float64)
+    return (total / (np.bincount(item, minlength=n) + pseudo))[clicks.test.item]
+
+
+def shuffle_labels(clicks: Clicks, seed: int = 0) -> Clicks:
+    """The same data with permuted training labels: nothing can be learned from them."""
+    label = np.random.default_rng(seed).permutation(clicks.train.label)
+    return clicks._replace(train=clicks.train._replace(label=label))
+
+
+def check(clicks: Clicks, split: str = "train") -> None:
+    """Checks that a split is not empty and that its arrays fit together.
+
+    Raises:
+      ValueError: names the field, what it has and what is expected.
+    """
+    samples: Samples = getattr(clicks, split)
+    where = f"{clicks.name}, {split}"
+    n, e = len(samples.label), len(clicks.log.item)
+    if not n:
+        raise ValueError(f"{where}: no samples")
+    for name, values in samples._asdict().items():
+        if len(values) != n:
+            raise ValueError(f"{where}: {name} has {len(values)} values, expected {n}")
+    for name, values in clicks.log._asdict().items():
+        if len(values) != e:
+            raise ValueError(f"{clicks.name}: log.{name} has {len(values)} of {e} rows")
+    if not np.isin(samples.label, (0, 1)).all():
+        raise ValueError(f"{where}: label must be 0 or 1; also not NaN")
+    for name, rows in clicks.rows.items():
+        ids = [getattr(samples, name)]
+        ids += [getattr(clicks.log, name)] if name != "user" else []
+        low = min(int(x.min(initial=1)) for x in ids)
+        high = max(int(x.max(initial=1)) for x in ids)
+        if low < 1 or high >= rows:
+            raise ValueError(
+                f"{where}: {name} must be in [1, {rows - 1}] (0 is padding), "
+                f"got {low if low < 1 else high}"
+            )
+    start, stop = samples.start, samples.stop
+    if start.min() < 0 or (start > stop).any() or stop.max() > e:
+        raise ValueError(f"{where}: start and stop must be ranges of the {e} log rows")
+
+
+def _not_owned(rng, user, log_item, owned, rows, each) -> np.ndarray:
+    """(P, each) items of random log rows that the user of each row has nowhere."""
+    per_user = np.bincount(owned // rows)
+    if per_user.max() >= len(np.unique(log_item)):
+        raise ValueError("a user has every item of the log, so no negative exists")
+    user = np.repeat(user.astype(np.int64), each)
+    drawn = np.empty(len(user), np.int32)
+    left = np.arange(len(user))
+    while len(left):
+        drawn[left] = log_item[rng.integers(len(log_item), size=len(left))]
+        key = user[left] * rows + drawn[left]
+        near = np.minimum(np.searchsorted(owned, key), len(owned) - 1)
+        left = left[owned[near] == key]
+    return drawn.reshape(-1, each)
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """The SplitMix64 step: a bijection of 64-bit numbers that scatters their bits."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return x ^ x >> np.uint64(31)

@@ -1,0 +1,614 @@
+"""Readers of the click papers' original files into the arrays of ``data.ctr``.
+
+Files are read line by line; a malformed line is an error with its number. ``progress`` is
+called with (bytes read, bytes of the file) now and then, for each file in turn. Nothing
+is downloaded: these files are the user's, except MovieLens-100k (``data.fetch``).
+"""
+
+import ast
+import contextlib
+import csv
+import gzip
+import json
+import pickle
+import random
+import zlib
+from array import array
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxpapers.data.ctr import (
+    FIRST,
+    OOV,
+    Clicks,
+    Log,
+    Ratings,
+    Samples,
+    pairs,
+    task_rating,
+    user_ranges,
+)
+
+Progress = Callable[[int, int], None]
+
+NO_CATEGORY = "default_cat"
+
+_REPORT_LINES = 1 << 16
+
+
+def ml_100k(folder: str | Path, *, category: str = "first") -> Ratings:
+    """Reads MovieLens-100k in RecBole's atomic files (``data.fetch.get("ml-100k")``).
+
+    Args:
+      folder: has ml-100k.inter and ml-100k.item.
+      category: "first" genre of a film (19) or its "combination" of genres (216).
+
+    Raises:
+      ValueError: unknown category, or a malformed line, with its number.
+    """
+
+    def film(line: str) -> tuple[int, str]:
+        item, _, _, genres = line.split("\t")
+        return int(item) + 1, genres
+
+    def rated(line: str) -> tuple[int, int, float, int]:
+        user, item, rating, time = line.split("\t")
+        return int(user), int(item), float(rating), int(time)
+
+    genres = dict(records(Path(folder) / "ml-100k.item", film, header=True))
+    table, cates = categories(genres, category)
+    inter = Path(folder) / "ml-100k.inter"
+    return _ratings(inter, rated, table, cates, None)
+
+
+def movielens_20m(
+    ratings: str | Path,
+    movies: str | Path,
+    *,
+    train_users: int = 100_000,
+    category: str = "first",
+    seed: int = 1234,
+    progress: Progress | None = None,
+) -> Clicks:
+    """MovieLens-20M in DIN's protocol: is a film rated 4 or more (din.md 8).
+
+    The paper does not say which of several genres is the category, nor whether disliked
+    films are in the history; here as in ``ctr.task_rating``: the first, and no.
+
+    Args:
+      ratings: ratings.csv with the header userId,movieId,rating,timestamp.
+      movies: movies.csv with the header movieId,title,genres.
+      train_users: random users for training; the others are the test.
+      category: "first" genre or the "combination".
+      seed: of the users' permutation.
+      progress: see the module.
+    """
+
+    def film(line: str) -> tuple[int, str]:
+        item, _, genres = next(csv.reader([line]))
+        return int(item) + 1, genres.replace(" ", "-")
+
+    def rated(line: str) -> tuple[int, int, float, int]:
+        user, item, rating, time = line.split(",")
+        return int(user), int(item), float(rating), int(time)
+
+    genres = dict(records(movies, film, header=True, progress=progress))
+    table, cates = categories(genres, category)
+    data = _ratings(Path(ratings), rated, table, cates, progress)
+    users = len(np.unique(data.user))
+    if not 0 < train_users < users:
+        raise ValueError(
+            f"train_users must be between 1 and {users - 1}, the users in {ratings}, "
+            f"got {train_users}"
+        )
+    return task_rating(data, test_users=users - train_users, seed=seed)
+
+
+def amazon(
+    reviews: str | Path,
+    meta: str | Path,
+    *,
+    protocol: str = "din",
+    seed: int = 1234,
+    progress: Progress | None = None,
+) -> Clicks:
+    """Amazon reviews (2014, 5-core) as clicks on the next product.
+
+    "din" (Electronics): every review but a user's first is a positive with one negative,
+    uniform over the products that the user has not; the last is the test. Category: the
+    last name of the last path. Ids: sorted names.
+
+    "dien" (Books): only the last review of a user with two or more; one negative, the
+    product of a random review, another product than the positive but perhaps one of the
+    user's; a user is tested with probability 1/10. Category: the last name of the first
+    path. Ids: by frequency in training, what does not occur there is out of vocabulary.
+
+    Args:
+      reviews: reviews_*.json(.gz), a Python or JSON dict on each line.
+      meta: meta_*.json(.gz), the same.
+      protocol: "din" or "dien".
+      seed: of the negatives and of the split.
+      progress: see the module.
+    """
+    if protocol not in ("din", "dien"):
+        raise ValueError(f"protocol must be 'din' or 'dien', got {protocol!r}")
+    users: dict[str, int] = {}
+    items: dict[str, int] = {}
+    user, item, time = array("i"), array("i"), array("i")
+
+    def review(line: str) -> None:
+        row = _literal(line)
+        asin, who = str(row["asin"]), str(row["reviewerID"])
+        user.append(users.setdefault(who, len(users)))
+        item.append(items.setdefault(asin, len(items)))
+        time.append(int(row["unixReviewTime"]))
+
+    for _ in records(reviews, review, progress=progress):
+        pass
+    if not user:
+        raise ValueError(f"{reviews}: no reviews")
+    path = -1 if protocol == "din" else 0
+    category: dict[str, str] = {}
+
+    def product(line: str) -> None:
+        row = _literal(line)
+        if row["asin"] in items:
+            category[row["asin"]] = str(row["categories"][path][-1])
+
+    for _ in records(meta, product, progress=progress):
+        pass
+    names = sorted(items)
+    cates = sorted({category.get(name, NO_CATEGORY) for name in names})
+    cate_id = {name: i for i, name in enumerate(cates, FIRST)}
+    table = [0, OOV, *(cate_id[category.get(name, NO_CATEGORY)] for name in names)]
+    rows = {
+        "user": len(users) + FIRST,
+        "item": len(names) + FIRST,
+        "cate": len(cates) + FIRST,
+    }
+    log_user, log = _sorted_log(
+        _sorted_ids(users)[user], _sorted_ids(items)[item], time, table
+    )
+    split = _amazon_din if protocol == "din" else _amazon_dien
+    name = f"{Path(reviews).name} ({protocol})"
+    return split(name, log_user, log, np.array(table, np.int32), rows, seed)
+
+
+def _amazon_din(name, user, log, table, rows, seed) -> Clicks:
+    first, last = user_ranges(user)
+    place = np.arange(len(user))
+    items = rows["item"] - FIRST
+    drawn = np.empty((len(user), 1), np.int32)
+    # The original's draws: Python 2's randint, one for every review, users in order.
+    rng = random.Random(seed)
+    for start in np.flatnonzero(place == first):
+        owned = set(log.item[start : last[start]].tolist())
+        if len(owned) == items:
+            raise ValueError(f"{name}: a user has all {items} products: no negative")
+        for row in range(start, last[start]):
+            item = next(iter(owned))
+            while item in owned:
+                item = int(rng.random() * items) + FIRST
+            drawn[row] = item
+    tested = place == last - 1
+    splits = []
+    for chosen in (~tested, tested):
+        at = np.flatnonzero(chosen & (place > first))
+        splits.append(pairs(log, user, at, first[at], drawn[at], table[drawn[at]]))
+    return Clicks(name, splits[0], splits[1], log, np.flatnonzero(~tested), rows)
+
+
+def _amazon_dien(name, user, log, table, rows, seed) -> Clicks:
+    rng = np.random.default_rng(seed)
+    first, last = user_ranges(user)
+    place = np.arange(len(user))
+    at = np.flatnonzero((place == last - 1) & (place > first))
+    if (log.item == log.item[0]).all():
+        raise ValueError(f"{name}: a single product: no negative")
+    drawn = np.empty(len(at), np.int32)
+    left = np.arange(len(at))
+    while len(left):
+        drawn[left] = log.item[rng.integers(len(log.item), size=len(left))]
+        left = left[drawn[left] == log.item[at[left]]]
+    drawn = drawn[:, None]
+    tested = rng.integers(10, size=len(at)) == 0
+    splits = [
+        pairs(log, user, at[m], first[at[m]], drawn[m], table[drawn[m]])
+        for m in (~tested, tested)
+    ]
+    return by_frequency(Clicks(name, splits[0], splits[1], log, place, rows))
+
+
+def taobao(
+    path: str | Path,
+    *,
+    quantile: float = 0.7,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Clicks:
+    """Taobao's UserBehavior.csv in MIMN's protocol (sim.md 8).
+
+    A user's last action is the candidate, what was before it the history; with
+    probability 1/2 another item, uniform over all, takes its place with label 0. Users
+    whose last action is after the quantile of all users' last actions are the test.
+    (MIMN's script leaves the candidate in the history; here it is not.) Users with one
+    action are left out. The paper keeps the last 200 behaviours: ``length`` of Examples.
+
+    Args:
+      path: lines user,item,category,behaviour,seconds without a header.
+      quantile: share of the users before the split.
+      seed: of labels and negatives.
+      progress: see the module.
+    """
+    if not 0 < quantile < 1:
+        raise ValueError(f"quantile must be in (0, 1), got {quantile}")
+    columns = [array("i") for _ in range(4)]
+    append = [column.append for column in columns]
+
+    def action(line: str) -> None:
+        user, item, cate, kind, time = line.split(",")
+        if kind not in ("pv", "buy", "cart", "fav"):
+            raise ValueError(kind)
+        values = int(user), int(item), int(cate), int(time)
+        for put, value in zip(append, values):
+            put(value)
+
+    for _ in records(path, action, progress=progress):
+        pass
+    if not columns[0]:
+        raise ValueError(f"{path}: no actions")
+    users, user = np.unique(np.asarray(columns[0]), return_inverse=True)
+    items, where, item = np.unique(
+        np.asarray(columns[1]), return_index=True, return_inverse=True
+    )
+    cates, cate = np.unique(np.asarray(columns[2]), return_inverse=True)
+    rows = {
+        "user": len(users) + FIRST,
+        "item": len(items) + FIRST,
+        "cate": len(cates) + FIRST,
+    }
+    table = np.concatenate([[0, OOV], cate[where] + FIRST])
+    user, log = _sorted_log(user + FIRST, item + FIRST, columns[3], table)
+    first, last = user_ranges(user)
+    place = np.arange(len(user))
+    at = np.flatnonzero((place == last - 1) & (place > first))
+    if not len(at) or len(items) < 2:
+        raise ValueError(f"{path}: needs users with two actions, and two items")
+    rng = np.random.default_rng(seed)
+    label = rng.integers(2, size=len(at)).astype(np.float32)
+    # Uniform over the other items: skip the candidate.
+    other = rng.integers(FIRST, len(items) + 1, size=len(at))
+    other += other >= log.item[at]
+    shown = np.where(label > 0, log.item[at], other).astype(np.int32)
+    cate = table[shown].astype(np.int32)
+    data = Samples(user[at], shown, cate, log.time[at], label, first[at], at)
+    late = data.time > np.sort(data.time)[int(len(at) * quantile)]
+    train, test = (Samples(*(x[m] for x in data)) for m in (~late, late))
+    pool = np.flatnonzero(place < last - 1)
+    return Clicks(Path(path).name, train, test, log, pool, rows)
+
+
+def dien_text(
+    train: str | Path,
+    test: str | Path,
+    *,
+    vocabularies: dict[str, dict[str, int]] | None = None,
+    progress: Progress | None = None,
+) -> Clicks:
+    r"""DIEN's local_train_splitByUser and local_test_splitByUser.
+
+    Lines of label, user, item, category, history items, history categories; tabs between
+    them and \x02 inside the histories. (DIN's own dataset.pkl is a pickle of arrays and
+    is not read: use ``amazon`` on the files that it was made from.)
+
+    Args:
+      train, test: the two files.
+      vocabularies: "user", "item", "cate" -> name -> number, as ``vocabulary`` reads
+        uid_voc.pkl, mid_voc.pkl, cat_voc.pkl: the id is then the number + 2. None: by
+        frequency in the training file, as DIEN's generate_voc does.
+      progress: see the module.
+    """
+    codes: dict[str, dict[str, int]] = {"user": {}, "item": {}, "cate": {}}
+    log = array("i"), array("i")
+    last: list[Any] = ["", "", 0]  # The pair of a user repeats its history.
+
+    def code(table: str, name: str) -> int:
+        ids = codes[table]
+        return ids.setdefault(name, len(ids) + FIRST)
+
+    def sample(line: str) -> tuple:
+        label, user, item, cate, hist, hist_cate = line.split("\t")
+        if label not in ("0", "1"):
+            raise ValueError(label)
+        if (hist, hist_cate) != (last[0], last[1]):
+            names = [x.split("\x02") if x else [] for x in (hist, hist_cate)]
+            if len(names[0]) != len(names[1]):
+                raise ValueError(hist)
+            last[:] = hist, hist_cate, len(log[0])
+            log[0].extend(code("item", x) for x in names[0])
+            log[1].extend(code("cate", x) for x in names[1])
+        ids = code("user", user), code("item", item), code("cate", cate)
+        return *ids, 0, int(label), last[2], len(log[0])
+
+    splits = [_samples(train, sample, progress)]
+    pool = np.arange(len(log[0]))
+    splits.append(_samples(test, sample, progress))
+    none = np.zeros(len(log[0]), np.int32)
+    behaviours = Log(np.array(log[0], np.int32), np.array(log[1], np.int32), none)
+    rows = {table: len(ids) + FIRST for table, ids in codes.items()}
+    clicks = Clicks(Path(train).name, splits[0], splits[1], behaviours, pool, rows)
+    if vocabularies is None:
+        return by_frequency(clicks)
+    maps, sizes = {}, {}
+    for table, ids in codes.items():
+        known = vocabularies.get(table, {})
+        if not known:
+            raise ValueError(f"vocabularies: {table!r} is missing or empty")
+        sizes[table] = max(known.values()) + FIRST + 1
+        numbers = (known[x] + FIRST if x in known else OOV for x in ids)
+        maps[table] = np.array([0, OOV, *numbers], np.int32)
+    return _renumbered(clicks, maps, sizes)
+
+
+def mimn_text(
+    train: str | Path, test: str | Path, *, progress: Progress | None = None
+) -> Clicks:
+    """MIMN's text files, with their own negatives (sim.md 8).
+
+    Lines of user, item, category, label, and four lists with commas: history items and
+    categories, negative items and categories; tabs between them. Ids share one index
+    from 1, here from 2; zeros in front of a history are padding.
+
+    Args:
+      train, test: the two files.
+      progress: see the module.
+    """
+    log = tuple(array("i") for _ in range(4))
+
+    def sample(line: str) -> tuple:
+        user, item, cate, label, *lists = line.split("\t")
+        columns = [[int(x) for x in text.split(",") if x] for text in lists]
+        if len(columns) != 4 or label not in ("0", "1"):
+            raise ValueError(label)
+        if len({len(column) for column in columns}) != 1:
+            raise ValueError("lengths")
+        padding = next((i for i, x in enumerate(columns[0]) if x), len(columns[0]))
+        kept = [column[padding:] for column in columns]
+        ids = int(user) + 1, int(item) + 1, int(cate) + 1
+        if min(ids) < FIRST or any(min(column, default=1) < 1 for column in kept):
+            raise ValueError("id")
+        start = len(log[0])
+        for values, column in zip(log, kept):
+            values.extend(x + 1 for x in column)
+        return *ids, 0, int(label), start, len(log[0])
+
+    first = _samples(train, sample, progress)
+    pool = np.arange(len(log[0]))
+    splits = first, _samples(test, sample, progress)
+    item, cate, neg_item, neg_cate = (np.array(x, np.int32) for x in log)
+    ids = [x for s in splits for x in (s.user, s.item, s.cate)]
+    highest = max(int(x.max(initial=0)) for x in [*ids, item, cate, neg_item, neg_cate])
+    rows = dict.fromkeys(("user", "item", "cate"), highest + 1)
+    behaviours = Log(item, cate, np.zeros_like(item))
+    name, negatives = Path(train).name, (neg_item, neg_cate)
+    return Clicks(name, splits[0], splits[1], behaviours, pool, rows, negatives)
+
+
+def vocabulary(path: str | Path) -> dict[str, int]:
+    """A vocabulary name -> number from a .json file or one of DIEN's .pkl files.
+
+    A pickle can run any code, so only one of plain containers, texts and numbers is read.
+
+    Raises:
+      ValueError: the pickle wants anything else, or there is no such dict in the file.
+    """
+    path = Path(path).expanduser()
+    try:
+        with open(path, "rb") as f:
+            loaded = json.load(f) if path.suffix == ".json" else _Plain(f).load()
+    except (ValueError, pickle.UnpicklingError, EOFError, IndexError, KeyError) as e:
+        raise ValueError(f"{path}: not a plain vocabulary: {e}") from e
+    if not isinstance(loaded, dict) or not all(
+        isinstance(k, str) and type(v) is int and v >= 0 for k, v in loaded.items()
+    ):
+        raise ValueError(f"{path}: expected a dict of names to numbers >= 0")
+    return loaded
+
+
+class _Plain(pickle.Unpickler):
+    """Unpickles builtin containers, texts and numbers, which need no class."""
+
+    def __init__(self, file: Any):
+        super().__init__(file, encoding="utf-8")  # DIEN's are of Python 2.
+
+    def find_class(self, module_name: str, global_name: str, /) -> Any:
+        raise pickle.UnpicklingError(
+            f"it asks for {module_name}.{global_name}, which is not loaded for safety; "
+            "convert the vocabulary to a .json file of name -> number"
+        )
+
+
+def by_frequency(clicks: Clicks) -> Clicks:
+    """Renumbers ids by how often training has them; absent ones are out of vocabulary.
+
+    Candidates and histories count, each time they occur, as in DIEN's generate_voc; of
+    equally frequent ids the smaller old one is first.
+    """
+    train, log = clicks.train, clicks.log
+    cover = np.bincount(train.start, minlength=len(log.item) + 1)
+    cover -= np.bincount(train.stop, minlength=len(log.item) + 1)
+    times = np.cumsum(cover)[:-1]
+    maps, rows = {}, {}
+    for table, n in clicks.rows.items():
+        count = np.bincount(getattr(train, table), minlength=n)
+        if table != "user":
+            count += np.bincount(getattr(log, table), times, n).astype(count.dtype)
+        order = np.argsort(-count, kind="stable")
+        order = order[count[order] > 0]
+        maps[table] = np.full(n, OOV, np.int32)
+        maps[table][order] = np.arange(len(order)) + FIRST
+        rows[table] = len(order) + FIRST
+    return _renumbered(clicks, maps, rows)
+
+
+def categories(genres: dict[int, str], category: str) -> tuple[np.ndarray, int]:
+    """Category ids of an item table from genre texts.
+
+    Args:
+      genres: item id (from 2) -> genres, separated by spaces or ``|``.
+      category: "first" genre or the "combination" in the order given.
+
+    Returns:
+      int32 category of every row of the item table (padding 0, rows without a genre text
+      1), and the rows of the category table.
+
+    Example:
+      >>> categories({2: "Drama", 3: "Action|Drama"}, "first")
+      (array([0, 1, 3, 2], dtype=int32), 4)
+    """
+    if category not in ("first", "combination"):
+        raise ValueError(f"category must be 'first' or 'combination', got {category!r}")
+    split = {item: text.replace("|", " ").split() for item, text in genres.items()}
+    name = {
+        item: " ".join(parts[:1] if category == "first" else parts)
+        for item, parts in split.items()
+    }
+    ids = {text: i for i, text in enumerate(sorted(set(name.values())), FIRST)}
+    table = np.full(max(name, default=1) + 1, OOV, np.int32)
+    table[0] = 0
+    for item, text in name.items():
+        table[item] = ids[text]
+    return table, len(ids) + FIRST
+
+
+def records(
+    path: str | Path,
+    parse: Callable[[str], Any],
+    *,
+    header: bool = False,
+    progress: Progress | None = None,
+) -> Iterator[Any]:
+    """Parsed lines of a text file, also gzipped; empty lines are left out.
+
+    Args:
+      path: read as UTF-8; gzip is recognised by the suffix .gz.
+      parse: line without its end -> value; the docstring of its owner says the form.
+      header: whether the first line is one.
+      progress: is called with bytes read and bytes of the file now and then and at the
+        end; compressed bytes of a gzipped file.
+
+    Raises:
+      ValueError: ``parse`` raised one, or Key-, Index-, Type- or OverflowError: with the
+        line's number, as for one that is not UTF-8; a broken gzip file.
+    """
+    path = Path(path).expanduser()
+    total = path.stat().st_size
+    with open(path, "rb") as raw, _binary(path, raw) as binary:
+        for number, line in _numbered(path, binary):
+            line = line.rstrip(b"\r\n")
+            if line and (number > 1 or not header):
+                try:
+                    value = parse(line.decode())
+                except (ValueError, LookupError, TypeError, OverflowError) as e:
+                    raise ValueError(
+                        f"{path}, line {number} is malformed ({type(e).__name__}: {e}): "
+                        f"{line[:100]!r}; correct or remove it"
+                    ) from e
+                yield value
+            if progress is not None and number % _REPORT_LINES == 0:
+                progress(raw.tell(), total)
+    if progress is not None:
+        progress(total, total)
+
+
+def _binary(path: Path, raw: Any) -> Any:
+    if path.suffix == ".gz":
+        return gzip.GzipFile(fileobj=raw)
+    return contextlib.nullcontext(raw)
+
+
+def _numbered(path: Path, binary: Any) -> Iterator[tuple[int, bytes]]:
+    number = 0
+    try:
+        for number, line in enumerate(binary, 1):  # noqa: B007
+            yield number, line
+    except (gzip.BadGzipFile, EOFError, zlib.error) as e:
+        raise ValueError(
+            f"{path}: unreadable after line {number}: {e}; copy the file again"
+        ) from e
+
+
+def _literal(line: str) -> dict:
+    """A dict from its Python or JSON text, without evaluating anything."""
+    try:
+        # JSON is 20 times as fast, and no Python text with another meaning is JSON.
+        row = json.loads(line) if line.startswith('{"') else ast.literal_eval(line)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        try:
+            row = ast.literal_eval(line)
+        except (SyntaxError, MemoryError, RecursionError) as e:
+            raise ValueError(f"neither Python nor JSON: {e}") from e
+    if not isinstance(row, dict):
+        raise ValueError("not a dict")
+    return row
+
+
+def _ratings(path, parse, table, cates, progress) -> Ratings:
+    columns = array("i"), array("i"), array("f"), array("i")
+
+    def rated(line: str) -> None:
+        who, what, stars, when = parse(line)
+        if who < 1 or not 1 <= what < len(table) - 1:
+            raise ValueError(f"user {who}, item {what}")
+        if not 0 <= stars <= 5:
+            raise ValueError(f"rating {stars}")
+        for column, value in zip(columns, (who + 1, what + 1, stars, when)):
+            column.append(value)
+
+    for _ in records(path, rated, header=True, progress=progress):
+        pass
+    user, item, rating, time = (np.array(x) for x in columns)
+    if not len(user):
+        raise ValueError(f"{path}: no ratings")
+    rows = {"user": int(user.max()) + 1, "item": len(table), "cate": cates}
+    return Ratings(user, item, rating, time, table, rows)
+
+
+def _samples(path, parse, progress) -> Samples:
+    columns = array("i"), array("i"), array("i"), array("i"), array("f")
+    columns += array("q"), array("q")
+    for values in records(path, parse, progress=progress):
+        for column, value in zip(columns, values):
+            column.append(value)
+    return Samples(*(np.array(column) for column in columns))
+
+
+def _sorted_ids(codes: dict[str, int]) -> np.ndarray:
+    """Ids in the order of the sorted names, by code."""
+    ids = np.empty(len(codes), np.int32)
+    ids[[codes[name] for name in sorted(codes)]] = np.arange(len(codes)) + FIRST
+    return ids
+
+
+def _sorted_log(user, item, time, table) -> tuple[np.ndarray, Log]:
+    """Users and behaviours by user and time, of equal times the file's order."""
+    time = np.asarray(time, np.int32)
+    order = np.lexsort((time, user))
+    item = item[order].astype(np.int32)
+    cate = np.asarray(table, np.int32)[item]
+    return user[order].astype(np.int32), Log(item, cate, time[order])
+
+
+def _renumbered(
+    clicks: Clicks, maps: dict[str, np.ndarray], rows: dict[str, int]
+) -> Clicks:
+    train, test = (
+        s._replace(**{name: maps[name][getattr(s, name)] for name in maps})
+        for s in (clicks.train, clicks.test)
+    )
+    log = clicks.log
+    log = log._replace(item=maps["item"][log.item], cate=maps["cate"][log.cate])
+    return clicks._replace(train=train, test=test, log=log, rows=rows)

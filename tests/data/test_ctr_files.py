@@ -1,0 +1,340 @@
+"""Readers on tiny files that the tests write, malformed lines included."""
+
+import gzip
+import json
+import pickle
+
+import numpy as np
+import pytest
+
+from jaxpapers.data import ctr, ctr_files
+
+# user -> products in time; written in another order, with single quotes.
+REVIEWS = {"U2": "b a d", "U1": "a b c", "U3": "c", "U4": "d e"}
+META = {
+    "a": [["Electronics", "Cables"], ["Home", "Lamps"]],
+    "b": [["Electronics", "Cables"]],
+    "c": [["Electronics", "Phones"], ["Office", "Cables"]],
+    "d": [["Electronics", "Zoom"]],
+    "zz": [["Never", "Reviewed"]],
+}
+
+
+@pytest.fixture
+def amazon(tmp_path):
+    rows = [
+        {
+            "reviewerID": user,
+            "asin": asin,
+            "unixReviewTime": 1000 + t,
+            "summary": "it's",
+        }
+        for user, items in REVIEWS.items()
+        for t, asin in enumerate(items.split())
+    ]
+    reviews = tmp_path / "reviews_E_5.json.gz"
+    with gzip.open(reviews, "wt") as f:
+        for i, row in enumerate(reversed(rows)):
+            f.write((json.dumps(row) if i % 2 else repr(row)) + "\n")
+    meta = tmp_path / "meta_E.json.gz"
+    with gzip.open(meta, "wt") as f:
+        for asin, paths in META.items():
+            f.write(f"{ {'asin': asin, 'categories': paths, 'also': None} }\n")
+    return reviews, meta
+
+
+def unpack(clicks, split):
+    """(user, item, cate, time, label, history); 1 is the first known id, 0 unknown."""
+    samples, log = getattr(clicks, split), clicks.log
+    return [
+        (u - 1, i - 1, c - 1, t, y, (log.item[start:stop] - 1).tolist())
+        for u, i, c, t, y, start, stop in zip(*(x.tolist() for x in samples))
+    ]
+
+
+def test_amazon_in_din_protocol(amazon):
+    clicks = ctr_files.amazon(*amazon)
+    assert clicks.rows == {"user": 6, "item": 7, "cate": 6}
+    item = dict(zip("abcde", range(1, 6)))
+    # Last name of the last path: a Lamps, b and c Cables, d Zoom, e has no meta.
+    cate = dict(zip("abcde", (2, 1, 1, 3, 4)))
+    pairs = zip((clicks.log.item - 1).tolist(), (clicks.log.cate - 1).tolist())
+    assert dict(pairs) == {item[x]: cate[x] for x in "abcde"}
+    positive = {}
+    for split in ("train", "test"):
+        rows = unpack(clicks, split)
+        positive[split] = [(r[0], r[1], r[5]) for r in rows[::2]]
+        for yes, no in zip(rows[::2], rows[1::2]):
+            assert (yes[4], no[4]) == (1, 0)
+            assert yes[5] == no[5] and yes[3] == no[3]
+            user = sorted(REVIEWS)[yes[0] - 1]
+            assert no[1] not in [item[x] for x in REVIEWS[user].split()]
+            assert no[2] == cate["abcde"[no[1] - 1]]
+    assert positive["train"] == [(1, 2, [1]), (2, 1, [2])]
+    assert positive["test"] == [(1, 3, [1, 2]), (2, 4, [2, 1]), (4, 5, [4])]
+    assert clicks.test.time[0] == 1002
+    batch = ctr.Examples(clicks, 4, negatives=True, times=True).batch(0, 4)
+    assert sorted(batch["length"].tolist()) == [1, 1, 1, 1]
+
+
+def test_amazon_in_dien_protocol(amazon):
+    for seed in range(30):
+        clicks = ctr_files.amazon(*amazon, protocol="dien", seed=seed)
+        if len(clicks.test.label) == 2 and clicks.test.user[0] == ctr.OOV:
+            break
+    assert len(clicks.train.label) == 4  # U1, U2 or U4, one pair each.
+    rows = unpack(clicks, "train") + unpack(clicks, "test")
+    assert [r[4] for r in rows] == [1, 0] * 3
+    assert all(yes[1] != no[1] for yes, no in zip(rows[::2], rows[1::2]))
+    # Ids by frequency: row 1 is the most frequent, counted over candidates and histories.
+    count = np.zeros(clicks.rows["item"])
+    for row in unpack(clicks, "train"):
+        for item in [row[1], *row[5]]:
+            count[item] += 1
+    known = count[1:-1]
+    assert (np.diff(known) <= 0).all() and known.min() > 0 and count[0] == 0
+    shares = [
+        len(ctr_files.amazon(*amazon, protocol="dien", seed=s).test.label) / 6
+        for s in range(60)
+    ]
+    assert abs(np.mean(shares) - 0.1) < 4 * np.sqrt(0.09 / 180)
+    with pytest.raises(ValueError, match="protocol must be 'din' or 'dien', got 'x'"):
+        ctr_files.amazon(*amazon, protocol="x")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{'asin': 'a', 'reviewerID': 'U1'}",
+        "{'asin': 'a', 'reviewerID': 'U1', 'unixReviewTime': 'soon'}",
+        "{'asin': 'a', 'reviewerID': 'U1', 'unixReviewTime': 99999999999}",
+        "__import__('os').system('true')",
+        "{'asin': ",
+        "[1, 2]",
+        '{"asin": 1, "unixReviewTime": NaN}',
+        "\udcff",
+    ],
+)
+def test_malformed_review(tmp_path, line):
+    good = "{'asin': 'a', 'reviewerID': 'U1', 'unixReviewTime': 1}\n"
+    path = tmp_path / "reviews.json"
+    path.write_bytes(f"{good}\n{line}\n{good}".encode(errors="surrogateescape"))
+    with pytest.raises(ValueError, match="reviews.json, line 3 is malformed"):
+        ctr_files.amazon(path, path)
+
+
+def test_broken_gzip_and_progress(amazon, tmp_path, monkeypatch):
+    monkeypatch.setattr(ctr_files, "_REPORT_LINES", 2)
+    calls = []
+    ctr_files.amazon(*amazon, progress=lambda done, total: calls.append((done, total)))
+    sizes = [path.stat().st_size for path in amazon]
+    assert [c for c in calls if c[0] == c[1]][-1] == (sizes[1],) * 2
+    assert {total for _, total in calls} == set(sizes) and len(calls) > 4
+    assert all(0 < done <= total for done, total in calls)
+    broken = tmp_path / "cut.json.gz"
+    broken.write_bytes(amazon[0].read_bytes()[:-20])
+    with pytest.raises(ValueError, match="cut.json.gz: unreadable after line"):
+        ctr_files.amazon(broken, amazon[1])
+
+
+def taobao_file(tmp_path, rows):
+    path = tmp_path / "UserBehavior.csv"
+    path.write_text("".join(",".join(map(str, row)) + "\n" for row in rows))
+    return path
+
+
+def test_taobao(tmp_path):
+    rows, expected = [], {}
+    for user in range(100, 140):
+        items = [(user * 7 + k * k) % 31 + 500 for k in range(4)]
+        for k, item in enumerate(items):
+            rows.append((user, item, item % 3 + 9, "pv", 10 * user + k))
+        expected[user - 99] = [item - 499 for item in items]
+    rows.append((140, 500, 500 % 3 + 9, "buy", 5))  # One action: left out.
+    rng = np.random.default_rng(0)
+    path = taobao_file(tmp_path, [rows[i] for i in rng.permutation(len(rows))])
+    clicks = ctr_files.taobao(path)
+    items = sorted({row[1] for row in rows})
+    ids = {item - 499: i for i, item in enumerate(items, 1)}
+    for split in ("train", "test"):
+        for user, item, cate, time, label, hist in unpack(clicks, split):
+            *earlier, last = [ids[x] for x in expected[user]]
+            assert hist == earlier  # The candidate is not in it.
+            assert (item == last) == (label == 1)
+            assert cate == items[item - 1] % 3 + 1
+            assert time == 10 * (user + 99) + 3
+    assert (len(clicks.train.label), len(clicks.test.label)) == (29, 11)
+    assert clicks.train.time.max() < clicks.test.time.min()
+    labels = np.concatenate(
+        [ctr_files.taobao(path, seed=s).train.label for s in range(20)]
+    )
+    assert abs(labels.mean() - 0.5) < 4 * 0.5 / np.sqrt(len(labels))
+
+
+@pytest.mark.parametrize(
+    "row", ["1,2,3,pv", "1,2,3,look,5", "1,2,x,pv,5", "1,2,3,pv,5000000000"]
+)
+def test_malformed_action(tmp_path, row):
+    path = taobao_file(tmp_path, [(1, 2, 3, "pv", 4), row.split(",")])
+    with pytest.raises(ValueError, match="UserBehavior.csv, line 2 is malformed"):
+        ctr_files.taobao(path)
+
+
+def test_movielens_20m(tmp_path):
+    movies = tmp_path / "movies.csv"
+    movies.write_text(
+        "movieId,title,genres\r\n"
+        '3,"American President, The (1995)",Comedy|Drama\r\n'
+        "7,Heat (1995),Action\r\n9,X,(no genres listed)\r\n"
+    )
+    ratings = tmp_path / "ratings.csv"
+    header = "userId,movieId,rating,timestamp\r\n"
+    lines = [f"{u},{m},{r},{t}" for u in (1, 2, 5) for m, r, t in
+             ((3, 4.5, 10), (7, 3.5, 20), (9, 4.0, 20))]  # fmt: skip
+    ratings.write_text(header + "\r\n".join(lines))
+    clicks = ctr_files.movielens_20m(ratings, movies, train_users=2)
+    rows = unpack(clicks, "train") + unpack(clicks, "test")
+    assert [r[1:] for r in rows] == [
+        (3, 3, 10, 1, []), (7, 2, 20, 0, [3]), (9, 1, 20, 1, [3])
+    ] * 3  # fmt: skip
+    assert len(set(clicks.train.user)) == 2
+    combined = ctr_files.movielens_20m(
+        ratings, movies, train_users=2, category="combination"
+    )
+    assert combined.rows["cate"] == 5
+    with pytest.raises(ValueError, match="train_users must be between 1 and 2"):
+        ctr_files.movielens_20m(ratings, movies)
+    with pytest.raises(ValueError, match="category must be 'first' or 'combination'"):
+        ctr_files.movielens_20m(ratings, movies, category="last")
+    for line in (
+        "1,10,4,10",
+        "1,3,6,10",
+        "1,3,nan,10",
+        "1,3,4",
+        "0,3,4,1",
+        "1,3,4,1.5",
+    ):
+        ratings.write_text(f"{header}1,3,4,10\n{line}\n")
+        with pytest.raises(ValueError, match="ratings.csv, line 3 is malformed"):
+            ctr_files.movielens_20m(ratings, movies, train_users=1)
+
+
+def test_ml_100k_files(tmp_path):
+    (tmp_path / "ml-100k.item").write_text(
+        "item_id:token\tmovie_title:token_seq\trelease_year:token\tclass:token_seq\n"
+        "1\tToy Story\t1995\tAnimation Comedy\n2\tHeat\t1995\tAction\n"
+    )
+    inter = tmp_path / "ml-100k.inter"
+    head = "user_id:token\titem_id:token\trating:float\ttimestamp:float\n"
+    inter.write_text(head + "2\t1\t3\t881250949\n1\t2\t5\t891717742\n")
+    ratings = ctr_files.ml_100k(tmp_path)
+    assert ratings.rows == {"user": 4, "item": 4, "cate": 4}
+    assert ratings.cate.tolist() == [0, 1, 3, 2]
+    assert ratings.user.tolist() == [3, 2] and ratings.item.tolist() == [2, 3]
+    assert ratings.rating.tolist() == [3, 5] and ratings.time[1] == 891717742
+    inter.write_text(head + "2\t1\t3\n")
+    with pytest.raises(ValueError, match="ml-100k.inter, line 2 is malformed"):
+        ctr_files.ml_100k(tmp_path)
+
+
+DIEN_TRAIN = (
+    "0\tu1\tm9\tc2\tm1\x02m2\tc1\x02c1\n1\tu1\tm1\tc1\tm1\x02m2\tc1\x02c1\n"
+    "1\tu2\tm3\tc2\tm1\tc1\n"
+)
+DIEN_TEST = "1\tu3\tm7\tc1\tm1\x02m8\tc1\x02c3\n0\tu3\tm2\tc1\tm1\x02m8\tc1\x02c3\n"
+
+
+def test_dien_text(tmp_path):
+    train, test = tmp_path / "local_train", tmp_path / "local_test"
+    train.write_text(DIEN_TRAIN)
+    test.write_text(DIEN_TEST)
+    clicks = ctr_files.dien_text(train, test)
+    # m1 4 times, m2 2, then m9 and m3 once; m7 and m8 are not in training.
+    assert clicks.rows == {"user": 4, "item": 6, "cate": 4}
+    rows = unpack(clicks, "train")
+    assert [(r[0], r[4], r[5]) for r in rows] == [
+        (1, 0, [1, 2]),
+        (1, 1, [1, 2]),
+        (2, 1, [1]),
+    ]
+    assert rows[1][1] == 1 and {rows[0][1], rows[2][1]} == {3, 4}
+    assert [(r[0], r[1], r[4], r[5]) for r in unpack(clicks, "test")] == [
+        (0, 0, 1, [1, 0]), (0, 2, 0, [1, 0])
+    ]  # fmt: skip
+    assert len(clicks.log.item) == 5 and len(clicks.pool) == 3
+    vocabularies = {
+        "user": {"u1": 0, "u2": 1},
+        "item": {"default_mid": 0, "m1": 1, "m2": 2, "m3": 3},
+        "cate": {"default_cat": 0, "c1": 1, "c2": 2},
+    }
+    known = ctr_files.dien_text(train, test, vocabularies=vocabularies)
+    assert known.rows == {"user": 4, "item": 6, "cate": 5}
+    assert unpack(known, "train")[0] == (1, 0, 3, 0, 0, [2, 3])
+    assert unpack(known, "test")[0] == (0, 0, 2, 0, 1, [2, 0])
+    ctr.Examples(known, 3, negatives=True).batch(0, 3)
+    with pytest.raises(ValueError, match="'cate' is missing or empty"):
+        ctr_files.dien_text(train, test, vocabularies={**vocabularies, "cate": {}})
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "2\tu\tm\tc\tm1\tc1",
+        "1\tu\tm\tc\tm1\x02m2\tc1",
+        "1\tu\tm\tc\tm1",
+        "nan\tu\tm\tc\tm1\tc1",
+    ],
+)
+def test_malformed_dien_line(tmp_path, line):
+    path = tmp_path / "local_train"
+    path.write_text(DIEN_TRAIN + line)
+    with pytest.raises(ValueError, match="local_train, line 4 is malformed"):
+        ctr_files.dien_text(path, path)
+
+
+def test_vocabulary_reads_plain_pickles_only(tmp_path):
+    words = {"m1": 1, "é": 2}
+    for protocol in (0, 2, 4):
+        path = tmp_path / f"mid{protocol}.pkl"
+        path.write_bytes(pickle.dumps(words, protocol))
+        assert ctr_files.vocabulary(path) == words
+    python2 = tmp_path / "uid_voc.pkl"
+    python2.write_bytes(b"(dp0\nS'A1'\np1\nI5\ns.")
+    assert ctr_files.vocabulary(python2) == {"A1": 5}
+    plain = tmp_path / "mid.json"
+    plain.write_text(json.dumps(words))
+    assert ctr_files.vocabulary(plain) == words
+    evil = tmp_path / "evil.pkl"
+    evil.write_bytes(
+        b"cos\nsystem\n(S'touch " + str(tmp_path / "x").encode() + b"'\ntR."
+    )
+    with pytest.raises(ValueError, match="asks for os.system.*convert .* to a .json"):
+        ctr_files.vocabulary(evil)
+    assert not (tmp_path / "x").exists()
+    for bad in (b"", b"nonsense", pickle.dumps([1]), pickle.dumps({"a": -1})):
+        evil.write_bytes(bad)
+        with pytest.raises(ValueError, match="evil.pkl: "):
+            ctr_files.vocabulary(evil)
+
+
+def test_mimn_text(tmp_path):
+    train, test = tmp_path / "train", tmp_path / "test"
+    train.write_text("1\t5\t9\t1\t0,0,6,7\t0,0,9,10\t0,0,7,5\t0,0,10,9\n")
+    test.write_text("2\t7\t10\t0\t0,0,0,0\t0,0,0,0\t0,0,0,0\t0,0,0,0\n")
+    clicks = ctr_files.mimn_text(train, test)
+    assert clicks.rows == {"user": 12, "item": 12, "cate": 12}
+    assert unpack(clicks, "train") == [(1, 5, 9, 0, 1, [6, 7])]
+    assert unpack(clicks, "test") == [(2, 7, 10, 0, 0, [])]
+    batch = ctr.Examples(clicks, 3, negatives=True).batch(0, 1)
+    assert batch["neg_hist_item"].tolist() == [[8, 6, 0]]
+    assert batch["neg_hist_cate"].tolist() == [[11, 10, 0]]
+    for line in (
+        "1\t5\t9\t1\t6,7\t9,10\t7,5\t10",
+        "1\t5\t9\t1\t6,0\t9,10\t7,5\t10,9",
+        "1\t5\t9\t3\t6\t9\t7\t10",
+        "0\t5\t9\t1\t6\t9\t7\t10",
+        "1\t5\t9\t1\t6\t9\t7",
+    ):
+        test.write_text(line)
+        with pytest.raises(ValueError, match="test, line 1 is malformed"):
+            ctr_files.mimn_text(train, test)

@@ -1,0 +1,249 @@
+"""Packages' files: what is refused, what is reused, what the messages say."""
+
+import hashlib
+import os
+import stat
+import subprocess
+import sys
+import time
+import zipfile
+
+import pytest
+
+from jaxpapers.data import fetch
+
+FILES = {"pkg/data/a.txt": b"alpha" * 1000, "pkg/data/b.txt": b"beta"}
+
+
+def member(path, data):
+    return fetch.Member(path, len(data), hashlib.sha256(data).hexdigest())
+
+
+TOY = fetch.Dataset(
+    package="toy-package",
+    version="1.2",
+    members=tuple(member(*file) for file in FILES.items()),
+    about="two files",
+    terms="for tests only",
+    source="nobody",
+)
+
+
+def write_wheel(path, files):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return path
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setitem(fetch.DATASETS, "toy", TOY)
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def source(monkeypatch):
+    """What the index has; counts the downloads."""
+    state = {"files": {"pkg/__init__.py": b"", **FILES}, "calls": 0}
+
+    def download(name, data, folder, work):
+        state["calls"] += 1
+        return write_wheel(work / "toy-1.2-py3-none-any.whl", state["files"])
+
+    monkeypatch.setattr(fetch, "download", download)
+    return state
+
+
+def contents(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+WHOLE = {"a.txt": FILES["pkg/data/a.txt"], "b.txt": FILES["pkg/data/b.txt"]}
+
+
+def test_wanted_members_only_and_the_second_call_needs_no_network(cache, source):
+    folder = fetch.get("toy", cache)
+    assert folder == cache / "toy" and contents(folder) == WHOLE
+    assert fetch.get("toy", cache) == folder and source["calls"] == 1
+
+
+def test_cache_is_argument_then_variable_then_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXPAPERS_CACHE", str(tmp_path / "b"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "c"))
+    assert fetch.cache_folder(tmp_path / "a") == tmp_path / "a"
+    assert fetch.cache_folder() == tmp_path / "b"
+    monkeypatch.delenv("JAXPAPERS_CACHE")
+    assert fetch.cache_folder() == tmp_path / "c" / "jaxpapers"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert fetch.cache_folder() == tmp_path / ".cache" / "jaxpapers"
+
+
+def test_another_checksum_is_refused_and_nothing_stays(cache, source):
+    source["files"] = {**FILES, "pkg/data/b.txt": b"BETA"}
+    with pytest.raises(ValueError, match=r"b.txt in .*SHA-256 is \w+, expected \w+"):
+        fetch.get("toy", cache)
+    assert contents(cache / "toy") == {}
+
+
+@pytest.mark.parametrize(
+    "name", ["../evil", "/evil", "a/../../evil", "C:\\evil", "..\\e"]
+)
+def test_members_that_lead_outside(cache, source, name):
+    source["files"] = {**FILES, name: b"x"}
+    with pytest.raises(ValueError, match="leads outside; not extracted"):
+        fetch.get("toy", cache)
+    assert contents(cache / "toy") == {}
+
+
+def test_link_as_member(cache, tmp_path):
+    wheel = tmp_path / "link.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        info = zipfile.ZipInfo("pkg/data/a.txt")
+        info.external_attr = (stat.S_IFLNK | 0o777) << 16
+        archive.writestr(info, "/etc/passwd")
+    with pytest.raises(ValueError, match=r"a\.txt is a link or no plain file"):
+        fetch.extract(TOY, wheel, tmp_path)
+
+
+def test_size_limit(cache, source, monkeypatch):
+    monkeypatch.setattr(fetch, "MAX_MEMBER_BYTES", 4999)
+    with pytest.raises(ValueError, match=r"5,000 bytes, more than the 4,999 allowed"):
+        fetch.get("toy", cache)
+    monkeypatch.setattr(fetch, "MAX_MEMBER_BYTES", 5000)
+    assert contents(fetch.get("toy", cache)) == WHOLE
+
+
+def test_missing_member(cache, source):
+    source["files"] = {"pkg/data/a.txt": FILES["pkg/data/a.txt"]}
+    with pytest.raises(ValueError, match=r"no member pkg/data/b.txt.*toy-package 1.2"):
+        fetch.get("toy", cache)
+    assert contents(cache / "toy") == {}
+
+
+def test_crash_between_two_files_is_continued(cache, source, monkeypatch):
+    replace, done = os.replace, []
+
+    def crash(path, target):
+        if done:
+            raise KeyboardInterrupt
+        done.append(replace(path, target))
+
+    monkeypatch.setattr(os, "replace", crash)
+    with pytest.raises(KeyboardInterrupt):
+        fetch.get("toy", cache)
+    assert contents(cache / "toy") == {"a.txt": WHOLE["a.txt"]}
+    monkeypatch.setattr(os, "replace", replace)
+    assert contents(fetch.get("toy", cache)) == WHOLE
+
+
+def test_killed_download_does_not_count(cache, source):
+    for age, name in ((0, ".partial-live"), (7200, ".partial-dead")):
+        partial = cache / "toy" / name
+        partial.mkdir(parents=True)
+        (partial / "a.txt").write_bytes(b"alp")
+        os.utime(partial, (time.time() - age,) * 2)
+    folder = fetch.get("toy", cache)
+    assert {p.name for p in folder.iterdir()} == {"a.txt", "b.txt", ".partial-live"}
+    assert source["calls"] == 1
+
+
+def test_another_process_was_faster(cache, source, monkeypatch):
+    inner = fetch.download
+
+    def late(*args):
+        monkeypatch.setattr(fetch, "download", inner)
+        assert {p.name for p in fetch.get("toy", cache).iterdir()} >= set(WHOLE)
+        return inner(*args)
+
+    monkeypatch.setattr(fetch, "download", late)
+    assert contents(fetch.get("toy", cache)) == WHOLE and source["calls"] == 2
+
+
+def test_files_and_wheels_of_the_user(cache, source):
+    folder = cache / "toy"
+    folder.mkdir(parents=True)
+    for name, data in WHOLE.items():
+        (folder / name).write_bytes(data)
+    assert fetch.get("toy", cache) == folder
+    (folder / "b.txt").write_bytes(b"another")
+    with pytest.raises(ValueError, match="remove the file and call again"):
+        fetch.get("toy", cache)
+    (folder / "b.txt").unlink()
+    write_wheel(folder / "toy.zip", FILES)
+    assert contents(fetch.get("toy", cache)).items() >= WHOLE.items()
+    (folder / "a.txt").unlink()
+    (folder / "toy.zip").write_bytes(b"PK cut off")
+    with pytest.raises(
+        ValueError, match="not a whole zip archive .*remove it and call"
+    ):
+        fetch.get("toy", cache)
+    assert source["calls"] == 0
+
+
+def test_pip_is_asked_by_name_and_installs_nothing(cache, monkeypatch):
+    commands = []
+
+    def run(command, **kwargs):
+        commands.append(command)
+        work = command[command.index("--dest") + 1]
+        write_wheel(os.path.join(work, "toy_package-1.2-py3-none-any.whl"), FILES)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert contents(fetch.get("toy", cache)) == WHOLE
+    (command,) = commands
+    assert command[:4] == [sys.executable, "-m", "pip", "download"]
+    assert command[-1] == "toy-package==1.2"
+    assert {"--no-deps", "--only-binary=:all:"} <= set(command)
+    assert not [word for word in command if "://" in word]
+
+
+@pytest.mark.parametrize(
+    "error, reason",
+    [
+        ("WARNING: retry\nERROR: No matching distribution", "No matching"),
+        ("", "no wheel"),
+    ],
+)
+def test_offline_message_says_what_to_put_where(cache, monkeypatch, error, reason):
+    monkeypatch.setattr(
+        subprocess,
+        "run",
+        lambda command, **kwargs: subprocess.CompletedProcess(command, 1, "", error),
+    )
+    with pytest.raises(FileNotFoundError) as e:
+        fetch.get("toy", cache)
+    message = str(e.value)
+    for part in (
+        "toy: pip could not download the package toy-package==1.2",
+        reason,
+        "python -m pip download --no-deps",
+        "pkg/data/a.txt\n",
+        "pkg/data/b.txt",
+        f"into {cache / 'toy'}",
+    ):
+        assert part in message
+    assert contents(cache / "toy") == {}
+
+
+def test_description_and_unknown_name():
+    for name in fetch.NAMES:
+        text, data = fetch.describe(name), fetch.DATASETS[name]
+        for part in (data.terms, data.source, data.package, data.members[0].path):
+            assert part in text
+    assert "acknowledgement" in fetch.describe("ml-100k")
+    with pytest.raises(ValueError, match="must be one of .*'ml-100k'.*got 'ml-1m'"):
+        fetch.get("ml-1m")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", fetch.NAMES)
+def test_real_package(name, tmp_path):
+    try:
+        folder = fetch.get(name, tmp_path)
+    except FileNotFoundError as e:
+        pytest.skip(str(e))
+    for file in fetch.DATASETS[name].members:
+        assert (folder / file.name).stat().st_size == file.bytes
