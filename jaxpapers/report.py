@@ -203,6 +203,33 @@ def parameter_table(params: Any, labels: Any = None) -> Table:
     return table
 
 
+def comparison(
+    task: Any, runs: dict[str, list[float]], baselines: dict[str, float]
+) -> Table:
+    """The metric of models, mean and spread over seeds, beside that of baselines.
+
+    Args:
+      task: has ``title`` and ``rising``, see ``tasks.Task``.
+      runs: model -> its metric for every seed.
+      baselines: name -> metric.
+    """
+    several = max(map(len, runs.values())) > 1
+    table = Table(box=None, pad_edge=False)
+    table.add_column(task.title)
+    for column in ("mean", "max - min") if several else ("",):
+        table.add_column(column, justify="right")
+    rows = {**{k: [v] for k, v in baselines.items()}, **runs}
+    means = {name: sum(values) / len(values) for name, values in rows.items()}
+    for name in sorted(rows, key=lambda n: means[n], reverse=not task.rising):
+        bold = "[bold]" if name == "this model" else ""
+        spread = max(rows[name]) - min(rows[name])
+        cells = [f"{means[name]:.3f}" if not task.rising else f"{means[name]:.4f}"]
+        if several:
+            cells.append(f"{spread:.4f}" if len(rows[name]) > 1 else "")
+        table.add_row(*(f"{bold}{x}" for x in (name, *cells)))
+    return table
+
+
 def memory_line(compiled: Any) -> str:
     """Bytes of parameters and optimizer state per device, and the step's peak."""
 
@@ -289,6 +316,37 @@ def plot(
     axes.set(xlabel="step", ylabel=metric.replace("_", " "))
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, fontsize=8)
+    figure.savefig(out, dpi=150)
+    return Path(out)
+
+
+def plot_comparison(
+    task: Any,
+    runs: dict[str, list[float]],
+    baselines: dict[str, float],
+    out: str | Path,
+) -> Path:
+    """Draws the metric of every seed of every model, baselines as lines.
+
+    Args:
+      task, runs, baselines: see ``comparison``.
+      out: picture file.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 1.2 + 0.5 * len(runs)), layout="constrained")
+    axes = figure.subplots()
+    for i, values in enumerate(runs.values()):
+        axes.plot(values, [i] * len(values), "o", color="C0", alpha=0.6)
+        axes.plot(sum(values) / len(values), i, "|", color="black", ms=18)
+    for (name, value), style in zip(baselines.items(), (":", "--", "-.", "-") * 9):
+        axes.axvline(value, color="grey", ls=style, lw=1, label=f"{name} {value:.3f}")
+    axes.set_yticks(range(len(runs)), list(runs))
+    axes.set_ylim(-0.6, len(runs) - 0.4)
+    axes.set_xlabel(task.title)
+    axes.grid(alpha=0.25, axis="x")
+    if baselines:
+        axes.legend(frameon=False, fontsize=8)
     figure.savefig(out, dpi=150)
     return Path(out)
 

@@ -1,5 +1,6 @@
 """Every action of the command line as one function, for scripts and notebooks."""
 
+import functools
 import json
 import time
 from collections.abc import Sequence
@@ -33,7 +34,7 @@ def show(name: str, preset: str = "") -> str:
     """A paper's docstring, reference and parameter table."""
     module = papers.load(name)
     config = load_config(f"{name}:{preset}" if preset else name)
-    method, _ = _method(name, config)
+    method, _ = _method(name, papers.inference(name, config))
     batch = tasks.batch_shapes(config)
     state = jax.eval_shape(method.init, jax.random.key(0), batch)
     labels = method.labels(state.params) if method.labels else None
@@ -51,6 +52,7 @@ def train(
     workdir: str | None = None,
     config_path: str | None = None,
     mesh: str | None = None,
+    seeds: int = 1,
     fresh: bool = False,
     dry_run: bool = False,
     quiet: bool = False,
@@ -59,12 +61,17 @@ def train(
 ) -> dict[str, float]:
     """Trains a paper's preset, or continues what ``workdir`` holds.
 
+    A paper's rivals, the models that it is compared with, are trained beside it in
+    folders of their own inside the workdir.
+
     Args:
       target: ``name[:preset]``.
       overrides: ``--config.group.field=value``.
       workdir: default ``runs/<name>-<preset>``.
       config_path: see ``load_config``.
       mesh: "data:4,model:2"; default all devices on ``data``.
+      seeds: runs with ``train.seed``, ``train.seed + 1``, ..., in folders ``seed<n>`` if
+        there are several; their mean and spread are reported.
       fresh: start anew; refuses a workdir that holds checkpoints.
       dry_run: check, compile, print memory and cost; write nothing.
       quiet: print results only.
@@ -72,34 +79,87 @@ def train(
       writers: further writers, of "tensorboard", "wandb".
 
     Returns:
-      The final evaluation, baselines included.
+      The final evaluation, means over the seeds, and the baselines.
 
     Raises:
       ValueError and the exceptions of ``train.fit``.
     """
     began = time.monotonic()
     name, _, preset = target.partition(":")
-    config = load_config(target, overrides, config_path)
+    if seeds < 1:
+        raise ValueError(f"--seeds must be >= 1, got {seeds}")
+    config, options = tasks.prepare(load_config(target, overrides, config_path))
     folder = Path(workdir or f"runs/{name}{'-' + preset if preset else ''}")
     console = report.make_console()
     talk = report.make_console(quiet=quiet)
-    method, grid = _method(name, config, mesh)
+    method, grid = _method(name, config, mesh, options)
     meshes.batch_rows(grid, config.data.batch, parts=config.train.accumulate)
-    parts = papers.phases(name, config)
+    papers.phases(name, config)
     task = tasks.load(config, method, grid)
     paper = papers.NAMES[name]
     talk.print(f"[bold]{paper.title}[/], arXiv {paper.arxiv}")
     talk.print(task.describe)
-    plain = config.to_dict()
     if dry_run:
         return _dry_run(config, method, grid, task, console)
-    if fresh and (folder / "checkpoints").exists():
+    if fresh and any(folder.glob("**/checkpoints")):
         raise ValueError(
             f"--fresh: {folder} holds checkpoints; choose another --workdir or remove it"
         )
+    first_seed = config.train.seed
+    baselines_of = functools.cache(task.baselines)
+
+    def run(label, own, seed):
+        inside = folder / label.replace(" ", "-") if label else folder
+        inside = inside / f"seed{seed}" if seeds > 1 else inside
+        if label or seeds > 1:
+            talk.print(f"[bold]{label or name}[/], seed {seed}")
+        part = own.copy_and_resolve_references()
+        part.train.seed = seed
+        return _fit(
+            name, part, options, grid, inside, quiet, profile, writers,
+            dict if label else baselines_of,
+        )  # fmt: skip
+
+    state, final = run("", config, first_seed)
+    found = {"this model": [final]}
+    for label, own in {"": config, **papers.rivals(name, config)}.items():
+        runs = found.setdefault(label or "this model", [])
+        for seed in range(first_seed + len(runs), first_seed + seeds):
+            runs.append(run(label, own, seed)[1])
+    baselines = baselines_of()
+    rows = {label: [x[f"validation_{task.metric}"] for x in runs]
+            for label, runs in found.items()}  # fmt: skip
+    console.print(report.comparison(task, rows, baselines))
+    if config.train.sample and task.sample:
+        text = _sample(task, state.params, config, config.train.prompt)
+        console.print("[bold]sample[/]")
+        console.print(config.train.prompt + text, markup=False, soft_wrap=True)
+    if jax.process_index() == 0:
+        summary = {"metric": task.metric, "runs": rows, "baselines": baselines}
+        (folder / "comparison.json").write_text(json.dumps(summary) + "\n")
+        try:
+            curves = [folder / f"seed{first_seed + i}" for i in range(seeds)]
+            levels = baselines if task.curve == task.metric else None
+            report.plot(curves if seeds > 1 else [folder], task.curve,
+                        folder / "loss.png", levels)  # fmt: skip
+            if len(rows) > 1 or seeds > 1:
+                report.plot_comparison(task, rows, baselines, folder / "comparison.png")
+        except ModuleNotFoundError:
+            console.print("loss.png not drawn: pip install 'jaxpapers[plot]'")
+    seconds = time.monotonic() - began
+    talk.print(f"{seconds:.0f} s in all; wrote {folder}/")
+    means = {k: _mean([x[k] for x in found["this model"]]) for k in final}
+    return {**means, **baselines, "seconds": seconds}
+
+
+def _fit(name, config, options, grid, folder, quiet, profile, writers, baselines):
+    """One run of one config in its folder: the final state and its evaluation."""
+    method = papers.load(name).make(config, **options)
+    parts = papers.phases(name, config)
+    task = tasks.load(config, method, grid)
+    plain = config.to_dict()
     folder.mkdir(parents=True, exist_ok=True)
-    continued = any((folder / "checkpoints").glob("[0-9]*"))
-    if continued:
+    if any((folder / "checkpoints").glob("[0-9]*")):
         check_continues(folder, plain)
     else:
         _write_config(folder, name, plain)
@@ -112,7 +172,7 @@ def train(
 
     def fit_until(last, part):
         return trainer.fit(
-            papers.load(name).make(part),
+            papers.load(name).make(part, **options),
             task.examples,
             steps=last,
             batch=config.data.batch,
@@ -120,7 +180,7 @@ def train(
             seed=config.train.seed,
             workdir=folder,
             config=plain,
-            evaluate=lambda params: task.evaluate(params, quick=True),
+            evaluate=lambda state: task.evaluate(state, quick=True),
             eval_every=config.train.eval_every,
             save_every=config.train.save_every,
             save_minutes=config.train.save_minutes,
@@ -137,23 +197,12 @@ def train(
         state = fit_until(*parts[-1])
         # Only now is it known that the config fits the checkpoint that was there.
         _write_config(folder, name, plain)
-        final, baselines = task.evaluate(state.params), task.baselines()
-        reporter.evaluation(int(state.step), {**final, **_prefixed(baselines)})
+        final = task.evaluate(state)
+        known = {f"baseline_{k}": v for k, v in baselines().items()}
+        reporter.evaluation(int(state.step), {**final, **known})
     finally:
         reporter.close()
-    console.print(_result_table(task, final, baselines))
-    if config.train.sample and task.sample:
-        text = _sample(task, state.params, config, config.train.prompt)
-        console.print("[bold]sample[/]")
-        console.print(config.train.prompt + text, markup=False, soft_wrap=True)
-    if jax.process_index() == 0:
-        try:
-            report.plot([folder], task.metric, folder / "loss.png", baselines)
-        except ModuleNotFoundError:
-            console.print("loss.png not drawn: pip install 'jaxpapers[plot]'")
-    seconds = time.monotonic() - began
-    talk.print(f"{seconds:.0f} s in all; wrote {folder}/")
-    return {**final, **baselines, "seconds": seconds}
+    return state, final
 
 
 def plan(
@@ -189,10 +238,11 @@ def plan(
 
 def evaluate(workdir: str, *, mesh: str | None = None) -> dict[str, float]:
     """Evaluates the latest checkpoint of a run on all of its validation data."""
-    name, config, method, grid, params = load_run(workdir, mesh)
+    name, config, method, grid, state = load_run(workdir, mesh)
     task = tasks.load(config, method, grid)
-    final, baselines = task.evaluate(params), task.baselines()
-    report.make_console().print(_result_table(task, final, baselines))
+    final, baselines = task.evaluate(state), task.baselines()
+    rows = {"this model": [final[f"validation_{task.metric}"]]}
+    report.make_console().print(report.comparison(task, rows, baselines))
     return {**final, **baselines}
 
 
@@ -206,11 +256,11 @@ def sample(
     mesh: str | None = None,
 ) -> str:
     """Continues a prompt with the latest checkpoint of a run."""
-    name, config, method, grid, params = load_run(workdir, mesh)
+    name, config, method, grid, state = load_run(workdir, mesh)
     task = tasks.load(config, method, grid)
     if task.sample is None:
-        raise ValueError(f"{workdir} was trained on tokens, which have no text here")
-    return task.sample(params, jax.random.key(seed), prompt, length, temperature)
+        raise ValueError(f"{workdir}: what it was trained on has no text to continue")
+    return task.sample(state.params, jax.random.key(seed), prompt, length, temperature)
 
 
 def plot(runs: Sequence[str], metric: str, out: str) -> Path:
@@ -221,12 +271,14 @@ def plot(runs: Sequence[str], metric: str, out: str) -> Path:
 def export(workdir: str, out: str) -> Path:
     """Writes the parameters of the latest checkpoint as safetensors.
 
-    Names are the "/"-joined paths; layers stay stacked on the leading axis.
+    Names are the "/"-joined paths; layers stay stacked on the leading axis. What a model
+    has besides parameters (moving statistics) is named ``extra/...``.
     """
     from safetensors.flax import save_file
 
-    name, _, _, _, params = load_run(workdir)
-    flat = jax.tree_util.tree_flatten_with_path(params)[0]
+    name, _, _, _, state = load_run(workdir)
+    named = {**state.params, **({"extra": state.extra} if state.extra else {})}
+    flat = jax.tree_util.tree_flatten_with_path(named)[0]
     save_file(
         {path_name(k): v for k, v in flat},
         out,
@@ -236,7 +288,9 @@ def export(workdir: str, out: str) -> Path:
 
 
 def load_run(workdir: str, mesh: str | None = None) -> tuple:
-    """(name, config, method, mesh, parameters) of a run's latest checkpoint.
+    """(name, config, method, mesh, state) of a run's latest checkpoint.
+
+    The state has the parameters and ``extra``; its optimizer state is ().
 
     Raises:
       FileNotFoundError: ``workdir`` holds no run.
@@ -247,23 +301,27 @@ def load_run(workdir: str, mesh: str | None = None) -> tuple:
     if not path.exists():
         raise FileNotFoundError(f"{workdir} holds no run (no config.json); train first")
     stored = json.loads(path.read_text())
-    config = ConfigDict(stored["config"])
-    if "replica_sync" in config.train:
-        # Of the state only the parameters are read: no axis of replicas is needed.
-        config.train.replica_sync = "gradient"
+    name = stored["paper"]
+    config = papers.inference(name, ConfigDict(stored["config"]))
     config.lock()
-    method, grid = _method(stored["paper"], config, mesh)
+    method, grid = _method(name, config, mesh)
     batch = tasks.batch_shapes(config)
     with jax.set_mesh(grid):
         state = jax.eval_shape(method.init, jax.random.key(0), batch)
     shardings = meshes.state_shardings(state, method.rules, grid)
-    params = ckpt.restore_params(workdir, ckpt.abstract(state, shardings).params)
-    return stored["paper"], config, method, grid, params
+    target = ckpt.abstract(state, shardings)
+    parts = ckpt.restore_parts(
+        workdir, {"params": target.params, "extra": target.extra}
+    )
+    state = state._replace(**parts, opt_state=(), step=(), key=())
+    return name, config, method, grid, state
 
 
-def _method(name: str, config: Any, mesh: str | None = None):
+def _method(
+    name: str, config: Any, mesh: str | None = None, options: dict | None = None
+):
     grid = meshes.make_mesh(meshes.parse_mesh(mesh) if mesh else None)
-    return papers.load(name).make(config), grid
+    return papers.load(name).make(config, **(options or {})), grid
 
 
 def _dry_run(config, method, grid, task, console) -> dict[str, float]:
@@ -303,21 +361,8 @@ def _writers(folder: Path, config: dict, names: Sequence[str]) -> list:
     return writers
 
 
-def _prefixed(baselines: dict[str, float]) -> dict[str, float]:
-    return {f"baseline_{k}": v for k, v in baselines.items()}
-
-
-def _result_table(task: tasks.Task, final: dict, baselines: dict) -> Table:
-    unit = task.unit.rstrip("s")
-    table = Table(box=None, pad_edge=False)
-    table.add_column(f"validation, bits per {unit}")
-    table.add_column("", justify="right")
-    value = final[f"validation_{task.metric}"]
-    rows = {**baselines, "this model": value}
-    for name, number in sorted(rows.items(), key=lambda x: -x[1]):
-        bold = "[bold]" if name == "this model" else ""
-        table.add_row(f"{bold}{name}", f"{bold}{number:.3f}")
-    return table
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 def _sample(task, params, config, prompt: str) -> str:

@@ -119,7 +119,7 @@ def fit(
       seed: of the parameters and of the steps' keys.
       workdir: checkpoints go to its folder ``checkpoints``; None saves nothing.
       config: plain values, stored in every checkpoint.
-      evaluate: params -> metrics, every ``eval_every`` steps and after the last.
+      evaluate: state -> metrics, every ``eval_every`` steps and after the last.
       eval_every: 0 only after the last step.
       save_every: steps between checkpoints; the last step is always saved.
       save_minutes: minutes between checkpoints; 0 for by step only.
@@ -251,7 +251,7 @@ def _loop(
             ckpt.save(manager, state, position, config)
             saved_at = time.monotonic()
         if due and not preempted:
-            values = evaluate(state.params)
+            values = evaluate(state)
             if report:
                 report.evaluation(done, values)
         if preempted:

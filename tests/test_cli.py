@@ -215,7 +215,7 @@ def test_eval_sample_plot_export(call, finished, tmp_path):
     out = tmp_path / "params.safetensors"
     assert call("export", finished, out)[0] == 0
     exported = load_file(out)
-    params = run.load_run(str(finished))[-1]
+    params = run.load_run(str(finished))[-1].params
     flat = jax.tree_util.tree_flatten_with_path(params)[0]
     assert len(flat) == len(exported)
     for path, leaf in flat:

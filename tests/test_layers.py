@@ -37,7 +37,7 @@ ALLOWED = {
     },
     "hlo": set(),
     "plan": {"hlo", "method", "optim", "train"},
-    "cli": {"mesh", "papers", "plan", "report", "run", "train"},
+    "cli": {"data", "mesh", "papers", "plan", "report", "run", "train"},
     "__main__": {"cli"},
     "__init__": {"optim"},
 }

@@ -44,7 +44,7 @@ method = papers.load("dion").make(config)
 task = tasks.load(config, method, grid)
 state = train.fit(method, task.examples, steps=2, batch=8, mesh=grid, workdir=folder)
 params = multihost_utils.process_allgather(state.params, tiled=True)
-bits = task.evaluate(state.params)["validation_bits"]
+bits = task.evaluate(state)["validation_bits"]
 named = jax.tree_util.tree_flatten_with_path(params)[0]
 flat = {jax.tree_util.keystr(k): v for k, v in named}
 np.savez(f"{folder}/{rank}.npz", bits=bits, **flat)
@@ -120,7 +120,7 @@ def test_two_processes_agree_with_one(tmp_path):
     # What two processes saved, one reads: it finds step 2 and has nothing to do.
     for state in (fit(), fit(workdir=tmp_path)):
         assert int(state.step) == 2
-        bits = task.evaluate(state.params)["validation_bits"]
+        bits = task.evaluate(state)["validation_bits"]
         for rank in range(2):
             found = np.load(tmp_path / f"{rank}.npz")
             assert float(found["bits"]) == pytest.approx(bits, rel=1e-5)

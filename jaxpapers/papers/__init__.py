@@ -55,6 +55,18 @@ def phases(name: str, config: Any) -> list[tuple[int, Any]]:
     return split(config) if split else [(config.train.steps, config)]
 
 
+def rivals(name: str, config: Any) -> dict[str, Any]:
+    """Label -> config of the models that a paper is compared with on its own task."""
+    others = getattr(load(name), "rivals", None)
+    return others(config) if others else {}
+
+
+def inference(name: str, config: Any) -> Any:
+    """A config without what only training needs."""
+    plain = getattr(load(name), "inference", None)
+    return plain(config) if plain else config
+
+
 def check(name: str) -> Paper:
     """The list's row of a paper; ValueError with a suggestion if there is none."""
     if name not in NAMES:

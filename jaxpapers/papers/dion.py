@@ -192,6 +192,13 @@ def phases(config: Any) -> list[tuple[int, Any]]:
     return found
 
 
+def inference(config: Any) -> Any:
+    """The config without replicas: nothing but the parameters of a run is read."""
+    config = config.copy_and_resolve_references()
+    config.train.replica_sync = "gradient"
+    return config
+
+
 def optimizer(config: Any) -> optax.GradientTransformation:
     """The optimizer of ``config.optim``: dion, muon (optax.contrib) or adamw.
 

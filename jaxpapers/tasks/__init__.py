@@ -14,21 +14,33 @@ class Task(NamedTuple):
       examples: training examples, with ``batch(start, size, rows)``.
       work: units of work per example, for the progress line.
       unit: name of that unit.
-      metric: training metric that the plot shows; ``evaluate`` has ``validation_`` + it.
-      evaluate: (params, quick) -> dict of numbers; quick on a part of the data.
+      metric: what is compared; ``evaluate`` has ``validation_`` + it.
+      title: heading of the comparison: data and metric.
+      evaluate: (state, quick) -> dict of numbers; quick on a part of the data.
       baselines: () -> name and number to compare ``validation_<metric>`` with.
       sample: (params, key, prompt, length, temperature) -> text, or None.
       describe: one line about the data.
+      rising: whether a larger metric is better.
+      curve: training metric that the plot shows.
     """
 
     examples: Any
     work: int
     unit: str
     metric: str
+    title: str
     evaluate: Callable
     baselines: Callable[[], dict[str, float]]
     sample: Callable | None
     describe: str
+    rising: bool = False
+    curve: str = "loss"
+
+
+def prepare(config: Any) -> tuple[Any, dict[str, Any]]:
+    """A config completed by its data, and what ``make`` takes of them besides it."""
+    complete = getattr(_module(config), "prepare", None)
+    return complete(config) if complete else (config, {})
 
 
 def batch_shapes(config: Any) -> dict[str, jax.ShapeDtypeStruct]:
@@ -42,7 +54,7 @@ def load(config: Any, method: Any, mesh: Any) -> Task:
 
 
 def _module(config: Any) -> Any:
-    names = ("language_model",)
+    names = ("language_model", "click", "conversions")
     if config.data.task not in names:
         raise ValueError(
             f"config.data.task must be one of {names}, got {config.data.task!r}"

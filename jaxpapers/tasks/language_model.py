@@ -48,7 +48,7 @@ def load(config: Any, method: Any, mesh: Any) -> Task:
         value, metrics = method.loss(params, batch, jax.random.key(0))
         return value * metrics["weight"]
 
-    def evaluate(params, quick=False):
+    def evaluate(state, quick=False):
         streams = corpus.validation
         if quick and c.quick_tokens:
             streams = [s[: max(c.quick_tokens // len(streams), 1)] for s in streams]
@@ -58,7 +58,10 @@ def load(config: Any, method: Any, mesh: Any) -> Task:
         with jax.set_mesh(mesh):
             for batch in text.score_windows(streams, c.context, size):
                 local = jax.tree.map(lambda x: x[rows], batch)
-                last, newest = newest, nats(params, meshes.put_batch(local, mesh, size))
+                last, newest = (
+                    newest,
+                    nats(state.params, meshes.put_batch(local, mesh, size)),
+                )
                 # Two in flight keep the devices busy. Without a limit the programs of
                 # several devices of one CPU wait for each other's threads, for ever.
                 if last is not None:
@@ -90,9 +93,11 @@ def load(config: Any, method: Any, mesh: Any) -> Task:
         c.context,
         unit,
         "bits",
+        f"validation, bits per {unit.rstrip('s')}",
         evaluate,
         baselines,
         sample if corpus.byte_level else None,
         f"{corpus.name}: {sizes[0]:.2f} M {unit} to train on, "
         f"{sizes[1]:.2f} M to validate",
+        curve="bits",
     )

@@ -168,7 +168,7 @@ def test_rank_schedule(tmp_path):
         with checkpoint.open_manager(f"{workdir}/checkpoints", read_only=True) as m:
             forms = checkpoint._stored_forms(m, m.latest_step())
             ranks = {v[0][-1] for k, v in forms.items() if "/q/layers/attention" in k}
-        return run.load_run(workdir)[-1], ranks
+        return run.load_run(workdir)[-1].params, ranks
 
     whole, ranks = train("whole", 7)
     assert ranks == {32}

@@ -1,0 +1,169 @@
+"""Click prediction on users' histories, measured by AUC and GAUC on held-out rows."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxpapers import mesh as meshes
+from jaxpapers.data import ctr, ctr_files, fetch
+from jaxpapers.ops import ranking
+from jaxpapers.tasks import Task
+
+# Files that a source's folder has to hold, as patterns.
+FILES = {
+    "movielens-20m": ("ratings.csv", "movies.csv"),
+    "amazon": ("reviews_*.json.gz", "meta_*.json.gz"),
+    "taobao": ("UserBehavior.csv",),
+    "dien": ("local_train_splitByUser", "local_test_splitByUser"),
+    "mimn": ("*train*.txt", "*test*.txt"),
+}
+_READERS: dict[str, Callable] = {
+    "movielens-20m": ctr_files.movielens_20m,
+    "amazon": ctr_files.amazon,
+    "taobao": ctr_files.taobao,
+    "dien": ctr_files.dien_text,
+    "mimn": ctr_files.mimn_text,
+}
+TARGETS = ("next_item", "rating")
+_VOCABULARIES = {"item": "item_vocab", "cate": "cate_vocab", "user": "user_vocab"}
+
+
+def prepare(config: Any) -> tuple[Any, dict[str, Any]]:
+    """The config with the data's vocabularies; counts of ids if the method wants them."""
+    clicks = read(config)
+    config = config.copy_and_resolve_references()
+    for name, field in _VOCABULARIES.items():
+        config.net[field] = clicks.rows[name]
+    if not config.method.get("mba", 0.0):
+        return config, {}
+    counts = ctr.occurrences(clicks, config.data.history)
+    return config, {
+        "counts": {k: v for k, v in counts.items() if k in ("item", "cate")}
+    }
+
+
+def batch_shapes(config: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of a global training batch."""
+    n, slots = config.data.batch, config.data.history
+    times, negatives = _needs(config)
+    single = ["user", "item", "cate", "length"] + (["time"] if times else [])
+    lists = ["hist_item", "hist_cate"] + (["hist_time"] if times else [])
+    lists += ["neg_hist_item", "neg_hist_cate"] if negatives else []
+    return {
+        **{k: jax.ShapeDtypeStruct((n,), jnp.int32) for k in single},
+        **{k: jax.ShapeDtypeStruct((n, slots), jnp.int32) for k in lists},
+        "label": jax.ShapeDtypeStruct((n,), jnp.float32),
+    }
+
+
+def load(config: Any, method: Any, mesh: Any) -> Task:
+    """Reads ``config.data`` and binds the evaluation to a method and mesh.
+
+    The test rows are those of the source's protocol. Scores are the method's sampler's,
+    one candidate to a row.
+    """
+    clicks, c = read(config), config.data
+    times, negatives = _needs(config)
+    make = functools.partial(ctr.Examples, clicks, c.history, seed=c.seed, times=times)
+    examples = make(negatives=negatives)
+    test = make(split="test", shuffle=False)
+    size = c.eval_batch
+    rows = meshes.batch_rows(mesh, size, name="data.eval_batch")
+    score = jax.jit(
+        lambda state, batch: method.sampler(state.params, None, batch, state.extra),
+        out_shardings=NamedSharding(mesh, PartitionSpec()),
+    )
+
+    def evaluate(state, quick=False):
+        del quick
+        state = state._replace(opt_state=(), step=(), key=())
+        scores, newest = [], None
+        with jax.set_mesh(mesh):
+            for batch in test.score_batches(size):
+                local = jax.tree.map(lambda x: x[rows], batch)
+                # Two in flight: see tasks.language_model.
+                last, newest = newest, score(state, meshes.put_batch(local, mesh, size))
+                if last is not None:
+                    scores.append(np.asarray(last))
+        scores.append(np.asarray(newest))
+        return _measure(test.samples, np.concatenate(scores)[: len(test)])
+
+    def baselines():
+        guesses = {"popularity": ctr.popularity(clicks)}
+        guesses["item mean"] = ctr.item_mean(clicks)
+        return {k: ranking.auc(test.samples.label, v) for k, v in guesses.items()}
+
+    return Task(
+        examples,
+        1,
+        "rows",
+        "auc",
+        f"AUC of {len(test):,} test rows, {c.source} ({clicks.name})",
+        evaluate,
+        baselines,
+        None,
+        f"{c.source}, {clicks.name}: {len(examples):,} rows to train on, {len(test):,} "
+        f"to test; {clicks.rows['item']:,} items",
+        rising=True,
+    )
+
+
+def read(config: Any) -> ctr.Clicks:
+    """The data that ``config.data`` names: source, path, target, order, shuffled.
+
+    Raises:
+      FileNotFoundError: files that are not there; says which, and where to get them.
+      ValueError: unknown names.
+    """
+    c = config.data
+    return _read(c.source, c.path, c.target, c.order, c.categories, c.shuffled, c.seed)
+
+
+@functools.lru_cache(maxsize=2)
+def _read(source, path, target, order, categories, shuffled, seed) -> ctr.Clicks:
+    if target not in TARGETS:
+        raise ValueError(f"config.data.target must be one of {TARGETS}, got {target!r}")
+    if source == "ml-100k":
+        ratings = ctr_files.ml_100k(path or fetch.get("ml-100k"), category=categories)
+        task = ctr.task_next_item if target == "next_item" else ctr.task_rating
+        clicks = task(ratings, order=order)
+    elif source in _READERS:
+        clicks = _READERS[source](*_files(source, path))
+    else:
+        raise ValueError(
+            f"config.data.source must be one of {('ml-100k', *_READERS)}, got {source!r}"
+        )
+    return ctr.shuffle_labels(clicks, seed) if shuffled else clicks
+
+
+def _files(source: str, path: str) -> list[Path]:
+    folder, found = Path(path).expanduser(), []
+    for pattern in FILES[source]:
+        matches = sorted(folder.glob(pattern)) if path else []
+        if not matches:
+            raise FileNotFoundError(
+                f"config.data.path: {path or 'not given'}; {source} needs a folder with "
+                f"{' and '.join(FILES[source])}, which its owners offer for download; "
+                "--config.data.source=ml-100k needs none"
+            )
+        found.append(matches[0])
+    return found
+
+
+def _needs(config: Any) -> tuple[bool, bool]:
+    """Whether the model reads times, and negatives of the history."""
+    times = bool(config.net.get("time_dim", 0))
+    return times, bool(config.method.get("aux_weight", 0.0))
+
+
+def _measure(samples: ctr.Samples, scores: np.ndarray) -> dict[str, float]:
+    return {
+        "validation_auc": ranking.auc(samples.label, scores),
+        "validation_gauc": ranking.gauc(samples.user, samples.label, scores),
+    }
