@@ -158,8 +158,7 @@ def take(
     table: Shaped[Array, "V ..."], ids: Int[Array, " U"]
 ) -> Shaped[Array, "U ..."]:
     """``gather`` of any rank, with the same rows on every device; has no gradient."""
-    flat = table.reshape(table.shape[0], -1)
-    return _gather(flat, ids, whole=True).reshape(*ids.shape, *table.shape[1:])
+    return _gather(table, ids, whole=True)
 
 
 def replicate(x: Array) -> Array:

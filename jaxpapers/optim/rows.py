@@ -149,7 +149,8 @@ def row_adagrad(
             # Rows without any gradient so far, and FILL, would divide by eps alone.
             root = jnp.where(new > 0, jnp.sqrt(new), 1.0) + eps
             step = -rate * u.values / root[:, None]
-            return Rows(u.ids, step), rows.add(total, u.ids, square)
+            # Written from what was read, so the write comes after it: in place.
+            return Rows(u.ids, step), rows.put(total, u.ids, new)
 
         updates, (totals,) = _map_with(one, updates, state.sum_of_squares)
         return updates, RowAdagradState(state.count + 1, totals)
