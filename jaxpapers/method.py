@@ -2,13 +2,17 @@
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
 from jax.sharding import PartitionSpec
+
+from jaxpapers.ops import rows
+from jaxpapers.ops.micro_batches import value_and_grad
+from jaxpapers.ops.rows import Rows
 
 
 class State(NamedTuple):
@@ -92,6 +96,7 @@ def gradient(
     resize: Callable | None = None,
     accumulate: int = 1,
     replicas: Replicas | None = None,
+    init_extra: Callable | None = None,
 ) -> Method:
     """A method whose update is one step of gradient descent.
 
@@ -110,72 +115,34 @@ def gradient(
       replicas: compute gradients per replica, inside ``jax.shard_map`` over their axis,
         and hand them to ``tx`` unaveraged. The metric ``grad_norm`` is then the mean of
         the replicas' norms.
+      init_extra: params -> the first ``State.extra``, for losses that carry statistics:
+        the loss is then (params, extra, batch, key) -> (scalar, (metrics, extra)). With
+        micro-batches, each starts from the extra of the one before.
 
     Raises:
-      ValueError: ``accumulate`` below 1, or a batch that it does not divide.
+      ValueError: ``accumulate`` below 1, a batch that it does not divide, or both
+        ``replicas`` and ``init_extra``.
     """
-    if accumulate < 1:
-        raise ValueError(f"train.accumulate must be >= 1, got {accumulate}")
+    if replicas and init_extra:
+        raise ValueError(
+            "replicas and init_extra exclude each other: whose is the extra?"
+        )
+    stateful, plain = _with_extra(loss, init_extra)
+    compute = value_and_grad(stateful, accumulate, replicas.axis if replicas else None)
 
     def init(key, batch):
         if replicas:
             _check_axis(replicas.axis)
-        key, key_params = jax.random.split(key)
-        params = init_params(key_params, batch)
-        return State(jnp.zeros((), jnp.int32), params, tx.init(params), (), key)
+        return _start(init_params, tx.init, init_extra, key, batch)
 
-    def value_and_grad(params, batch, key):
-        (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(
-            params, batch, key
-        )
-        return grads, {"loss": value, **metrics}
-
-    def accumulated(params, batch, key):
-        def cut(x):
-            if x.shape[0] % accumulate:
-                raise ValueError(
-                    f"train.accumulate={accumulate} does not divide the batch of "
-                    f"{x.shape[0]}; nearest batch that works: "
-                    f"{accumulate * max(round(x.shape[0] / accumulate), 1)}"
-                )
-            # Interleaved, so that every micro-batch keeps the batch's sharding.
-            return x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1)
-
-        def body(total, micro):
-            part, i = micro
-            grads, metrics = value_and_grad(params, part, jax.random.fold_in(key, i))
-            weight = metrics.get("weight", jnp.ones(()))
-            # A micro-batch without weight counts for nothing, even if its mean is NaN.
-            scaled = jax.tree.map(
-                lambda x: jnp.where(weight == 0, 0, x * weight), (grads, metrics)
-            )
-            return jax.tree.map(jnp.add, total, (scaled, weight)), None
-
-        parts = jax.tree.map(cut, batch)
-        first = jax.tree.map(lambda x: x[0], parts)
-        shapes = jax.eval_shape(value_and_grad, params, first, key)
-        zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        start = (zero, jnp.zeros(()))
-        if replicas:
-            start = lax.pcast(start, replicas.axis, to="varying")
-        (sums, weight), _ = lax.scan(body, start, (parts, jnp.arange(accumulate)))
-        grads, metrics = jax.tree.map(
-            lambda x: x / jnp.where(weight == 0, 1, weight), sums
-        )
-        if "weight" in metrics:
-            metrics["weight"] = weight
-        return grads, metrics
-
-    compute = value_and_grad if accumulate == 1 else accumulated
-
-    def step(params, opt_state, batch, key):
-        grads, metrics = compute(params, batch, key)
+    def step(params, opt_state, extra, batch, key):
+        grads, metrics, extra = compute(params, extra, batch, key)
         metrics["grad_norm"] = optax.tree.norm(grads)
         with jax.named_scope("optimizer"):
             updates, opt_state = tx.update(grads, opt_state, params)
-        return updates, opt_state, metrics
+        return updates, opt_state, metrics, extra
 
-    def replicated_step(params, opt_state, batch, key):
+    def replicated_step(params, opt_state, extra, batch, key):
         """``step`` on each replica's part of the batch."""
         assert replicas is not None
         axis = replicas.axis
@@ -185,7 +152,7 @@ def gradient(
             # The gradient of an unvarying value would be summed over the replicas.
             own = lax.pcast(params, axis, to="varying")
             key = jax.random.fold_in(key, lax.axis_index(axis))
-            grads, metrics = compute(own, batch, key)
+            grads, metrics, _ = compute(own, extra, batch, key)
             if "weight" in metrics:
                 grads, metrics = _by_weight(grads, metrics, axis)
             metrics["grad_norm"] = optax.tree.norm(grads)
@@ -194,26 +161,138 @@ def gradient(
                 updates, opt_state = tx.update(grads, opt_state, params)
             return updates, opt_state, metrics
 
-        return jax.shard_map(
+        updates, opt_state, metrics = jax.shard_map(
             local,
             in_specs=(PartitionSpec(), specs, PartitionSpec(axis), PartitionSpec()),
             out_specs=(PartitionSpec(), specs, PartitionSpec()),
             axis_names={axis},
         )(params, opt_state, batch, key)
+        return updates, opt_state, metrics, extra
 
     def update(state, batch):
         key = jax.random.fold_in(state.key, state.step)
         run = replicated_step if replicas else step
-        updates, opt_state, metrics = run(state.params, state.opt_state, batch, key)
+        updates, opt_state, metrics, extra = run(
+            state.params, state.opt_state, state.extra, batch, key
+        )
         params = optax.apply_updates(state.params, updates)
         # The loss is that of the old parameters: this one sees the new ones.
         metrics["param_norm"] = optax.tree.norm(params)
-        return (
-            state._replace(step=state.step + 1, params=params, opt_state=opt_state),
-            metrics,
-        )
+        return State(state.step + 1, params, opt_state, extra, state.key), metrics
 
-    return Method(init, loss, update, sampler, rules, labels, resize)
+    return Method(init, plain, update, sampler, rules, labels, resize)
+
+
+def row_gradient(
+    init_params: Callable,
+    loss: Callable,
+    tx: optax.GradientTransformation,
+    *,
+    table_tx: optax.GradientTransformation,
+    ids: Callable,
+    tables: str = "tables",
+    clip: float = 0.0,
+    sampler: Callable | None = None,
+    rules: Sequence[tuple[str, Any]] = (),
+    labels: Callable | None = None,
+    accumulate: int = 1,
+    init_extra: Callable | None = None,
+) -> Method:
+    """``gradient`` for models with large tables: a step costs what its batch reads.
+
+    The step gathers the rows of the batch once, differentiates with respect to them
+    instead of the tables, and updates those rows alone. While it does, ``params[tables]``
+    holds ``Rows`` instead of arrays; ``nets.embedding.lookup`` reads both. ``opt_state``
+    has the parts ``dense`` and ``rows``; ``param_norm`` is that of the dense parameters.
+
+    Args:
+      init_params: (key, batch) -> params, a dict with a dict of tables in it.
+      loss, sampler, rules, labels, accumulate, init_extra: see ``gradient``. Rules:
+        ``optim.rows.STATE_RULES`` before the tables' own.
+      tx: optimizer of all but the tables.
+      table_tx: optimizer made for ``Rows``, e.g. ``optim.rows.lazy_adam``; the params
+        that it sees are the ``Rows`` that the step read.
+      ids: batch -> dict with all ids, 0 for padding, that the loss looks up, per table.
+        An id that is missing there reads zeros.
+      tables: name of the dict of tables in ``params``.
+      clip: bound of the norm of all gradients together, rows included; 0: none.
+
+    Raises:
+      ValueError: ``accumulate`` below 1, or a batch that it does not divide.
+    """
+    stateful, plain = _with_extra(loss, init_extra)
+    value_and_grad(stateful, accumulate)  # Refuses bad values before any step.
+
+    def split(params):
+        rest = {k: v for k, v in params.items() if k != tables}
+        return params[tables], rest
+
+    def init_opt(params):
+        own, rest = split(params)
+        return {"dense": tx.init(rest), "rows": table_tx.init({tables: own})}
+
+    def init(key, batch):
+        return _start(init_params, init_opt, init_extra, key, batch)
+
+    def update(state, batch):
+        key = jax.random.fold_in(state.key, state.step)
+        own, rest = split(state.params)
+        found = {n: rows.unique(x, len(own[n])) for n, x in ids(batch).items()}
+        values = {n: rows.take(own[n], x) for n, x in found.items()}
+
+        def with_ids(values):
+            return {n: Rows(found[n], value) for n, value in values.items()}
+
+        def row_loss(part, extra, batch, key):
+            values, rest = part
+            return stateful({**rest, tables: with_ids(values)}, extra, batch, key)
+
+        compute = value_and_grad(row_loss, accumulate)
+        grads, metrics, extra = compute((values, rest), state.extra, batch, key)
+        norm = metrics["grad_norm"] = optax.tree.norm(grads)
+        if clip:
+            scale = jnp.minimum(1.0, clip / jnp.maximum(norm, clip))
+            grads = jax.tree.map(lambda g: g * scale, grads)
+        row_grads, dense_grads = {tables: with_ids(grads[0])}, grads[1]
+        with jax.named_scope("optimizer"):
+            dense, dense_state = tx.update(dense_grads, state.opt_state["dense"], rest)
+            changes, row_state = table_tx.update(
+                row_grads, state.opt_state["rows"], {tables: with_ids(values)}
+            )
+        rest: dict = cast(dict, optax.apply_updates(rest, dense))
+        metrics["param_norm"] = optax.tree.norm(rest)
+        changed = cast(dict, changes)[tables]
+        rest[tables] = {n: rows.add(table, *changed[n]) for n, table in own.items()}
+        opt_state = {"dense": dense_state, "rows": row_state}
+        return State(state.step + 1, rest, opt_state, extra, state.key), metrics
+
+    return Method(init, plain, update, sampler, rules, labels)
+
+
+def _start(init_params, init_opt, init_extra, key, batch) -> State:
+    key, key_params = jax.random.split(key)
+    params = init_params(key_params, batch)
+    extra = init_extra(params) if init_extra else ()
+    return State(jnp.zeros((), jnp.int32), params, init_opt(params), extra, key)
+
+
+def _with_extra(
+    loss: Callable, init_extra: Callable | None
+) -> tuple[Callable, Callable]:
+    """A loss as (params, extra, batch, key) -> (scalar, (metrics, extra)) and without."""
+    if init_extra is None:
+
+        def stateful(params, extra, batch, key):
+            value, metrics = loss(params, batch, key)
+            return value, (metrics, extra)
+
+        return stateful, loss
+
+    def plain(params, batch, key):
+        value, (metrics, _) = loss(params, init_extra(params), batch, key)
+        return value, metrics
+
+    return loss, plain
 
 
 def _check_axis(axis: str) -> None:
