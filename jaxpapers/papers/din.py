@@ -290,6 +290,25 @@ def schedule(optim: Any) -> Any:
     return optax.piecewise_constant_schedule(optim.lr, {optim.drop_at: optim.drop})
 
 
+def rivals(config: Any) -> dict[str, Any]:
+    """The models without attention: mean pooling (Base) and logistic regression."""
+    if config.net.pooling != "attention":
+        return {}
+    base, linear = (config.copy_and_resolve_references() for _ in range(2))
+    base.net.pooling = "mean"
+    # One number per id and a linear map: the features are the ids themselves.
+    linear.net.update(pooling="sum", item_dim=1, cate_dim=1, user_dim=0, hidden=())
+    linear.net.update(product=False, project=0, affine=False)
+    return {"Base, mean pooling": base, "logistic regression": linear}
+
+
+def inference(config: Any) -> Any:
+    """The config without what needs the training set's counts."""
+    config = config.copy_and_resolve_references()
+    config.method.mba = 0.0
+    return config
+
+
 def make(config: Any, counts: Mapping[str, Any] | None = None) -> Method:
     """Binds ``config`` (see configs/din.py).
 
