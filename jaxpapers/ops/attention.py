@@ -9,6 +9,33 @@ from jaxtyping import Array, Bool, Float
 NORMALIZE = ("none", "softmax", "softmax_scaled")
 
 
+def attention_weights(
+    scores: Float[Array, "*scores T"], mask: Bool[Array, "*mask T"], normalize: str
+) -> Float[Array, "*scores T"]:
+    """Weights of a history's items; zero outside of the mask, also of an empty history.
+
+    Args:
+      scores: any.
+      mask: True at items; leading axes broadcast.
+      normalize: see ``attention_pool``, but for "softmax_scaled", which needs D.
+
+    Raises:
+      ValueError: unknown ``normalize``.
+    """
+    if normalize not in NORMALIZE[:2]:
+        raise ValueError(f"normalize must be one of {NORMALIZE[:2]}, got {normalize!r}")
+    mask = jnp.broadcast_to(mask, scores.shape)
+    weights = jnp.where(mask, scores, 0.0)
+    if normalize == "none":
+        return weights
+    top = jnp.where(mask, weights, -jnp.inf).max(-1, keepdims=True)
+    top = jax.lax.stop_gradient(jnp.where(jnp.isfinite(top), top, 0.0))
+    # Masked before the exponential too: it must not overflow where it is not used.
+    raised = jnp.where(mask, jnp.exp(jnp.where(mask, weights - top, 0.0)), 0.0)
+    total = raised.sum(-1, keepdims=True)
+    return raised / jnp.where(total == 0, 1.0, total)
+
+
 def attention_pool(
     scores: Float[Array, "*scores T"],
     keys: Float[Array, "*keys T D"],
@@ -29,15 +56,7 @@ def attention_pool(
     """
     if normalize not in NORMALIZE:
         raise ValueError(f"normalize must be one of {NORMALIZE}, got {normalize!r}")
-    mask = jnp.broadcast_to(mask, scores.shape)
-    weights = jnp.where(mask, scores, 0.0)
-    if normalize != "none":
-        if normalize == "softmax_scaled":
-            weights = weights / math.sqrt(keys.shape[-1])
-        top = jnp.where(mask, weights, -jnp.inf).max(-1, keepdims=True)
-        top = jax.lax.stop_gradient(jnp.where(jnp.isfinite(top), top, 0.0))
-        # Masked before the exponential too: it must not overflow where it is not used.
-        raised = jnp.where(mask, jnp.exp(jnp.where(mask, weights - top, 0.0)), 0.0)
-        total = raised.sum(-1, keepdims=True)
-        weights = raised / jnp.where(total == 0, 1.0, total)
+    if normalize == "softmax_scaled":
+        scores, normalize = scores / math.sqrt(keys.shape[-1]), "softmax"
+    weights = attention_weights(scores, mask, normalize)
     return jnp.einsum("...t,...td->...d", weights, keys)

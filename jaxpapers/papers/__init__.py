@@ -45,6 +45,15 @@ NAMES: dict[str, Paper] = {
         "recommendation",
         "next click on MovieLens-100k, < 20 s",
     ),
+    "dien": Paper(
+        "Deep Interest Evolution Network for Click-Through Rate Prediction",
+        "Zhou, Guorui and Mou, Na and Fan, Ying and Pi, Qi and Bian, Weijie and Zhou, "
+        "Chang and Zhu, Xiaoqiang and Gai, Kun",
+        2018,
+        "1809.03672",
+        "recommendation",
+        "next click on MovieLens-100k, in order, with the auxiliary loss, < 20 s",
+    ),
 }
 
 

@@ -1,0 +1,584 @@
+r"""Deep Interest Evolution Network: interests as a process that a candidate steers.
+
+Guorui Zhou, Na Mou, Ying Fan, Qi Pi, Weijie Bian, Chang Zhou, Xiaoqiang Zhu, Kun Gai.
+"Deep Interest Evolution Network for Click-Through Rate Prediction", arXiv 1809.03672,
+2018 (AAAI 2019).
+
+DIN takes a user's past as a set. DIEN reads it in order: a GRU extracts an interest at
+every step, and an auxiliary loss makes each state tell the next behaviour from a sampled
+one. A second recurrent layer is steered by attention to the candidate, which scales its
+update gate, so that steps that have nothing to do with the candidate leave the state
+alone.
+
+With e_t the behaviours (n_E), h_t the GRU's states (n_H), e_a the candidate (n_A):
+
+$$ L_{aux} = -\tfrac1N \sum_{i,t} \log \sigma(h_t, e_{t+1})
+   + \log(1 - \sigma(h_t, \hat e_{t+1})) $$
+$$ a_t = \frac{\exp(h_t W e_a)}{\sum_j \exp(h_j W e_a)}, \quad
+   \tilde u_t = a_t u_t, \quad
+   h'_t = (1 - \tilde u_t) \odot h'_{t-1} + \tilde u_t \odot \tilde h'_t $$
+$$ L = L_{target} + \alpha L_{aux} $$
+
+The last h' goes to an MLP with the candidate, the user, the sum of the history and its
+product with the candidate (the last two are the released code's).
+
+Departures. The released cell differs from the paper: its gate keeps instead of writes,
+so that steps of no attention still move the state; it is ``variant="augru_released"``.
+The printed sigma(h, e) is no scalar: as in the code it is a network on both, or, with
+``net.aux="inner"``, their inner product. Its normaliser differs between paper, code and
+other libraries, see ``aux_loss``, and with it what alpha means: the code's cross-entropy
+is a mean over both outputs of a softmax, half of ours, so its alpha of 1 is 2 here. One
+logit replaces each 2-way softmax, without 1e-8 in the logarithm. Batch normalisation,
+which never leaves its initial statistics in the code, is left out: it is an affine map
+before a linear one. The write gates that attention scales start at bias 1, the others
+keep with bias 1, as the code's do. Negatives that a batch does not bring are drawn from
+the histories of the batch, so that a step reads no further rows.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from jaxpapers.method import Method, gradient, row_gradient
+from jaxpapers.nets import behaviour, embedding, gru, mlp
+from jaxpapers.nets.attention import activation_unit
+from jaxpapers.nets.behaviour import check_batch
+from jaxpapers.nets.gru import VARIANTS, augru_scan, gru_scan
+from jaxpapers.ops.attention import attention_weights
+from jaxpapers.ops.rows import replicate
+from jaxpapers.optim import rows
+
+__all__ = [
+    "RULES", "VARIANTS", "augru_scan", "aux_loss", "bilinear_attention", "check_batch",
+    "din_attention", "evolve", "forward", "gru_scan", "ids", "init", "loss", "make",
+    "sample_negatives", "sampler", "score_candidates", "statistics",
+]  # fmt: skip
+
+RULES = (*rows.STATE_RULES, *embedding.RULES)
+ATTENTION = ("bilinear", "din")
+AUX = ("concat", "inner")
+REDUCE = ("per_sample", "padded_mean", "valid_mean")
+POOLED = ("sum", "mean", "none")
+
+
+def sample_negatives(
+    key: Key[Array, ""],
+    pool: Int[Array, " P"],
+    avoid: Int[Array, "*shape"],
+    mask: Bool[Array, " P"] | None = None,
+) -> Int[Array, "*shape"]:
+    """Places in a pool of ids, drawn evenly, of other ids than those to avoid.
+
+    A draw that hits its id is drawn again once; then the next place of the pool is taken.
+    That may hit again if the pool has an id more than once: ``loss`` counts those.
+
+    Args:
+      key: of the draws.
+      pool: ids; as rows of a log they are drawn by popularity.
+      avoid: id that the draw of this place must not be.
+      mask: False at places that are not drawn; None: all are.
+
+    Returns:
+      Indices into the pool; its last place if none can be drawn.
+
+    Example:
+      >>> pool, avoid = jnp.array([5, 6]), jnp.array([5, 5, 6])
+      >>> pool[sample_negatives(jax.random.key(0), pool, avoid)].tolist()
+      [6, 6, 5]
+    """
+    mask = jnp.ones(pool.shape, bool) if mask is None else mask
+    number = jnp.cumsum(mask)
+    count = jnp.maximum(number[-1], 1)
+    first, again = (
+        jax.random.randint(k, avoid.shape, 0, count) for k in jax.random.split(key)
+    )
+
+    def place(n):
+        return jnp.minimum(jnp.searchsorted(number, n + 1), len(pool) - 1)
+
+    drawn = jnp.where(pool[place(first)] == avoid, again, first)
+    drawn = jnp.where(pool[place(drawn)] == avoid, (drawn + 1) % count, drawn)
+    return place(drawn)
+
+
+def aux_loss(
+    params: dict,
+    states: Float[Array, "B T H"],
+    pos: Float[Array, "B T E"],
+    neg: Float[Array, "B T E"],
+    mask: Bool[Array, "B T"],
+    reduce: str = "valid_mean",
+    *,
+    weight: Float[Array, " B"] | None = None,
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """How badly states tell the next behaviour from a sampled one (eq 6).
+
+    Args:
+      params: an ``nets.mlp`` from H + E to 1, sigmoids between; {}: the inner product.
+      states: of the extractor.
+      pos: behaviours; the state of step t is compared with that of t + 1.
+      neg: sampled ones, aligned with ``pos``.
+      mask: True at behaviours.
+      reduce: of the sums of both logarithms: "valid_mean" over all steps that have a
+        next one (twice the mean over positives and negatives that DeepCTR-Torch takes),
+        "padded_mean" over all B (T - 1) steps (released code), "per_sample" over B (the
+        paper).
+      weight: of rows; None: ones.
+
+    Returns:
+      The loss, 0 where no step has a next one, and ``aux_accuracy``: how often the next
+      behaviour scores above the sampled one, ties half.
+
+    Raises:
+      ValueError: unknown ``reduce``, or an inner product of vectors that differ in size.
+    """
+    if reduce not in REDUCE:
+        raise ValueError(f"aux_reduce must be one of {REDUCE}, got {reduce!r}")
+    if not params and states.shape[-1] != pos.shape[-1]:
+        raise ValueError(
+            f"the inner product needs states as wide as behaviours, got "
+            f"{states.shape[-1]} and {pos.shape[-1]}; set net.state to the latter or "
+            "net.aux to 'concat'"
+        )
+    states, mask = states[:, :-1], mask[:, :-1] & mask[:, 1:]
+    items = jnp.stack([pos[:, 1:], neg[:, 1:]])
+    if params:
+        first = params["layer_0"]
+        # The states' share of the first layer serves both.
+        w_state, w_item = jnp.split(first["kernel"], [states.shape[-1]])
+        shared = states @ w_state + first["bias"].reshape(1, 1, -1)
+        x = jax.nn.sigmoid(items @ w_item + shared[None])
+        rest = {f"layer_{i}": params[f"layer_{i + 1}"] for i in range(len(params) - 1)}
+        logit = mlp.apply(rest, {}, x, activation="sigmoid", train=False)[0][..., 0]
+    else:
+        logit = (items * states[None]).sum(-1)
+    weight = jnp.ones(len(mask), logit.dtype) if weight is None else weight
+    counted = weight[:, None] * mask
+    nats = jax.nn.softplus(-logit[0]) + jax.nn.softplus(logit[1])
+    # Not 0 times what padding holds, which may be anything.
+    total = jnp.where(counted > 0, nats * counted, 0.0).sum()
+    terms = counted.sum()
+    by = {"valid_mean": terms, "padded_mean": weight.sum() * mask.shape[1],
+          "per_sample": weight.sum()}[reduce]  # fmt: skip
+    above = (logit[0] > logit[1]) + 0.5 * (logit[0] == logit[1])
+    accuracy = (above * counted).sum() / jnp.where(terms == 0, 1, terms)
+    return total / jnp.where(by == 0, 1, by), {"aux_accuracy": accuracy}
+
+
+def bilinear_attention(
+    kernel: Float[Array, "H A"],
+    states: Float[Array, "*states T H"],
+    target: Float[Array, "*batch A"],
+    mask: Bool[Array, "..."],
+) -> Float[Array, "*batch T"]:
+    """Softmax over the steps of h_t W e_a (eq 8); zeros for an empty history.
+
+    Args:
+      kernel: W.
+      states: h; leading axes broadcast against the candidates'.
+      target: e_a.
+      mask: (.., T), True at behaviours.
+    """
+    scores = jnp.einsum("...th,...h->...t", states, target @ kernel.T)
+    return attention_weights(scores, mask, "softmax")
+
+
+def din_attention(
+    params: dict,
+    states: Float[Array, "*states T H"],
+    target: Float[Array, "*batch A"],
+    mask: Bool[Array, "..."],
+    *,
+    dtype: Any = None,
+) -> Float[Array, "*batch T"]:
+    """The released code's attention: softmax over the steps of DIN's unit.
+
+    Args:
+      params: ``unit``, see ``nets.attention.activation_unit``; ``query``, optional, a
+        dense layer with PReLU (kernel, bias, alpha) that takes A to H.
+      states: see ``bilinear_attention``.
+      target: see ``bilinear_attention``.
+      mask: see ``bilinear_attention``.
+      dtype: of the unit's products.
+    """
+    if "query" in params:
+        p = {k: v.reshape((1,) * (target.ndim - v.ndim) + v.shape)
+             for k, v in params["query"].items() if k != "kernel"}  # fmt: skip
+        target = target @ params["query"]["kernel"] + p["bias"]
+        target = jnp.where(target >= 0, target, p["alpha"] * target)
+    scores, _ = activation_unit(
+        params["unit"], target, states, activation="sigmoid", dtype=dtype
+    )
+    return attention_weights(scores, mask, "softmax")
+
+
+def evolve(
+    params: dict,
+    states: Float[Array, "*states T H"],
+    target: Float[Array, "*batch A"],
+    mask: Bool[Array, "..."],
+    *,
+    variant: str = "augru",
+    unroll: int = 5,
+    chunk: int = 0,
+    dtype: Any = None,
+) -> Float[Array, "*batch H"]:
+    """What became of the interests, as the candidate sees it (eq 9-12).
+
+    Args:
+      params: ``cell``, see ``nets.gru``, and ``attention``: ``kernel`` of
+        ``bilinear_attention``, or what ``din_attention`` takes.
+      states: of the extractor; (B, 1, T, H) with N candidates (B, N, A).
+      target: candidates.
+      mask: (.., T), True at behaviours.
+      variant: "gru" weighs the states of a second GRU with attention on them; the other
+        ``VARIANTS`` give the last state.
+      unroll: see ``augru_scan``.
+      chunk: see ``augru_scan``.
+      dtype: of the products that no state is in.
+
+    Raises:
+      ValueError: unknown variant.
+    """
+    options = {"unroll": unroll, "chunk": chunk, "dtype": dtype}
+    given = params["attention"]
+
+    def attend(states):
+        if "kernel" in given:
+            return bilinear_attention(given["kernel"], states, target, mask)
+        return din_attention(given, states, target, mask, dtype=dtype)
+
+    if variant == "gru":
+        states, _ = gru_scan(params["cell"], states, mask, **options)
+        return jnp.einsum("...t,...th->...h", attend(states), states)
+    return augru_scan(params["cell"], states, attend(states), mask, variant, **options)[
+        1
+    ]
+
+
+def init(key: Key[Array, ""], net: Any, *, aux: bool = True) -> dict:
+    """Parameters of ``config.net``.
+
+    Args:
+      key: of the draws.
+      net: ``config.net``.
+      aux: whether the auxiliary network is there, if ``net.aux`` has one.
+
+    Raises:
+      ValueError: sizes or names that are not known.
+    """
+    _check_net(net)
+    key_tables, key_extractor, key_cell, key_query, key_unit, key_aux, key_mlp = (
+        jax.random.split(key, 7)
+    )
+    width, state = net.item_dim + net.cate_dim, net.state
+    glorot = jax.nn.initializers.glorot_uniform()
+    if net.attention == "bilinear":
+        attention: dict = {"kernel": glorot(key_query, (state, width))}
+    else:
+        query = glorot(key_query, (width, state))
+        bias, alpha = jnp.zeros(state), jnp.full(state, 0.1)
+        attention = {
+            "query": {"kernel": query, "bias": bias, "alpha": alpha},
+            "unit": mlp.init(key_unit, (4 * state, *net.unit, 1), "sigmoid"),
+        }
+    steered = net.variant in ("agru", "augru", "augru_released")
+    cell = gru.init(key_cell, state, state, update_bias=1.0 if steered else -1.0)
+    total = net.user_dim + width + state
+    total += 0 if net.pooled == "none" else width * (2 if net.product else 1)
+    params = {
+        "tables": behaviour.init(key_tables, net),
+        "extractor": gru.init(key_extractor, width, state),
+        "evolve": {"attention": attention, "cell": cell},
+        "mlp": mlp.init(key_mlp, (total, *net.hidden, 1), net.activation),
+    }
+    if aux and net.aux == "concat":
+        params["aux"] = mlp.init(
+            key_aux, (state + width, *net.aux_hidden, 1), "sigmoid"
+        )
+    return params
+
+
+def statistics(params: dict) -> dict:
+    """The first moving statistics of Dice; ``State.extra``."""
+    return mlp.statistics(params["mlp"])
+
+
+def forward(
+    params: dict,
+    state: dict,
+    batch: Mapping[str, Array],
+    *,
+    net: Any,
+    train: bool,
+) -> tuple[Float[Array, "B ..."], Float[Array, "B T H"], dict]:
+    """Logits of candidates.
+
+    Args:
+      params: see ``init``.
+      state: see ``statistics``.
+      batch: see ``nets.behaviour``.
+      net: ``config.net``.
+      train: Dice takes the batch's statistics.
+
+    Returns:
+      Logits of the candidates' shape, the extractor's states, and the statistics to use
+      next.
+
+    Raises:
+      ValueError: T = 0, or arrays whose shapes do not fit.
+    """
+    use = behaviour.fields(batch, net)
+    logit, _, states, state = _run(params, state, use, net, train)
+    return logit, states, state
+
+
+def _run(params, state, use, net, train):
+    """Logits, behaviours, states of the extractor, statistics."""
+    tables, mask = params["tables"], use["mask"]
+    query = behaviour.read(tables, use["item"], use["cate"])
+    keys = behaviour.read(tables, use["hist_item"], use["hist_cate"])
+    options = {"unroll": net.unroll, "chunk": net.chunk, "dtype": _dtype(net)}
+    states, _ = gru_scan(params["extractor"], keys, mask, **options)
+    pooled = keys.sum(1)  # Padding reads zeros.
+    if net.pooled == "mean":
+        pooled = pooled / jnp.maximum(mask.sum(1), 1)[:, None].astype(pooled.dtype)
+    user = embedding.lookup(tables["user"], use["user"]) if net.user_dim else None
+    shared, seen, row_mask = states, mask, use["row_mask"]
+    if query.ndim == 3:
+        # One history, N candidates: what has no candidate in it is computed once.
+        shared, seen, pooled = states[:, None], mask[:, None], pooled[:, None]
+        user = user if user is None else user[:, None]
+        row_mask = row_mask if row_mask is None else row_mask[:, None]
+    final = evolve(
+        params["evolve"], shared, query, seen, variant=net.variant, **options
+    )
+
+    def spread(x):
+        return jnp.broadcast_to(x, (*query.shape[:-1], x.shape[-1]))
+
+    parts = [query, final] if user is None else [spread(user), query, final]
+    if net.pooled != "none":
+        parts += [spread(pooled)] + ([spread(pooled) * query] if net.product else [])
+    logit, state = mlp.apply(
+        params["mlp"], state, jnp.concatenate(parts, -1), activation=net.activation,
+        train=train, mask=row_mask, decay=net.dice_decay, eps=net.dice_eps,
+    )  # fmt: skip
+    logit = logit[..., 0]
+    if net.item_bias:
+        logit = logit + embedding.lookup(tables["item_bias"], use["item"])[..., 0]
+    return logit, keys, states, state
+
+
+def loss(
+    params: dict,
+    state: dict,
+    batch: Mapping[str, Array],
+    key: Key[Array, ""],
+    *,
+    net: Any,
+    aux_weight: float = 1.0,
+    aux_reduce: str = "valid_mean",
+) -> tuple[Float[Array, ""], tuple[dict[str, Array], dict]]:
+    """Cross-entropy of the labels plus the weighted auxiliary loss.
+
+    Args:
+      params: see ``init``.
+      state: see ``statistics``.
+      batch: see ``nets.behaviour``, with label (B,); neg_hist_item and neg_hist_cate (B,
+        T), aligned with the history, are optional negatives.
+      key: of the negatives, if the batch has none.
+      net: ``config.net``.
+      aux_weight: alpha (paper: 1); 0 leaves the auxiliary loss out.
+      aux_reduce: see ``aux_loss``.
+
+    Returns:
+      The sum; metrics ``target``, ``rate`` (the mean prediction) and, with the auxiliary
+      loss, ``aux``, ``aux_accuracy`` and ``aux_collisions``: how many of the negatives
+      are the clicked item; with weights ``weight``, their sum. The statistics to use
+      next.
+    """
+    use = behaviour.fields(batch, net)
+    logit, keys, states, state = _run(params, state, use, net, True)
+    nats = optax.sigmoid_binary_cross_entropy(logit, batch["label"].astype(logit.dtype))
+    weight = batch.get("weight", jnp.ones(logit.shape, logit.dtype))
+    total = weight.sum()
+    share = weight / jnp.where(total == 0, 1, total)
+    value = (nats * share).sum()
+    metrics = {"target": value, "rate": (jax.nn.sigmoid(logit) * share).sum()}
+    if "weight" in batch:
+        metrics["weight"] = total
+    if aux_weight:
+        item, cate = _negatives(batch, use, key, net)
+        neg = behaviour.read(params["tables"], item, cate)
+        given = params["aux"] if net.aux == "concat" else {}
+        aux, found = aux_loss(
+            given, states, keys, neg, use["mask"], aux_reduce, weight=weight
+        )
+        metrics |= {"aux": aux, **found}
+        counted = weight[:, None] * use["mask"][:, 1:]
+        same = (item == use["hist_item"])[:, 1:] * counted
+        metrics["aux_collisions"] = same.sum() / jnp.maximum(counted.sum(), 1e-9)
+        value = value + aux_weight * aux
+    return value, (metrics, state)
+
+
+def _negatives(batch, use, key, net):
+    """Ids of the batch's negatives, or of drawn ones, zeros at padding."""
+    mask = use["mask"]
+    cate = None
+    if "neg_hist_item" in batch:
+        item = embedding.resolve(batch["neg_hist_item"], net.item_vocab)
+        if net.cate_dim:
+            cate = embedding.resolve(batch["neg_hist_cate"], net.cate_vocab)
+    else:
+        pool = replicate(use["hist_item"]).reshape(-1)
+        keep = mask if use["row_mask"] is None else mask & use["row_mask"][:, None]
+        place = sample_negatives(
+            key, pool, use["hist_item"], replicate(keep).reshape(-1)
+        )
+        item = pool[place]
+        if net.cate_dim:
+            cate = replicate(use["hist_cate"]).reshape(-1)[place]
+    zero = embedding.PADDING
+    return jnp.where(mask, item, zero), cate if cate is None else jnp.where(
+        mask, cate, zero
+    )
+
+
+def ids(batch: Mapping[str, Array], *, net: Any) -> dict[str, Int[Array, "..."]]:
+    """The ids that a batch reads of every table, see ``nets.behaviour.ids``.
+
+    Negatives that the batch brings are among them; drawn ones are of its histories.
+    """
+    found = behaviour.ids(batch, net=net)
+    use = behaviour.fields(batch, net)
+    keep = use["mask"]
+    keep = keep if use["row_mask"] is None else keep & use["row_mask"][:, None]
+    for name, vocab in (("item", net.item_vocab), ("cate", net.cate_vocab)):
+        if f"neg_hist_{name}" in batch and name in found:
+            neg = embedding.resolve(batch[f"neg_hist_{name}"], vocab)
+            neg = jnp.where(keep, neg, embedding.PADDING)
+            found[name] = jnp.concatenate([found[name], neg], 1)
+    return found
+
+
+def score_candidates(
+    params: dict, state: dict, batch: Mapping[str, Array], *, net: Any
+) -> Float[Array, "B ..."]:
+    """Logits of N candidates for each user: ``forward`` with the moving statistics.
+
+    The extractor runs once per user, the second layer once per candidate.
+
+    Args:
+      params: see ``init``.
+      state: see ``statistics``.
+      batch: see ``forward``; item and cate (B, N), or (B,) for one candidate each.
+      net: ``config.net``.
+    """
+    return forward(params, state, batch, net=net, train=False)[0]
+
+
+def sampler(
+    params: dict,
+    key: Key[Array, ""],
+    batch: Mapping[str, Array],
+    extra: dict,
+    *,
+    net: Any,
+) -> Float[Array, "B ..."]:
+    """``score_candidates`` as ``Method.sampler``; nothing is drawn, key is unused.
+
+    Args:
+      params: see ``init``.
+      key: unused.
+      batch: see ``score_candidates``.
+      extra: ``State.extra``.
+      net: ``config.net``.
+    """
+    del key
+    return score_candidates(params, extra, batch, net=net)
+
+
+def make(config: Any) -> Method:
+    """Binds ``config`` (see configs/dien.py).
+
+    Args:
+      config: groups ``net``, ``optim``, ``train``, ``method``.
+
+    Raises:
+      ValueError: unknown names, or values out of range.
+    """
+    net, c, own = config.net, config.optim, config.method
+    _check_net(net)
+    sparse = {"lazy_adam": rows.lazy_adam, "row_adagrad": rows.row_adagrad}
+    if c.tables not in (*sparse, "dense"):
+        raise ValueError(
+            f"config.optim.tables must be one of {(*sparse, 'dense')}, got {c.tables!r}"
+        )
+    if own.aux_weight < 0 or own.aux_reduce not in REDUCE:
+        raise ValueError(
+            f"config.method: aux_weight must be >= 0 and aux_reduce one of {REDUCE}, got "
+            f"{own.aux_weight} and {own.aux_reduce!r}"
+        )
+    if c.lr <= 0 or c.clip < 0 or c.halve_every < 0:
+        raise ValueError(
+            "config.optim: lr must be > 0, clip and halve_every >= 0, got "
+            f"{c.lr}, {c.clip} and {c.halve_every}"
+        )
+    rate = c.lr
+    if c.halve_every:
+        rate = optax.exponential_decay(c.lr, c.halve_every, 0.5, staircase=True)
+
+    def init_params(key, batch):
+        del batch
+        return init(key, net, aux=own.aux_weight > 0)
+
+    value = functools.partial(
+        loss, net=net, aux_weight=own.aux_weight, aux_reduce=own.aux_reduce
+    )
+    options: dict[str, Any] = {
+        "sampler": functools.partial(sampler, net=net),
+        "accumulate": config.train.accumulate,
+        "init_extra": statistics,
+    }
+    tx = optax.adam(rate)
+    if c.tables == "dense":
+        tx = optax.chain(optax.clip_by_global_norm(c.clip), tx) if c.clip else tx
+        return gradient(init_params, value, tx, rules=embedding.RULES, **options)
+    return row_gradient(
+        init_params,
+        value,
+        tx,
+        table_tx=sparse[c.tables](rate),
+        ids=functools.partial(ids, net=net),
+        clip=c.clip,
+        rules=RULES,
+        **options,
+    )
+
+
+def _check_net(net):
+    choices = {"variant": VARIANTS, "attention": ATTENTION, "aux": AUX, "pooled": POOLED,
+               "dtype": ("float32", "bfloat16")}  # fmt: skip
+    for name, known in choices.items():
+        value = getattr(net, name)
+        if value not in known:
+            raise ValueError(f"config.net.{name} must be one of {known}, got {value!r}")
+    mlp.check(net.activation, "config.net.activation")
+    behaviour.check_sizes(net)
+    width = net.item_dim + net.cate_dim
+    if net.state < 1 or (net.aux == "inner" and net.state != width):
+        raise ValueError(
+            f"config.net.state must be >= 1, and item_dim + cate_dim = {width} with "
+            f"net.aux=inner; got {net.state}"
+        )
+
+
+def _dtype(net):
+    return jnp.bfloat16 if net.dtype == "bfloat16" else None
