@@ -1,0 +1,172 @@
+"""Ranking metrics against sklearn's recorded numbers and against double loops."""
+
+import itertools
+import time
+
+import numpy as np
+import pytest
+
+from jaxpapers.ops import ranking
+
+
+@pytest.mark.parity(
+    "ctr", only=lambda entry: "gauc_impression_weighted" in entry["arrays"]
+)
+def test_recorded_numbers(case):
+    folder, _, entry = case
+    with np.load(folder / entry["file"]) as file:
+        data = dict(file)
+    y, s, tol = data["y"], data["score"], entry["tolerance_float64"]
+    found = {
+        "auc": ranking.auc(y, s),
+        "gauc_impression_weighted": ranking.gauc(data["user"], y, s),
+        "pr_auc_trapezoid": ranking.pr_auc(y, s),
+        "nll": ranking.log_loss(y, s),
+        "rela_impr": ranking.rela_impr(0.8871, 0.8624),
+    }
+    for name, value in found.items():
+        assert abs(value - data[name]) < tol, name
+    # Ties are what the case is about.
+    assert len(np.unique(s)) < len(s)
+
+
+def double_loop(y, s, w):
+    """AUC by all pairs; None where one class is missing."""
+    pairs = [
+        (w[i] * w[j], (s[i] > s[j]) + 0.5 * (s[i] == s[j]))
+        for i in range(len(y))
+        for j in range(len(y))
+        if y[i] == 1 and y[j] == 0
+    ]
+    total = sum(p for p, _ in pairs)
+    return sum(p * v for p, v in pairs) / total if total else None
+
+
+def drawn(seed, n=80):
+    rng = np.random.default_rng(seed)
+    user = rng.choice([-3, 5, 11, 40, 41, 1000], n)
+    y = (rng.random(n) < 0.5).astype(int)
+    y[user == 40] = 1
+    y[user == 41] = 0
+    return user, y, rng.integers(0, 6, n) / 3, rng.integers(0, 4, n) / 2
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("weighted", [False, True])
+def test_auc_and_gauc_are_the_double_loops(seed, weighted):
+    user, y, s, w = drawn(seed)
+    w = w if weighted else np.ones(len(y))
+    given = w if weighted else None
+    assert ranking.auc(y, s, given) == pytest.approx(double_loop(y, s, w), abs=1e-12)
+    total = size = 0.0
+    for u in np.unique(user):
+        rows = user == u
+        value = double_loop(y[rows], s[rows], w[rows])
+        if value is not None:
+            total += value * w[rows].sum()
+            size += w[rows].sum()
+    assert ranking.gauc(user, y, s, given) == pytest.approx(total / size, abs=1e-12)
+
+
+def test_a_weight_is_a_number_of_copies():
+    user, y, s, _ = drawn(7, 40)
+    copies = np.random.default_rng(0).integers(0, 4, 40)
+    repeated = [np.repeat(x, copies) for x in (user, y, s)]
+    for metric in (ranking.auc, ranking.pr_auc, ranking.log_loss):
+        value = metric(y, s, copies)
+        assert value == pytest.approx(metric(*repeated[1:]), abs=1e-12)
+    value = ranking.gauc(user, y, s, copies)
+    assert value == pytest.approx(ranking.gauc(*repeated), abs=1e-12)
+
+
+def test_only_the_order_within_a_user_matters():
+    user, y, s, _ = drawn(3)
+    shift = np.random.default_rng(1).integers(0, 9, 2000)[user]
+    value = ranking.gauc(user, y, s)
+    assert ranking.gauc(user, y, np.exp(s) + 50 * shift) == pytest.approx(value)
+    assert ranking.gauc(user, y, -s) == pytest.approx(1 - value)
+    assert ranking.gauc(user, y, 0 * s) == pytest.approx(0.5)
+
+
+def test_normalised_forms():
+    rng = np.random.default_rng(0)
+    y = (rng.random(200) < 0.2).astype(int)
+    base = np.full(200, np.log(y.mean() / (1 - y.mean())))
+    assert ranking.normalized_entropy(y, base) == pytest.approx(1.0, abs=1e-12)
+    assert ranking.information_gain(y, base) == pytest.approx(0.0, abs=1e-12)
+    sure = np.where(y == 1, 30.0, -30.0)
+    assert ranking.information_gain(y, sure) == pytest.approx(1.0, abs=1e-9)
+
+
+def orders(score):
+    """All orders of a row's items that sort its scores downwards."""
+    for order in itertools.permutations(range(len(score))):
+        if all(score[a] >= score[b] for a, b in zip(order, order[1:])):
+            yield order
+
+
+@pytest.mark.parametrize("k", [1, 2, 4, 9])
+def test_recall_and_ndcg_are_means_over_the_orders_of_ties(k):
+    rng = np.random.default_rng(k)
+    score = rng.integers(0, 3, (5, 5)).astype(float)
+    gain = rng.integers(0, 3, (5, 5)).astype(float)
+    gain[2] = 0
+    recalls, ndcgs = [], []
+    for s, g in zip(score, gain):
+        if not g.any():
+            continue
+        dcg = [sum(x / np.log2(r + 2) for r, x in enumerate(v[:k])) for v in
+               ([*(g[i] for i in order)] for order in orders(s))]  # fmt: skip
+        ideal = sum(x / np.log2(r + 2) for r, x in enumerate(sorted(g)[::-1][:k]))
+        hits = [sum(g[i] > 0 for i in order[:k]) for order in orders(s)]
+        recalls.append(np.mean(hits) / (g > 0).sum())
+        ndcgs.append(np.mean(dcg) / ideal)
+    assert ranking.recall_at_k(score, gain, k) == pytest.approx(np.mean(recalls))
+    assert ranking.ndcg_at_k(score, gain, k) == pytest.approx(np.mean(ndcgs))
+
+
+def test_gauc_has_no_loop_over_users():
+    """Ten times the rows of a loop over users, in less time."""
+    rng = np.random.default_rng(0)
+    user, y = rng.integers(0, 20_000, 200_000), rng.integers(0, 2, 200_000)
+    s = rng.normal(size=len(y)).round(2)
+    began = time.process_time()
+    ranking.gauc(user, y, s)
+    fast = time.process_time() - began
+
+    few = user < 2_000
+    user, y, s = user[few], y[few], s[few]
+    began = time.process_time()
+    order = np.argsort(user, kind="stable")
+    total = size = 0.0
+    for rows in np.split(order, np.flatnonzero(np.diff(user[order])) + 1):
+        if 0 < y[rows].sum() < len(rows):
+            total += ranking.auc(y[rows], s[rows]) * len(rows)
+            size += len(rows)
+    slow = time.process_time() - began
+    assert ranking.gauc(user, y, s) == pytest.approx(total / size)
+    assert fast < slow
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: ranking.auc([1, 1], [0.1, 0.2]), "both classes"),
+        (lambda: ranking.auc([1, 2], [0.1, 0.2]), "0 or 1"),
+        (lambda: ranking.auc([1, 0], [0.1]), "one length"),
+        (lambda: ranking.auc([1, 0], [0.1, np.nan]), "NaN"),
+        (lambda: ranking.auc([1, 0], [0.1, 0.2], [-1, 1]), "negative"),
+        (lambda: ranking.gauc([0, 1], [1, 0], [0.1, 0.2]), "both classes"),
+        (lambda: ranking.gauc([0], [1, 0], [0.1, 0.2]), "shape of label"),
+        (lambda: ranking.pr_auc([0, 0], [0.1, 0.2]), "positive"),
+        (lambda: ranking.normalized_entropy([1, 1], [0.1, 0.2]), "both classes"),
+        (lambda: ranking.rela_impr(0.7, 0.5), "chance"),
+        (lambda: ranking.recall_at_k([[1.0]], [[0]], 1), "relevant"),
+        (lambda: ranking.recall_at_k([[1.0]], [[1]], 0), "k must be"),
+        (lambda: ranking.ndcg_at_k([1.0], [1], 1), "matrices"),
+        (lambda: ranking.ndcg_at_k([[1.0]], [[-1]], 1), "negative"),
+    ],
+)
+def test_errors(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
