@@ -36,6 +36,16 @@ NAMES: dict[str, Paper] = {
         "optimization",
         "byte-level language model on the standard library, < 20 s",
     ),
+    "defer": Paper(
+        "Real Negatives Matter: Continuous Training with Real Negatives for Delayed "
+        "Feedback Modeling",
+        "Gu, Siyu and Sheng, Xiang-Rong and Fan, Ying and Zhou, Guorui and Zhu, "
+        "Xiaoqiang",
+        2021,
+        "2104.14121",
+        "recommendation",
+        "late conversions of synthetic clicks, < 20 s",
+    ),
 }
 
 
