@@ -30,7 +30,7 @@ def get_config(preset: str | None = None) -> ConfigDict:
                 "epochs": 5,  # of pretraining
                 "w1": 0.25 / 24,  # days, as all times here
                 "w2": 30.0,
-                "w3": 0.0,  # 0: real negatives only at w2
+                "w3": 0.0,  # 0: real negatives are known at w2
                 "bucket": 1 / 24,
                 "pretrain_until": 30.0,
                 "stream_from": 30.0,
@@ -51,7 +51,7 @@ def get_config(preset: str | None = None) -> ConfigDict:
             "method": {"name": "defer", "variant": "paper", "clip": True},
             "optim": {"lr": 1e-3, "l2": 1e-6},
             "train": {
-                "steps": 0,  # 0: pretraining and the whole stream
+                "steps": 55_000,  # those after the stream's end change nothing
                 "accumulate": 1,
                 "seed": 0,
                 "eval_every": 0,
@@ -67,6 +67,7 @@ def get_config(preset: str | None = None) -> ConfigDict:
         config.data.update(source="synthetic", clicks=20_000, batch=256, epochs=3)
         config.data.update(w1=1.0, bucket=1.0, pretrain_until=40.0, stream_from=70.0)
         config.data.update(stream_until=100.0, holdout=5.0)
+        config.train.update(steps=136)
         config.net.update(features=5, bins=(), buckets=(), widths=(32, 16))
         config.net.update(slope=0.01, batch_norm=False)
     elif preset == "cdnow":
@@ -76,4 +77,5 @@ def get_config(preset: str | None = None) -> ConfigDict:
         config.net.update(features=18, bins=(), buckets=(), widths=(64, 32))
         config.net.update(slope=0.01, batch_norm=False, init="fan_in")
         config.optim.update(l2=0.0)
+        config.train.update(steps=926)
     return config.lock()

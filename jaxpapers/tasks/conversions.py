@@ -19,7 +19,6 @@ FAMILY = (
     "pretrained", "oracle", "vanilla_win", "vanilla", "vanilla_defer", "fnw", "fnc",
     "fnw_rn", "fnc_rn", "es_dfm", "defer", "dfm",
 )  # fmt: skip
-METRICS = ("auc", "pr_auc", "nll", "mean_p")
 
 
 class Clicks(NamedTuple):
@@ -43,8 +42,8 @@ class Row(NamedTuple):
 
     Attributes:
       method: its name.
-      values: metric -> one number per seed; of ``METRICS``, ``ri_nll`` and ``clipped``
-        (share of predictions above 1 before calibration clipped them).
+      values: metric -> one number per seed; of ``defer.METRICS``, ``ri_nll`` and
+        ``clipped``: share of predictions at 1, where calibration clips.
     """
 
     method: str
@@ -87,7 +86,11 @@ class Journey:
     """Epochs over the resolved clicks, then the events of the stream in their order.
 
     Each phase fills whole batches (rows of weight 0 at its end), so that no batch mixes
-    the two.
+    the two. After the last event all rows have weight 0.
+
+    Attributes:
+      steps: batches in all.
+      first_event: position of the stream's first row.
     """
 
     def __init__(self, clicks: Clicks, config: Any):
@@ -128,10 +131,15 @@ class Journey:
 
 
 def stream_events(clicks: Clicks, config: Any, until: float) -> defer.Stream:
-    """The configured method's events before ``until``, of clicks since stream_from."""
+    """The configured method's events from ``stream_from`` to ``until``.
+
+    They are of all clicks after pretraining: of those between it and the stream only what
+    becomes known during the stream. Without them the first w2 of the stream would miss
+    all that comes late, and no weight is right for that.
+    """
     c, method = config.data, config.method
     name = "oracle" if method.name == "pretrained" else method.name
-    keep = (clicks.click_ts >= c.stream_from) & (clicks.click_ts < c.stream_until)
+    keep = (clicks.click_ts >= c.pretrain_until) & (clicks.click_ts < until)
     rows = np.flatnonzero(keep)
     real = name in ("defer", "vanilla_defer", "fnw_rn", "fnc_rn")
     stream = defer.make_stream(
@@ -143,8 +151,8 @@ def stream_events(clicks: Clicks, config: Any, until: float) -> defer.Stream:
         (c.w3 or None) if real else None,
         variant=method.variant,
     )
-    stop = np.searchsorted(stream.ts, until)
-    stream = defer.Stream(*(x[:stop] for x in stream))
+    start, stop = np.searchsorted(stream.ts, (c.stream_from, until))
+    stream = defer.Stream(*(x[start:stop] for x in stream))
     return stream._replace(index=rows[stream.index].astype(np.int32))
 
 
@@ -154,25 +162,25 @@ def read(config: Any) -> Clicks:
     Raises:
       ValueError: unknown source, or another number of features than the network's.
     """
-    from jaxpapers.data import conversions, fetch
-
     c = config.data
-    if c.source == "synthetic":
-        data = conversions.synthetic(c.clicks, seed=c.seed, w1=c.w1, w2=c.w2)
-    elif c.source == "cdnow":
-        data = conversions.cdnow(c.path or fetch.get("cdnow"))
-    elif c.source == "criteo":
-        if not c.path:
-            raise ValueError(
-                "Criteo's conversion logs are downloaded under Criteo's terms; pass "
-                "--config.data.path=data.txt, or try the preset defer:cdnow"
-            )
-        data = conversions.criteo(c.path, window_days=c.w2)
-    else:
+    if c.source not in ("synthetic", "cdnow", "criteo"):
         raise ValueError(
             "config.data.source must be synthetic, cdnow or criteo, got "
             f"{config.data.source!r}"
         )
+    if c.source == "criteo" and not c.path:
+        raise ValueError(
+            "Criteo's conversion logs are downloaded under Criteo's terms; pass "
+            "--config.data.path=data.txt, or try the preset defer:cdnow"
+        )
+    from jaxpapers.data import conversions, fetch
+
+    if c.source == "synthetic":
+        data = conversions.synthetic(c.clicks, seed=c.seed, w1=c.w1, w2=c.w2)
+    elif c.source == "cdnow":
+        data = conversions.cdnow(c.path or fetch.get("cdnow"))
+    else:
+        data = conversions.criteo(c.path, window_days=c.w2)
     day = conversions.DAY if c.source == "criteo" else 1.0
     x = data.features
     if x.shape[1] != config.net.features:
@@ -192,7 +200,7 @@ def load(config: Any, method: Any, mesh: Any) -> Task:
     protocol of the paper, which evaluates all along the stream, is ``table``.
 
     Raises:
-      ValueError: more steps than the data has, or an empty phase.
+      ValueError: an empty phase.
     """
     return bind(read(config), config, method, mesh)
 
@@ -201,19 +209,18 @@ def bind(clicks: Clicks, config: Any, method: Any, mesh: Any) -> Task:
     """``load`` for clicks that are here already."""
     c = config.data
     examples = Journey(clicks, config)
-    if config.train.steps > examples.steps:
-        raise ValueError(
-            f"config.train.steps={config.train.steps}, but pretraining and stream have "
-            f"{examples.steps} batches of {c.batch}; set it to that or less"
-        )
     held = (clicks.click_ts >= c.stream_until - c.holdout) & (
         clicks.click_ts < c.stream_until
     )
     held = np.flatnonzero(held)
-    for name, rows in (("pretrain", examples.pretrain), ("held-out", held)):
+    for name, rows in (
+        ("pretraining", examples.pretrain),
+        ("streamed", examples.stream.ts),
+        ("held-out", held),
+    ):
         if not len(rows):
             raise ValueError(
-                f"no {name} clicks between the configured times; clicks lie in "
+                f"no {name} clicks between config.data's times; clicks lie in "
                 f"[{clicks.click_ts.min():.2f}, {clicks.click_ts.max():.2f}]"
             )
     truth = _truth(clicks, c.w2)[held]
@@ -232,10 +239,12 @@ def bind(clicks: Clicks, config: Any, method: Any, mesh: Any) -> Task:
                 c.batch,
             )
             p = np.concatenate([np.asarray(x) for x in parts])[: len(held)]
-        return {f"validation_{k}": v for k, v in score(truth, p).items()}
+        return {f"validation_{k}": v for k, v in defer.score(truth, p).items()}
 
     def baselines():
-        found = {"one number": score(truth, np.full(len(truth), examples_rate))["nll"]}
+        found = {
+            "one number": defer.score(truth, np.full(len(truth), examples_rate))["nll"]
+        }
         for name in ("pretrained", "oracle"):
             found[name] = _final_nll(clicks, with_method(config, name), held, truth)
         return found
@@ -253,49 +262,6 @@ def bind(clicks: Clicks, config: Any, method: Any, mesh: Any) -> Task:
         f"then {len(examples.stream.ts)} events of {config.method.name}; "
         f"{examples.steps} steps in all",
     )
-
-
-def score(truth: np.ndarray, p: np.ndarray) -> dict[str, float]:
-    """AUC, PR-AUC (NaN with one class only), NLL and mean of predictions.
-
-    Args:
-      truth: true labels.
-      p: probabilities; NLL takes them within [1e-7, 1 - 1e-7].
-    """
-    from jaxpapers.ops import ranking
-
-    p = np.asarray(p, np.float64)
-    inside = np.clip(p, 1e-7, 1 - 1e-7)
-    logit = np.log(inside) - np.log1p(-inside)
-    both = 0 < truth.sum() < len(truth)
-    return {
-        "auc": ranking.auc(truth, p) if both else math.nan,
-        "pr_auc": ranking.pr_auc(truth, p) if both else math.nan,
-        "nll": ranking.log_loss(truth, logit),
-        "mean_p": float(p.mean()),
-    }
-
-
-def streaming_score(
-    truths: Sequence[np.ndarray], predictions: Sequence[np.ndarray]
-) -> dict[str, float]:
-    """Mean of each bucket's metrics, weighted by its clicks.
-
-    Buckets without clicks count for nothing; those with one class only are left out of
-    AUC and PR-AUC.
-    """
-    pairs = [(y, p) for y, p in zip(truths, predictions) if len(y)]
-    weight = np.array([len(y) for y, _ in pairs], np.float64)
-    scores = [score(y, p) for y, p in pairs]
-    found = {}
-    for name in METRICS:
-        values = np.array([s[name] for s in scores])
-        known = ~np.isnan(values)
-        total = weight[known].sum()
-        found[name] = (
-            float((values * weight)[known].sum() / total) if total else math.nan
-        )
-    return found
 
 
 def table(
@@ -332,9 +298,10 @@ def table(
         start = pretrain(clicks, own, seeds) if name == "dfm" else shared
         truths, found = stream(clicks, own, start)
         scores = [
-            streaming_score(truths, [p[i] for p in found]) for i in range(len(seeds))
+            defer.streaming_score(truths, [p[i] for p in found])
+            for i in range(len(seeds))
         ]
-        values = {k: np.array([s[k] for s in scores]) for k in METRICS}
+        values = {k: np.array([s[k] for s in scores]) for k in defer.METRICS}
         every = np.concatenate(found, -1)
         values["clipped"] = (every >= 1).mean(-1)
         rows.append(Row(name, values))
@@ -453,4 +420,4 @@ def _final_nll(clicks, config, held, truth) -> float:
     predict = jax.jit(functools.partial(_predict, method))
     parts = defer.predict_rows(predict, state, clicks.features, held, c.batch)
     p = np.concatenate([np.asarray(x) for x in parts])[: len(held)]
-    return score(truth, p)["nll"]
+    return defer.score(truth, p)["nll"]

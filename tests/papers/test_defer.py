@@ -2,6 +2,8 @@
 
 import functools
 import math
+import time
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
@@ -171,6 +173,23 @@ def test_no_gradient_through_weights(method):
     expected = jax.grad(lambda s: defer.event_losses(s, y, *w).mean())(s)
     np.testing.assert_allclose(grads[0], expected, rtol=1e-6)
     assert not np.any(grads[1:])
+
+
+@pytest.mark.slow
+def test_stream_of_criteos_size():
+    """16 million clicks: seconds, and less than 3 GB beside the clicks."""
+    draw = np.random.default_rng(0)
+    n, day = 16_000_000, 86_400
+    click = np.sort(draw.integers(0, 60 * day, n)).astype(float)
+    z = np.floor(draw.exponential(3 * day, n))
+    conv = np.where(draw.random(n) < 0.23, click + z, -1.0)
+    tracemalloc.start()
+    start = time.process_time()
+    s = defer.make_stream(click, conv, 900.0, 30.0 * day, "defer")
+    seconds = time.process_time() - start
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(s.ts) == 2 * n and seconds < 30 and peak < 3e9, (seconds, peak)
 
 
 def test_dfm_gradient_by_finite_differences():
@@ -549,6 +568,16 @@ def test_padding_changes_nothing(method, key):
         lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6),
         whole.params, more.params,
     )  # fmt: skip
+
+
+def test_an_empty_batch_changes_nothing(method, key):
+    state, _ = jax.jit(method.update)(method.init(key, columns(64)), resolved(64))
+    empty = {**resolved(64), "weight": np.zeros(64, np.float32)}
+    after, metrics = jax.jit(method.update)(state, empty)
+    for old, new in zip(state[1:3], after[1:3]):
+        jax.tree.map(np.testing.assert_array_equal, old, new)
+    jax.tree.map(np.testing.assert_array_equal, state.extra[:3], after.extra[:3])
+    assert int(after.step) == 2 and np.isfinite(float(metrics["loss"]))
 
 
 def test_auxiliary_classifier_learns_on_resolved_clicks_and_is_frozen_after(

@@ -53,6 +53,12 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Key
 
 from jaxpapers.method import Method, State, gradient
+from jaxpapers.papers.defer.metrics import (
+    METRICS,
+    relative_improvement,
+    score,
+    streaming_score,
+)
 from jaxpapers.papers.defer.network import Net, network
 from jaxpapers.papers.defer.streams import (
     STREAMS,
@@ -64,7 +70,6 @@ from jaxpapers.papers.defer.streams import (
     make_stream,
     pad_rows,
     predict_rows,
-    relative_improvement,
     run_stream,
 )
 from jaxpapers.papers.defer.weights import (
@@ -81,11 +86,12 @@ from jaxpapers.papers.defer.weights import (
 )
 
 __all__ = [
-    "NAMES", "RULES", "STREAMS", "Bucket", "Net", "Stream", "aux_loss", "calibrate",
-    "check_labels", "delayed_loss", "delays", "dfm_loss", "dfm_losses", "event_losses",
-    "event_rows", "importance_weights", "loss", "make", "make_buckets", "make_stream",
-    "network", "offline_loss", "pad_rows", "predict_rows", "probabilities",
-    "relative_improvement", "run_stream", "sampler", "update", "weighted_mean",
+    "METRICS", "NAMES", "RULES", "STREAMS", "Bucket", "Net", "Stream", "aux_loss",
+    "calibrate", "check_labels", "delayed_loss", "delays", "dfm_loss", "dfm_losses",
+    "event_losses", "event_rows", "importance_weights", "loss", "make",
+    "make_buckets", "make_stream", "network", "offline_loss", "pad_rows",
+    "predict_rows", "probabilities", "relative_improvement", "run_stream", "sampler",
+    "score", "streaming_score", "update", "weighted_mean",
 ]  # fmt: skip
 
 # Columns of the first layer, rows of the second; tables here are small.
@@ -197,7 +203,8 @@ def update(
     """One step on a batch of events or of resolved clicks.
 
     The auxiliary classifier, a ``State`` of its own in ``state.extra``, is trained while
-    the batch has resolved clicks, and weighs the events after that without changing.
+    the batch has resolved clicks, and weighs the events after that without changing. A
+    batch without weight, after the stream's end, changes nothing but ``step``.
 
     Args:
       state: of the model.
@@ -216,8 +223,13 @@ def update(
             batch = {**batch, "aux": jax.lax.stop_gradient(known)}
         if "resolved" in batch:
             extra, metrics = _train_auxiliary(extra, batch, auxiliary)
-    state, main = _with_statistics(*model.update(state, batch))
-    return state._replace(extra=extra), {**metrics, **main}
+    after, main = _with_statistics(*model.update(state, batch))
+    idle = batch["weight"].sum() == 0
+    kept = jax.tree.map(
+        lambda new, old: jnp.where(idle, old, new), after[1:3], state[1:3]
+    )
+    state = after._replace(params=kept[0], opt_state=kept[1], extra=extra)
+    return state, {**metrics, **main}
 
 
 def _train_auxiliary(extra, batch, auxiliary):
@@ -244,7 +256,8 @@ def probabilities(
     params: Any, batch: Mapping[str, Any], *, net: Net
 ) -> Float[Array, "B K"]:
     """Sigmoid of every logit of the network, with running statistics."""
-    return jax.nn.sigmoid(net.apply(params, batch).astype(jnp.float32))
+    logits: Any = net.apply(params, batch)
+    return jax.nn.sigmoid(logits.astype(jnp.float32))
 
 
 def sampler(

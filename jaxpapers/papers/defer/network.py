@@ -26,8 +26,8 @@ class Net(nn.Module):
         numbers.
       buckets: sizes of the embedded features, its other columns.
       embedding: their width.
-      init_scheme: of the kernels: "glorot", or the narrower "fan_in", U(±1/sqrt(fan in)), which
-        extrapolates more calmly to features that drift.
+      init_scheme: of the kernels: "glorot", or the narrower "fan_in", uniform in
+        ±1/sqrt(fan in), which extrapolates more calmly to features that drift.
     """
 
     widths: tuple[int, ...] = (64, 32)
@@ -122,7 +122,8 @@ def network(config: Any, outputs: int = 1) -> Net:
       outputs: logits per click.
 
     Raises:
-      ValueError: no hidden layer, unknown init, or sizes that do not make ``features`` columns.
+      ValueError: no hidden layer, unknown init, or sizes that do not make
+        ``features`` columns.
     """
     c = config.net
     if not c.widths or min(c.widths) < 1:
@@ -146,4 +147,3 @@ def network(config: Any, outputs: int = 1) -> Net:
         c.embedding,
         c.init,
     )
-

@@ -69,10 +69,10 @@ def delays(click_ts: np.ndarray, conv_ts: np.ndarray) -> np.ndarray:
 def make_stream(
     click_ts: np.ndarray,
     conv_ts: np.ndarray,
-    w1: float,
-    w2: float,
+    w1: int | float,
+    w2: int | float,
     method: str,
-    w3: float | None = None,
+    w3: int | float | None = None,
     *,
     variant: str = "paper",
 ) -> Stream:
@@ -169,7 +169,11 @@ class Bucket(NamedTuple):
 
 
 def make_buckets(
-    stream: Stream, click_ts: np.ndarray, start: float, stop: float, width: float
+    stream: Stream,
+    click_ts: np.ndarray,
+    start: int | float,
+    stop: int | float,
+    width: int | float,
 ) -> list[Bucket]:
     """Cuts events and clicks into buckets of equal width.
 
@@ -291,24 +295,6 @@ def predict_rows(
         predict(state, {k: v[i : i + batch] for k, v in rows.items()})
         for i in range(0, count, batch)
     ]
-
-
-def relative_improvement(
-    value: float, pretrained: float, oracle: float, *, min_gap: float = 1e-6
-) -> float:
-    """Per cent of the way from the pretrained model to the oracle.
-
-    RI = 100 (M - M_pretrained) / (M_oracle - M_pretrained); not a number where the two
-    are less than ``min_gap`` apart, for then it says nothing.
-
-    Example:
-      >>> round(relative_improvement(0.57, 0.58, 0.56), 6)
-      50.0
-    """
-    gap = oracle - pretrained
-    if not abs(gap) >= min_gap:
-        return float("nan")
-    return 100 * (value - pretrained) / gap
 
 
 def _check_rows(good: np.ndarray, name: str, values: np.ndarray, expected: str) -> None:

@@ -22,11 +22,12 @@ def importance_weights(
 ) -> tuple[Float[Array, "*B"], Float[Array, "*B"]]:
     """w(x, v) = p(y=v|x) / q(v|x) for v = 1 and 0; no gradient flows through them.
 
-    Each is exact for the method's own stream: q(1) w_pos = c p and q(0) w_neg = c (1 - p)
-    with c = 1 for DEFER, FNW-RN, and the reading q(x) = p(x) of the others.
+    They make q(1) w_pos = p and q(0) w_neg = 1 - p, with q(v) the share of label v among
+    the events of a click. That is unbiased if the stream's clicks are distributed as the
+    clicks themselves, which they are for DEFER and FNW-RN only.
 
     Args:
-      method: one of ``UNWEIGHTED`` (ones) or ``WEIGHTED``.
+      method: of ``UNWEIGHTED`` (ones) or ``WEIGHTED``.
       p: p(y=1|x), of the current model.
       dp: p(y=1, z > w1|x), a joint probability (``defer``, ``es_dfm``). For ``fsiw``:
         p(already observed | converts).
@@ -64,17 +65,18 @@ def importance_weights(
         scale = 1.0 if released else 2.0
         return jnp.full_like(p, scale), scale * (1 - p) / (2 - p)
     if method == "fsiw":
-        dp, rn = _given(method, "dp", dp), _given(method, "rn", rn)
-        return 1 / (dp + 1e-8), rn
+        seen, real = _given(method, "dp", dp), _given(method, "rn", rn)
+        return 1 / (seen + 1e-8), real
     if method == "es_dfm":
-        dp, rn = _given(method, "dp", dp), _given(method, "rn", rn)
-        return 1 + dp, (1 + dp) * rn
+        late, real = _given(method, "dp", dp), _given(method, "rn", rn)
+        return 1 + late, (1 + late) * real
     if method == "defer":
-        dp = _given(method, "dp", dp)
+        late = _given(method, "dp", dp)
         if released:
-            z = p + 2 * (1 - p) + dp
-            return z, z * (1 - p) / (2 * (1 - p) + dp)
-        positive, negative = p - dp / 2, (1 - p) + dp / 2
+            z = p + 2 * (1 - p) + late
+            # At least 1e-6 as below: p = 1 and p_dp = 0 can both be rounded.
+            return z, z * (1 - p) / jnp.maximum(2 * (1 - p) + late, 1e-6)
+        positive, negative = p - late / 2, (1 - p) + late / 2
         if not clip:
             return p / positive, (1 - p) / negative
         w_pos = p / jnp.maximum(positive, 1e-6)
