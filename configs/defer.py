@@ -6,8 +6,8 @@
     --config.method.name=es_dfm          another method of the family
 
 ``jaxpapers.tasks.conversions.table`` compares the whole family by the streaming protocol.
-Expected on CDNOW, mean of 3 seeds: NLL .570 for DEFER (RI 71), .563 for ES-DFM (RI 89, the
-best of the family there), .558 for the oracle, .608 for the model that stays as pretrained.
+Expected on CDNOW, mean of 3 seeds: NLL .570 for DEFER (RI 71), .563 for ES-DFM (RI 89,
+the best of the family there), .558 for the oracle, .608 for the pretrained model.
 """
 
 from ml_collections import ConfigDict
