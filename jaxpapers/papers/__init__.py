@@ -54,6 +54,16 @@ NAMES: dict[str, Paper] = {
         "recommendation",
         "next click on MovieLens-100k, in order, with the auxiliary loss, < 20 s",
     ),
+    "defer": Paper(
+        "Real Negatives Matter: Continuous Training with Real Negatives for Delayed "
+        "Feedback Modeling",
+        "Gu, Siyu and Sheng, Xiang-Rong and Fan, Ying and Zhou, Guorui and Zhu, "
+        "Xiaoqiang",
+        2021,
+        "2104.14121",
+        "recommendation",
+        "late conversions of synthetic clicks, 26 CPU seconds",
+    ),
 }
 
 

@@ -1,0 +1,306 @@
+"""Importance weights, calibrations and losses of the delayed-feedback family."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Shaped
+
+UNWEIGHTED = ("oracle", "vanilla_win", "vanilla", "vanilla_defer", "fnc", "fnc_rn")
+WEIGHTED = ("fnw", "fnw_rn", "es_dfm", "defer", "fsiw")
+
+
+def importance_weights(
+    method: str,
+    p: Float[Array, "*B"],
+    dp: Float[Array, "*B"] | None = None,
+    rn: Float[Array, "*B"] | None = None,
+    clip: bool = True,
+    *,
+    variant: str = "paper",
+) -> tuple[Float[Array, "*B"], Float[Array, "*B"]]:
+    """w(x, v) = p(y=v|x) / q(v|x) for v = 1 and 0; no gradient flows through them.
+
+    They make q(1) w_pos = p and q(0) w_neg = 1 - p, with q(v) the share of label v among
+    the events of a click. That is unbiased if the stream's clicks are distributed as the
+    clicks themselves, which they are for DEFER and FNW-RN only.
+
+    Args:
+      method: of ``UNWEIGHTED`` (ones) or ``WEIGHTED``.
+      p: p(y=1|x), of the current model.
+      dp: p(y=1, z > w1|x), a joint probability (``defer``, ``es_dfm``). For ``fsiw``:
+        p(already observed | converts).
+      rn: p(y=0 | no conversion within w1, x) (``es_dfm``). For ``fsiw``: the same at
+        the event's elapsed time.
+      clip: ``defer`` of the paper only: its positive weight, in [1, 2] for true
+        probabilities, is kept there when estimates violate dp <= p, and denominators
+        are at least 1e-6. The paper does not say what it does.
+      variant: "released": the weights of the authors' repository. ``defer``: those of
+        its ES-DFM10, for the stream without the second copy of immediate positives;
+        ``fnw_rn``: half the paper's.
+
+    Returns:
+      Weights of positive and of negative events.
+
+    Raises:
+      ValueError: unknown method or variant, or dp or rn missing.
+
+    Example:
+      >>> pos, neg = importance_weights("defer", jnp.array([0.2]), jnp.array([0.1]))
+      >>> print(f"{pos[0]:.4f} {neg[0]:.4f}")
+      1.3333 0.9412
+
+    Reference: Gu et al. 2021, equations 11-13 (as reconstructed, see the package).
+    """
+    if variant not in ("paper", "released"):
+        raise ValueError(f"variant must be paper or released, got {variant!r}")
+    p = jax.lax.stop_gradient(p)
+    released = variant == "released"
+    if method in UNWEIGHTED:
+        return jnp.ones_like(p), jnp.ones_like(p)
+    if method == "fnw":
+        return 1 + p, (1 - p) * (1 + p)
+    if method == "fnw_rn":
+        scale = 1.0 if released else 2.0
+        return jnp.full_like(p, scale), scale * (1 - p) / (2 - p)
+    if method == "fsiw":
+        seen, real = _given(method, "dp", dp), _given(method, "rn", rn)
+        return 1 / (seen + 1e-8), real
+    if method == "es_dfm":
+        late, real = _given(method, "dp", dp), _given(method, "rn", rn)
+        return 1 + late, (1 + late) * real
+    if method == "defer":
+        late = _given(method, "dp", dp)
+        if released:
+            z = p + 2 * (1 - p) + late
+            # At least 1e-6 as below: p = 1 and p_dp = 0 can both be rounded.
+            return z, z * (1 - p) / jnp.maximum(2 * (1 - p) + late, 1e-6)
+        positive, negative = p - late / 2, (1 - p) + late / 2
+        if not clip:
+            return p / positive, (1 - p) / negative
+        w_pos = p / jnp.maximum(positive, 1e-6)
+        return jnp.clip(w_pos, 1, 2), (1 - p) / jnp.maximum(negative, 1e-6)
+    raise ValueError(f"method must be one of {UNWEIGHTED + WEIGHTED}, got {method!r}")
+
+
+def delayed_loss(
+    method: str,
+    logits: Float[Array, " B"],
+    labels: Shaped[Array, " B"],
+    *,
+    dp: Float[Array, " B"] | None = None,
+    rn: Float[Array, " B"] | None = None,
+    weight: Float[Array, " B"] | None = None,
+    clip: bool = True,
+    variant: str = "paper",
+) -> Float[Array, ""]:
+    """Mean of y w_pos softplus(-s) + (1 - y) w_neg softplus(s).
+
+    Args:
+      method: see ``importance_weights``; p is the sigmoid of the logits.
+      logits: s, of p(y=1|x), or of q for ``fnc`` and ``fnc_rn``.
+      labels: of the events, 0 or 1.
+      dp: see ``importance_weights``.
+      rn: see ``importance_weights``.
+      weight: of the rows, for the mean; 0 leaves a row out.
+      clip: see ``importance_weights``.
+      variant: see ``importance_weights``.
+
+    Raises:
+      ValueError: see ``importance_weights``; labels other than 0 and 1, where they are
+        known before compilation.
+    """
+    check_labels(labels)
+    w_pos, w_neg = importance_weights(
+        method, jax.nn.sigmoid(logits), dp, rn, clip, variant=variant
+    )
+    return weighted_mean(event_losses(logits, labels, w_pos, w_neg), weight)
+
+
+def event_losses(
+    logits: Float[Array, "*B"],
+    labels: Shaped[Array, "*B"],
+    w_pos: Float[Array, "*B"],
+    w_neg: Float[Array, "*B"],
+) -> Float[Array, "*B"]:
+    """Weighted cross-entropy of each event."""
+    positive = labels * w_pos * jax.nn.softplus(-logits)
+    return positive + (1 - labels) * w_neg * jax.nn.softplus(logits)
+
+
+def dfm_losses(
+    logits: Float[Array, " B"],
+    raw_lambda: Float[Array, " B"],
+    labels: Shaped[Array, " B"],
+    elapsed: Float[Array, " B"],
+) -> Float[Array, " B"]:
+    """Negative log-likelihood of each click under exponentially distributed delays.
+
+    With lambda = softplus(raw_lambda), a conversion after a delay d costs
+    -[log p + log lambda - lambda d]; none until e costs
+    -log(1 - p + p exp(-lambda e)).
+
+    Args:
+      logits: of p(y=1|x).
+      raw_lambda: of the rate, per unit of ``elapsed``.
+      labels: 1 converted, 0 not yet.
+      elapsed: the delay of a conversion, else the time since the click. In days: the
+        released code's seconds make lambda d overflow at once.
+
+    Reference: Chapelle, "Modeling Delayed Feedback in Display Advertising", KDD 2014.
+    """
+    rate = jax.nn.softplus(raw_lambda)
+    log_p, log_not = jax.nn.log_sigmoid(logits), jax.nn.log_sigmoid(-logits)
+    # softplus(x) is exp(x) in float32 below -20, and underflows long before log would.
+    low = raw_lambda < -20
+    log_rate = jnp.where(low, raw_lambda, jnp.log(jnp.where(low, 1.0, rate)))
+    converted = -(log_p + log_rate - rate * elapsed)
+    pending = -jnp.logaddexp(log_not, log_p - rate * elapsed)
+    return labels * converted + (1 - labels) * pending
+
+
+def dfm_loss(
+    logits: Float[Array, " B"],
+    raw_lambda: Float[Array, " B"],
+    labels: Shaped[Array, " B"],
+    elapsed: Float[Array, " B"],
+    weight: Float[Array, " B"] | None = None,
+) -> Float[Array, ""]:
+    """Mean of ``dfm_losses``.
+
+    Raises:
+      ValueError: labels other than 0 and 1, where they are known before compilation.
+    """
+    check_labels(labels)
+    return weighted_mean(dfm_losses(logits, raw_lambda, labels, elapsed), weight)
+
+
+def calibrate(
+    method: str, prob: Float[Array, "*B"], *, clip: bool = True
+) -> tuple[Float[Array, "*B"], Int[Array, ""]]:
+    """p(y=1|x) from the probability that a method's network gives.
+
+    ``fnc``: q / (1 - q); ``fnc_rn``: 2 q; the others: the probability itself.
+
+    Args:
+      method: any.
+      prob: sigmoid of the logits.
+      clip: results above 1, which ``fnc`` and ``fnc_rn`` can give, become 1.
+
+    Returns:
+      Probabilities, and how many of them were above 1.
+
+    Example:
+      >>> p, count = calibrate("fnc", jnp.array([0.2, 0.75]))
+      >>> p.tolist(), int(count)
+      ([0.25, 1.0], 1)
+    """
+    if method == "fnc":
+        prob = prob / (1 - prob + 1e-8)  # As the code: q = 1 has a number, too.
+    elif method == "fnc_rn":
+        prob = 2 * prob
+    count = (prob > 1).sum()
+    return jnp.minimum(prob, 1) if clip else prob, count
+
+
+def aux_loss(
+    rn_logit: Float[Array, " B"],
+    dp_logit: Float[Array, " B"],
+    label: Shaped[Array, " B"],
+    delayed: Shaped[Array, " B"],
+    weight: Float[Array, " B"] | None = None,
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """Cross-entropies of the two classifiers that ES-DFM and DEFER weigh with.
+
+    f_dp is trained on all clicks, with target 1[w1 < z <= w2]. f_rn is trained on those
+    that looked negative at w1: real negatives 1, delayed positives 0.
+
+    Args:
+      rn_logit: of f_rn.
+      dp_logit: of f_dp.
+      label: true y.
+      delayed: 1[w1 < z <= w2].
+      weight: of the rows.
+
+    Returns:
+      The sum of both means, and each of them.
+    """
+    weight = jnp.ones_like(dp_logit) if weight is None else weight
+    looked_negative = weight * (1 - label + delayed)
+    ones = jnp.ones_like(dp_logit)
+    rn = weighted_mean(event_losses(rn_logit, 1 - label, ones, ones), looked_negative)
+    dp = weighted_mean(event_losses(dp_logit, delayed, ones, ones), weight)
+    return rn + dp, {"aux_rn": rn, "aux_dp": dp}
+
+
+def offline_loss(
+    head_logits: Float[Array, "B H"],
+    labels: Shaped[Array, "B H"],
+    elapsed: Float[Array, " B"],
+    windows: tuple[float, ...],
+    weight: Float[Array, " B"] | None = None,
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """Multi-task DEFER: each head learns from the clicks that are old enough for it.
+
+    Head n < N gives the joint p(z < w_n, y=1|x) and is trained by clicks older than w_n;
+    the last head gives p(y=1|x) and is trained by all. Their cross-entropies are summed
+    per click and averaged over the batch.
+
+    Args:
+      head_logits: H = N + 1 of a shared bottom.
+      labels: 1[z < w_n] for each window, then y as known now.
+      elapsed: time since the click, in the unit of the windows.
+      windows: w_1 < ... < w_N.
+      weight: of the rows.
+
+    Returns:
+      The loss, and ``coverage``: the share of (click, head) pairs that it trains on.
+
+    Raises:
+      ValueError: as many heads as windows, or windows not ascending.
+    """
+    if head_logits.shape[-1] != len(windows) + 1:
+        raise ValueError(
+            f"offline_loss: {len(windows)} windows need {len(windows) + 1} heads, the "
+            f"last for p(y=1|x); got {head_logits.shape[-1]}"
+        )
+    if any(b <= a for a, b in zip((0.0, *windows), windows)):
+        raise ValueError(f"windows must be positive and ascending, got {windows}")
+    check_labels(labels)
+    known = elapsed[:, None] > jnp.asarray((*windows, -jnp.inf))[None]
+    ones = jnp.ones_like(head_logits)
+    ce = event_losses(head_logits, labels, ones, ones)
+    loss = weighted_mean(jnp.where(known, ce, 0).sum(-1), weight)
+    return loss, {"coverage": weighted_mean(known.mean(-1), weight)}
+
+
+def weighted_mean(
+    values: Float[Array, " B"], weight: Float[Array, " B"] | None = None
+) -> Float[Array, ""]:
+    """Mean with weights; 0 if all of them are."""
+    if weight is None:
+        return values.mean()
+    total = weight.sum()
+    # A row left out may hold anything.
+    kept = jnp.where(weight == 0, 0, values * weight).sum()
+    return kept / jnp.where(total == 0, 1, total)
+
+
+def check_labels(labels: Any) -> None:
+    """ValueError unless all labels are 0 or 1; traced values cannot be looked at."""
+    if isinstance(labels, jax.core.Tracer):
+        return
+    values = np.asarray(labels)
+    bad = values[(values != 0) & (values != 1)]
+    if bad.size:
+        raise ValueError(f"labels must be 0 or 1, got {bad[0]}; NaN marks nothing here")
+
+
+def _given(method: str, name: str, value: Any) -> Any:
+    if value is None:
+        raise ValueError(
+            f"importance_weights: {method} needs {name}, got None; it is the output of "
+            "an auxiliary classifier, see aux_loss"
+        )
+    return jax.lax.stop_gradient(value)
