@@ -26,6 +26,10 @@ def get_config(preset: str | None = None) -> ConfigDict:
                 "task": "click",
                 "source": "amazon",
                 "path": "",
+                "target": "next_item",  # rating; of ml-100k
+                "order": "row",  # of equal times in ml-100k; id
+                "categories": "first",  # genre of ml-100k; combination
+                "shuffled": False,  # labels permuted: nothing can be learned
                 "history": 100,  # last items of a user's past
                 "batch": 128,
                 "eval_batch": 512,

@@ -226,8 +226,9 @@ def bind(clicks: Clicks, config: Any, method: Any, mesh: Any) -> Task:
     truth = _truth(clicks, c.w2)[held]
     predict = jax.jit(functools.partial(method.sampler, key=None))
 
-    def evaluate(params, quick=False):
+    def evaluate(state, quick=False):
         del quick
+        params = state.params
         with jax.set_mesh(mesh):
             parts = defer.predict_rows(
                 lambda params, rows: predict(
@@ -255,6 +256,7 @@ def bind(clicks: Clicks, config: Any, method: Any, mesh: Any) -> Task:
         1,
         "clicks",
         "nll",
+        f"NLL of the last clicks, nats, {clicks.name}",
         evaluate,
         baselines,
         None,

@@ -263,9 +263,7 @@ def test_candidates_share_their_history():
         att = att * MASK[:, None]
 
         def together(params, x, att, variant):
-            states, last = augru_scan(
-                params, x[:, None], att, MASK[:, None], variant
-            )
+            states, last = augru_scan(params, x[:, None], att, MASK[:, None], variant)
             return (last**3).sum(), last
 
         def apart(params, x, att, variant):

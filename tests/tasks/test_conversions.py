@@ -138,7 +138,7 @@ def test_task(clicks):
     held = (clicks.click_ts >= 95) & (clicks.click_ts < 100)
     with jax.set_mesh(mesh):
         state = jax.jit(method.init)(jax.random.key(0), task.examples.batch(0, 64))
-    found = task.evaluate(state.params)
+    found = task.evaluate(state)
     p = method.sampler(state.params, None, {"x": clicks.features["x"][held]})
     truth = np.isfinite(clicks.conv_ts[held]) * 1.0
     expected = defer.score(truth, np.asarray(p))
