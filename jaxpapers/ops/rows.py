@@ -89,8 +89,9 @@ def select(rows: Rows, ids: Int[Array, "*shape"]) -> Shaped[Array, "*shape D"]:
     last = rows.ids.shape[0] - 1
     place = jnp.minimum(jnp.searchsorted(rows.ids, ids), last)
     oov = jnp.minimum(jnp.searchsorted(rows.ids, OOV), last)
-    place = jnp.where(rows.ids[place] == ids, place, oov)
-    hit = (ids != PADDING) & (rows.ids[place] == jnp.where(place == oov, OOV, ids))
+    found = rows.ids[place] == ids
+    hit = (ids != PADDING) & (found | (rows.ids[oov] == OOV))
+    place = jnp.where(found, place, oov)
     values = rows.values.at[place].get(mode="promise_in_bounds")
     return jnp.where(hit[..., None], values, jnp.zeros((), values.dtype))
 

@@ -36,6 +36,15 @@ NAMES: dict[str, Paper] = {
         "optimization",
         "byte-level language model on the standard library, < 20 s",
     ),
+    "din": Paper(
+        "Deep Interest Network for Click-Through Rate Prediction",
+        "Zhou, Guorui and Song, Chengru and Zhu, Xiaoqiang and Fan, Ying and Zhu, Han "
+        "and Ma, Xiao and Yan, Yanghui and Jin, Junqi and Li, Han and Gai, Kun",
+        2017,
+        "1706.06978",
+        "recommendation",
+        "next click on MovieLens-100k, < 20 s",
+    ),
 }
 
 

@@ -101,7 +101,10 @@ def test_rows_of_a_batch_read_as_the_whole_table():
     # Without the out-of-vocabulary row an unknown id is zero, not a neighbour.
     few = rows.unique(jnp.array([3, 9]), V)
     some = rows.Rows(few, rows.take(TABLE, few))
-    assert not np.asarray(embedding.lookup(some, jnp.array([4, 63, 2]))).any()
+    assert not np.asarray(embedding.lookup(some, jnp.array([4, 63, 2, 0]))).any()
+    np.testing.assert_array_equal(
+        embedding.lookup(some, jnp.array([3, 9])), TABLE[jnp.array([3, 9])]
+    )
 
 
 @pytest.mark.parametrize("vocab", [V, 10_000])

@@ -1,0 +1,69 @@
+"""DIN's local activation unit: a small network scores a history for a candidate."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from jaxpapers.nets import mlp
+from jaxpapers.nets.mlp import DiceState
+
+
+def activation_unit(
+    params: dict,
+    query: Float[Array, "*batch D"],
+    keys: Float[Array, "*keys T D"],
+    mask: Bool[Array, "*keys T"] | None = None,
+    *,
+    state: dict[str, DiceState] | None = None,
+    activation: str = "sigmoid",
+    train: bool = False,
+    dtype: Any = None,
+    **options: Any,
+) -> tuple[Float[Array, "*scores T"], dict[str, DiceState]]:
+    """Scores of history items for a candidate (DIN, arXiv 1706.06978, section 4.3).
+
+    Args:
+      params: an ``nets.mlp`` from 4 D features to 1.
+      query: candidates.
+      keys: histories; their leading axes broadcast against those of ``query``, so that
+        (B, N, D) candidates and (B, 1, T, D) histories share the histories' part.
+      mask: True at items, for Dice's statistics; None: all.
+      state: Dice's statistics.
+      activation: of the hidden layers.
+      train: statistics of the batch.
+      dtype: of the first layer's products, e.g. bfloat16, summed in float32.
+      options: of ``nets.mlp.dice``.
+
+    Returns:
+      Scores, one per item and candidate, and Dice's statistics to use next.
+    """
+    first = params["layer_0"]
+    width = query.shape[-1]
+    w_query, w_key, w_difference, w_product = jnp.split(first["kernel"], 4)
+    if first["kernel"].shape[0] != 4 * width or keys.shape[-1] != width:
+        raise ValueError(
+            f"the unit takes 4 x D features, got D {width} of the query, "
+            f"{keys.shape[-1]} of the keys and {first['kernel'].shape[0]} inputs"
+        )
+
+    def product(x, w):
+        x, w = (a.astype(dtype) if dtype else a for a in (x, w))
+        kind = jnp.promote_types(x.dtype, jnp.float32)
+        return jnp.matmul(x, w, preferred_element_type=kind)
+
+    query = jnp.expand_dims(query, -2)
+    hidden = product(query * keys, w_product) + product(keys, w_key - w_difference)
+    hidden = hidden + product(query, w_query + w_difference)
+    hidden = hidden + first["bias"].reshape((1,) * (hidden.ndim - 1) + (-1,))
+    options = {"train": train, "mask": mask, **options}
+    hidden, state = mlp.activate(
+        first, state or {}, hidden, "layer_0", activation, **options
+    )
+    rest = {f"layer_{i}": params[f"layer_{i + 1}"] for i in range(len(params) - 1)}
+    # The later layers' statistics keep their names.
+    own = {f"layer_{i}": state[f"layer_{i + 1}"] for i in range(len(params) - 2)
+           if f"layer_{i + 1}" in state}  # fmt: skip
+    scores, own = mlp.apply(rest, own, hidden, activation=activation, **options)
+    moved = {f"layer_{int(name[6:]) + 1}": s for name, s in own.items()}
+    return scores[..., 0], {**state, **moved}
