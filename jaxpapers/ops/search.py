@@ -4,12 +4,15 @@ One rule for ties everywhere: the larger score, then the smaller index. Historie
 time order, oldest first. An empty place of a result has index -1.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, Num, Shaped, UInt16
 
 from jaxpapers.ops import rows
@@ -165,6 +168,46 @@ def topk_sharded(
     )
     found = topk_masked(values, ids >= 0, k)
     return found._replace(idx=jnp.where(found.valid, take(ids, found), -1))
+
+
+def topk_on_mesh(
+    scores: Num[Array, "B *batch T"],
+    mask: Bool[Array, "B *batch T"],
+    k: int,
+    *,
+    chunk: int = 0,
+) -> Found:
+    """``topk_masked`` of sequences in pieces over the mesh axis ``model``.
+
+    Under ``jax.jit`` and a mesh with Auto axes each shard searches its piece and
+    ``topk_sharded`` joins them; without, or if T does not divide, it is ``topk_masked``.
+
+    Args:
+      scores: the leading axis is the batch's.
+      mask: see ``topk_masked``.
+      k: results.
+      chunk: see ``topk_masked``.
+    """
+    _check_k(k)
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types))
+    auto = [n for n in ("replica", "data", "model") if kinds.get(n) == AxisType.Auto]
+    shards = mesh.shape["model"] if "model" in auto else 1
+    if shards == 1 or scores.shape[-1] % shards:
+        return topk_masked(scores, mask, k, chunk=chunk)
+    batch = tuple(n for n in auto if n != "model")
+    parts = math.prod(mesh.shape[n] for n in batch)
+    lead = batch if scores.shape[0] % parts == 0 else None
+    ids = lax.broadcasted_iota(jnp.int32, scores.shape, scores.ndim - 1)
+
+    whole = [None] * (scores.ndim - 2)
+    return jax.shard_map(
+        lambda scores, ids: topk_sharded(scores, ids, k, "model", chunk=chunk),
+        in_specs=(P(lead, *whole, "model"),) * 2,
+        out_specs=P(lead),
+        axis_names=set(auto),
+        check_vma=False,  # Gathered values are equal, which it cannot know.
+    )(scores, jnp.where(mask, ids, -1))
 
 
 def take(

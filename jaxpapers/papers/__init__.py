@@ -45,6 +45,16 @@ NAMES: dict[str, Paper] = {
         "recommendation",
         "next click on MovieLens-100k, < 20 s",
     ),
+    "sim": Paper(
+        "Search-based User Interest Modeling with Lifelong Sequential Behavior Data for "
+        "Click-Through Rate Prediction",
+        "Pi, Qi and Zhu, Xiaoqiang and Zhou, Guorui and Zhang, Yujing and Wang, Zhe and "
+        "Ren, Lejian and Fan, Ying and Gai, Kun",
+        2020,
+        "2006.05639",
+        "recommendation",
+        "next click on MovieLens-100k from whole histories, < 20 s",
+    ),
 }
 
 
