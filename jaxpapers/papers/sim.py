@@ -480,7 +480,7 @@ def ids(batch: Mapping[str, Array], *, net: Any) -> dict[str, Int[Array, "..."]]
     parts = {}
     for name in ("hist_item", "hist_cate"):
         if use[name] is not None:
-            both = [_pick(use[name], found), search.take(use[name], use["recent"])]
+            both = [_pick(use[name], x) for x in (found, use["recent"])]
             parts[name] = jnp.concatenate(both, 1)
     slots = parts["hist_item"].shape[1]
     length = jnp.full_like(batch["length"], slots)
@@ -510,7 +510,7 @@ def check_batch(batch: Mapping[str, Any], *, net: Any) -> None:
         raise ValueError(
             "hist_time must not fall within a history: sort it, oldest first"
         )
-    late = here & (x["hist_time"] > x.get("time", np.iinfo(np.int32).max)[:, None])
+    late = here & (x["hist_time"] > x["time"][:, None]) if "time" in x else here[:, :0]
     if late.any():
         row = int(np.flatnonzero(late.any(1))[0])
         raise ValueError(
@@ -599,12 +599,14 @@ def _read_history(tables, use):
 
 def _selected(params, use, found, net):
     """z of a search's results: ids are gathered first, K rows embedded."""
-    item, cate = (
-        None if use[n] is None else _pick(use[n], found)
-        for n in ("hist_item", "hist_cate")
-    )
-    z = behaviour.read(params["tables"], item, cate)
+    z = _read_at(params["tables"], use, found)
     return _with_gaps(params, z, use, found, net)
+
+
+def _read_at(tables, use, found):
+    """Embeddings of the behaviours at positions; no others are read."""
+    cate = None if use["hist_cate"] is None else _pick(use["hist_cate"], found)
+    return behaviour.read(tables, _pick(use["hist_item"], found), cate)
 
 
 def _with_gaps(params, z, use, found, net):
@@ -676,20 +678,16 @@ def _click(params, state, use, query, long, net, options):
     tables, state, apart = params["tables"], dict(state), query.ndim == 3
     parts = [long]
     if net.short:
-        item, cate = (
-            None if use[n] is None else search.take(use[n], use["recent"])
-            for n in ("hist_item", "hist_cate")
-        )
-        keys = behaviour.read(tables, item, cate)
+        keys = _read_at(tables, use, use["recent"])
         mask = search.take(use["mask"], use["recent"])
         if apart:
             keys, mask = keys[:, None], mask[:, None]
-        counted = mask
-        if options["mask"] is not None:
-            counted = mask & options["mask"][..., None]
+        rest = dict(options)
+        row_mask = rest.pop("mask")
+        counted = mask if row_mask is None else mask & row_mask[..., None]
         scores, state["unit"] = activation_unit(
-            params["unit"], query, keys, state=state["unit"],
-            activation=net.unit_activation, **{**options, "mask": counted},
+            params["unit"], query, keys, counted, state=state["unit"],
+            activation=net.unit_activation, **rest,
         )  # fmt: skip
         parts.append(attention_pool(scores, keys, mask, net.normalize))
     parts.append(query)

@@ -126,6 +126,26 @@ def test_split_sequences_send_k_entries_per_shard():
     assert max(c.elements for c in found) <= 2 * B * 8 * k
 
 
+@pytest.mark.parametrize("sizes", [(4, 2), (2, 4), (1, 8)], ids=str)
+def test_sequences_are_split_under_a_mesh(sizes):
+    """Pieces of a history on ``model``, of the batch on ``data``; odd ones are whole."""
+    mesh = jax.make_mesh(sizes, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    k = 6
+    scores, mask = (jnp.array(x.reshape(4, 2, T)) for x in drawn(2, batch=8))
+    expected = search.topk_masked(scores, mask, k)
+    want = search.topk_masked(scores[:3, :, :39], mask[:3, :, :39], k)
+    with jax.set_mesh(mesh):
+        find = jax.jit(search.topk_on_mesh, static_argnums=2)
+        found = find(scores, mask, k)
+        odd = find(scores[:3, :, :39], mask[:3, :, :39], k)
+        text = find.lower(scores, mask, k).compile().as_text()
+    for got, one in zip(found, expected):
+        np.testing.assert_array_equal(got, one)
+    np.testing.assert_array_equal(odd.idx, want.idx)
+    kinds = {(c.kind, c.axes) for c in hlo.collectives(text, mesh)}
+    assert ("all-gather", ("model",)) in kinds
+
+
 def log(seed=0, users=5, rows=120, cats=4):
     """Events of users in time order, with many equal times; user 2 has none."""
     rng = np.random.default_rng(seed)
