@@ -505,6 +505,14 @@ def sampler(
     return score_candidates(params, extra, batch, net=net)
 
 
+def rivals(config: Any) -> dict[str, Any]:
+    """The ablation: without the auxiliary loss, or with it if it is off."""
+    other = config.copy_and_resolve_references()
+    other.method.aux_weight = 0.0 if config.method.aux_weight else 1.0
+    label = "with" if other.method.aux_weight else "without"
+    return {f"{label} auxiliary loss": other}
+
+
 def make(config: Any) -> Method:
     """Binds ``config`` (see configs/dien.py).
 

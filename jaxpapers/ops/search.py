@@ -1,0 +1,501 @@
+"""Search in long histories: top-k under masks, by category, in chunks, over devices.
+
+One rule for ties everywhere: the larger score, then the smaller index. Histories are in
+time order, oldest first. An empty place of a result has index -1.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int, Num, Shaped, UInt16
+
+from jaxpapers.ops import rows
+
+
+class Found(NamedTuple):
+    """What a search selected, best first; empty places come last.
+
+    Attributes:
+      idx: int32 (.., K), positions; -1: empty.
+      valid: bool (.., K), idx >= 0.
+      values: (.., K), scores; -inf (or the least integer): empty.
+    """
+
+    idx: Any
+    valid: Any
+    values: Any
+
+
+class BehaviourTree(NamedTuple):
+    """Index user -> category -> behaviours in time order, in flat arrays.
+
+    Attributes:
+      user_start: int32 (U + 1), where each user's categories start.
+      cats: int32 (C), categories of the users, increasing within one user.
+      cat_start: int32 (C + 1), where their behaviours start.
+      items: int32 (N).
+      times: int32 (N), oldest first within one category.
+    """
+
+    user_start: Any
+    cats: Any
+    cat_start: Any
+    items: Any
+    times: Any
+
+
+class Behaviours(NamedTuple):
+    """Behaviours of one category, newest first; zeros in empty places.
+
+    Attributes:
+      items: int32 (.., K).
+      times: int32 (.., K).
+      valid: bool (.., K).
+    """
+
+    items: Any
+    times: Any
+    valid: Any
+
+
+def topk_masked(
+    scores: Num[Array, "*batch T"],
+    mask: Bool[Array, "*batch T"],
+    k: int,
+    *,
+    chunk: int = 0,
+    recall: float = 1.0,
+) -> Found:
+    """The k best of the valid positions.
+
+    Masked positions lose before the selection, so that a valid one with a negative score
+    is never replaced by padding.
+
+    Args:
+      scores: any order; a valid -inf counts as masked.
+      mask: True where a position may be selected.
+      k: results; beyond the number of valid positions they are empty.
+      chunk: first the k best of every so many positions, then of those: exact, and sorts
+        shorter rows. 0: one ``lax.top_k``, on CPU 3 to 10 times faster.
+      recall: below 1 takes ``lax.approx_max_k`` with this target, which is approximate on
+        TPU only, and orders equal scores as it likes.
+
+    Raises:
+      ValueError: k below 1, a negative chunk, or a recall out of (0, 1].
+
+    Example:
+      >>> scores = jnp.array([-3.0, 9.0, -1.0, -1.0])
+      >>> topk_masked(scores, jnp.array([True, False, True, True]), 4).idx.tolist()
+      [2, 3, 0, -1]
+    """
+    _check_k(k)
+    if chunk < 0 or not 0 < recall <= 1:
+        raise ValueError(
+            f"topk_masked needs chunk >= 0 and 0 < recall <= 1, got {chunk}, {recall}"
+        )
+    least = _least(scores.dtype)
+    # top_k puts 0.0 before -0.0, which are equal.
+    scores = jnp.where(scores == 0, 0, scores).astype(scores.dtype)
+    scores = jnp.where(mask, scores, least)
+    length, short = scores.shape[-1], max(k - scores.shape[-1], 0)
+    if chunk and length > max(chunk, k):
+        values, idx = _two_level(scores, k, chunk)
+    elif recall < 1 and jnp.issubdtype(scores.dtype, jnp.floating):
+        values, idx = lax.approx_max_k(scores, k - short, recall_target=recall)
+    else:
+        values, idx = lax.top_k(scores, k - short)
+    values, idx = (
+        jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, short)], constant_values=fill)
+        for x, fill in ((values, least), (idx, -1))
+    )
+    valid = values > least
+    return Found(jnp.where(valid, idx, -1).astype(jnp.int32), valid, values)
+
+
+def _two_level(scores, k, chunk):
+    *batch, length = scores.shape
+    count = -(-length // chunk)
+    pad = [(0, 0)] * len(batch) + [(0, count * chunk - length)]
+    scores = jnp.pad(scores, pad, constant_values=_least(scores.dtype))
+    values, idx = lax.top_k(scores.reshape(*batch, count, chunk), min(k, chunk))
+    # In the order of chunks, equal scores stay in the order of their indices.
+    first = lax.broadcasted_iota(idx.dtype, idx.shape, len(batch)) * chunk
+    values, place = lax.top_k(values.reshape(*batch, -1), k)
+    idx = (first + idx).reshape(*batch, -1)
+    return values, jnp.take_along_axis(idx, place, -1)
+
+
+def topk_sharded(
+    scores_local: Num[Array, "*batch S"],
+    ids_local: Int[Array, "*batch S"],
+    k: int,
+    axis_name: str,
+    *,
+    chunk: int = 0,
+) -> Found:
+    """``topk_masked`` of a sequence that lies in pieces over a mesh axis.
+
+    For the inside of a ``jax.shard_map``. Each shard sends its k best: M k entries cross
+    devices instead of T. Exact, ties included, if ids grow along the axis.
+
+    Args:
+      scores_local: of this shard's positions.
+      ids_local: what to return for them, e.g. their positions in the whole sequence; -1
+        where masked.
+      k: results.
+      axis_name: the axis.
+      chunk: see ``topk_masked``.
+
+    Returns:
+      ids and scores, the same on every shard.
+
+    Raises:
+      ValueError: see ``topk_masked``.
+    """
+    _check_k(k)
+    own = min(k, scores_local.shape[-1])
+    local = topk_masked(scores_local, ids_local >= 0, own, chunk=chunk)
+    ids = jnp.where(local.valid, take(ids_local, local), -1)
+    values, ids = (
+        lax.all_gather(x, axis_name, axis=x.ndim - 1, tiled=True)
+        for x in (local.values, ids)
+    )
+    found = topk_masked(values, ids >= 0, k)
+    return found._replace(idx=jnp.where(found.valid, take(ids, found), -1))
+
+
+def topk_on_mesh(
+    scores: Num[Array, "B *batch T"],
+    mask: Bool[Array, "B *batch T"],
+    k: int,
+    *,
+    chunk: int = 0,
+) -> Found:
+    """``topk_masked`` of sequences in pieces over the mesh axis ``model``.
+
+    Under ``jax.jit`` and a mesh with Auto axes each shard searches its piece and
+    ``topk_sharded`` joins them; without, or if T does not divide, it is ``topk_masked``.
+
+    Args:
+      scores: the leading axis is the batch's.
+      mask: see ``topk_masked``.
+      k: results.
+      chunk: see ``topk_masked``.
+    """
+    _check_k(k)
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types))
+    auto = [n for n in ("replica", "data", "model") if kinds.get(n) == AxisType.Auto]
+    shards = mesh.shape["model"] if "model" in auto else 1
+    if shards == 1 or scores.shape[-1] % shards:
+        return topk_masked(scores, mask, k, chunk=chunk)
+    batch = tuple(n for n in auto if n != "model")
+    parts = math.prod(mesh.shape[n] for n in batch)
+    lead = batch if scores.shape[0] % parts == 0 else None
+    ids = lax.broadcasted_iota(jnp.int32, scores.shape, scores.ndim - 1)
+
+    whole = [None] * (scores.ndim - 2)
+    return jax.shard_map(
+        lambda scores, ids: topk_sharded(scores, ids, k, "model", chunk=chunk),
+        in_specs=(P(lead, *whole, "model"),) * 2,
+        out_specs=P(lead),
+        axis_names=set(auto),
+        check_vma=False,  # Gathered values are equal, which it cannot know.
+    )(scores, jnp.where(mask, ids, -1))
+
+
+def take(
+    values: Shaped[Array, "*batch T"] | Shaped[Array, "*batch T D"], found: Found
+) -> Shaped[Array, "..."]:
+    """Values at the positions found; zeros at empty places.
+
+    Args:
+      values: one number or vector per position; as many leading axes as ``found.idx``.
+      found: of ``topk_masked`` or ``hard_search``.
+
+    Example:
+      >>> found = topk_masked(jnp.array([1.0, 3.0]), jnp.array([False, True]), 2)
+      >>> take(jnp.array([5, 7]), found).tolist()
+      [7, 0]
+    """
+    idx, valid, axis = jnp.maximum(found.idx, 0), found.valid, found.idx.ndim - 1
+    if values.ndim > found.idx.ndim:
+        idx, valid = idx[..., None], valid[..., None]
+    picked = jnp.take_along_axis(values, idx, axis, mode="promise_in_bounds")
+    return jnp.where(valid, picked, jnp.zeros((), values.dtype))
+
+
+def hard_search(
+    cat_hist: Int[Array, "*batch T"],
+    mask: Bool[Array, "*batch T"],
+    cat_target: Int[Array, "*batch"],
+    k: int,
+) -> Found:
+    """The k most recent behaviours of the candidate's category, newest first.
+
+    SIM, arXiv 2006.05639, eq 1 (hard). One pass over the history counts the matches, k
+    binary searches find them; nothing is sorted. Between equal times the later position
+    is the newer one.
+
+    Args:
+      cat_hist: categories, oldest first.
+      mask: True at behaviours.
+      cat_target: the candidate's category.
+      k: results; without a match all are empty.
+
+    Returns:
+      Positions; values are the positions too.
+
+    Raises:
+      ValueError: k below 1.
+
+    Example:
+      >>> cats = jnp.array([7, 5, 7, 7, 5])
+      >>> hard_search(cats, jnp.array([True] * 4 + [False]), jnp.array(7), 2).idx.tolist()
+      [3, 2]
+    """
+    _check_k(k)
+    match = mask & (cat_hist == cat_target[..., None])
+    seen = jnp.cumsum(match, -1, dtype=jnp.int32)
+    wanted = seen[..., -1:] - jnp.arange(k, dtype=jnp.int32).reshape(
+        (1,) * cat_target.ndim + (k,)
+    )
+    flat = seen.reshape(-1, seen.shape[-1]), wanted.reshape(-1, k)
+    place = jax.vmap(lambda s, w: jnp.searchsorted(s, w))(*flat)
+    valid = wanted > 0
+    idx = jnp.where(valid, place.reshape(wanted.shape), -1).astype(jnp.int32)
+    return Found(idx, valid, idx)
+
+
+def soft_search(
+    parts: tuple[tuple[Num[Array, "_ H"], Int[Array, "B T"]], ...],
+    lengths: Int[Array, " B"],
+    query: Float[Array, "B H"],
+    k: int,
+    *,
+    chunk: int = 512,
+) -> Found:
+    """The k behaviours of the largest inner product, from tables of projected items.
+
+    The history is read chunk by chunk, so that memory holds ids, one chunk of vectors
+    and the k best so far, never (B, T, H). Nothing here is differentiated.
+
+    Args:
+      parts: pairs of a table (V, H), e.g. W_b e_i, of floats or from ``pack``, and the
+        ids (B, T) to read from it, 0 for padding; a position's vector is their sum.
+      lengths: the first so many positions are behaviours, unless the first ids have
+        padding there.
+      query: e.g. W_a e_a.
+      k: results.
+      chunk: positions per step.
+
+    Returns:
+      Positions and their scores, float32.
+
+    Raises:
+      ValueError: k or chunk below 1.
+    """
+    _check_k(k)
+    if chunk < 1:
+        raise ValueError(f"soft_search needs chunk >= 1, got {chunk}")
+    batch, length = parts[0][1].shape
+    chunk = min(chunk, length)
+    query = lax.stop_gradient(query)
+
+    def body(i, best):
+        # The last chunk is moved back into the array; what it repeats is masked.
+        start = jnp.minimum(i * chunk, length - chunk)
+        place = start + jnp.arange(chunk, dtype=jnp.int32)[None]
+        fresh = (place >= i * chunk) & (place < lengths[:, None])
+        scores = jnp.zeros((batch, chunk), jnp.float32)
+        for n, (table, ids) in enumerate(parts):
+            some = lax.dynamic_slice_in_dim(ids, start, chunk, 1)
+            fresh = fresh if n else fresh & (some != rows.PADDING)
+            vectors = rows.gather(lax.stop_gradient(table), some)
+            if vectors.dtype == jnp.uint16:
+                vectors = lax.bitcast_convert_type(vectors, jnp.bfloat16)
+            scores += jnp.einsum(
+                "bth,bh->bt", vectors, query.astype(vectors.dtype),
+                preferred_element_type=jnp.float32,
+            )  # fmt: skip
+        # Those found before are earlier positions, so they win ties.
+        values, valid, idx = (
+            jnp.concatenate([old, jnp.broadcast_to(new, scores.shape)], 1)
+            for old, new in (
+                (best.values, scores), (best.valid, fresh), (best.idx, place)
+            )
+        )  # fmt: skip
+        found = topk_masked(values, valid, k)
+        return found._replace(idx=jnp.where(found.valid, take(idx, found), -1))
+
+    none = Found(
+        jnp.full((batch, k), -1, jnp.int32),
+        jnp.zeros((batch, k), bool),
+        jnp.full((batch, k), -jnp.inf, jnp.float32),
+    )
+    return lax.fori_loop(0, -(-length // chunk), body, none)
+
+
+def pack(table: Float[Array, "V H"]) -> UInt16[Array, "V H"]:
+    """A table in bfloat16, as its bits in integers, for ``soft_search``.
+
+    XLA converts a bfloat16 table to float32, all of it, before a CPU gathers from it.
+    Zero stays zero, and integers are summed over the shards of a table exactly.
+
+    Example:
+      >>> hex(int(pack(jnp.ones((1, 1)))[0, 0]))
+      '0x3f80'
+    """
+    return lax.bitcast_convert_type(table.astype(jnp.bfloat16), jnp.uint16)
+
+
+def time_bucket(
+    dt: Int[Array, "*shape"], *, buckets: int = 26, unit: int = 1
+) -> Int[Array, "*shape"]:
+    r"""Logarithmic buckets of time gaps: $\min(b - 1, \lfloor\log_2(1 + dt)\rfloor)$.
+
+    Exact, without a logarithm. Negative gaps, behaviours after the request, are bucket 0.
+
+    Args:
+      dt: seconds.
+      buckets: b, their number.
+      unit: seconds per unit of the logarithm; 86400 for data stamped by days.
+
+    Raises:
+      ValueError: buckets or unit below 1.
+
+    Example:
+      >>> time_bucket(jnp.array([-5, 0, 1, 2, 3, 1023, 1 << 30])).tolist()
+      [0, 0, 1, 1, 2, 10, 25]
+    """
+    if buckets < 1 or unit < 1:
+        raise ValueError(
+            f"time_bucket needs buckets >= 1 and unit >= 1, got {buckets}, {unit}"
+        )
+    units = jnp.clip(dt, 0, np.iinfo(np.int32).max) // unit
+    bits = 31 - lax.clz(units.astype(jnp.uint32) + 1).astype(jnp.int32)
+    return jnp.minimum(bits, buckets - 1)
+
+
+def build_ubt(
+    user: Any, item: Any, cat: Any, time: Any, *, users: int = 0, cats: int = 0
+) -> BehaviourTree:
+    """Builds the user behaviour tree from a log, on the host.
+
+    Rows may come in any order: they are sorted by user, category and time. Rows of equal
+    time keep their order, the later one counts as newer, as in ``hard_search``.
+
+    Args:
+      user: (N), 0 .. users - 1.
+      item: (N).
+      cat: (N), categories of the items, 0 .. cats - 1.
+      time: (N), e.g. unix seconds.
+      users: their number; 0: the largest id + 1.
+      cats: number of categories; 0: not checked.
+
+    Returns:
+      Arrays of numpy, to put on a device or to save.
+
+    Raises:
+      ValueError: lengths that differ, ids out of range, more than 2^31 - 1 rows, or times
+        that int32 does not hold.
+
+    Example:
+      >>> tree = build_ubt([1, 0, 1], [5, 6, 7], [3, 3, 2], [10, 20, 30])
+      >>> tree.user_start.tolist(), tree.cats.tolist(), tree.items.tolist()
+      ([0, 1, 3], [3, 2, 3], [6, 7, 5])
+    """
+    log = {"user": user, "item": item, "cat": cat, "time": time}
+    log = {name: np.asarray(x).reshape(-1) for name, x in log.items()}
+    sizes = {name: len(x) for name, x in log.items()}
+    top = np.iinfo(np.int32).max
+    if len(set(sizes.values())) > 1 or sizes["user"] > top:
+        raise ValueError(
+            "build_ubt needs user, item, cat and time of one length, at most "
+            f"{top}, got {sizes}"
+        )
+    users = users or int(log["user"].max(initial=-1)) + 1
+    limits = {"user": users, "item": top, "cat": cats or top, "time": top}
+    for name, limit in limits.items():
+        low, high = log[name].min(initial=0), log[name].max(initial=0)
+        if low < 0 or high >= limit > 0:
+            raise ValueError(
+                f"build_ubt: {name} must be within 0 .. {limit - 1}, got {low} .. {high}"
+            )
+    order = np.lexsort((log["time"], log["cat"], log["user"]))
+    user, item, cat, time = (log[n][order].astype(np.int32) for n in log)
+    new = np.ones(len(user), bool)
+    new[1:] = (user[1:] != user[:-1]) | (cat[1:] != cat[:-1])
+    start = np.flatnonzero(new)
+    user_start = np.searchsorted(user[start], np.arange(users + 1))
+    return BehaviourTree(
+        user_start.astype(np.int32),
+        cat[start],
+        np.append(start, len(user)).astype(np.int32),
+        item,
+        time,
+    )
+
+
+def ubt_query(
+    ubt: BehaviourTree, user: Int[Array, "*batch"], cat: Int[Array, "*batch"], k: int
+) -> Behaviours:
+    """The k most recent behaviours of users in categories: ``hard_search`` by index.
+
+    A binary search among the user's categories, then one slice: the cost does not depend
+    on how long histories are.
+
+    Args:
+      ubt: see ``build_ubt``.
+      user: an unknown one has no behaviours.
+      cat: of the candidates.
+      k: results.
+
+    Raises:
+      ValueError: k below 1.
+    """
+    _check_k(k)
+    categories, total = len(ubt.cats), len(ubt.items)
+    slots = (1,) * user.ndim + (k,)
+    if not total:
+        none = jnp.zeros((*user.shape, k), jnp.int32)
+        return Behaviours(none, none, none > 0)
+    ubt = jax.tree.map(jnp.asarray, ubt)
+    known = (user >= 0) & (user < len(ubt.user_start) - 1)
+    user = jnp.where(known, user, 0)
+    first, end = ubt.user_start[user], ubt.user_start[user + 1]
+
+    def halve(_, span):
+        low, high = span
+        middle = (low + high) // 2
+        right = ubt.cats[jnp.minimum(middle, categories - 1)] < cat
+        go = low < high
+        return jnp.where(go & right, middle + 1, low), jnp.where(
+            go & ~right, middle, high
+        )
+
+    place, _ = lax.fori_loop(0, categories.bit_length(), halve, (first, end))
+    hit = known & (place < end)
+    place = jnp.minimum(place, categories - 1)
+    hit &= ubt.cats[place] == cat
+    newest = ubt.cat_start[place + 1] - 1
+    where = newest[..., None] - jnp.arange(k, dtype=jnp.int32).reshape(slots)
+    valid = hit[..., None] & (where >= ubt.cat_start[place][..., None])
+    where = jnp.where(valid, where, 0)
+    items, times = (jnp.where(valid, x[where], 0) for x in (ubt.items, ubt.times))
+    return Behaviours(items, times, valid)
+
+
+def _check_k(k: int) -> None:
+    if k < 1:
+        raise ValueError(f"a search needs k >= 1 results, got k={k}")
+
+
+def _least(dtype):
+    return -jnp.inf if jnp.issubdtype(dtype, jnp.floating) else jnp.iinfo(dtype).min
