@@ -199,7 +199,7 @@ def activate(
 def matmul(
     x: Float[Array, "*batch I"], kernel: Float[Array, "I O"], dtype: Any = None
 ) -> Float[Array, "*batch O"]:
-    """x @ kernel as one product of matrices, which on CPUs is faster than a batch of them.
+    """x @ kernel as one product of two matrices, faster on CPUs than a batch of them.
 
     Args:
       x: rows.
