@@ -1,5 +1,6 @@
 """DIN's local activation unit: a small network scores a history for a candidate."""
 
+import functools
 from typing import Any
 
 import jax.numpy as jnp
@@ -47,11 +48,7 @@ def activation_unit(
             f"{keys.shape[-1]} of the keys and {first['kernel'].shape[0]} inputs"
         )
 
-    def product(x, w):
-        x, w = (a.astype(dtype) if dtype else a for a in (x, w))
-        kind = jnp.promote_types(x.dtype, jnp.float32)
-        return jnp.matmul(x, w, preferred_element_type=kind)
-
+    product = functools.partial(mlp.matmul, dtype=dtype)
     query = jnp.expand_dims(query, -2)
     hidden = product(query * keys, w_product) + product(keys, w_key - w_difference)
     hidden = hidden + product(query, w_query + w_difference)

@@ -171,7 +171,7 @@ def apply(
                 params[f"layer_{i - 1}"], new, x, f"layer_{i - 1}", activation,
                 train=train, mask=mask, decay=decay, eps=eps,
             )  # fmt: skip
-        x = x @ layer["kernel"]
+        x = matmul(x, layer["kernel"])
         x = x + _to(layer["bias"], x) if "bias" in layer else x
     return x, new
 
@@ -194,6 +194,24 @@ def activate(
         x, moved = dice(x, layer["alpha"], state[name], **options)
         return x, {**state, name: moved}
     return getattr(jax.nn, activation)(x), state
+
+
+def matmul(
+    x: Float[Array, "*batch I"], kernel: Float[Array, "I O"], dtype: Any = None
+) -> Float[Array, "*batch O"]:
+    """x @ kernel as one product of two matrices, faster on CPUs than a batch of them.
+
+    Args:
+      x: rows.
+      kernel: (in, out).
+      dtype: of the factors, e.g. bfloat16; summed in float32.
+    """
+    flat, w = x.reshape(-1, x.shape[-1]), kernel
+    if dtype:
+        flat, w = flat.astype(dtype), w.astype(dtype)
+    kind = jnp.promote_types(flat.dtype, jnp.float32)
+    y = jnp.matmul(flat, w, preferred_element_type=kind)
+    return y.reshape(*x.shape[:-1], w.shape[-1])
 
 
 def check(activation: str, field: str) -> None:

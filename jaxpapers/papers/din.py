@@ -71,15 +71,14 @@ def mba_regularizer(
 
     Args:
       table: w.
-      ids: of the batch; 0 is padding.
-      mask: False where an id does not count; None: all do.
+      ids: of the batch.
+      mask: False where an id does not count; None: where it is 0, padding.
       counts: n_j, training samples that contain the id; ids with 0 have no penalty.
       lam: weight.
     """
-    used = embedding.resolve(
-        ids if mask is None else jnp.where(mask, ids, 0), len(table)
-    )
-    seen = jnp.zeros(len(table), bool).at[used.reshape(-1)].set(True).at[0].set(False)
+    mask = ids != embedding.PADDING if mask is None else mask
+    used = jnp.where(mask, embedding.resolve(ids, len(table)), len(table)).reshape(-1)
+    seen = jnp.zeros(len(table), bool).at[used].set(True, mode="drop")
     some = seen & (counts > 0)
     share = jnp.where(some, 1.0 / jnp.where(some, counts, 1), 0.0)
     return 0.5 * lam * (share * jnp.square(table).sum(-1)).sum()
