@@ -58,7 +58,7 @@ def get_config(preset: str | None = None) -> ConfigDict:
                 "activation": "dice",
                 "dice_decay": 0.99,
                 "dice_eps": 1e-8,
-                "unroll": 5,  # steps of a recurrent layer per iteration of its loop
+                "unroll": 1,  # steps of a recurrent layer per iteration of its loop
                 "chunk": 0,  # steps between kept states; 0: all are kept
                 "dtype": "float32",  # of products without a state; bfloat16
             },

@@ -12,10 +12,9 @@ and ``aigru`` w = u (``aigru`` scales x by a, eq 9), ``agru`` w = a (eq 10), ``a
 w = a u (eq 11-12). ``augru_released`` is the cell of the authors' code: there u keeps,
 w = 1 - (1 - a) u, and the reset gate multiplies h before its product.
 
-The backward pass is written out: gates are recomputed for all steps at once from the
-saved states, its scan carries one product per step, and the gradient of U is one product
-after it, so that no collective runs inside the scan when the batch is split over devices.
-(It has no forward-mode derivative, ``augru_released`` apart.)
+The backward pass is written out, so that the gradient of U is one product over all steps
+after its scan: summed step by step, it would be a collective in every step when the batch
+is split over devices. (There is no forward-mode derivative, ``augru_released`` apart.)
 
 Parameters: ``input`` and ``hidden``, each of kernel (I or H, 3 H) and bias (3 H).
 """
@@ -26,6 +25,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Key
+
+from jaxpapers.nets.mlp import matmul
 
 VARIANTS = ("gru", "aigru", "agru", "augru", "augru_released")
 
@@ -94,7 +95,7 @@ def augru_scan(
     variant: str = "augru",
     h0: Float[Array, "*batch H"] | None = None,
     *,
-    unroll: int = 5,
+    unroll: int = 1,
     chunk: int = 0,
     dtype: Any = None,
 ) -> tuple[Float[Array, "*batch T H"], Float[Array, "*batch H"]]:
@@ -109,7 +110,8 @@ def augru_scan(
       mask: (.., T), False at steps that copy the state; their output is zero.
       variant: of ``VARIANTS``.
       h0: first state; None: zeros.
-      unroll: steps per iteration of the compiled loop.
+      unroll: steps per iteration of the compiled loop; on CPUs 1 is fastest, more may
+        help where starting a step costs more than the step.
       chunk: steps after which the state is kept for the backward pass; all between are
         computed again. 0: the states of all steps are kept.
       dtype: of the products with the inputs, e.g. bfloat16, summed in float32.
@@ -169,10 +171,7 @@ def _project(params, x, a, dtype):
     """Products with the inputs, all biases but the candidate's hidden one in them."""
     kernel, bias = params["input"]["kernel"], params["hidden"]["bias"]
     hidden = kernel.shape[1] // 3
-    if dtype is not None:
-        x, kernel = x.astype(dtype), kernel.astype(dtype)
-    kind = jnp.promote_types(x.dtype, jnp.float32)
-    gates = jnp.matmul(x, kernel, preferred_element_type=kind)
+    gates = matmul(x, kernel, dtype)
     if a is not None:
         gates = gates * a  # (a x) W = a (x W): the product is that of all candidates.
     reset_update, inside = jnp.split(bias, [2 * hidden])
@@ -200,23 +199,26 @@ def _in_chunks(part, h, steps, chunk):
 
 
 def _gates(kernel, bias, gates, h):
-    """Reset, write and candidate, and the part of the candidate that reset scales."""
+    """Write, candidate, reset, and the part of the candidate that reset scales."""
     reset, update, candidate = jnp.split(gates, 3, -1)
-    from_reset, from_update, from_state = jnp.split(h @ kernel, 3, -1)
+    from_reset, from_update, from_state = jnp.split(matmul(h, kernel), 3, -1)
     reset = jax.nn.sigmoid(reset + from_reset)
     update = jax.nn.sigmoid(update + from_update)
     from_state = from_state + _to(bias, from_state)
-    return reset, update, jnp.tanh(candidate + reset * from_state), from_state
+    candidate = jnp.tanh(candidate + reset * from_state)
+    return update, candidate, reset, from_state
 
 
 def _scan(cell, unroll, h, steps):
+    """States of all steps, and what else the cell gives."""
+
     def body(h, step):
         gates, offset, scale = step
-        update, candidate = cell(gates, h)
-        h = h + (offset + scale * update) * (candidate - h)
-        return h, h
+        update, candidate, *others = cell(gates, h)
+        new = h + (offset + scale * update) * (candidate - h)
+        return new, (new, (h, update, candidate, *others))
 
-    return lax.scan(body, h, steps, unroll=min(unroll, steps[1].shape[0]))[1]
+    return lax.scan(body, h, steps, unroll=min(unroll, len(steps[1])))[1]
 
 
 def _recur_released(unroll, kernel, bias, gates, offset, scale, h0):
@@ -224,62 +226,61 @@ def _recur_released(unroll, kernel, bias, gates, offset, scale, h0):
 
     def cell(gates, h):
         outside, candidate = jnp.split(gates, [2 * hidden], -1)
-        both = jax.nn.sigmoid(outside + h @ kernel[:, : 2 * hidden])
+        both = jax.nn.sigmoid(outside + matmul(h, kernel[:, : 2 * hidden]))
         reset, update = jnp.split(both, 2, -1)
-        inner = (reset * h) @ kernel[:, 2 * hidden :] + _to(bias, h)
+        inner = matmul(reset * h, kernel[:, 2 * hidden :]) + _to(bias, h)
         return update, jnp.tanh(candidate + inner)
 
-    return _scan(cell, unroll, h0, (gates, offset, scale))
+    return _scan(cell, unroll, h0, (gates, offset, scale))[0]
 
 
 def _recur_forward(unroll, kernel, bias, gates, offset, scale, h0):
     def cell(gates, h):
-        return _gates(kernel, bias, gates, h)[1:3]
+        return _gates(kernel, bias, gates, h)
 
-    states = _scan(cell, unroll, h0, (gates, offset, scale))
-    return states, (kernel, bias, gates, offset, scale, h0, states)
+    states, steps = _scan(cell, unroll, h0, (gates, offset, scale))
+    # Of the gates only the shape is needed.
+    shape = jnp.zeros((0, *gates.shape), gates.dtype)
+    return states, (kernel, steps, offset, scale, shape)
 
 
 def _recur_backward(unroll, saved, cotangents):
-    kernel, bias, gates, offset, scale, h0, states = saved
-    before = jnp.concatenate([h0[None], states[:-1]])
-    reset, update, candidate, from_state = _gates(kernel, bias, gates, before)
-    strength = offset + scale * update
-    # What a step's cotangent becomes at the candidate's tanh, and at h U.
-    to_candidate = strength * (1 - candidate**2)
-    to_product = jnp.concatenate(
-        [
-            to_candidate * from_state * reset * (1 - reset),
-            (candidate - before) * scale * update * (1 - update),
-            to_candidate * reset,
-        ],
-        -1,
-    )
+    kernel, steps, offset, scale, gates = saved
+    before = steps[0]
 
     def body(carry, step):
-        cotangent, keep, to_product = step
+        cotangent, (h, update, candidate, reset, from_state), offset, scale = step
         e = carry + cotangent
-        through = (jnp.concatenate([e, e, e], -1) * to_product) @ kernel.T
-        return e * keep + through, e
+        strength = offset + scale * update
+        to_strength = e * (candidate - h)
+        to_candidate = e * strength * (1 - candidate**2)
+        to_product = [
+            to_candidate * from_state * reset * (1 - reset),
+            to_strength * scale * update * (1 - update),
+            to_candidate * reset,
+        ]
+        to_product = jnp.concatenate(to_product, -1)
+        through = matmul(to_product, kernel.T)
+        to_offset = _sum_to(to_strength, offset.shape)
+        to_scale = _sum_to(to_strength * update, scale.shape)
+        outputs = (to_product, to_candidate, to_offset, to_scale)
+        return e * (1 - strength) + through, outputs
 
-    to_h0, e = lax.scan(
+    to_h0, (to_product, to_candidate, to_offset, to_scale) = lax.scan(
         body,
-        jnp.zeros_like(h0),
-        (cotangents, 1 - strength, to_product),
+        jnp.zeros_like(before[0]),
+        (cotangents, steps, offset, scale),
         reverse=True,
-        unroll=min(unroll, len(states)),
+        unroll=min(unroll, len(cotangents)),
     )
-    product = jnp.concatenate([e, e, e], -1) * to_product
-    to_kernel = jnp.einsum("...h,...g->hg", before, product)
-    reset_update, last = jnp.split(product, [2 * kernel.shape[0]], -1)
-    to_gates = jnp.concatenate([reset_update, e * to_candidate], -1)
-    to_strength = e * (candidate - before)
+    outside, inside = jnp.split(to_product, [2 * kernel.shape[0]], -1)
+    to_gates = jnp.concatenate([outside, to_candidate], -1)
     return (
-        to_kernel,
-        last.reshape(-1, last.shape[-1]).sum(0),
-        _sum_to(to_gates, gates.shape),
-        _sum_to(to_strength, offset.shape),
-        _sum_to(to_strength * update, scale.shape),
+        _rows(before).T @ _rows(to_product),
+        _rows(inside).sum(0),
+        _sum_to(to_gates, gates.shape[1:]),
+        to_offset,
+        to_scale,
         to_h0,
     )
 
@@ -290,6 +291,10 @@ def _recur_value(unroll, *args):
 
 _recur = jax.custom_vjp(_recur_value, nondiff_argnums=(0,))
 _recur.defvjp(_recur_forward, _recur_backward)
+
+
+def _rows(x):
+    return x.reshape(-1, x.shape[-1])
 
 
 def _sum_to(x, shape):

@@ -151,8 +151,8 @@ def aux_loss(
         first = params["layer_0"]
         # The states' share of the first layer serves both.
         w_state, w_item = jnp.split(first["kernel"], [states.shape[-1]])
-        shared = states @ w_state + first["bias"].reshape(1, 1, -1)
-        x = jax.nn.sigmoid(items @ w_item + shared[None])
+        shared = mlp.matmul(states, w_state) + first["bias"].reshape(1, 1, -1)
+        x = jax.nn.sigmoid(mlp.matmul(items, w_item) + shared[None])
         rest = {f"layer_{i}": params[f"layer_{i + 1}"] for i in range(len(params) - 1)}
         logit = mlp.apply(rest, {}, x, activation="sigmoid", train=False)[0][..., 0]
     else:
@@ -224,7 +224,7 @@ def evolve(
     mask: Bool[Array, "..."],
     *,
     variant: str = "augru",
-    unroll: int = 5,
+    unroll: int = 1,
     chunk: int = 0,
     dtype: Any = None,
 ) -> Float[Array, "*batch H"]:
@@ -285,7 +285,9 @@ def init(key: Key[Array, ""], net: Any, *, aux: bool = True) -> dict:
         bias, alpha = jnp.zeros(state), jnp.full(state, 0.1)
         attention = {
             "query": {"kernel": query, "bias": bias, "alpha": alpha},
-            "unit": mlp.init(key_unit, (4 * state, *net.unit, 1), "sigmoid"),
+            "unit": mlp.init(
+                key_unit, (4 * state, *net.unit, 1), "sigmoid", last_bias=False
+            ),
         }
     steered = net.variant in ("agru", "augru", "augru_released")
     cell = gru.init(key_cell, state, state, update_bias=1.0 if steered else -1.0)

@@ -13,13 +13,11 @@ from jax.sharding import PartitionSpec as P
 from jaxpapers import hlo
 from jaxpapers import mesh as meshes
 from jaxpapers.nets import gru
+from jaxpapers.nets.gru import augru_scan, gru_scan
 
 B, T, I, H = 4, 8, 5, 6
 LENGTHS = np.array([8, 1, 0, 5])
 MASK = jnp.asarray(np.arange(T)[None] < LENGTHS[:, None])
-# One step per iteration compiles fastest.
-augru_scan = functools.partial(gru.augru_scan, unroll=1)
-gru_scan = functools.partial(gru.gru_scan, unroll=1)
 
 
 def from_torch(data, keep=False):
@@ -250,7 +248,7 @@ def test_chunks_keep_fewer_states():
             return (last**2).sum()
 
         _, pullback = jax.vjp(value, params)
-        return max(a.size for a in jax.tree.leaves(pullback))
+        return sum(a.size for a in jax.tree.leaves(pullback))
 
     assert kept(16) < kept(0) / 2
 
