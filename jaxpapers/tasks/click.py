@@ -76,7 +76,9 @@ def load(config: Any, method: Any, mesh: Any) -> Task:
     size = c.eval_batch
     rows = meshes.batch_rows(mesh, size, name="data.eval_batch")
     score = jax.jit(
-        lambda state, batch: method.sampler(state.params, None, batch, state.extra),
+        lambda state, batch: method.sampler(
+            state.params, jax.random.key(0), batch, state.extra
+        ),
         out_shardings=NamedSharding(mesh, PartitionSpec()),
     )
 
