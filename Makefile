@@ -50,6 +50,7 @@ format: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/dion_vs_adamw_muon.py
+	$(BIN)/python benchmarks/delayed_feedback.py
 
 clean:
 	rm -rf .venv .venv-* .pytest_cache .ruff_cache .jax_cache

@@ -228,6 +228,7 @@ def plan(
     """
     name, _, _ = target.partition(":")
     config = load_config(target, overrides, config_path)
+    papers.phases(name, config)  # Refuses a bad schedule; the first part is compiled.
     devices = plans.topology_devices(topology) if topology else None
     grid = meshes.make_mesh(meshes.parse_mesh(mesh) if mesh else None, devices)
     method = papers.load(name).make(config)

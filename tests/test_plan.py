@@ -83,6 +83,11 @@ def test_product_flops_of_loops_gradients_and_shards():
     assert flops(split, jnp.ones((16, 4)), b) == 2 * 16 * 4 * 5
     choice = lambda a, b: jax.lax.cond(True, lambda: a @ b, lambda: a @ b * 2)  # noqa: E731
     assert flops(choice, a, b) == 120
+    # A Dion step's are those of well-conditioned factors, as in the closed form, which
+    # also counts the factorisations.
+    tx, g = optim.scale_by_dion(1 / 4), {"w": jnp.ones((64, 256))}
+    pieces = optim.plan_dion((64, 256), P(), {}, 1 / 4).flops - 2 * 4 * 16**3 / 3
+    assert flops(tx.update, g, tx.init(g)) == pytest.approx(pieces)
 
 
 @pytest.fixture
@@ -106,6 +111,7 @@ def test_compiles_for_a_tpu_slice(libtpu):
     assert {r["axes"] for r in optimizer} <= {"data", "model", "data,model"}
     assert max(r["largest"] for r in optimizer) <= 12 * (192 // 2) * 16
     assert max(r["matrix"] for r in optimizer) < 64 * 64
+    assert all(r["largest"] < 4 * 64 * 192 for r in optimizer)
 
 
 @pytest.mark.parametrize("dtype", [None, jnp.bfloat16])

@@ -62,8 +62,9 @@ class DionPlan(NamedTuple):
       split: how P's orthonormalisation is shared, see ``choose_split``.
       bytes_per_step: bytes sent in rings, by (collective, mesh axes); with scqr those of
         well-conditioned P's.
-      bytes_per_pass: what one more Gram pass sends, where scqr needs more than two.
-      bytes_of_rescue: what the jittered first pass of an ill-conditioned batch sends.
+      bytes_per_pass: what one more Gram pass of every orthonormalisation of the step
+        sends, where scqr needs more than two.
+      bytes_of_rescue: what their jittered first passes send, for ill-conditioned batches.
       largest: elements of the largest result of a collective.
       flops: multiplications and additions, of well-conditioned P's.
       state_bytes: M and Q.

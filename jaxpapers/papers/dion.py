@@ -160,7 +160,8 @@ def phases(config: Any) -> list[tuple[int, Any]]:
     from the checkpoint of the one before it, its Q resized (``optim.resize``).
 
     Raises:
-      ValueError: steps that do not rise within the run, or another optimizer.
+      ValueError: steps that do not rise, fractions outside (0, 1], another optimizer.
+        Steps past the run's end are left out.
     """
     text, steps = config.optim.rank_schedule, config.train.steps
     try:
@@ -175,6 +176,12 @@ def phases(config: Any) -> list[tuple[int, Any]]:
     if starts != sorted(set(starts)) or any(step < 1 for step in starts):
         raise ValueError(
             f"config.optim.rank_schedule: steps must be >= 1 and rise, got {text!r}"
+        )
+    wrong = [fraction for _, fraction in changes if not 0 < fraction <= 1]
+    if wrong:
+        raise ValueError(
+            "config.optim.rank_schedule: fractions must be in (0, 1], got "
+            f"{wrong[0]} in {text!r}"
         )
     if changes and config.optim.name != "dion":
         raise ValueError(

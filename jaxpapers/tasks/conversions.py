@@ -50,6 +50,15 @@ class Row(NamedTuple):
     values: dict[str, np.ndarray]
 
 
+def prepare(config: Any) -> tuple[Any, dict[str, Any]]:
+    """The config with the steps of the whole journey, if it leaves them open."""
+    if config.train.steps:
+        return config, {}
+    config = config.copy_and_resolve_references()
+    config.train.steps = Journey(read(config), config).steps
+    return config, {}
+
+
 def batch_shapes(config: Any) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of a global training batch."""
     n = config.data.batch

@@ -182,6 +182,24 @@ def test_devices_take_passes_of_their_own(make_mesh):
     assert (norms <= np.sqrt(8) * (1 + 1e-5)).all() and (norms > 0.9).all()
 
 
+def test_vmap_over_a_sharded_update(make_mesh):
+    """Several optimizers' states at once: choices become selections."""
+    mesh = make_mesh((4, 2))
+    g = np.random.default_rng(0).normal(size=(3, 16, 32)).astype(np.float32)
+    where = NamedSharding(mesh, P(D, M))
+    tx = scale_by_dion(0.25, sharding=where, scale=None)
+    x = jax.device_put(g, NamedSharding(mesh, P(None, D, M)))
+    with jax.set_mesh(mesh):
+        one = tx.init({"w": jnp.zeros((16, 32))})
+        states = jax.tree.map(lambda s: jnp.stack([s] * 3), one)
+        got, _ = jax.jit(jax.vmap(tx.update))({"w": x}, states)
+    plain = scale_by_dion(0.25, scale=None)
+    for i in range(3):
+        one = {"w": jnp.asarray(g[i])}
+        want, _ = plain.update(one, plain.init(one))
+        np.testing.assert_allclose(got["w"][i], want["w"], atol=2e-6)
+
+
 def one_leaf(mesh):
     where = NamedSharding(mesh, P(D, M))
     g = jax.device_put(np.random.default_rng(0).normal(size=(16, 32)), where)

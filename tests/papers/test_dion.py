@@ -188,6 +188,8 @@ def test_rank_schedule(tmp_path):
         ("optim.rank_schedule=5:0.5,2:0.25", "steps must be >= 1 and rise"),
         ("optim.rank_schedule=0:0.5", "steps must be >= 1 and rise"),
         ("optim.rank_schedule=half", "must be step:fraction"),
+        ("optim.rank_schedule=5:1.5", "fractions must be in"),
+        ("optim.rank_schedule=5:nan", "fractions must be in"),
     ],
 )
 def test_bad_rank_schedule(field, match):

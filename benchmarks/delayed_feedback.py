@@ -1,0 +1,51 @@
+"""The delayed-feedback family on CDNOW's repeat purchases, by the streaming protocol.
+
+    python benchmarks/delayed_feedback.py             three seeds (two minutes)
+
+Every method starts from the same pretrained model of its seed, trains on the events of a
+day and is tested on the next day's clicks with their true labels. Writes
+results/delayed_feedback.json beside this and prints the table as Markdown.
+"""
+
+import json
+import os
+import platform
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+from jaxpapers.config import load_config  # noqa: E402
+from jaxpapers.tasks import conversions  # noqa: E402
+
+OUT = Path(__file__).parent / "results" / "delayed_feedback.json"
+SEEDS = (0, 1, 2)
+
+
+def main() -> None:
+    """Measures and writes the table."""
+    began = time.monotonic()
+    rows = conversions.table(
+        load_config("defer:cdnow"),
+        SEEDS,
+        progress=lambda name: print(f"{name} ...", flush=True),
+    )
+    result = {
+        "command": "python benchmarks/delayed_feedback.py",
+        "versions": {
+            p: version(p) for p in ("jax", "jaxlib", "flax", "optax", "numpy")
+        },
+        "python": platform.python_version(),
+        "cores": os.cpu_count(),
+        "seeds": SEEDS,
+        "seconds": time.monotonic() - began,
+        "rows": {r.method: {k: v.tolist() for k, v in r.values.items()} for r in rows},
+    }
+    OUT.parent.mkdir(exist_ok=True)
+    OUT.write_text(json.dumps(result, indent=1) + "\n")
+    print(conversions.render(rows))
+
+
+if __name__ == "__main__":
+    main()
