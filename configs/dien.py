@@ -98,5 +98,6 @@ def get_config(preset: str | None = None) -> ConfigDict:
     if preset == "smoke":
         config.data.update(history=20, batch=256)
         config.method.aux_weight = 1.0
+        config.optim.lr = 0.01
         config.train.update(steps=100, eval_every=0)
     return config.lock()

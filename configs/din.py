@@ -98,5 +98,6 @@ def get_config(preset: str | None = None) -> ConfigDict:
         # 3 epochs of 179,254 rows.
         config.train.update(steps=1050, eval_every=350, save_minutes=1.0)
     if preset == "smoke":
+        config.optim.lr = 0.01
         config.train.update(steps=100, eval_every=0)
     return config.lock()

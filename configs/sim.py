@@ -102,5 +102,6 @@ def get_config(preset: str | None = None) -> ConfigDict:
         config.train.update(steps=700, eval_every=350, save_minutes=1.0)
     if preset == "smoke":
         config.data.history = 50
+        config.optim.lr = 0.01
         config.train.update(steps=100, eval_every=0)
     return config.lock()

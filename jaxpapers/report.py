@@ -1,4 +1,4 @@
-"""What a run shows and writes: tables, a progress line, metrics, plots."""
+"""What a run shows and writes: tables, a progress line, metrics."""
 
 import json
 import math
@@ -248,107 +248,6 @@ def memory_line(compiled: Any) -> str:
         f"optimizer {_short(local_bytes(compiled.shapes.opt_state))}B, "
         f"temporary {temporary}, {flops} FLOPs a step"
     )
-
-
-def read_metrics(run: str | Path) -> list[dict]:
-    """Records of ``metrics.jsonl`` in step order, the last of each step and kind.
-
-    Raises:
-      FileNotFoundError: no such file.
-    """
-    path = Path(run) / "metrics.jsonl" if Path(run).is_dir() else Path(run)
-    if not path.exists():
-        raise FileNotFoundError(
-            f"no metrics.jsonl in {run}; train with --workdir={run}"
-        )
-    records: dict[tuple, dict] = {}
-    for line in path.read_text().splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # A line cut off by a kill.
-        kind = "+".join(sorted(record))  # Training, quick and full evaluation.
-        records[record["step"], kind] = record
-    return [records[k] for k in sorted(records)]
-
-
-def plot(
-    runs: Sequence[str | Path], metric: str, out: str | Path, levels: dict | None = None
-) -> Path:
-    """Draws a metric of one or more runs over the steps, with horizontal levels.
-
-    Args:
-      runs: workdirs.
-      metric: name in ``metrics.jsonl``.
-      out: picture file.
-      levels: name -> value of baselines.
-
-    Raises:
-      ModuleNotFoundError: without matplotlib.
-      ValueError: a run has no such metric.
-    """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.2), layout="constrained")  # No global pyplot state.
-    axes = figure.subplots()
-    shown: list[float] = []
-    for run in runs:
-        records = read_metrics(run)
-        points = [(r["step"], r[metric]) for r in records if metric in r]
-        if not points:
-            known = sorted({k for r in records for k in r} - {"step", "time"})
-            raise ValueError(f"{run} has no metric {metric!r}; it has {known}")
-        shown += [value for _, value in points]
-        (line,) = axes.plot(*zip(*points), lw=1, alpha=0.8, label=f"{Path(run).name}")
-        for suffix, style, what in (("_quick", ".-", "part of "), ("", "D", "")):
-            name = f"validation_{metric}{suffix}"
-            evaluated = [(r["step"], r[name]) for r in records if name in r]
-            if evaluated:
-                axes.plot(
-                    *zip(*evaluated), style, color=line.get_color(), mec="black",
-                    label=f"{Path(run).name}, {what}validation",
-                )  # fmt: skip
-    for (name, value), style in zip((levels or {}).items(), (":", "--", "-.", "-") * 9):
-        axes.axhline(value, color="grey", ls=style, lw=1, label=f"{name} {value:.2f}")
-    if len(shown) > 20:  # The first steps would squeeze everything else.
-        highest = sorted(shown)[int(0.97 * len(shown))]
-        axes.set_ylim(top=1.1 * max([highest, *(levels or {}).values()]))
-    axes.set(xlabel="step", ylabel=metric.replace("_", " "))
-    axes.grid(alpha=0.25)
-    axes.legend(frameon=False, fontsize=8)
-    figure.savefig(out, dpi=150)
-    return Path(out)
-
-
-def plot_comparison(
-    task: Any,
-    runs: dict[str, list[float]],
-    baselines: dict[str, float],
-    out: str | Path,
-) -> Path:
-    """Draws the metric of every seed of every model, baselines as lines.
-
-    Args:
-      task, runs, baselines: see ``comparison``.
-      out: picture file.
-    """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 1.2 + 0.5 * len(runs)), layout="constrained")
-    axes = figure.subplots()
-    for i, values in enumerate(runs.values()):
-        axes.plot(values, [i] * len(values), "o", color="C0", alpha=0.6)
-        axes.plot(sum(values) / len(values), i, "|", color="black", ms=18)
-    for (name, value), style in zip(baselines.items(), (":", "--", "-.", "-") * 9):
-        axes.axvline(value, color="grey", ls=style, lw=1, label=f"{name} {value:.3f}")
-    axes.set_yticks(range(len(runs)), list(runs))
-    axes.set_ylim(-0.6, len(runs) - 0.4)
-    axes.set_xlabel(task.title)
-    axes.grid(alpha=0.25, axis="x")
-    if baselines:
-        axes.legend(frameon=False, fontsize=8)
-    figure.savefig(out, dpi=150)
-    return Path(out)
 
 
 def _short(value: int | float) -> str:

@@ -13,10 +13,11 @@ from rich.table import Table
 
 from jaxpapers import checkpoint as ckpt
 from jaxpapers import mesh as meshes
-from jaxpapers import papers, report, tasks
+from jaxpapers import papers, plots, report, tasks
 from jaxpapers import plan as plans
 from jaxpapers import train as trainer
 from jaxpapers.config import check_continues, load_config
+from jaxpapers.folder import load_run, open_writers, write_config
 from jaxpapers.method import path_name
 
 
@@ -140,10 +141,10 @@ def train(
         try:
             curves = [folder / f"seed{first_seed + i}" for i in range(seeds)]
             levels = baselines if task.curve == task.metric else None
-            report.plot(curves if seeds > 1 else [folder], task.curve,
+            plots.plot(curves if seeds > 1 else [folder], task.curve,
                         folder / "loss.png", levels)  # fmt: skip
             if len(rows) > 1 or seeds > 1:
-                report.plot_comparison(task, rows, baselines, folder / "comparison.png")
+                plots.plot_comparison(task, rows, baselines, folder / "comparison.png")
         except ModuleNotFoundError:
             console.print("loss.png not drawn: pip install 'jaxpapers[plot]'")
     seconds = time.monotonic() - began
@@ -162,10 +163,10 @@ def _fit(name, config, options, grid, folder, quiet, profile, writers, baselines
     if any((folder / "checkpoints").glob("[0-9]*")):
         check_continues(folder, plain)
     else:
-        _write_config(folder, name, plain)
+        write_config(folder, name, plain)
     reporter = report.Report(
         tokens_per_step=config.data.batch * task.work,
-        writers=_writers(folder, plain, writers),
+        writers=open_writers(folder, plain, writers),
         quiet=quiet,
         unit=task.unit,
     )
@@ -196,7 +197,7 @@ def _fit(name, config, options, grid, folder, quiet, profile, writers, baselines
                 fit_until(last, part)
         state = fit_until(*parts[-1])
         # Only now is it known that the config fits the checkpoint that was there.
-        _write_config(folder, name, plain)
+        write_config(folder, name, plain)
         final = task.evaluate(state)
         known = {f"baseline_{k}": v for k, v in baselines().items()}
         reporter.evaluation(int(state.step), {**final, **known})
@@ -266,7 +267,7 @@ def sample(
 
 def plot(runs: Sequence[str], metric: str, out: str) -> Path:
     """Draws a metric of one or more runs."""
-    return report.plot(runs, metric, out)
+    return plots.plot(runs, metric, out)
 
 
 def export(workdir: str, out: str) -> Path:
@@ -286,36 +287,6 @@ def export(workdir: str, out: str) -> Path:
         metadata={"paper": name, "format": "flax"},
     )
     return Path(out)
-
-
-def load_run(workdir: str, mesh: str | None = None) -> tuple:
-    """(name, config, method, mesh, state) of a run's latest checkpoint.
-
-    The state has the parameters and ``extra``; its optimizer state is ().
-
-    Raises:
-      FileNotFoundError: ``workdir`` holds no run.
-    """
-    from ml_collections import ConfigDict
-
-    path = Path(workdir) / "config.json"
-    if not path.exists():
-        raise FileNotFoundError(f"{workdir} holds no run (no config.json); train first")
-    stored = json.loads(path.read_text())
-    name = stored["paper"]
-    config = papers.inference(name, ConfigDict(stored["config"]))
-    config.lock()
-    method, grid = _method(name, config, mesh)
-    batch = tasks.batch_shapes(config)
-    with jax.set_mesh(grid):
-        state = jax.eval_shape(method.init, jax.random.key(0), batch)
-    shardings = meshes.state_shardings(state, method.rules, grid)
-    target = ckpt.abstract(state, shardings)
-    parts = ckpt.restore_parts(
-        workdir, {"params": target.params, "extra": target.extra}
-    )
-    state = state._replace(**parts, opt_state=(), step=(), key=())
-    return name, config, method, grid, state
 
 
 def _method(
@@ -342,24 +313,6 @@ def _dry_run(config, method, grid, task, console) -> dict[str, float]:
         "dry run: nothing written"
     )
     return {}
-
-
-def _write_config(folder: Path, name: str, config: dict) -> None:
-    if jax.process_index() == 0:
-        (folder / "config.json").write_text(
-            json.dumps({"paper": name, "config": config}, indent=1) + "\n"
-        )
-
-
-def _writers(folder: Path, config: dict, names: Sequence[str]) -> list:
-    if jax.process_index():
-        return []
-    writers: list[Any] = [report.JsonlWriter(folder / "metrics.jsonl")]
-    if "tensorboard" in names:
-        writers.append(report.TensorBoardWriter(folder / "tensorboard"))
-    if "wandb" in names:
-        writers.append(report.WandbWriter(folder, config))
-    return writers
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from rich.console import Console
 
 from jaxpapers import mesh as meshes
-from jaxpapers import method, report, train
+from jaxpapers import method, plots, report, train
 
 
 def write(path, *records):
@@ -23,8 +23,8 @@ def write(path, *records):
 
 def test_jsonl_round_trip(tmp_path):
     write(tmp_path, (1, {"loss": 2.5}), (2, {"loss": 0.1 + 0.2}), (2, {"bits": 1.0}))
-    found = report.read_metrics(tmp_path)
-    assert found == report.read_metrics(tmp_path / "metrics.jsonl")
+    found = plots.read_metrics(tmp_path)
+    assert found == plots.read_metrics(tmp_path / "metrics.jsonl")
     assert [x.pop("time") > 1e9 for x in found] == [True] * 3
     # Metrics and evaluation of one step are two records.
     assert sorted(found, key=str) == sorted(
@@ -36,7 +36,7 @@ def test_jsonl_round_trip(tmp_path):
 def test_of_a_repeated_step_the_last_counts(tmp_path):
     write(tmp_path, *((i, {"loss": float(i)}) for i in (1, 2, 3)))
     write(tmp_path, *((i, {"loss": 10.0 * i}) for i in (2, 3, 4)))
-    found = [(x["step"], x["loss"]) for x in report.read_metrics(tmp_path)]
+    found = [(x["step"], x["loss"]) for x in plots.read_metrics(tmp_path)]
     assert found == [(1, 1.0), (2, 20.0), (3, 30.0), (4, 40.0)]
 
 
@@ -44,14 +44,14 @@ def test_a_line_cut_off_by_a_kill_costs_itself_only(tmp_path):
     write(tmp_path, (1, {"loss": 1.0}), (2, {"loss": 2.0}))
     path = tmp_path / "metrics.jsonl"
     path.write_text(path.read_text()[:-9])
-    assert [x["step"] for x in report.read_metrics(tmp_path)] == [1]
+    assert [x["step"] for x in plots.read_metrics(tmp_path)] == [1]
     write(tmp_path, (3, {"loss": 3.0}))
-    assert [x["step"] for x in report.read_metrics(tmp_path)] == [1, 3]
+    assert [x["step"] for x in plots.read_metrics(tmp_path)] == [1, 3]
 
 
 def test_no_metrics(tmp_path):
     with pytest.raises(FileNotFoundError, match="no metrics.jsonl in"):
-        report.read_metrics(tmp_path)
+        plots.read_metrics(tmp_path)
 
 
 def text(renderable):
@@ -131,11 +131,11 @@ def test_plot(tmp_path):
         run.mkdir()
         write(run, *((i, {"loss": 1 / i, "bits": 2 / i}) for i in range(1, 31)))
         write(run, (30, {"validation_bits": 0.5}))
-    out = report.plot(runs, "bits", tmp_path / "x.png", {"gzip": 1.5})
+    out = plots.plot(runs, "bits", tmp_path / "x.png", {"gzip": 1.5})
     assert out.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and out.stat().st_size > 5000
-    report.plot(runs[:1], "loss", tmp_path / "y.png")
+    plots.plot(runs[:1], "loss", tmp_path / "y.png")
     with pytest.raises(ValueError, match=r"no metric 'acc'; it has \['bits', 'loss'"):
-        report.plot(runs, "acc", tmp_path / "z.png")
+        plots.plot(runs, "acc", tmp_path / "z.png")
     assert not (tmp_path / "z.png").exists()
     assert "matplotlib.pyplot" not in sys.modules  # A notebook keeps its backend.
 
