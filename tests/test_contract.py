@@ -78,9 +78,14 @@ PLAIN = {
     name: {"net.activation": "relu", "optim.lr": 0.005}
     for name in ("din", "dien", "sim")
 }
-# The auxiliary loss is a mean over steps, not rows; SGD leaves a zero gradient zero.
+# The auxiliary loss is a mean over steps, not rows.
 PLAIN["dien"]["method.aux_weight"] = 0.0
-PLAIN["din"] |= {"optim.name": "sgd", "optim.tables": "row_sgd"}
+# Adam makes a step of a gradient that is zero but for rounding (the attention unit's
+# first bias, under a softmax): comparisons of roundings use plain gradient descent.
+SGD = {
+    name: {"optim.name": "sgd", "optim.tables": "row_sgd", "optim.lr": 0.1}
+    for name in ("din", "sim")
+}
 MESHES = {"1x1": (1, 1), "8x1": (8, 1), "4x2": (4, 2), "2x4": (2, 4)}
 LINES = "".join(f"def f{i}(x):\n    return x + {i % 7}\n\n\n" for i in range(400))
 
@@ -262,6 +267,12 @@ def test_gradient_reaches_every_parameter(case):
 
 @pytest.mark.parametrize("mesh", ["8x1", "4x2", "2x4"])
 def test_same_numbers_on_every_mesh(case, mesh):
+    if case.name in SGD:
+        config = case.config.copy_and_resolve_references().unlock()
+        config.update_from_flattened_dict(SGD[case.name])
+        case = case._replace(
+            method=papers.load(case.name).make(config), compiled={}, config=config
+        )
     expected, losses = case.steps("1x1", 3)
     state, found = case.steps(mesh, 3)
     np.testing.assert_allclose(found, losses, rtol=1e-5)
@@ -309,6 +320,7 @@ def test_make_refuses_bad_values(case):
 def test_accumulation_agrees_with_the_whole_batch(case):
     config = case.config.copy_and_resolve_references().unlock()
     config.update_from_flattened_dict(PLAIN.get(case.name, {}))
+    config.update_from_flattened_dict(SGD.get(case.name, {}))
     whole = case._replace(method=papers.load(case.name).make(config), compiled={})
     config.train.accumulate = 2
     method = papers.load(case.name).make(config)
