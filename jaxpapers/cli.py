@@ -146,11 +146,12 @@ def _plot(options, overrides) -> int:
 def _data(options, overrides) -> int:
     from jaxpapers.data import fetch
 
-    names = [options.name] if options.name else fetch.NAMES
-    for name in names:
+    for name in [options.name] if options.name else fetch.NAMES:
         print(fetch.describe(name))
-        if options.name:
-            print(f"{name}: {fetch.get(name, options.cache)}")
+    if options.name:
+        from jaxpapers import run
+
+        print(f"{options.name}: {run.data(options.name, options.cache)}")
     return 0
 
 

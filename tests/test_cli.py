@@ -99,8 +99,8 @@ def test_print_config_and_typed_override(call):
         (["train", "dion", "--config.optim.lrr=1"], "Did you mean"),
         (["train", "dion", "--config.net.layers=many"], "many"),
         (["train", "dion", "--config.net.layers=1.5"], "1.5"),
-        (["train", "dino"], "did you mean 'dion'?"),
-        (["show", "dino"], "did you mean 'dion'?"),
+        (["train", "dyon"], "did you mean 'dion'?"),
+        (["show", "dyon"], "did you mean 'dion'?"),
         (["train", "dion:huge"], "unknown preset dion:huge"),
         (["train", "dion", "--config=/nowhere.py"], "no config file"),
         (["train", "dion:smoke", "--mesh=data:3"], "needs 3 devices, got 8"),
@@ -170,7 +170,9 @@ def test_full_run_and_its_files(call, tiny, tmp_path):
     for word in ("order0", "gzip", "xz", "this model", "sample", "20/20", "total"):
         assert word in out, word
     found = {p.name for p in (tmp_path / "run").iterdir()}
-    assert found == {"checkpoints", "config.json", "loss.png", "metrics.jsonl"}
+    assert found == {
+        "checkpoints", "comparison.json", "config.json", "loss.png", "metrics.jsonl"
+    }  # fmt: skip
     stored = json.loads((tmp_path / "run" / "config.json").read_text())
     assert stored["paper"] == "dion" and stored["config"]["net"]["width"] == 32
     lines = records(tmp_path / "run")
@@ -244,6 +246,17 @@ def test_fake_devices_and_mesh_and_profile(tiny, tmp_path):
     assert "Traceback" not in done.stderr
 
 
+def test_data_says_terms_and_where_files_go(call, tmp_path, monkeypatch):
+    code, out, _ = call("data")
+    assert code == 0 and "ml-100k" in out and "Terms" in out and "cdnow" in out
+    monkeypatch.setattr(run, "data", lambda name, cache: tmp_path)
+    code, out, _ = call("data", "ml-100k", "--cache", tmp_path)
+    assert code == 0 and out.strip().endswith(f"ml-100k: {tmp_path}")
+    monkeypatch.undo()
+    code, _, err = call("data", "netflix")
+    assert code == 1 and "netflix" in err
+
+
 def test_every_command_is_one_function_of_run():
     actions = {"list": "list_papers", "eval": "evaluate"}
     parser = cli._parser()
@@ -256,6 +269,7 @@ def test_every_command_is_one_function_of_run():
         "sample",
         "plot",
         "export",
+        "data",
     }
     for command in commands:
         function = getattr(run, actions.get(command, command))

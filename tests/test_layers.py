@@ -27,6 +27,7 @@ ALLOWED = {
     "run": {
         "checkpoint",
         "config",
+        "data",
         "folder",
         "mesh",
         "method",

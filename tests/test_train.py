@@ -163,8 +163,8 @@ def test_what_the_loss_cannot_see_is_not_saved(tmp_path, where):
 def test_evaluation_steps(every, steps):
     shapes = []
 
-    def evaluate(params):
-        shapes.append(params["w"].shape)
+    def evaluate(state):
+        shapes.append(state.params["w"].shape)
         return {"size": 1.0}
 
     _, events = fit(5, evaluate=evaluate, eval_every=every)
