@@ -253,7 +253,9 @@ def test_factorisations_are_counted(method):
         return total
 
     assert count(traced.jaxpr, False) == 2
-    assert count(traced.jaxpr, True) == {"scqr": 4, "cqr2": 4}[method]
+    # Shifted, and shifted further: both passes of cqr2, the rescue and later passes of
+    # scqr, whose first is not shifted.
+    assert count(traced.jaxpr, True) == 6
     flops = plan_dion((s, l), P(), {}, r / s, orthogonalize=method).flops
     # A pass multiplies twice by (l, r).
     expected = 8 * l * s * r + 2 * (4 * l * r**2 + 4 * r**3 / 3)
