@@ -185,15 +185,16 @@ def test_devices_take_passes_of_their_own(make_mesh):
 def test_vmap_over_a_sharded_update(make_mesh):
     """Several optimizers' states at once: choices become selections."""
     mesh = make_mesh((4, 2))
-    g = np.random.default_rng(0).normal(size=(3, 16, 32)).astype(np.float32)
-    where = NamedSharding(mesh, P(D, M))
-    tx = scale_by_dion(0.25, sharding=where, scale=None)
-    x = jax.device_put(g, NamedSharding(mesh, P(None, D, M)))
+    g = np.random.default_rng(0).normal(size=(3, 4, 16, 32)).astype(np.float32)
+    where = NamedSharding(mesh, P(None, D, M))
+    options = {"scale": None, "weight_dimension_numbers": DimensionNumbers(1, 2)}
+    tx = scale_by_dion(0.25, sharding=where, **options)
+    x = jax.device_put(g, NamedSharding(mesh, P(None, None, D, M)))
     with jax.set_mesh(mesh):
-        one = tx.init({"w": jnp.zeros((16, 32))})
+        one = tx.init({"w": jnp.zeros((4, 16, 32))})
         states = jax.tree.map(lambda s: jnp.stack([s] * 3), one)
         got, _ = jax.jit(jax.vmap(tx.update))({"w": x}, states)
-    plain = scale_by_dion(0.25, scale=None)
+    plain = scale_by_dion(0.25, **options)
     for i in range(3):
         one = {"w": jnp.asarray(g[i])}
         want, _ = plain.update(one, plain.init(one))
