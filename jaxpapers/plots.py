@@ -102,6 +102,6 @@ def plot_comparison(
     axes.set_xlabel(task.title)
     axes.grid(alpha=0.25, axis="x")
     if baselines:
-        axes.legend(frameon=False, fontsize=8)
+        figure.legend(frameon=False, fontsize=8, loc="outside upper center", ncols=3)
     figure.savefig(out, dpi=150)
     return Path(out)
