@@ -63,7 +63,8 @@ def get_config(preset: str | None = None) -> ConfigDict:
                 "dtype": "float32",  # of products without a state; bfloat16
             },
             "optim": {
-                "tables": "lazy_adam",  # row_adagrad, dense: Adam, as all others
+                "name": "adam",  # adagrad, sgd
+                "tables": "lazy_adam",  # row_adagrad, row_sgd, dense: as the others
                 "lr": 1e-3,
                 "halve_every": 2706,  # steps; 0: never
                 "clip": 0.0,  # global gradient norm; 0: none

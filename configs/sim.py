@@ -69,7 +69,7 @@ def get_config(preset: str | None = None) -> ConfigDict:
             },
             "optim": {
                 "name": "adam",  # adagrad, sgd
-                "tables": "lazy_adam",  # row_adagrad, row_sgd
+                "tables": "lazy_adam",  # row_adagrad, row_sgd, dense: as the others
                 "lr": 1e-3,
                 "clip": 0.0,  # global gradient norm; 0: none
             },

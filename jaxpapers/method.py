@@ -188,7 +188,7 @@ def row_gradient(
     loss: Callable,
     tx: optax.GradientTransformation,
     *,
-    table_tx: optax.GradientTransformation,
+    table_tx: optax.GradientTransformation | None,
     ids: Callable,
     tables: str = "tables",
     clip: float = 0.0,
@@ -201,9 +201,9 @@ def row_gradient(
     """``gradient`` for models with large tables: a step costs what its batch reads.
 
     The step gathers the rows of the batch once, differentiates with respect to them
-    instead of the tables, and updates those rows alone. While it does, ``params[tables]``
-    holds ``Rows`` instead of arrays; ``nets.embedding.lookup`` reads both. ``opt_state``
-    has the parts ``dense`` and ``rows``; ``param_norm`` is that of the dense parameters.
+    instead of the tables, and updates those rows alone. While it does, the tables are
+    ``Rows`` instead of arrays; ``nets.embedding.lookup`` reads both. ``opt_state`` has
+    the parts ``dense`` and ``rows``; ``param_norm`` is that of the dense parameters.
 
     Args:
       init_params: (key, batch) -> params, a dict with a dict of tables in it.
@@ -211,32 +211,36 @@ def row_gradient(
         ``optim.rows.STATE_RULES`` before the tables' own.
       tx: optimizer of all but the tables.
       table_tx: optimizer made for ``Rows``, e.g. ``optim.rows.lazy_adam``; the params
-        that it sees are the ``Rows`` that the step read.
+        that it sees are the ``Rows`` that the step read. None: ``tx`` updates the tables
+        too, every row of them.
       ids: batch -> dict with all ids, 0 for padding, that the loss looks up, per table.
         An id that is missing there reads zeros.
-      tables: name of the dict of tables in ``params``.
+      tables: path of the dict of tables in ``params``, "/" between its parts.
       clip: bound of the norm of all gradients together, rows included; 0: none.
 
     Raises:
       ValueError: ``accumulate`` below 1, or a batch that it does not divide.
     """
+    if table_tx is None:
+        clipped = optax.chain(optax.clip_by_global_norm(clip), tx) if clip else tx
+        return gradient(
+            init_params, loss, clipped, sampler=sampler, rules=rules, labels=labels,
+            accumulate=accumulate, init_extra=init_extra,
+        )  # fmt: skip
     stateful, plain = _with_extra(loss, init_extra)
     value_and_grad(stateful, accumulate)  # Refuses bad values before any step.
-
-    def split(params):
-        rest = {k: v for k, v in params.items() if k != tables}
-        return params[tables], rest
+    path = tables.split("/")
 
     def init_opt(params):
-        own, rest = split(params)
-        return {"dense": tx.init(rest), "rows": table_tx.init({tables: own})}
+        own, rest = _take(params, path)
+        return {"dense": tx.init(rest), "rows": table_tx.init(_put({}, path, own))}
 
     def init(key, batch):
         return _start(init_params, init_opt, init_extra, key, batch)
 
     def update(state, batch):
         key = jax.random.fold_in(state.key, state.step)
-        own, rest = split(state.params)
+        own, rest = _take(state.params, path)
         found = {n: rows.unique(x, len(own[n])) for n, x in ids(batch).items()}
         values = {n: rows.take(own[n], x) for n, x in found.items()}
 
@@ -245,7 +249,8 @@ def row_gradient(
 
         def row_loss(part, extra, batch, key):
             values, rest = part
-            return stateful({**rest, tables: with_ids(values)}, extra, batch, key)
+            whole = _put(rest, path, with_ids(values))
+            return stateful(whole, extra, batch, key)
 
         compute = value_and_grad(row_loss, accumulate)
         grads, metrics, extra = compute((values, rest), state.extra, batch, key)
@@ -253,20 +258,40 @@ def row_gradient(
         if clip:
             scale = jnp.minimum(1.0, clip / jnp.maximum(norm, clip))
             grads = jax.tree.map(lambda g: g * scale, grads)
-        row_grads, dense_grads = {tables: with_ids(grads[0])}, grads[1]
+        row_grads, dense_grads = _put({}, path, with_ids(grads[0])), grads[1]
         with jax.named_scope("optimizer"):
             dense, dense_state = tx.update(dense_grads, state.opt_state["dense"], rest)
             changes, row_state = table_tx.update(
-                row_grads, state.opt_state["rows"], {tables: with_ids(values)}
+                row_grads, state.opt_state["rows"], _put({}, path, with_ids(values))
             )
         rest: dict = cast(dict, optax.apply_updates(rest, dense))
         metrics["param_norm"] = optax.tree.norm(rest)
-        changed = cast(dict, changes)[tables]
-        rest[tables] = {n: rows.add(table, *changed[n]) for n, table in own.items()}
-        opt_state = {"dense": dense_state, "rows": row_state}
-        return State(state.step + 1, rest, opt_state, extra, state.key), metrics
+        changed = _take(cast(dict, changes), path)[0]
+        own = {n: rows.add(table, *changed[n]) for n, table in own.items()}
+        params, opt_state = (
+            _put(rest, path, own),
+            {"dense": dense_state, "rows": row_state},
+        )
+        return State(state.step + 1, params, opt_state, extra, state.key), metrics
 
     return Method(init, plain, update, sampler, rules, labels)
+
+
+def _take(tree: dict, path: Sequence[str]) -> tuple[Any, dict]:
+    """What lies at a path of nested dicts, and the tree without it."""
+    first, *further = path
+    rest = {k: v for k, v in tree.items() if k != first}
+    if not further:
+        return tree[first], rest
+    found, rest[first] = _take(tree[first], further)
+    return found, rest
+
+
+def _put(tree: dict, path: Sequence[str], value: Any) -> dict:
+    """The tree with a value at a path of nested dicts."""
+    first, *further = path
+    value = _put(tree.get(first, {}), further, value) if further else value
+    return {**tree, first: value}
 
 
 def _start(init_params, init_opt, init_extra, key, batch) -> State:

@@ -286,12 +286,14 @@ def export(workdir: str, out: str) -> Path:
     """Writes the parameters of the latest checkpoint as safetensors.
 
     Names are the "/"-joined paths; layers stay stacked on the leading axis. What a model
-    has besides parameters (moving statistics) is named ``extra/...``.
+    has besides parameters (moving statistics) is named ``extra/...``. What only training
+    needs (the booster of Rocket Launching) is left out.
     """
     from safetensors.flax import save_file
 
     name, _, _, _, state = load_run(workdir)
-    named = {**state.params, **({"extra": state.extra} if state.extra else {})}
+    params, extra = (papers.served(name, x) for x in (state.params, state.extra))
+    named = {**params, **({"extra": extra} if extra else {})}
     flat = jax.tree_util.tree_flatten_with_path(named)[0]
     save_file(
         {path_name(k): v for k, v in flat},

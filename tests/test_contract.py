@@ -33,6 +33,10 @@ SMALL = {
         "data.clicks": 2000, "data.batch": 32, "train.steps": 20, "optim.lr": 0.03,
         "net.widths": (8, 4),
     },
+    "rocket": {
+        **CLICK, "net.unit": (8,), "net.light.hidden": (4,),
+        "net.booster.hidden": (8, 4),
+    },
 }  # fmt: skip
 # Values that `make` has to refuse, and a word of the message.
 BAD = {
@@ -71,12 +75,18 @@ BAD = {
         "method.name": ("hope", "method.name"),
         "train.accumulate": (0, "train.accumulate"),
     },
+    "rocket": {
+        "net.model": ("mlp", "net.model"),
+        "method.lam": (-1.0, "method.lam"),
+        "method.hint": ("l1", "mimic"),
+        "train.accumulate": (0, "train.accumulate"),
+    },
 }
 # Papers without a loss that falls from its first batches, or whose batch statistics make
 # micro-batches another thing than the whole batch: what the test uses instead.
 PLAIN = {
     name: {"net.activation": "relu", "optim.lr": 0.005}
-    for name in ("din", "dien", "sim")
+    for name in ("din", "dien", "sim", "rocket")
 }
 # The auxiliary loss is a mean over steps, not rows.
 PLAIN["dien"]["method.aux_weight"] = 0.0
@@ -84,7 +94,7 @@ PLAIN["dien"]["method.aux_weight"] = 0.0
 # first bias, under a softmax): comparisons of roundings use plain gradient descent.
 SGD = {
     name: {"optim.name": "sgd", "optim.tables": "row_sgd", "optim.lr": 0.1}
-    for name in ("din", "sim")
+    for name in ("din", "sim", "rocket")
 }
 MESHES = {"1x1": (1, 1), "8x1": (8, 1), "4x2": (4, 2), "2x4": (2, 4)}
 LINES = "".join(f"def f{i}(x):\n    return x + {i % 7}\n\n\n" for i in range(400))

@@ -49,6 +49,7 @@ ALLOWED = {
 # Third-party package -> first parts of the modules that may import it.
 OWNERS = {
     "orbax": {"checkpoint"},
+    "scipy": {"data"},
     "flax": {"nets", "papers"},
     "ml_collections": {"folder", "cli", "config"},
     "absl": {"run", "cli", "config"},
@@ -60,7 +61,7 @@ OWNERS = {
 # What the modules of pure arrays may import at all, besides the standard library.
 OUTSIDE = {
     "method": {"jax", "optax"},
-    "data": {"numpy"},
+    "data": {"numpy", "scipy"},
     "ops": {"jax", "jaxtyping", "numpy"},
     "optim": {"jax", "jaxtyping", "numpy", "optax"},
     "nets": {"flax", "jax", "jaxtyping", "numpy"},

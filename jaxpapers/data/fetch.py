@@ -110,6 +110,26 @@ DATASETS = {
             "Study, Interfaces 31(3), 2001"
         ),
     ),
+    "digits": Dataset(
+        package="scikit-learn",
+        version="1.9.1",
+        members=(
+            Member(
+                "sklearn/datasets/data/digits.csv.gz",
+                57523,
+                "09f66e6debdee2cd2b5ae59e0d6abbb73fc2b0e0185d2e1957e9ebb51e23aa22",
+            ),
+        ),
+        about="Optical digits: 1,797 scans of 8 x 8 pixels, 17 grey levels, 10 classes",
+        terms=(
+            "The package is BSD. The data are the test part of the UCI set, CC BY 4.0. "
+            "jaxpapers does not ship them."
+        ),
+        source=(
+            "E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI "
+            "Machine Learning Repository, 1998"
+        ),
+    ),
 }
 NAMES = tuple(DATASETS)
 

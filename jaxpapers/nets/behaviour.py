@@ -16,7 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from jaxpapers.nets import embedding
+from jaxpapers.nets import embedding, mlp
+
+DTYPES = ("float32", "bfloat16")
 
 
 def init(key: Key[Array, ""], net: Any) -> dict[str, Float[Array, "V D"]]:
@@ -63,6 +65,63 @@ def read(
     if cate is not None:
         parts.append(embedding.lookup(tables["cate"], cate))
     return jnp.concatenate(parts, -1)
+
+
+def head(
+    params: dict,
+    state: dict,
+    x: Float[Array, "*candidates F"],
+    batch: Mapping[str, Array],
+    tables: Mapping[str, Any],
+    *,
+    net: Any,
+    train: bool,
+) -> tuple[Float[Array, "*candidates"], list[Float[Array, "*candidates _"]], dict]:
+    """Logits of candidates: an MLP on their features, and their own bias.
+
+    Args:
+      params: an ``nets.mlp`` from F to 1.
+      state: Dice's statistics.
+      x: features.
+      batch: see above; rows of weight 0 are in no statistics.
+      tables: see ``init``; ``item_bias`` is added if ``net`` has it.
+      net: also ``activation``, ``dice_decay`` and ``dice_eps``.
+      train: statistics of the batch.
+
+    Returns:
+      Logits, the hidden layers, and the statistics to use next.
+    """
+    mask = batch["weight"] > 0 if "weight" in batch else None
+    if mask is not None and x.ndim == 3:
+        mask = mask[:, None]
+    (*hidden, logit), state = mlp.layers(
+        params, state, x, activation=net.activation, train=train, mask=mask,
+        decay=net.dice_decay, eps=net.dice_eps,
+    )  # fmt: skip
+    logit = logit[..., 0]
+    if net.item_bias:
+        item = embedding.resolve(batch["item"], net.item_vocab)
+        logit = logit + embedding.lookup(tables["item_bias"], item)[..., 0]
+    return logit, hidden, state
+
+
+def cross_entropy(
+    logit: Float[Array, " B"], batch: Mapping[str, Array]
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """Mean binary cross-entropy of ``batch["label"]``, weighted if it has ``weight``.
+
+    Returns:
+      Nats per row, 0 without any weight; metrics ``rate``, the mean prediction, and with
+      weights ``weight``, their sum.
+    """
+    nats = jax.nn.softplus(logit) - batch["label"].astype(logit.dtype) * logit
+    predicted = jax.nn.sigmoid(logit)
+    if "weight" not in batch:
+        return nats.mean(), {"rate": predicted.mean()}
+    weight = batch["weight"].sum()
+    share = batch["weight"] / jnp.where(weight == 0, 1, weight)
+    rate = (predicted * share).sum()
+    return (nats * share).sum(), {"rate": rate, "weight": weight}
 
 
 def fields(batch: Mapping[str, Array], net: Any) -> dict[str, Any]:
@@ -179,6 +238,19 @@ def check_batch(
                 f"counts of {name!r} are 0 for ids {missing[:5]} of the batch; count "
                 "the samples of the whole training set"
             )
+
+
+def compute_dtype(net: Any) -> Any:
+    """``net.dtype`` for ``nets.mlp.matmul``."""
+    return jnp.bfloat16 if net.dtype == "bfloat16" else None
+
+
+def check_choices(net: Any, **choices: tuple[str, ...]) -> None:
+    """Raises ValueError naming a field of ``net`` that is none of its choices."""
+    for name, known in choices.items():
+        value = getattr(net, name)
+        if value not in known:
+            raise ValueError(f"config.net.{name} must be one of {known}, got {value!r}")
 
 
 def check_sizes(net: Any) -> None:

@@ -163,17 +163,29 @@ def apply(
     Returns:
       The output, and the statistics to use next.
     """
-    new = dict(state)
+    options = {"train": train, "mask": mask, "decay": decay, "eps": eps}
+    outputs, new = layers(params, state, x, activation=activation, **options)
+    return outputs[-1], new
+
+
+def layers(
+    params: dict,
+    state: dict[str, DiceState],
+    x: Float[Array, "*batch I"],
+    *,
+    activation: str,
+    **options: Any,
+) -> tuple[list[Float[Array, "*batch _"]], dict[str, DiceState]]:
+    """``apply`` that keeps the hidden layers: their activations, then the output."""
+    new, outputs = dict(state), []
     for i in range(len(params)):
         layer = params[f"layer_{i}"]
-        if i:
-            x, new = activate(
-                params[f"layer_{i - 1}"], new, x, f"layer_{i - 1}", activation,
-                train=train, mask=mask, decay=decay, eps=eps,
-            )  # fmt: skip
         x = matmul(x, layer["kernel"])
         x = x + _to(layer["bias"], x) if "bias" in layer else x
-    return x, new
+        if i < len(params) - 1:
+            x, new = activate(layer, new, x, f"layer_{i}", activation, **options)
+        outputs.append(x)
+    return outputs, new
 
 
 def activate(

@@ -22,7 +22,8 @@ from jaxpapers.ops.rows import FILL, Rows, is_rows
 
 __all__ = [
     "FILL", "STATE_RULES", "LazyAdamState", "MbaState", "RowAdagradState", "Rows",
-    "apply_rows", "lazy_adam", "mba_transform", "row_adagrad", "row_sgd", "rows_of",
+    "apply_rows", "by_name", "lazy_adam", "mba_transform", "row_adagrad", "row_sgd",
+    "rows_of",
 ]  # fmt: skip
 
 
@@ -244,6 +245,30 @@ def mba_transform(lam: float, counts: Any) -> optax.GradientTransformation:
         return jax.tree.map(one, updates, params, state.counts, is_leaf=is_rows), state
 
     return optax.GradientTransformation(init, update)
+
+
+def by_name(
+    name: str, tables: str, learning_rate: optax.ScalarOrSchedule
+) -> tuple[optax.GradientTransformation, optax.GradientTransformation | None]:
+    """Optimizers of ``method.row_gradient``: ``tx`` and ``table_tx``.
+
+    Args:
+      name: adam, adagrad or sgd, of all but the tables.
+      tables: lazy_adam, row_adagrad or row_sgd; dense: None, tables as the others.
+      learning_rate: of both.
+
+    Raises:
+      ValueError: other names.
+    """
+    dense = {"adam": optax.adam, "adagrad": optax.adagrad, "sgd": optax.sgd}
+    sparse = {"lazy_adam": lazy_adam, "row_adagrad": row_adagrad, "row_sgd": row_sgd}
+    if name not in dense or tables not in (*sparse, "dense"):
+        raise ValueError(
+            f"config.optim.name must be one of {tuple(dense)} and optim.tables of "
+            f"{(*sparse, 'dense')}, got {name!r} and {tables!r}"
+        )
+    table_tx = None if tables == "dense" else sparse[tables](learning_rate)
+    return dense[name](learning_rate), table_tx
 
 
 def _rate(learning_rate: Any, count: jax.Array) -> Any:

@@ -74,6 +74,16 @@ NAMES: dict[str, Paper] = {
         "recommendation",
         "next click on MovieLens-100k from whole histories, < 20 s",
     ),
+    "rocket": Paper(
+        "Rocket Launching: A Universal and Efficient Framework for Training "
+        "Well-performing Light Net",
+        "Zhou, Guorui and Fan, Ying and Cui, Runpeng and Bian, Weijie and Zhu, Xiaoqiang "
+        "and Gai, Kun",
+        2017,
+        "1708.04106",
+        "recommendation",
+        "next click on MovieLens-100k, DIN with two MLPs, < 20 s",
+    ),
 }
 
 
@@ -103,6 +113,12 @@ def inference(name: str, config: Any) -> Any:
     """A config without what only training needs."""
     plain = getattr(load(name), "inference", None)
     return plain(config) if plain else config
+
+
+def served(name: str, tree: Any) -> Any:
+    """Params, or state beside them, without what only training needs."""
+    light = getattr(load(name), "export_light", None)
+    return light(tree) if light else tree
 
 
 def check(name: str) -> Paper:

@@ -44,12 +44,11 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from jaxpapers.method import Method, gradient, row_gradient
-from jaxpapers.nets import behaviour, embedding, gru, mlp
-from jaxpapers.nets.attention import activation_unit
+from jaxpapers.method import Method, row_gradient
+from jaxpapers.nets import behaviour, embedding, evolution, mlp
 from jaxpapers.nets.behaviour import check_batch
+from jaxpapers.nets.evolution import bilinear_attention, din_attention, evolve
 from jaxpapers.nets.gru import VARIANTS, augru_scan, gru_scan
-from jaxpapers.ops.attention import attention_weights
 from jaxpapers.ops.rows import replicate
 from jaxpapers.optim import rows
 
@@ -60,10 +59,8 @@ __all__ = [
 ]  # fmt: skip
 
 RULES = (*rows.STATE_RULES, *embedding.RULES)
-ATTENTION = ("bilinear", "din")
 AUX = ("concat", "inner")
 REDUCE = ("per_sample", "padded_mean", "valid_mean")
-POOLED = ("sum", "mean", "none")
 
 
 def sample_negatives(
@@ -170,99 +167,8 @@ def aux_loss(
     return total / jnp.where(by == 0, 1, by), {"aux_accuracy": accuracy}
 
 
-def bilinear_attention(
-    kernel: Float[Array, "H A"],
-    states: Float[Array, "*states T H"],
-    target: Float[Array, "*batch A"],
-    mask: Bool[Array, "..."],
-) -> Float[Array, "*batch T"]:
-    """Softmax over the steps of h_t W e_a (eq 8); zeros for an empty history.
-
-    Args:
-      kernel: W.
-      states: h; leading axes broadcast against the candidates'.
-      target: e_a.
-      mask: (.., T), True at behaviours.
-    """
-    scores = jnp.einsum("...th,...h->...t", states, target @ kernel.T)
-    return attention_weights(scores, mask, "softmax")
-
-
-def din_attention(
-    params: dict,
-    states: Float[Array, "*states T H"],
-    target: Float[Array, "*batch A"],
-    mask: Bool[Array, "..."],
-    *,
-    dtype: Any = None,
-) -> Float[Array, "*batch T"]:
-    """The released code's attention: softmax over the steps of DIN's unit.
-
-    Args:
-      params: ``unit``, see ``nets.attention.activation_unit``; ``query``, optional, a
-        dense layer with PReLU (kernel, bias, alpha) that takes A to H.
-      states: see ``bilinear_attention``.
-      target: see ``bilinear_attention``.
-      mask: see ``bilinear_attention``.
-      dtype: of the unit's products.
-    """
-    if "query" in params:
-        p = {k: v.reshape((1,) * (target.ndim - v.ndim) + v.shape)
-             for k, v in params["query"].items() if k != "kernel"}  # fmt: skip
-        target = target @ params["query"]["kernel"] + p["bias"]
-        target = jnp.where(target >= 0, target, p["alpha"] * target)
-    scores, _ = activation_unit(
-        params["unit"], target, states, activation="sigmoid", dtype=dtype
-    )
-    return attention_weights(scores, mask, "softmax")
-
-
-def evolve(
-    params: dict,
-    states: Float[Array, "*states T H"],
-    target: Float[Array, "*batch A"],
-    mask: Bool[Array, "..."],
-    *,
-    variant: str = "augru",
-    unroll: int = 1,
-    chunk: int = 0,
-    dtype: Any = None,
-) -> Float[Array, "*batch H"]:
-    """What became of the interests, as the candidate sees it (eq 9-12).
-
-    Args:
-      params: ``cell``, see ``nets.gru``, and ``attention``: ``kernel`` of
-        ``bilinear_attention``, or what ``din_attention`` takes.
-      states: of the extractor; (B, 1, T, H) with N candidates (B, N, A).
-      target: candidates.
-      mask: (.., T), True at behaviours.
-      variant: "gru" weighs the states of a second GRU with attention on them; the other
-        ``VARIANTS`` give the last state.
-      unroll: see ``augru_scan``.
-      chunk: see ``augru_scan``.
-      dtype: of the products that no state is in.
-
-    Raises:
-      ValueError: unknown variant.
-    """
-    options = {"unroll": unroll, "chunk": chunk, "dtype": dtype}
-    given = params["attention"]
-
-    def attend(states):
-        if "kernel" in given:
-            return bilinear_attention(given["kernel"], states, target, mask)
-        return din_attention(given, states, target, mask, dtype=dtype)
-
-    if variant == "gru":
-        states, _ = gru_scan(params["cell"], states, mask, **options)
-        return jnp.einsum("...t,...th->...h", attend(states), states)
-    return augru_scan(params["cell"], states, attend(states), mask, variant, **options)[
-        1
-    ]
-
-
 def init(key: Key[Array, ""], net: Any, *, aux: bool = True) -> dict:
-    """Parameters of ``config.net``.
+    """Parameters of ``config.net``: tables, ``nets.evolution``, MLP, auxiliary network.
 
     Args:
       key: of the draws.
@@ -273,36 +179,16 @@ def init(key: Key[Array, ""], net: Any, *, aux: bool = True) -> dict:
       ValueError: sizes or names that are not known.
     """
     _check_net(net)
-    key_tables, key_extractor, key_cell, key_query, key_unit, key_aux, key_mlp = (
-        jax.random.split(key, 7)
-    )
-    width, state = net.item_dim + net.cate_dim, net.state
-    glorot = jax.nn.initializers.glorot_uniform()
-    if net.attention == "bilinear":
-        attention: dict = {"kernel": glorot(key_query, (state, width))}
-    else:
-        query = glorot(key_query, (width, state))
-        bias, alpha = jnp.zeros(state), jnp.full(state, 0.1)
-        attention = {
-            "query": {"kernel": query, "bias": bias, "alpha": alpha},
-            "unit": mlp.init(
-                key_unit, (4 * state, *net.unit, 1), "sigmoid", last_bias=False
-            ),
-        }
-    steered = net.variant in ("agru", "augru", "augru_released")
-    cell = gru.init(key_cell, state, state, update_bias=1.0 if steered else -1.0)
-    total = net.user_dim + width + state
-    total += 0 if net.pooled == "none" else width * (2 if net.product else 1)
+    key_tables, key_core, key_aux, key_mlp = jax.random.split(key, 4)
+    sizes = (evolution.width(net), *net.hidden, 1)
     params = {
         "tables": behaviour.init(key_tables, net),
-        "extractor": gru.init(key_extractor, width, state),
-        "evolve": {"attention": attention, "cell": cell},
-        "mlp": mlp.init(key_mlp, (total, *net.hidden, 1), net.activation),
+        **evolution.init(key_core, net),
+        "mlp": mlp.init(key_mlp, sizes, net.activation),
     }
     if aux and net.aux == "concat":
-        params["aux"] = mlp.init(
-            key_aux, (state + width, *net.aux_hidden, 1), "sigmoid"
-        )
+        total = net.state + net.item_dim + net.cate_dim
+        params["aux"] = mlp.init(key_aux, (total, *net.aux_hidden, 1), "sigmoid")
     return params
 
 
@@ -335,46 +221,18 @@ def forward(
     Raises:
       ValueError: T = 0, or arrays whose shapes do not fit.
     """
-    use = behaviour.fields(batch, net)
-    logit, _, states, state = _run(params, state, use, net, train)
+    logit, _, states, state = _run(params, state, batch, net, train)
     return logit, states, state
 
 
-def _run(params, state, use, net, train):
+def _run(params, state, batch, net, train):
     """Logits, behaviours, states of the extractor, statistics."""
-    tables, mask = params["tables"], use["mask"]
-    query = behaviour.read(tables, use["item"], use["cate"])
-    keys = behaviour.read(tables, use["hist_item"], use["hist_cate"])
-    options = {"unroll": net.unroll, "chunk": net.chunk, "dtype": _dtype(net)}
-    states, _ = gru_scan(params["extractor"], keys, mask, **options)
-    pooled = keys.sum(1)  # Padding reads zeros.
-    if net.pooled == "mean":
-        pooled = pooled / jnp.maximum(mask.sum(1), 1)[:, None].astype(pooled.dtype)
-    user = embedding.lookup(tables["user"], use["user"]) if net.user_dim else None
-    shared, seen, row_mask = states, mask, use["row_mask"]
-    if query.ndim == 3:
-        # One history, N candidates: what has no candidate in it is computed once.
-        shared, seen, pooled = states[:, None], mask[:, None], pooled[:, None]
-        user = user if user is None else user[:, None]
-        row_mask = row_mask if row_mask is None else row_mask[:, None]
-    final = evolve(
-        params["evolve"], shared, query, seen, variant=net.variant, **options
+    reads = evolution.read(params["tables"], batch, net=net)
+    x, states = evolution.apply(params, reads, net=net)
+    logit, _, state = behaviour.head(
+        params["mlp"], state, x, batch, params["tables"], net=net, train=train
     )
-
-    def spread(x):
-        return jnp.broadcast_to(x, (*query.shape[:-1], x.shape[-1]))
-
-    parts = [query, final] if user is None else [spread(user), query, final]
-    if net.pooled != "none":
-        parts += [spread(pooled)] + ([spread(pooled) * query] if net.product else [])
-    logit, state = mlp.apply(
-        params["mlp"], state, jnp.concatenate(parts, -1), activation=net.activation,
-        train=train, mask=row_mask, decay=net.dice_decay, eps=net.dice_eps,
-    )  # fmt: skip
-    logit = logit[..., 0]
-    if net.item_bias:
-        logit = logit + embedding.lookup(tables["item_bias"], use["item"])[..., 0]
-    return logit, keys, states, state
+    return logit, reads.keys, states, state
 
 
 def loss(
@@ -405,17 +263,12 @@ def loss(
       are the clicked item; with weights ``weight``, their sum. The statistics to use
       next.
     """
-    use = behaviour.fields(batch, net)
-    logit, keys, states, state = _run(params, state, use, net, True)
-    nats = optax.sigmoid_binary_cross_entropy(logit, batch["label"].astype(logit.dtype))
-    weight = batch.get("weight", jnp.ones(logit.shape, logit.dtype))
-    total = weight.sum()
-    share = weight / jnp.where(total == 0, 1, total)
-    value = (nats * share).sum()
-    metrics = {"target": value, "rate": (jax.nn.sigmoid(logit) * share).sum()}
-    if "weight" in batch:
-        metrics["weight"] = total
+    logit, keys, states, state = _run(params, state, batch, net, True)
+    value, metrics = behaviour.cross_entropy(logit, batch)
+    metrics["target"] = value
     if aux_weight:
+        use = behaviour.fields(batch, net)
+        weight = batch.get("weight", jnp.ones(logit.shape, logit.dtype))
         item, cate = _negatives(batch, use, key, net)
         neg = behaviour.read(params["tables"], item, cate)
         given = params["aux"] if net.aux == "concat" else {}
@@ -526,11 +379,6 @@ def make(config: Any) -> Method:
     """
     net, c, own = config.net, config.optim, config.method
     _check_net(net)
-    sparse = {"lazy_adam": rows.lazy_adam, "row_adagrad": rows.row_adagrad}
-    if c.tables not in (*sparse, "dense"):
-        raise ValueError(
-            f"config.optim.tables must be one of {(*sparse, 'dense')}, got {c.tables!r}"
-        )
     if own.aux_weight < 0 or own.aux_reduce not in REDUCE:
         raise ValueError(
             f"config.method: aux_weight must be >= 0 and aux_reduce one of {REDUCE}, got "
@@ -552,43 +400,27 @@ def make(config: Any) -> Method:
     value = functools.partial(
         loss, net=net, aux_weight=own.aux_weight, aux_reduce=own.aux_reduce
     )
-    options: dict[str, Any] = {
-        "sampler": functools.partial(sampler, net=net),
-        "accumulate": config.train.accumulate,
-        "init_extra": statistics,
-    }
-    tx = optax.adam(rate)
-    if c.tables == "dense":
-        tx = optax.chain(optax.clip_by_global_norm(c.clip), tx) if c.clip else tx
-        return gradient(init_params, value, tx, rules=embedding.RULES, **options)
+    tx, table_tx = rows.by_name(c.name, c.tables, rate)
     return row_gradient(
         init_params,
         value,
         tx,
-        table_tx=sparse[c.tables](rate),
+        table_tx=table_tx,
         ids=functools.partial(ids, net=net),
         clip=c.clip,
+        sampler=functools.partial(sampler, net=net),
         rules=RULES,
-        **options,
+        accumulate=config.train.accumulate,
+        init_extra=statistics,
     )
 
 
 def _check_net(net):
-    choices = {"variant": VARIANTS, "attention": ATTENTION, "aux": AUX, "pooled": POOLED,
-               "dtype": ("float32", "bfloat16")}  # fmt: skip
-    for name, known in choices.items():
-        value = getattr(net, name)
-        if value not in known:
-            raise ValueError(f"config.net.{name} must be one of {known}, got {value!r}")
-    mlp.check(net.activation, "config.net.activation")
-    behaviour.check_sizes(net)
+    evolution.check(net)
+    behaviour.check_choices(net, aux=AUX)
     width = net.item_dim + net.cate_dim
-    if net.state < 1 or (net.aux == "inner" and net.state != width):
+    if net.aux == "inner" and net.state != width:
         raise ValueError(
-            f"config.net.state must be >= 1, and item_dim + cate_dim = {width} with "
-            f"net.aux=inner; got {net.state}"
+            f"config.net.state must be item_dim + cate_dim = {width} with net.aux=inner; "
+            f"got {net.state}"
         )
-
-
-def _dtype(net):
-    return jnp.bfloat16 if net.dtype == "bfloat16" else None

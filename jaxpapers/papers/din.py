@@ -28,7 +28,6 @@ which ``net.affine`` gives; its Dice variant, which depends on that, is not here
 """
 
 import functools
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,12 +37,12 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from jaxpapers.method import Method, gradient, row_gradient
-from jaxpapers.nets import behaviour, embedding, mlp
+from jaxpapers.method import Method, row_gradient
+from jaxpapers.nets import behaviour, embedding, interest, mlp
 from jaxpapers.nets.attention import activation_unit
 from jaxpapers.nets.behaviour import check_batch, ids
 from jaxpapers.nets.mlp import DiceState, dice
-from jaxpapers.ops.attention import NORMALIZE, attention_pool
+from jaxpapers.ops.attention import attention_pool
 from jaxpapers.optim import rows
 
 __all__ = [
@@ -53,7 +52,6 @@ __all__ = [
 ]  # fmt: skip
 
 RULES = (*rows.STATE_RULES, *embedding.RULES)
-POOLING = ("attention", "mean", "sum")
 mba_transform = rows.mba_transform
 
 
@@ -85,31 +83,15 @@ def mba_regularizer(
 
 
 def init(key: Key[Array, ""], net: Any) -> dict:
-    """Parameters of ``config.net``: tables, attention unit, MLP.
+    """Parameters of ``config.net``: those of ``nets.interest``, and the MLP.
 
     Raises:
       ValueError: sizes or names that are not known.
     """
-    _check_net(net)
-    key_tables, key_unit, key_project, key_mlp = jax.random.split(key, 4)
-    width = net.item_dim + net.cate_dim
-    pooled = net.project or width
-    params: dict = {"tables": behaviour.init(key_tables, net)}
-    if net.pooling == "attention":
-        unit = (4 * width, *net.unit, 1)
-        params["unit"] = mlp.init(
-            key_unit, unit, net.unit_activation, last_bias=net.normalize == "none"
-        )
-    if net.project:
-        params["project"] = mlp.init(key_project, (width, net.project))
-    total = pooled + width + net.user_dim + (width if net.product else 0)
-    params["mlp"] = mlp.init(key_mlp, (total, *net.hidden, 1), net.activation)
-    if net.affine:
-        params["affine"] = {
-            name: {"scale": jnp.ones(n), "bias": jnp.zeros(n)}
-            for name, n in (("pooled", width), ("input", total))
-        }
-    return params
+    key_interest, key_mlp = jax.random.split(key)
+    params = interest.init(key_interest, net)
+    sizes = (interest.width(net), *net.hidden, 1)
+    return {**params, "mlp": mlp.init(key_mlp, sizes, net.activation)}
 
 
 def statistics(params: dict) -> dict[str, dict[str, DiceState]]:
@@ -142,61 +124,11 @@ def forward(
     Raises:
       ValueError: T = 0, or arrays whose shapes do not fit.
     """
-    use, tables = behaviour.fields(batch, net), params["tables"]
-    options = {"train": train, "decay": net.dice_decay, "eps": net.dice_eps}
-    query = behaviour.read(tables, use["item"], use["cate"])
-    keys = behaviour.read(tables, use["hist_item"], use["hist_cate"])
-    apart, row_mask = query.ndim == 3, use["row_mask"]
-    pooled, state = _pool(params, dict(state), query, keys, use, net, options)
-    pooled = _affine(params, "pooled", pooled)
-    if net.project:
-        pooled, _ = mlp.apply(
-            params["project"], {}, pooled, activation="relu", train=train
-        )
-    parts = [pooled, query]
-    if net.product:
-        parts.append(pooled * query)
-    if net.user_dim:
-        user = embedding.lookup(tables["user"], use["user"])
-        user = user[:, None] if apart else user
-        parts.append(jnp.broadcast_to(user, (*query.shape[:-1], net.user_dim)))
-    x = _affine(params, "input", jnp.concatenate(parts, -1))
-    if row_mask is not None and apart:
-        row_mask = row_mask[:, None]
-    logit, state["mlp"] = mlp.apply(
-        params["mlp"],
-        state["mlp"],
-        x,
-        activation=net.activation,
-        mask=row_mask,
-        **options,
+    x, unit = interest.apply(params, state.get("unit", {}), batch, net=net, train=train)
+    logit, _, head = behaviour.head(
+        params["mlp"], state["mlp"], x, batch, params["tables"], net=net, train=train
     )
-    logit = logit[..., 0]
-    if net.item_bias:
-        logit = logit + embedding.lookup(tables["item_bias"], use["item"])[..., 0]
-    return logit, state
-
-
-def _pool(params, state, query, keys, use, net, options):
-    """The history's vector for each candidate, and the statistics to use next."""
-    mask = use["mask"]
-    if net.pooling != "attention":
-        pooled = jnp.where(mask[..., None], keys, 0.0).sum(1)
-        if net.pooling == "mean":
-            pooled = pooled / jnp.maximum(mask.sum(1), 1)[:, None].astype(pooled.dtype)
-        pooled = pooled[:, None] if query.ndim == 3 else pooled
-        return jnp.broadcast_to(pooled, query.shape), state
-    counted = jnp.ones_like(mask) if net.dice_padding else mask
-    if use["row_mask"] is not None:
-        counted = counted & use["row_mask"][:, None]
-    if query.ndim == 3:
-        # Histories are read once for all candidates: (B, N, 1, D) with (B, 1, T, D).
-        keys, mask, counted = keys[:, None], mask[:, None], counted[:, None]
-    scores, state["unit"] = activation_unit(
-        params["unit"], query, keys, counted, state=state["unit"],
-        activation=net.unit_activation, dtype=_dtype(net), **options,
-    )  # fmt: skip
-    return attention_pool(scores, keys, mask, net.normalize), state
+    return logit, {**state, **({"unit": unit} if "unit" in state else {}), "mlp": head}
 
 
 def loss(
@@ -226,16 +158,7 @@ def loss(
     """
     del key
     logit, state = forward(params, state, batch, net=net, train=True)
-    nats = optax.sigmoid_binary_cross_entropy(logit, batch["label"].astype(logit.dtype))
-    predicted = jax.nn.sigmoid(logit)
-    metrics = {}
-    if "weight" in batch:
-        weight = batch["weight"].sum()
-        share = batch["weight"] / jnp.where(weight == 0, 1, weight)
-        value, metrics["rate"] = (nats * share).sum(), (predicted * share).sum()
-        metrics["weight"] = weight
-    else:
-        value, metrics["rate"] = nats.mean(), predicted.mean()
+    value, metrics = behaviour.cross_entropy(logit, batch)
     if lam:
         used = ids(batch, net=net)
         for name, n in (counts or {}).items():
@@ -321,15 +244,7 @@ def make(config: Any, counts: Mapping[str, Any] | None = None) -> Method:
         counts.
     """
     net, c, lam = config.net, config.optim, config.method.mba
-    _check_net(net)
-    dense = {"adam": optax.adam, "adagrad": optax.adagrad, "sgd": optax.sgd}
-    sparse = {"lazy_adam": rows.lazy_adam, "row_adagrad": rows.row_adagrad,
-              "row_sgd": rows.row_sgd}  # fmt: skip
-    if c.name not in dense or c.tables not in (*sparse, "dense"):
-        raise ValueError(
-            f"config.optim.name must be one of {tuple(dense)} and optim.tables of "
-            f"{(*sparse, 'dense')}, got {c.name!r} and {c.tables!r}"
-        )
+    interest.check(net)
     if lam < 0 or c.lr <= 0 or c.clip < 0:
         raise ValueError(
             "config.method.mba and optim.clip must be >= 0 and optim.lr > 0, got "
@@ -347,55 +262,31 @@ def make(config: Any, counts: Mapping[str, Any] | None = None) -> Method:
         )
     if counts:
         counts = {n: _padded(x, n, net) for n, x in counts.items()}
-    rate = schedule(c)
-    tx = dense[c.name](rate)
+    tx, table_tx = rows.by_name(c.name, c.tables, schedule(c))
 
     def init_params(key, batch):
         del batch
         return init(key, net)
 
-    options: dict[str, Any] = {
-        "sampler": functools.partial(sampler, net=net),
-        "accumulate": config.train.accumulate,
-        "init_extra": statistics,
-    }
-    if c.tables == "dense":
-        tx = optax.chain(optax.clip_by_global_norm(c.clip), tx) if c.clip else tx
-        value = functools.partial(loss, net=net, lam=lam, counts=counts)
-        return gradient(init_params, value, tx, rules=embedding.RULES, **options)
-    table_tx = sparse[c.tables](rate)
-    if lam:
+    value = functools.partial(loss, net=net)
+    if table_tx is None:
+        value = functools.partial(value, lam=lam, counts=counts)
+    elif lam:
         names = jax.eval_shape(lambda key: init(key, net), jax.random.key(0))["tables"]
         every = {n: (counts or {}).get(n, np.zeros(len(t))) for n, t in names.items()}
         table_tx = optax.chain(mba_transform(lam, {"tables": every}), table_tx)
     return row_gradient(
         init_params,
-        functools.partial(loss, net=net),
+        value,
         tx,
         table_tx=table_tx,
         ids=functools.partial(ids, net=net),
         clip=c.clip,
+        sampler=functools.partial(sampler, net=net),
         rules=RULES,
-        **options,
+        accumulate=config.train.accumulate,
+        init_extra=statistics,
     )
-
-
-def _check_net(net):
-    choices = {"pooling": POOLING, "normalize": NORMALIZE,
-               "dtype": ("float32", "bfloat16")}  # fmt: skip
-    for name, known in choices.items():
-        value = getattr(net, name)
-        if value not in known:
-            raise ValueError(f"config.net.{name} must be one of {known}, got {value!r}")
-    mlp.check(net.activation, "config.net.activation")
-    mlp.check(net.unit_activation, "config.net.unit_activation")
-    behaviour.check_sizes(net)
-    width = net.item_dim + net.cate_dim
-    if net.project < 0 or (net.product and net.project not in (0, width)):
-        raise ValueError(
-            f"config.net.project must be >= 0, and 0 or {width} with config.net.product, "
-            f"which multiplies with the candidate; got {net.project}"
-        )
 
 
 def _padded(counts, name, net):
@@ -410,16 +301,3 @@ def _padded(counts, name, net):
         )
     count = embedding.padded_rows(vocab, net.rows_multiple)
     return np.pad(counts, (0, count - len(counts)))
-
-
-def _dtype(net):
-    return jnp.bfloat16 if net.dtype == "bfloat16" else None
-
-
-def _affine(params, name, x):
-    """The released code's batch normalisation, whose statistics stay 0 and 1."""
-    if "affine" not in params:
-        return x
-    p = {k: v.reshape((1,) * (x.ndim - 1) + v.shape) for k, v in
-         params["affine"][name].items()}  # fmt: skip
-    return p["scale"] * x / math.sqrt(1.001) + p["bias"]

@@ -539,19 +539,13 @@ def make(config: Any) -> Method:
     """
     net, c, weights = config.net, config.optim, config.method
     _check_net(net)
-    dense = {"adam": optax.adam, "adagrad": optax.adagrad, "sgd": optax.sgd}
-    sparse = {"lazy_adam": rows.lazy_adam, "row_adagrad": rows.row_adagrad,
-              "row_sgd": rows.row_sgd}  # fmt: skip
-    if c.name not in dense or c.tables not in sparse:
-        raise ValueError(
-            f"config.optim.name must be one of {tuple(dense)} and optim.tables of "
-            f"{tuple(sparse)}, got {c.name!r} and {c.tables!r}"
-        )
     if c.lr <= 0 or c.clip < 0 or weights.alpha < 0 or weights.beta <= 0:
         raise ValueError(
             "config.optim.lr and method.beta must be > 0, optim.clip and method.alpha "
             f">= 0, got {c.lr}, {weights.beta}, {c.clip} and {weights.alpha}"
         )
+
+    tx, table_tx = rows.by_name(c.name, c.tables, c.lr)
 
     def init_params(key, batch):
         del batch
@@ -560,8 +554,8 @@ def make(config: Any) -> Method:
     return row_gradient(
         init_params,
         functools.partial(loss, net=net, alpha=weights.alpha, beta=weights.beta),
-        dense[c.name](c.lr),
-        table_tx=sparse[c.tables](c.lr),
+        tx,
+        table_tx=table_tx,
         ids=functools.partial(ids, net=net),
         clip=c.clip,
         sampler=functools.partial(sampler, net=net),

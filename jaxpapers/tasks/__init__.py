@@ -37,6 +37,19 @@ class Task(NamedTuple):
     curve: str = "loss"
 
 
+def named(outputs: Any) -> dict[str, Any]:
+    """Outputs of a sampler by the prefix of their metric: "" for the one compared.
+
+    A sampler that has several models gives a NamedTuple, the one to compare first.
+    """
+    if not hasattr(outputs, "_fields"):
+        return {"": outputs}
+    first, *others = outputs._fields
+    return {"": getattr(outputs, first)} | {
+        f"{name}_": getattr(outputs, name) for name in others
+    }
+
+
 def prepare(config: Any) -> tuple[Any, dict[str, Any]]:
     """A config completed by its data, and what ``make`` takes of them besides it."""
     complete = getattr(_module(config), "prepare", None)
@@ -54,7 +67,7 @@ def load(config: Any, method: Any, mesh: Any) -> Task:
 
 
 def _module(config: Any) -> Any:
-    names = ("language_model", "click", "conversions")
+    names = ("language_model", "click", "conversions", "images")
     if config.data.task not in names:
         raise ValueError(
             f"config.data.task must be one of {names}, got {config.data.task!r}"

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxpapers import mesh as meshes
 from jaxpapers.data import ctr, ctr_files, fetch
 from jaxpapers.ops import ranking
-from jaxpapers.tasks import Task
+from jaxpapers.tasks import Task, named
 
 # Files that a source's folder has to hold, as patterns.
 FILES = {
@@ -92,9 +92,15 @@ def load(config: Any, method: Any, mesh: Any) -> Task:
                 # Two in flight: see tasks.language_model.
                 last, newest = newest, score(state, meshes.put_batch(local, mesh, size))
                 if last is not None:
-                    scores.append(np.asarray(last))
-        scores.append(np.asarray(newest))
-        return _measure(test.samples, np.concatenate(scores)[: len(test)])
+                    scores.append(jax.tree.map(np.asarray, named(last)))
+        scores.append(jax.tree.map(np.asarray, named(newest)))
+        return {
+            f"validation_{name}{metric}": value
+            for name in scores[0]
+            for metric, value in _measure(
+                test.samples, np.concatenate([x[name] for x in scores])[: len(test)]
+            ).items()
+        }
 
     def baselines():
         guesses = {"popularity": ctr.popularity(clicks)}
@@ -166,6 +172,6 @@ def _needs(config: Any) -> tuple[bool, bool]:
 
 def _measure(samples: ctr.Samples, scores: np.ndarray) -> dict[str, float]:
     return {
-        "validation_auc": ranking.auc(samples.label, scores),
-        "validation_gauc": ranking.gauc(samples.user, samples.label, scores),
+        "auc": ranking.auc(samples.label, scores),
+        "gauc": ranking.gauc(samples.user, samples.label, scores),
     }

@@ -437,7 +437,7 @@ def test_make_refuses_nets(changes, message):
     "group, field, value, message",
     [
         ("optim", "name", "lion", "config.optim.name"),
-        ("optim", "tables", "dense", "optim.tables"),
+        ("optim", "tables", "hash", "optim.tables"),
         ("optim", "lr", 0.0, "config.optim.lr"),
         ("method", "alpha", -1.0, "method.alpha"),
         ("train", "accumulate", 0, "train.accumulate"),

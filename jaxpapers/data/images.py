@@ -1,0 +1,227 @@
+"""Labelled pictures: CIFAR and SVHN from their original files, scanned digits.
+
+Pictures are float32 (n, height, width, channels) with values in [0, 1].
+"""
+
+import gzip
+import io
+import pickle
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+# What the pickles of CIFAR are made of; anything else in one is refused.
+_PICKLED = {
+    ("numpy.core.multiarray", "_reconstruct"),
+    ("numpy._core.multiarray", "_reconstruct"),
+    ("numpy", "ndarray"),
+    ("numpy", "dtype"),
+    ("_codecs", "encode"),
+}
+DIGITS_TRAIN = 1348
+
+
+class Split(NamedTuple):
+    """Pictures and their classes, int32."""
+
+    image: np.ndarray
+    label: np.ndarray
+
+
+class Pictures(NamedTuple):
+    """A data set.
+
+    Attributes:
+      train: to learn from.
+      test: to measure on.
+      classes: number of classes.
+      mean: of each channel, to subtract.
+      std: of each channel, to divide by.
+      name: for people.
+    """
+
+    train: Split
+    test: Split
+    classes: int
+    mean: np.ndarray
+    std: np.ndarray
+    name: str
+
+
+class Examples:
+    """Batches of normalised pictures; every epoch in an order of its own.
+
+    Args:
+      pictures: a data set.
+      seed: of the orders.
+    """
+
+    def __init__(self, pictures: Pictures, seed: int = 0):
+        self.pictures = pictures
+        self.seed = seed
+        self._order: tuple[int, Any] = (-1, None)
+
+    def __len__(self) -> int:
+        """Pictures to train on."""
+        return len(self.pictures.train.label)
+
+    def batch(self, start: int, size: int, rows: slice | None = None) -> dict:
+        """Examples ``start`` .. ``start + size`` of the endless stream: image, label.
+
+        Args:
+          start: number of the first example.
+          size: of the global batch.
+          rows: part of it to return; None: all.
+        """
+        numbers = np.arange(start, start + size)[rows or slice(None)]
+        index = np.array([self._epoch(n // len(self))[n % len(self)] for n in numbers])
+        train = self.pictures.train
+        return {
+            "image": normalize(self.pictures, train.image[index]),
+            "label": train.label[index],
+        }
+
+    def _epoch(self, epoch):
+        if self._order[0] != epoch:
+            rng = np.random.default_rng([self.seed, int(epoch)])
+            self._order = (epoch, rng.permutation(len(self)))
+        return self._order[1]
+
+
+def normalize(pictures: Pictures, image: np.ndarray) -> np.ndarray:
+    """Pictures with the data set's mean subtracted, divided by its deviation."""
+    return ((image - pictures.mean) / pictures.std).astype(np.float32)
+
+
+def digits(folder: str | Path) -> Pictures:
+    """Scanned digits, ``digits.csv.gz``: 1,348 to train on and 449 to test.
+
+    The split is that of ``numpy.random.default_rng(0).permutation``.
+
+    Raises:
+      ValueError: a line that is none, with its number.
+    """
+    path = Path(folder) / "digits.csv.gz"
+    with gzip.open(path, "rt") as f:
+        rows = [_digit(path, number, line) for number, line in enumerate(f, 1)]
+    table = np.array(rows, np.int32)
+    order = np.random.default_rng(0).permutation(len(table))
+    image = (table[order, :-1] / 16.0).astype(np.float32).reshape(-1, 8, 8, 1)
+    label = table[order, -1]
+    count = min(DIGITS_TRAIN, len(table) - 1)
+    train = Split(image[:count], label[:count])
+    mean, std = train.image.mean((0, 1, 2)), train.image.std((0, 1, 2))
+    test = Split(image[count:], label[count:])
+    return Pictures(train, test, 10, mean, std, "scanned digits")
+
+
+def cifar(folder: str | Path, classes: int = 10) -> Pictures:
+    """CIFAR-10 or CIFAR-100 from the "python version" files of their authors.
+
+    Args:
+      folder: with data_batch_1 .. 5 and test_batch, or train and test; their usual
+        folder inside it is found too.
+      classes: 10 or 100.
+
+    Raises:
+      FileNotFoundError: a file is missing.
+      ValueError: other classes; a file that holds something else.
+    """
+    if classes not in (10, 100):
+        raise ValueError(f"classes must be 10 or 100, got {classes}")
+    small = classes == 10
+    inside = Path(folder) / ("cifar-10-batches-py" if small else "cifar-100-python")
+    folder = inside if inside.is_dir() else Path(folder)
+    names = [f"data_batch_{i}" for i in range(1, 6)] if small else ["train"]
+    key = b"labels" if small else b"fine_labels"
+    parts = [_cifar_file(folder / name, key, classes) for name in names]
+    train = Split(*(np.concatenate(x) for x in zip(*parts)))
+    test = _cifar_file(folder / ("test_batch" if small else "test"), key, classes)
+    # The released code's numbers for both sets.
+    mean, std = np.array([125.3, 123.0, 113.9]), np.array([63.0, 62.1, 66.7])
+    return Pictures(train, test, classes, mean / 255, std / 255, f"CIFAR-{classes}")
+
+
+def svhn(folder: str | Path) -> Pictures:
+    """SVHN's cropped digits: train_32x32.mat, extra_32x32.mat if there, test_32x32.mat.
+
+    Raises:
+      FileNotFoundError: a file is missing.
+      ValueError: a file that holds something else.
+    """
+    folder = Path(folder)
+    names = ["train_32x32.mat"]
+    names += ["extra_32x32.mat"] if (folder / "extra_32x32.mat").exists() else []
+    parts = [_svhn_file(folder / name) for name in names]
+    train = Split(*(np.concatenate(x) for x in zip(*parts)))
+    mean, std = train.image.mean((0, 1, 2)), train.image.std((0, 1, 2))
+    return Pictures(train, _svhn_file(folder / "test_32x32.mat"), 10, mean, std, "SVHN")
+
+
+def _digit(path, number, line):
+    try:
+        values = [int(float(x)) for x in line.split(",")]
+    except ValueError:
+        values = []
+    good = len(values) == 65 and 0 <= min(values) <= max(values) <= 16
+    if not good or values[-1] > 9:
+        raise ValueError(
+            f"{path}, line {number}: expected 64 grey levels 0 .. 16 and a class 0 .. 9, "
+            f"got {line[:60]!r}"
+        )
+    return values
+
+
+class _Unpickler(pickle.Unpickler):
+    """Reads arrays, lists and dicts and calls nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _PICKLED:
+            raise pickle.UnpicklingError(f"{module}.{name} is not allowed")
+        return super().find_class(module, name)
+
+
+def _cifar_file(path: Path, key: bytes, classes: int) -> Split:
+    data = io.BytesIO(path.read_bytes())
+    try:
+        found = _Unpickler(data, encoding="bytes").load()
+        image, label = np.asarray(found[b"data"]), np.asarray(found[key], np.int32)
+    except (pickle.UnpicklingError, EOFError, KeyError, TypeError) as e:
+        raise ValueError(
+            f"{path}: not a batch of CIFAR-{classes} ({e}); expected a pickled dict with "
+            f"{key.decode()} and data of n x 3072 bytes"
+        ) from e
+    if image.dtype != np.uint8 or image.shape != (len(label), 3072):
+        raise ValueError(
+            f"{path}: data must be uint8 of shape ({len(label)}, 3072), got "
+            f"{image.dtype} {image.shape}"
+        )
+    _check_labels(path, label, classes)
+    # Planes of red, green and blue.
+    image = image.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    return Split((image / 255.0).astype(np.float32), label)
+
+
+def _svhn_file(path: Path) -> Split:
+    from scipy.io import loadmat
+
+    if not path.exists():
+        raise FileNotFoundError(f"no file {path}")
+    try:
+        found = loadmat(path)
+        image, label = found["X"], found["y"].reshape(-1).astype(np.int32)
+    except (ValueError, KeyError, NotImplementedError) as e:
+        raise ValueError(f"{path}: not a file of SVHN ({e}); expected X and y") from e
+    if image.ndim != 4 or image.shape != (32, 32, 3, len(label)):
+        raise ValueError(
+            f"{path}: X must have shape (32, 32, 3, {len(label)}), got {image.shape}"
+        )
+    label = label % 10  # 10 stands for the digit 0.
+    _check_labels(path, label, 10)
+    return Split((image.transpose(3, 0, 1, 2) / 255.0).astype(np.float32), label)
+
+
+def _check_labels(path, label, classes):
+    if len(label) == 0 or label.min() < 0 or label.max() >= classes:
+        raise ValueError(f"{path}: labels must be 0 .. {classes - 1}, got {label[:5]}")

@@ -1,0 +1,231 @@
+"""Wide residual networks whose convolutions and normalisations are separate trees.
+
+Zagoruyko and Komodakis, "Wide Residual Networks", arXiv 1605.07146: three groups of
+pre-activation blocks, widths k, 2 k and 4 k times a base. Two nets may share ``convs``
+and keep their own ``norms``, ``last`` and ``linear``; ``State`` carries the moving
+statistics of the latter.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Key
+
+MOMENTUM = 0.1
+EPS = 1e-5
+
+
+class Block(NamedTuple):
+    """A residual block: channels in and out, stride of its first convolution."""
+
+    fan_in: int
+    fan_out: int
+    stride: int
+
+
+class Moments(NamedTuple):
+    """Moving mean and variance of a batch normalisation, per channel."""
+
+    mean: Any
+    var: Any
+
+
+def blocks(base: int, width: int, counts: tuple[int, ...]) -> dict[str, Block]:
+    """Blocks by name, in order: ``counts[g]`` of them in group g.
+
+    Args:
+      base: channels of the stem.
+      width: k.
+      counts: blocks of each group; WRN-d-k has (d - 4) / 6 in three groups.
+
+    Raises:
+      ValueError: sizes below 1.
+    """
+    if min(base, width, *counts) < 1:
+        raise ValueError(
+            f"base, width and counts must be >= 1, got {base}, {width} and {counts}"
+        )
+    made, fan_in = {}, base
+    for group, count in enumerate(counts):
+        fan_out = base * width * 2**group
+        for i in range(count):
+            stride = 2 if group and not i else 1
+            made[f"group_{group}_block_{i}"] = Block(fan_in, fan_out, stride)
+            fan_in = fan_out
+    return made
+
+
+def conv_kernel(
+    key: Key[Array, ""], size: int, fan_in: int, fan_out: int
+) -> Float[Array, "S S I O"]:
+    """He-normal kernel of a size x size convolution."""
+    init = jax.nn.initializers.he_normal()
+    return init(key, (size, size, fan_in, fan_out))
+
+
+def init_convs(key: Key[Array, ""], layout: Mapping[str, Block]) -> dict:
+    """Kernels of the blocks: two 3 x 3 ones, and a shortcut where channels change."""
+    convs = {}
+    for block_key, (name, b) in zip(jax.random.split(key, len(layout)), layout.items()):
+        first, second, third = jax.random.split(block_key, 3)
+        convs[name] = {
+            "first": conv_kernel(first, 3, b.fan_in, b.fan_out),
+            "second": conv_kernel(second, 3, b.fan_out, b.fan_out),
+        }
+        if b.fan_in != b.fan_out:
+            convs[name]["shortcut"] = conv_kernel(third, 1, b.fan_in, b.fan_out)
+    return convs
+
+
+def init_top(
+    key: Key[Array, ""],
+    key_linear: Key[Array, ""],
+    layout: Mapping[str, Block],
+    classes: int,
+) -> dict:
+    """Norms of the blocks, the last norm and the linear map to the classes.
+
+    Scales are drawn uniformly from [0, 1), as in the code that Rocket Launching used.
+
+    Args:
+      key: of the norms.
+      key_linear: of the linear map.
+      layout: see ``blocks``.
+      classes: number of logits.
+    """
+    channels = list(layout.values())[-1].fan_out
+    keys = jax.random.split(key, 2 * len(layout) + 1)
+
+    def norm(key, n):
+        return {"scale": jax.random.uniform(key, (n,)), "bias": jnp.zeros(n)}
+
+    norms = {
+        name: {
+            "first": norm(keys[2 * i], b.fan_in),
+            "second": norm(keys[2 * i + 1], b.fan_out),
+        }
+        for i, (name, b) in enumerate(layout.items())
+    }
+    kernel = jax.nn.initializers.he_normal()(key_linear, (channels, classes))
+    linear = {"kernel": kernel, "bias": jnp.zeros(classes)}
+    return {"norms": norms, "last": norm(keys[-1], channels), "linear": linear}
+
+
+def statistics(params: dict) -> dict:
+    """First moving statistics of ``norms`` and ``last``."""
+
+    def start(norm):
+        return Moments(jnp.zeros_like(norm["bias"]), jnp.ones_like(norm["bias"]))
+
+    norms = {
+        name: {place: start(norm) for place, norm in block.items()}
+        for name, block in params["norms"].items()
+    }
+    return {"norms": norms, "last": start(params["last"])}
+
+
+def conv(
+    x: Float[Array, "B H W I"], kernel: Float[Array, "S S I O"], stride: int = 1
+) -> Float[Array, "B _ _ O"]:
+    """Convolution with the padding that keeps the size at stride 1."""
+    pad = kernel.shape[0] // 2
+    return lax.conv_general_dilated(
+        x, kernel, (stride, stride), ((pad, pad), (pad, pad)),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )  # fmt: skip
+
+
+def batch_norm(
+    params: dict,
+    moments: Moments,
+    x: Float[Array, "B H W C"],
+    *,
+    train: bool,
+    mask: Bool[Array, " B"] | None = None,
+) -> tuple[Float[Array, "B H W C"], Moments]:
+    """Batch normalisation over rows and places; the moving variance is the unbiased one.
+
+    Args:
+      params: scale and bias.
+      moments: moving statistics.
+      x: input.
+      train: statistics of the batch, which under ``jax.jit`` is the global one.
+      mask: False at rows that count nowhere.
+    """
+    if train:
+        seen = jnp.ones(len(x)) if mask is None else mask.astype(jnp.float32)
+        seen = seen[:, None, None, None]
+        count = jnp.maximum(seen.sum() * x.shape[1] * x.shape[2], 1)
+        mean = (x * seen).sum((0, 1, 2)) / count
+        var = (jnp.square(x - _to(mean, x)) * seen).sum((0, 1, 2)) / count
+        unbiased = var * count / jnp.maximum(count - 1, 1)
+        moved = (mean, unbiased)
+        moments = Moments(
+            *((1 - MOMENTUM) * old + MOMENTUM * lax.stop_gradient(new)
+              for old, new in zip(moments, moved))
+        )  # fmt: skip
+    else:
+        mean, var = moments
+    x = (x - _to(mean, x)) * lax.rsqrt(_to(var, x) + EPS)
+    return x * _to(params["scale"], x) + _to(params["bias"], x), moments
+
+
+def apply(
+    params: dict,
+    state: dict,
+    x: Float[Array, "B H W C"],
+    layout: Mapping[str, Block],
+    *,
+    train: bool,
+    mask: Bool[Array, " B"] | None = None,
+    key: Key[Array, ""] | None = None,
+    dropout: Mapping[str, float] | None = None,
+) -> tuple[Float[Array, "B classes"], Float[Array, "B F"], dict]:
+    """Logits of what the stem gave.
+
+    Args:
+      params: convs, norms, last, linear; ``convs`` may hold more blocks than the layout.
+      state: see ``statistics``.
+      x: output of the stem.
+      layout: see ``blocks``.
+      train: statistics of the batch, dropout.
+      mask: see ``batch_norm``.
+      key: of the dropout.
+      dropout: rate between the convolutions of the named blocks.
+
+    Returns:
+      Logits, the pooled features below them, and the statistics to use next.
+    """
+    norms = {}
+
+    def norm_relu(name, place, x):
+        y, norms.setdefault(name, {})[place] = batch_norm(
+            params["norms"][name][place], state["norms"][name][place], x,
+            train=train, mask=mask,
+        )  # fmt: skip
+        return jax.nn.relu(y)
+
+    for i, (name, block) in enumerate(layout.items()):
+        convs, rate = params["convs"][name], (dropout or {}).get(name, 0.0)
+        y = norm_relu(name, "first", x)
+        short = conv(y, convs["shortcut"], block.stride) if "shortcut" in convs else x
+        if "shortcut" not in convs and block.stride > 1:
+            short = x[:, :: block.stride, :: block.stride]
+        y = norm_relu(name, "second", conv(y, convs["first"], block.stride))
+        if train and rate:
+            if key is None:
+                raise ValueError("dropout needs a key")
+            keep = jax.random.bernoulli(jax.random.fold_in(key, i), 1 - rate, y.shape)
+            y = jnp.where(keep, y / (1 - rate), 0.0)
+        x = short + conv(y, convs["second"])
+    x, last = batch_norm(params["last"], state["last"], x, train=train, mask=mask)
+    pooled = jax.nn.relu(x).mean((1, 2))
+    logits = pooled @ params["linear"]["kernel"] + params["linear"]["bias"][None]
+    return logits, pooled, {"norms": norms, "last": last}
+
+
+def _to(v, x):
+    return v.reshape((1,) * (x.ndim - 1) + (-1,))
