@@ -9,12 +9,12 @@ results/delayed_feedback.json beside this and prints the table as Markdown.
 
 import json
 import os
-import platform
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+from timing import header  # noqa: E402
 
 from jaxpapers.config import load_config  # noqa: E402
 from jaxpapers.tasks import conversions  # noqa: E402
@@ -31,13 +31,9 @@ def main() -> None:
         SEEDS,
         progress=lambda name: print(f"{name} ...", flush=True),
     )
+    packages = ("jax", "jaxlib", "flax", "optax", "numpy")
     result = {
-        "command": "python benchmarks/delayed_feedback.py",
-        "versions": {
-            p: version(p) for p in ("jax", "jaxlib", "flax", "optax", "numpy")
-        },
-        "python": platform.python_version(),
-        "cores": os.cpu_count(),
+        **header("python benchmarks/delayed_feedback.py", *packages),
         "seeds": SEEDS,
         "seconds": time.monotonic() - began,
         "rows": {r.method: {k: v.tolist() for k, v in r.values.items()} for r in rows},

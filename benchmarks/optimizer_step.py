@@ -16,11 +16,7 @@ Writes results/optimizer_step.json (or the name given by --out) beside this.
 import argparse
 import json
 import os
-import platform
-import statistics
 import sys
-import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 # As the command line does, and before SciPy is imported.
@@ -30,6 +26,7 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import optax  # noqa: E402
+from timing import header, measure  # noqa: E402
 
 from jaxpapers import optim  # noqa: E402
 
@@ -113,27 +110,6 @@ def torch_steps(shape, microsoft: str | None) -> dict:
     return made
 
 
-def measure(steps: dict, repetitions: int) -> dict:
-    """Medians of milliseconds of process CPU time and wall time, interleaved."""
-    cpu: dict[str, list[float]] = {name: [] for name in steps}
-    wall: dict[str, list[float]] = {name: [] for name in steps}
-    for i in range(repetitions):
-        for name, run in steps.items():
-            if i and name == ONCE:
-                continue
-            began, began_cpu = time.perf_counter(), time.process_time()
-            run()
-            wall[name].append(time.perf_counter() - began)
-            cpu[name].append(time.process_time() - began_cpu)
-    return {
-        name: {
-            "cpu_ms": 1000 * statistics.median(cpu[name]),
-            "wall_ms": 1000 * statistics.median(wall[name]),
-        }
-        for name in steps
-    }
-
-
 def pieces(shape) -> dict:
     """What a rank-1/4 step is made of: its products and its orthonormalisation."""
     l, s = max(shape), min(shape)
@@ -178,7 +154,7 @@ def matrix(shape, repetitions: int, microsoft: str | None) -> dict:
     """Measures one shape."""
     steps = {**jax_steps(shape), **torch_steps(shape, microsoft)}
     steps.update(pieces(shape))
-    times = measure(steps, repetitions)
+    times = measure(steps, repetitions, once=(ONCE,))
     l, s = max(shape), min(shape)
     plain = 2 * l * s * (s // 4) / times["matrix product l x s x s/4"]["wall_ms"] / 1e6
     flops = dion_flops(shape, 0.25)
@@ -241,17 +217,6 @@ def stacked(repetitions: int) -> dict:
     }
 
 
-def versions() -> dict:
-    """Versions of what was measured."""
-    found = {}
-    for name in ("jax", "jaxlib", "optax", "torch", "numpy"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
-    return found
-
-
 def main() -> None:
     """Measures everything and writes it."""
     parser = argparse.ArgumentParser()
@@ -263,11 +228,9 @@ def main() -> None:
     )
     options = parser.parse_args()
     repetitions = 1 if options.quick else options.repetitions
+    packages = ("jax", "jaxlib", "optax", "torch", "numpy")
     result = {
-        "command": "python benchmarks/optimizer_step.py",
-        "versions": versions(),
-        "python": platform.python_version(),
-        "cores": os.cpu_count(),
+        **header("python benchmarks/optimizer_step.py", *packages),
         "device": str(jax.devices()[0].device_kind),
         "repetitions": repetitions,
         "matrices": {},

@@ -92,11 +92,12 @@ def get_config(preset: str | None = None) -> ConfigDict:
         config.net.update(item_dim=16, cate_dim=8, user_dim=0, rows_multiple=8)
         config.net.update(std=0.05, item_bias=True, state=24, pooled="mean")
         config.net.update(product=False, hidden=(64, 32), aux_hidden=(50,))
-        config.optim.update(lr=2e-3, halve_every=0)
+        config.optim.update(tables="dense", lr=2e-3, halve_every=0)
         config.method.aux_weight = 0.0
         # 2 epochs of 179,254 rows.
         config.train.update(steps=700, eval_every=350, save_minutes=1.0)
     if preset == "smoke":
+        config.optim.tables = "lazy_adam"
         config.data.update(history=20, batch=256)
         config.method.aux_weight = 1.0
         config.optim.lr = 0.01

@@ -97,10 +97,11 @@ def get_config(preset: str | None = None) -> ConfigDict:
         config.net.update(rows_multiple=8, std=0.05, search="hard", k=20, skip=0)
         config.net.update(gsu_hidden=(64, 32), gsu_pool="mean", heads=1, short=20)
         config.net.update(unit=(36,), hidden=(64, 32), item_bias=True)
-        config.optim.lr = 2e-3
+        config.optim.update(tables="dense", lr=2e-3)
         # 2 epochs of 179,254 rows.
         config.train.update(steps=700, eval_every=350, save_minutes=1.0)
     if preset == "smoke":
+        config.optim.tables = "lazy_adam"
         config.data.history = 50
         config.optim.lr = 0.01
         config.train.update(steps=100, eval_every=0)

@@ -83,6 +83,7 @@ def _train(options, overrides) -> int:
             config_path=options.config,
             mesh=options.mesh,
             seeds=options.seeds,
+            alone=options.alone,
             fresh=options.fresh,
             dry_run=options.dry_run,
             quiet=options.quiet,
@@ -227,6 +228,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--seeds", type=int, default=1, metavar="N",
                      help="train N times and report mean and spread")  # fmt: skip
+    sub.add_argument("--alone", action="store_true",
+                     help="without the models it is compared with")  # fmt: skip
     sub.add_argument("--fresh", action="store_true",
                      help="refuse a workdir that holds checkpoints")  # fmt: skip
     sub.add_argument("--quiet", action="store_true", help="results only")

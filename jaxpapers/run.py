@@ -54,6 +54,7 @@ def train(
     config_path: str | None = None,
     mesh: str | None = None,
     seeds: int = 1,
+    alone: bool = False,
     fresh: bool = False,
     dry_run: bool = False,
     quiet: bool = False,
@@ -73,6 +74,7 @@ def train(
       mesh: "data:4,model:2"; default all devices on ``data``.
       seeds: runs with ``train.seed``, ``train.seed + 1``, ..., in folders ``seed<n>`` if
         there are several; their mean and spread are reported.
+      alone: without the rivals.
       fresh: start anew; refuses a workdir that holds checkpoints.
       dry_run: check, compile, print memory and cost; write nothing.
       quiet: print results only.
@@ -123,7 +125,8 @@ def train(
 
     state, final = run("", config, first_seed)
     found = {"this model": [final]}
-    for label, own in {"": config, **papers.rivals(name, config)}.items():
+    rivals = {} if alone else papers.rivals(name, config)
+    for label, own in {"": config, **rivals}.items():
         runs = found.setdefault(label or "this model", [])
         for seed in range(first_seed + len(runs), first_seed + seeds):
             runs.append(run(label, own, seed)[1])
@@ -136,7 +139,10 @@ def train(
         console.print("[bold]sample[/]")
         console.print(config.train.prompt + text, markup=False, soft_wrap=True)
     if jax.process_index() == 0:
-        summary = {"metric": task.metric, "runs": rows, "baselines": baselines}
+        summary = {
+            "metric": task.metric, "runs": rows, "baselines": baselines,
+            "evaluations": found,
+        }  # fmt: skip
         (folder / "comparison.json").write_text(json.dumps(summary) + "\n")
         try:
             curves = [folder / f"seed{first_seed + i}" for i in range(seeds)]

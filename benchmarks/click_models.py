@@ -1,0 +1,195 @@
+"""Click models on MovieLens-100k: every model of the README, three seeds, and its gates.
+
+    python benchmarks/click_models.py             every row (an hour on two cores)
+    python benchmarks/click_models.py DIN         rows whose name contains the word
+
+A row is one ``jaxpapers train`` with its config fields. Hyper-parameters are those of the
+presets; what the presets leave open was chosen on none of these numbers. Writes
+results/click_models.json and .png beside this, row by row; a row that is there already is
+computed again only if its command changed. Gates were fixed before the first run; each is
+printed with what was found.
+"""
+
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+from timing import header  # noqa: E402
+
+from jaxpapers import run  # noqa: E402
+
+OUT = Path(__file__).parent / "results" / "click_models.json"
+SEEDS = 3
+
+N, R = "next item", "rating"
+RATING = {"data.target": "rating"}
+# Task, row -> preset and its fields.
+ROWS = {
+    (N, "logistic regression"): ("din:ml100k", {
+        "net.pooling": "sum", "net.item_dim": 1, "net.cate_dim": 1, "net.hidden": (),
+    }),
+    (N, "Base, mean pooling"): ("din:ml100k", {"net.pooling": "mean"}),
+    (N, "DIN, softmax"): ("din:ml100k", {}),
+    (N, "DIN, plain weights"): ("din:ml100k", {"net.normalize": "none"}),
+    (N, "DIN, softmax, 2 epochs"): ("din:ml100k", {"train.steps": 700}),
+    (N, "DIEN without auxiliary loss"): ("dien:ml100k", {}),
+    (N, "DIEN with auxiliary loss"): ("dien:ml100k", {"method.aux_weight": 1.0}),
+    (N, "SIM, hard"): ("sim:ml100k", {}),
+    (N, "SIM, soft"): ("sim:ml100k", {"net.search": "soft"}),
+    (N, "average of the long history"): ("sim:ml100k", {"net.search": "average"}),
+    (N, "Rocket, light net"): ("rocket:ml100k", {}),
+    (N, "Rocket without block"): ("rocket:ml100k", {"method.block": "none"}),
+    (N, "light net alone"): ("rocket:ml100k", {"method.nets": "light"}),
+    (N, "booster alone"): ("rocket:ml100k", {"method.nets": "booster"}),
+    (N, "DIN, labels shuffled"): ("din:ml100k", {"data.shuffled": True}),
+    (R, "Base, mean pooling"): ("din:ml100k", {
+        **RATING, "net.pooling": "mean", "optim.lr": 1e-3, "train.steps": 297,
+    }),
+    (R, "DIN, softmax"): ("din:ml100k", {
+        **RATING, "optim.lr": 1e-3, "train.steps": 297,
+    }),
+    (R, "DIN, softmax, mini-batch aware L2"): ("din:ml100k", {
+        **RATING, "optim.lr": 1e-3, "train.steps": 297, "method.mba": 1.0,
+    }),
+}  # fmt: skip
+
+
+def compute(target: str, fields: dict) -> dict:
+    """Trains one row; its evaluations and the baselines of its task."""
+    overrides = [f"--config.{k}={v}" for k, v in fields.items()]
+    began, cpu = time.monotonic(), time.process_time()
+    with tempfile.TemporaryDirectory() as folder:
+        run.train(
+            target, overrides, workdir=folder, seeds=SEEDS, alone=True, quiet=True
+        )
+        found = json.loads((Path(folder) / "comparison.json").read_text())
+    return {
+        "command": ["train", target, *overrides, "--seeds", str(SEEDS), "--alone"],
+        "evaluations": found["evaluations"]["this model"],
+        "baselines": found["baselines"],
+        "seconds": time.monotonic() - began,
+        "cpu_seconds": time.process_time() - cpu,
+    }
+
+
+def mean(row: dict, metric: str = "auc") -> float:
+    """Mean over the seeds."""
+    values = [x[f"validation_{metric}"] for x in row["evaluations"]]
+    return sum(values) / len(values)
+
+
+def gates(rows: dict) -> list[tuple[str, float, float]]:
+    """Name, what was found and the least it should be, of the rows that are there."""
+    auc = {
+        (task, name): mean(rows[task][name])
+        for task in rows
+        for name in rows[task]
+    }  # fmt: skip
+    base, din = auc.get((N, "Base, mean pooling")), auc.get((N, "DIN, softmax"))
+    short, dien = (auc.get((N, x)) for x in
+                   ("DIN, softmax, 2 epochs", "DIEN without auxiliary loss"))  # fmt: skip
+    hard, average = (auc.get((N, x)) for x in
+                     ("SIM, hard", "average of the long history"))  # fmt: skip
+    light, alone = (auc.get((N, x)) for x in
+                    ("Rocket, light net", "light net alone"))  # fmt: skip
+    found = []
+
+    def gate(name, least, value, *needs):
+        if None not in needs:
+            found.append((name, value(), least()))
+
+    gate("Base", lambda: 0.795, lambda: base, base)
+    gate("DIN", lambda: 0.812, lambda: din, din)
+    gate("DIN above Base", lambda: base + 0.005, lambda: din, din, base)
+    gate("DIEN", lambda: 0.830, lambda: dien, dien)
+    gate("DIEN above DIN at 2 epochs", lambda: short + 0.010, lambda: dien, dien, short)
+    gate("SIM hard", lambda: 0.812, lambda: hard, hard)
+    gate("SIM hard above DIN at 2 epochs", lambda: short + 0.003, lambda: hard, hard,
+         short)  # fmt: skip
+    gate("SIM hard beside the average", lambda: average - 0.008, lambda: hard, hard,
+         average)  # fmt: skip
+    gate("Rocket's light net beside it alone", lambda: alone - 0.003, lambda: light,
+         light, alone)  # fmt: skip
+    shuffled = auc.get((N, "DIN, labels shuffled"))
+    gate("labels shuffled: .50 +- .01", lambda: 0.0,
+         lambda: 0.01 - abs(shuffled - 0.5), shuffled)  # fmt: skip
+    mba = auc.get((R, "DIN, softmax, mini-batch aware L2"))
+    gate("mini-batch aware L2, rating", lambda: 0.70, lambda: mba, mba)
+    return found
+
+
+def render(rows: dict) -> str:
+    """The rows as Markdown."""
+    lines = []
+    for task, own in rows.items():
+        lines += [f"| {task} | AUC, mean of {SEEDS} | max - min | GAUC | seconds |",
+                  "|---|---|---|---|---|"]  # fmt: skip
+        baselines = next(iter(own.values()))["baselines"]
+        lines += [
+            f"| {name} | {value:.4f} | | | |" for name, value in baselines.items()
+        ]
+        for name, row in own.items():
+            values = [x["validation_auc"] for x in row["evaluations"]]
+            lines.append(
+                f"| {name} | {mean(row):.4f} | {max(values) - min(values):.4f} | "
+                f"{mean(row, 'gauc'):.4f} | {row['seconds'] / SEEDS:.0f} |"
+            )
+        lines.append("")
+    return "\n".join(lines)
+
+
+def plot(rows: dict) -> None:
+    """Seeds of every row of the first task, as points."""
+    from matplotlib.figure import Figure
+
+    own = rows.get(N, {})
+    figure = Figure(figsize=(7, 0.35 * len(own) + 1.2), layout="constrained")
+    axes = figure.subplots()
+    names = sorted(own, key=lambda n: mean(own[n]))
+    for y, name in enumerate(names):
+        values = [x["validation_auc"] for x in own[name]["evaluations"]]
+        axes.plot(values, [y] * len(values), "o", ms=5, alpha=0.7)
+    axes.set_yticks(range(len(names)), names)
+    axes.set_xlabel("AUC of the next item, MovieLens-100k, one point per seed")
+    axes.grid(axis="x", alpha=0.3)
+    figure.savefig(OUT.with_suffix(".png"), dpi=120)
+
+
+def main() -> None:
+    """Computes the missing rows."""
+    word = sys.argv[1] if len(sys.argv) > 1 else ""
+    rows = json.loads(OUT.read_text())["rows"] if OUT.exists() else {}
+    for (task, name), (target, fields) in ROWS.items():
+        overrides = [f"--config.{k}={v}" for k, v in fields.items()]
+        command = ["train", target, *overrides, "--seeds", str(SEEDS), "--alone"]
+        done = rows.get(task, {}).get(name, {}).get("command") == command
+        if word not in name or done:
+            continue
+        print(f"{task}: {name} ...", flush=True)
+        rows.setdefault(task, {})[name] = compute(target, fields)
+        OUT.parent.mkdir(exist_ok=True)
+        result = header(
+            "python benchmarks/click_models.py",
+            "jax",
+            "jaxlib",
+            "flax",
+            "optax",
+            "numpy",
+        )
+        OUT.write_text(json.dumps({**result, "rows": rows}, indent=1) + "\n")
+    order = {task: {n: rows[task][n] for t, n in ROWS if t == task and n in rows[task]}
+             for task in rows}  # fmt: skip
+    print(render(order))
+    for name, value, least in gates(order):
+        print(f"{'passed' if value >= least else 'MISSED'}: {name}: {value:.4f}, "
+              f"gate {least:.4f}")  # fmt: skip
+    plot(order)
+
+
+if __name__ == "__main__":
+    main()
