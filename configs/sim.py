@@ -28,6 +28,7 @@ def get_config(preset: str | None = None) -> ConfigDict:
                 "target": "next_item",  # rating; of ml-100k
                 "order": "row",  # of equal times in ml-100k; id
                 "categories": "first",  # genre of ml-100k; combination
+                "split": "test",  # validation: of some training users, to tune on
                 "shuffled": False,  # labels permuted: nothing can be learned
                 "history": 500,  # last items of a user's past
                 "batch": 128,

@@ -439,6 +439,33 @@ def shuffle_labels(clicks: Clicks, seed: int = 0) -> Clicks:
     return clicks._replace(train=clicks.train._replace(label=label))
 
 
+def hold_out(clicks: Clicks, share: float = 0.2, seed: int = 0) -> Clicks:
+    """A validation split: some users' training samples in place of the test samples.
+
+    For choices of hyper-parameters: the test samples are gone, and what is reported on
+    them later has not been seen.
+
+    Args:
+      clicks: a data set.
+      share: of the users.
+      seed: of the choice.
+
+    Raises:
+      ValueError: a share that leaves one of the splits without users.
+    """
+    users = np.unique(clicks.train.user)
+    count = round(share * len(users))
+    if not 0 < count < len(users):
+        raise ValueError(
+            f"hold_out needs a share that leaves users on both sides, got {share} of "
+            f"{len(users)} users"
+        )
+    held = np.random.default_rng(seed).permutation(users)[:count]
+    held = np.isin(clicks.train.user, held)
+    train, test = (Samples(*(x[rows] for x in clicks.train)) for rows in (~held, held))
+    return clicks._replace(train=train, test=test)
+
+
 def check(clicks: Clicks, split: str = "train") -> None:
     """Checks that a split is not empty and that its arrays fit together.
 

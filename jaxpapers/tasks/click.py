@@ -31,6 +31,7 @@ _READERS: dict[str, Callable] = {
     "mimn": ctr_files.mimn_text,
 }
 TARGETS = ("next_item", "rating")
+SPLITS = ("test", "validation")
 _VOCABULARIES = {"item": "item_vocab", "cate": "cate_vocab", "user": "user_vocab"}
 
 
@@ -123,18 +124,23 @@ def load(config: Any, method: Any, mesh: Any) -> Task:
 
 
 def read(config: Any) -> ctr.Clicks:
-    """The data that ``config.data`` names: source, path, target, order, shuffled.
+    """The data that ``config.data`` names: source, path, target, order, split, shuffled.
 
     Raises:
       FileNotFoundError: files that are not there; says which, and where to get them.
       ValueError: unknown names.
     """
     c = config.data
-    return _read(c.source, c.path, c.target, c.order, c.categories, c.shuffled, c.seed)
+    clicks = _read(c.source, c.path, c.target, c.order, c.categories)
+    if c.split not in SPLITS:
+        raise ValueError(f"config.data.split must be one of {SPLITS}, got {c.split!r}")
+    if c.split == "validation":
+        clicks = ctr.hold_out(clicks, seed=c.seed)
+    return ctr.shuffle_labels(clicks, c.seed) if c.shuffled else clicks
 
 
 @functools.lru_cache(maxsize=2)
-def _read(source, path, target, order, categories, shuffled, seed) -> ctr.Clicks:
+def _read(source, path, target, order, categories) -> ctr.Clicks:
     if target not in TARGETS:
         raise ValueError(f"config.data.target must be one of {TARGETS}, got {target!r}")
     if source == "ml-100k":
@@ -147,7 +153,7 @@ def _read(source, path, target, order, categories, shuffled, seed) -> ctr.Clicks
         raise ValueError(
             f"config.data.source must be one of {('ml-100k', *_READERS)}, got {source!r}"
         )
-    return ctr.shuffle_labels(clicks, seed) if shuffled else clicks
+    return clicks
 
 
 def _files(source: str, path: str) -> list[Path]:

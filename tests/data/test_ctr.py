@@ -236,6 +236,18 @@ def test_baselines_see_training_only(ratings):
     assert shuffled.test is test
 
 
+def test_hold_out_takes_users_of_the_training_part(clicks):
+    held = ctr.hold_out(clicks, 0.25, seed=1)
+    left, users = set(held.train.user), set(held.test.user)
+    assert not left & users and left | users == set(clicks.train.user)
+    assert len(users) == round(0.25 * len(left | users))
+    assert len(held.train.label) + len(held.test.label) == len(clicks.train.label)
+    other = ctr.hold_out(clicks, 0.25, seed=1)
+    np.testing.assert_array_equal(held.test.item, other.test.item)
+    with pytest.raises(ValueError, match="users on both sides"):
+        ctr.hold_out(clicks, 1.0)
+
+
 def test_errors_name_field_and_bound(clicks, ratings):
     with pytest.raises(
         ValueError, match="length of hist_item must be at least 1, got 0"
