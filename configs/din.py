@@ -95,8 +95,9 @@ def get_config(preset: str | None = None) -> ConfigDict:
         )
         config.net.update(rows_multiple=8, unit=(36,), hidden=(64, 32))
         config.net.update(normalize="softmax", std=0.05)
-        # A small table: every row moves, as in the runs that the gates are from.
-        config.optim.update(name="adam", tables="dense", lr=2e-3, drop_at=0)
+        # A small table: every row moves, as in the runs that the gates are from. The rate
+        # is the best of 1, 2, 4, 8 and 16e-3 on held-out training users.
+        config.optim.update(name="adam", tables="dense", lr=8e-3, drop_at=0)
         # 3 epochs of 179,254 rows.
         config.train.update(steps=1050, eval_every=350, save_minutes=1.0)
     if preset == "smoke":

@@ -1,0 +1,144 @@
+"""Pictures: original files that the test writes, order of batches, what is refused."""
+
+import gzip
+import pickle
+
+import numpy as np
+import pytest
+from scipy.io import savemat
+
+from jaxpapers.data import images
+
+
+def write_digits(folder, count=20, bad=""):
+    rng = np.random.default_rng(0)
+    rows = np.concatenate(
+        [rng.integers(0, 17, (count, 64)), rng.integers(0, 10, (count, 1))], 1
+    )
+    lines = [",".join(map(str, row)) for row in rows]
+    if bad:
+        lines[3] = bad
+    with gzip.open(folder / "digits.csv.gz", "wt") as f:
+        f.write("\n".join(lines) + "\n")
+    return rows
+
+
+def test_digits(tmp_path):
+    rows = write_digits(tmp_path)
+    found = images.digits(tmp_path)
+    assert len(found.train.label) == 19 and len(found.test.label) == 1
+    order = np.random.default_rng(0).permutation(20)
+    np.testing.assert_array_equal(found.train.label, rows[order[:19], -1])
+    np.testing.assert_allclose(
+        found.test.image[0, ..., 0], rows[order[19], :-1].reshape(8, 8) / 16
+    )
+    assert found.train.image.dtype == np.float32
+    normal = images.normalize(found, found.train.image)
+    assert normal.dtype == np.float32
+    assert abs(normal.mean()) < 1e-5 and abs(normal.std() - 1) < 1e-5
+
+
+@pytest.mark.parametrize("bad", ["1,2,3", ",".join(["17"] * 64 + ["1"]), "x"])
+def test_a_malformed_digit_names_its_line(tmp_path, bad):
+    write_digits(tmp_path, bad=bad)
+    with pytest.raises(ValueError, match="line 4"):
+        images.digits(tmp_path)
+
+
+def cifar_batch(count, key, classes, seed=0):
+    rng = np.random.default_rng(seed)
+    data = rng.integers(0, 256, (count, 3072)).astype(np.uint8)
+    return {b"data": data, key: rng.integers(0, classes, count).tolist()}
+
+
+def test_cifar_planes_and_files(tmp_path):
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    names = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
+    batches = [cifar_batch(2, b"labels", 10, i) for i in range(6)]
+    for name, batch in zip(names, batches):
+        (folder / name).write_bytes(pickle.dumps(batch, protocol=2))
+    found = images.cifar(tmp_path)
+    assert found.train.image.shape == (10, 32, 32, 3)
+    assert found.train.label.tolist() == sum((b[b"labels"] for b in batches[:5]), [])
+    plain = batches[0][b"data"][0]
+    # Byte 1024 is the first green one, byte 33 the red of row 1, column 1.
+    assert found.train.image[0, 0, 0, 1] == np.float32(plain[1024] / 255)
+    assert found.train.image[0, 1, 1, 0] == np.float32(plain[33] / 255)
+    np.testing.assert_allclose(found.mean * 255, [125.3, 123.0, 113.9])
+    (folder / "data_batch_3").unlink()
+    with pytest.raises(FileNotFoundError, match="data_batch_3"):
+        images.cifar(tmp_path)
+
+
+def test_cifar_100_takes_the_fine_labels(tmp_path):
+    for name in ("train", "test"):
+        batch = cifar_batch(3, b"fine_labels", 100)
+        (tmp_path / name).write_bytes(pickle.dumps(batch, protocol=2))
+    assert images.cifar(tmp_path, 100).classes == 100
+    with pytest.raises(ValueError, match="10 or 100"):
+        images.cifar(tmp_path, 20)
+
+
+class Evil:
+    def __reduce__(self):
+        import os
+
+        return os.system, ("touch evil",)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (pickle.dumps({b"data": Evil(), b"fine_labels": []}), "not allowed"),
+        (
+            pickle.dumps({b"data": np.zeros((1, 3), np.uint8), b"fine_labels": [1]}),
+            "3072",
+        ),
+        (pickle.dumps({b"data": np.zeros((1, 3072), np.uint8)}), "fine_labels"),
+        (b"", "not a batch"),
+        (
+            pickle.dumps(
+                {b"data": np.zeros((1, 3072), np.uint8), b"fine_labels": [100]}
+            ),
+            "0 .. 99",
+        ),
+    ],
+)  # fmt: skip
+def test_cifar_refuses(tmp_path, monkeypatch, content, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        images.cifar(tmp_path, 100)
+    assert not (tmp_path / "evil").exists()
+
+
+def test_svhn(tmp_path):
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 256, (32, 32, 3, 4)).astype(np.uint8)
+    for name in ("train", "test"):
+        savemat(tmp_path / f"{name}_32x32.mat", {"X": x, "y": [[10], [1], [9], [10]]})
+    found = images.svhn(tmp_path)
+    assert found.train.label.tolist() == [0, 1, 9, 0]
+    assert found.train.image[1, 2, 3, 0] == np.float32(x[2, 3, 0, 1] / 255)
+    savemat(tmp_path / "extra_32x32.mat", {"X": x, "y": [[1]] * 4})
+    assert len(images.svhn(tmp_path).train.label) == 8
+    savemat(tmp_path / "test_32x32.mat", {"X": x[:16], "y": [[1]] * 4})
+    with pytest.raises(ValueError, match="32, 32, 3, 4"):
+        images.svhn(tmp_path)
+
+
+def test_every_epoch_has_every_picture_once(tmp_path):
+    write_digits(tmp_path)
+    examples = images.Examples(images.digits(tmp_path), seed=3)
+    size = len(examples)
+    first, second = (examples.batch(i * size, size) for i in range(2))
+    for batch in (first, second):
+        assert sorted(batch["label"]) == sorted(examples.pictures.train.label)
+    assert (first["image"] != second["image"]).any()
+    # A batch does not depend on how it is asked for.
+    whole = examples.batch(size - 4, 8)
+    part = examples.batch(size - 4, 8, slice(2, 6))
+    np.testing.assert_array_equal(whole["image"][2:6], part["image"])
+    again = images.Examples(examples.pictures, seed=3).batch(0, size)
+    np.testing.assert_array_equal(again["image"], first["image"])
