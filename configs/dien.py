@@ -51,6 +51,7 @@ def get_config(preset: str | None = None) -> ConfigDict:
                 "variant": "augru",  # gru, aigru, agru, augru_released
                 "attention": "bilinear",  # din: the released code's
                 "unit": (80, 40),  # hidden layers of the latter
+                "unit_chunk": 0,  # rows of a training step at a time; 0: all
                 "aux": "concat",  # inner
                 "aux_hidden": (100, 50),
                 "pooled": "sum",  # mean, none: of the history, as input of the MLP
@@ -93,7 +94,8 @@ def get_config(preset: str | None = None) -> ConfigDict:
         config.net.update(item_dim=16, cate_dim=8, user_dim=0, rows_multiple=8)
         config.net.update(std=0.05, item_bias=True, state=24, pooled="mean")
         config.net.update(product=False, hidden=(64, 32), aux_hidden=(50,))
-        config.optim.update(tables="dense", lr=2e-3, halve_every=0)
+        # The rate is the best of 2, 4 and 8e-3 on held-out training users.
+        config.optim.update(tables="dense", lr=8e-3, halve_every=0)
         config.method.aux_weight = 0.0
         # 2 epochs of 179,254 rows.
         config.train.update(steps=700, eval_every=350, save_minutes=1.0)

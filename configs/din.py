@@ -48,6 +48,7 @@ def get_config(preset: str | None = None) -> ConfigDict:
                 "pooling": "attention",  # mean, sum: the Base model
                 "normalize": "none",  # softmax, softmax_scaled
                 "unit": (80, 40),
+                "unit_chunk": 0,  # rows of a training step at a time; 0: all
                 "unit_activation": "sigmoid",
                 "hidden": (80, 40),
                 "activation": "dice",
@@ -100,6 +101,8 @@ def get_config(preset: str | None = None) -> ConfigDict:
         config.optim.update(name="adam", tables="dense", lr=8e-3, drop_at=0)
         # 3 epochs of 179,254 rows.
         config.train.update(steps=1050, eval_every=350, save_minutes=1.0)
+    if preset == "ml100k":
+        config.net.unit_chunk = 64  # For CPUs.
     if preset == "smoke":
         config.optim.tables = "lazy_adam"
         config.optim.lr = 0.01

@@ -3,7 +3,9 @@
 import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from jaxpapers.nets import mlp
@@ -20,6 +22,7 @@ def activation_unit(
     activation: str = "sigmoid",
     train: bool = False,
     dtype: Any = None,
+    chunk: int = 0,
     **options: Any,
 ) -> tuple[Float[Array, "*scores T"], dict[str, DiceState]]:
     """Scores of history items for a candidate (DIN, arXiv 1706.06978, section 4.3).
@@ -34,11 +37,31 @@ def activation_unit(
       activation: of the hidden layers.
       train: statistics of the batch.
       dtype: of the first layer's products, e.g. bfloat16, summed in float32.
+      chunk: rows that are computed at a time in training, again for the gradient, which
+        bounds memory (and keeps a CPU in its cache); 0: all. Not for Dice, whose
+        statistics are the whole batch's.
       options: of ``nets.mlp.dice``.
 
     Returns:
       Scores, one per item and candidate, and Dice's statistics to use next.
+
+    Raises:
+      ValueError: widths that do not fit; a chunk with Dice, or that does not divide the
+        batch.
     """
+    if chunk and train:
+        if activation == "dice" or query.ndim != 2 or len(query) % chunk:
+            raise ValueError(
+                f"net.unit_chunk={chunk} must divide the batch of {len(query)} rows with "
+                "one candidate each, and not be used with net.unit_activation=dice; set "
+                "it to 0"
+            )
+        return _in_chunks(
+            lambda q, k: activation_unit(
+                params, q, k, activation=activation, dtype=dtype, **options
+            )[0],
+            chunk, query, keys,
+        ), state or {}  # fmt: skip
     first = params["layer_0"]
     width = query.shape[-1]
     w_query, w_key, w_difference, w_product = jnp.split(first["kernel"], 4)
@@ -64,3 +87,21 @@ def activation_unit(
     scores, own = mlp.apply(rest, own, hidden, activation=activation, **options)
     moved = {f"layer_{int(name[6:]) + 1}": s for name, s in own.items()}
     return scores[..., 0], {**state, **moved}
+
+
+def _in_chunks(score, chunk, query, keys):
+    """score(query, keys), ``chunk`` rows at a time, nothing inside of it kept."""
+
+    # On a mesh interleaved, so that every chunk keeps the batch's sharding.
+    mesh = jax.sharding.get_abstract_mesh()
+    interleave = not mesh.empty and mesh.size > 1
+
+    def cut(x):
+        if interleave:
+            return x.reshape(chunk, -1, *x.shape[1:]).swapaxes(0, 1)
+        return x.reshape(-1, chunk, *x.shape[1:])
+
+    part = jax.checkpoint(lambda rows: score(*rows))
+    scores = lax.map(part, (cut(query), cut(keys)))
+    scores = scores.swapaxes(0, 1) if interleave else scores
+    return scores.reshape(len(query), -1)

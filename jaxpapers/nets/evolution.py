@@ -60,6 +60,8 @@ def din_attention(
     mask: Bool[Array, "..."],
     *,
     dtype: Any = None,
+    train: bool = False,
+    unit_chunk: int = 0,
 ) -> Float[Array, "*batch T"]:
     """The released code's attention: softmax over the steps of DIN's unit.
 
@@ -70,6 +72,8 @@ def din_attention(
       target: see ``bilinear_attention``.
       mask: see ``bilinear_attention``.
       dtype: of the unit's products.
+      train: see ``nets.attention.activation_unit``.
+      unit_chunk: its ``chunk``.
     """
     if "query" in params:
         p = {k: v.reshape((1,) * (target.ndim - v.ndim) + v.shape)
@@ -77,8 +81,9 @@ def din_attention(
         target = target @ params["query"]["kernel"] + p["bias"]
         target = jnp.where(target >= 0, target, p["alpha"] * target)
     scores, _ = activation_unit(
-        params["unit"], target, states, activation="sigmoid", dtype=dtype
-    )
+        params["unit"], target, states, activation="sigmoid", dtype=dtype, train=train,
+        chunk=unit_chunk,
+    )  # fmt: skip
     return attention_weights(scores, mask, "softmax")
 
 
@@ -92,6 +97,8 @@ def evolve(
     unroll: int = 1,
     chunk: int = 0,
     dtype: Any = None,
+    train: bool = False,
+    unit_chunk: int = 0,
 ) -> Float[Array, "*batch H"]:
     """What became of the interests, as the candidate sees it (eq 9-12).
 
@@ -106,6 +113,8 @@ def evolve(
       unroll: see ``augru_scan``.
       chunk: see ``augru_scan``.
       dtype: of the products that no state is in.
+      train: see ``din_attention``.
+      unit_chunk: see ``din_attention``.
 
     Raises:
       ValueError: unknown variant.
@@ -116,7 +125,9 @@ def evolve(
     def attend(states):
         if "kernel" in given:
             return bilinear_attention(given["kernel"], states, target, mask)
-        return din_attention(given, states, target, mask, dtype=dtype)
+        return din_attention(
+            given, states, target, mask, dtype=dtype, train=train, unit_chunk=unit_chunk
+        )
 
     if variant == "gru":
         states, _ = gru_scan(params["cell"], states, mask, **options)
@@ -176,7 +187,7 @@ def read(tables: Mapping[str, Any], batch: Mapping[str, Array], *, net: Any) -> 
 
 
 def apply(
-    params: dict, reads: Reads, *, net: Any
+    params: dict, reads: Reads, *, net: Any, train: bool = False
 ) -> tuple[Float[Array, "*candidates F"], Float[Array, "B T H"]]:
     """Features of candidates: user, candidate, evolved interest, pooled history.
 
@@ -186,6 +197,7 @@ def apply(
       params: see ``init``.
       reads: see ``read``.
       net: see above.
+      train: see ``din_attention``.
 
     Returns:
       Features, and the extractor's states.
@@ -205,8 +217,9 @@ def apply(
         shared, seen, pooled = states[:, None], mask[:, None], pooled[:, None]
         user = user if user is None else user[:, None]
     final = evolve(
-        params["evolve"], shared, query, seen, variant=net.variant, **options
-    )
+        params["evolve"], shared, query, seen, variant=net.variant, train=train,
+        unit_chunk=net.unit_chunk, **options,
+    )  # fmt: skip
 
     def spread(x):
         return jnp.broadcast_to(x, (*query.shape[:-1], x.shape[-1]))

@@ -112,7 +112,7 @@ def _pool(params, state, query, keys, use, net, train):
     scores, state = activation_unit(
         params["unit"], query, keys, counted, state=state, train=train,
         activation=net.unit_activation, dtype=behaviour.compute_dtype(net),
-        decay=net.dice_decay, eps=net.dice_eps,
+        decay=net.dice_decay, eps=net.dice_eps, chunk=net.unit_chunk,
     )  # fmt: skip
     return attention_pool(scores, keys, mask, net.normalize), state
 

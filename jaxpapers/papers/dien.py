@@ -228,7 +228,7 @@ def forward(
 def _run(params, state, batch, net, train):
     """Logits, behaviours, states of the extractor, statistics."""
     reads = evolution.read(params["tables"], batch, net=net)
-    x, states = evolution.apply(params, reads, net=net)
+    x, states = evolution.apply(params, reads, net=net, train=train)
     logit, _, state = behaviour.head(
         params["mlp"], state, x, batch, params["tables"], net=net, train=train
     )

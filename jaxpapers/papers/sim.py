@@ -690,7 +690,7 @@ def _click(params, state, use, query, long, net, options):
         counted = mask if row_mask is None else mask & row_mask[..., None]
         scores, state["unit"] = activation_unit(
             params["unit"], query, keys, counted, state=state["unit"],
-            activation=net.unit_activation, **rest,
+            activation=net.unit_activation, chunk=net.unit_chunk, **rest,
         )  # fmt: skip
         parts.append(attention_pool(scores, keys, mask, net.normalize))
     parts.append(query)

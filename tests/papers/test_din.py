@@ -1,5 +1,6 @@
 """DIN: recorded numbers, identities of the digest, meshes, and what it refuses."""
 
+import contextlib
 import functools
 
 import chex
@@ -180,6 +181,32 @@ def close(got, want, tol):
 
 
 # Identities
+
+
+@pytest.mark.parametrize("mesh", [None, {"data": 4, "model": 2}])
+def test_chunks_are_the_whole_batch(mesh):
+    """Rows at a time: the same numbers and gradients, and less memory."""
+    net, params = drawn(activation="relu")
+    x, state = batch(), din.statistics(drawn(activation="relu")[1])
+    grid = mesh and meshes.make_mesh(mesh)
+    found = []
+    for chunk in (0, 4):
+        own = net.copy_and_resolve_references().unlock()
+        own.unit_chunk = chunk
+        value = jax.jit(
+            jax.value_and_grad(
+                lambda p, own=own: din.loss(p, state, x, jax.random.key(0), net=own)[0]
+            )
+        )
+        with jax.set_mesh(grid) if grid else contextlib.nullcontext():
+            found.append(jax.device_get(value(params)))
+    chex.assert_trees_all_close(*found, rtol=1e-5, atol=1e-6)
+    for fields in ({"unit_chunk": 3}, {"unit_chunk": 4, "unit_activation": "dice"}):
+        own = net.copy_and_resolve_references().unlock()
+        own.update(fields)
+        params = din.init(jax.random.key(0), own)
+        with pytest.raises(ValueError, match="unit_chunk"):
+            din.loss(params, din.statistics(params), x, jax.random.key(0), net=own)
 
 
 def test_split_weights_are_the_concatenated_unit():

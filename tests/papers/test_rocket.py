@@ -310,7 +310,8 @@ def test_exported_net_predicts_the_same_bits():
 
 CLICK = {
     "net.item_vocab": 30, "net.cate_vocab": 7, "net.item_dim": 4, "net.cate_dim": 2,
-    "net.std": 0.5, "data.history": 6, "data.batch": 8, "net.light.hidden": (4,),
+    "net.std": 0.5, "net.unit_chunk": 0, "data.history": 6, "data.batch": 8,
+    "net.light.hidden": (4,),
     "net.booster.hidden": (12, 8),
 }  # fmt: skip
 DIGITS = {"net.base": 4, "data.batch": 8, "net.booster_blocks": 2}
