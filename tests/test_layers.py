@@ -92,9 +92,12 @@ def violations(file, source):
         if top == "jaxpapers":
             if rest[0] != "__version__" and rest[0] not in ALLOWED[here]:
                 yield name
-            is_paper = here == "papers" and file.stem != "__init__"
-            if is_paper and rest[0] == "papers" and rest[1:2] != [file.stem]:
-                yield name
+            # A paper is a file or a folder of papers/, and imports no other one.
+            own = file.relative_to(PACKAGE).parts[1:2]
+            is_paper = here == "papers" and own != ("__init__.py",)
+            if is_paper and rest[0] == "papers":
+                if rest[1:2] != [own[0].removesuffix(".py")]:
+                    yield name
         elif top in OWNERS and here not in OWNERS[top]:
             yield name
         elif here in OUTSIDE and top not in OUTSIDE[here] | sys.stdlib_module_names:

@@ -521,7 +521,7 @@ def test_bad_inputs():
         toy_nets(alpha=0.9).loss(params, state, batch, jax.random.key(0))
     for fields, message in (
         ({"net__model": "mlp"}, "model"),
-        ({"method__share": False}, "dense"),
+        ({"method__share": False, "optim__tables": "lazy_adam"}, "dense"),
         ({"optim__lr": 0.0}, "lr"),
     ):
         with pytest.raises(ValueError, match=message):

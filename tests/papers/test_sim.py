@@ -491,7 +491,10 @@ def test_other_errors():
 def test_presets_make_methods(preset):
     c = run.load_config(f"sim:{preset}")
     method = sim.make(c)
-    shapes = {k: jax.ShapeDtypeStruct(v.shape, jnp.int32) for k, v in batch().items()}
+    shapes = {
+        k: jax.ShapeDtypeStruct((c.data.batch, *v.shape[1:]), jnp.int32)
+        for k, v in batch().items()
+    }
     state = jax.eval_shape(method.init, jax.random.key(0), shapes)
     assert state.params["tables"]["item"].shape[1] == c.net.item_dim
     value, _ = jax.eval_shape(method.loss, state.params, shapes, jax.random.key(0))

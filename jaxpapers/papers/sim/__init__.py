@@ -31,7 +31,7 @@ scores.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -43,13 +43,9 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxpapers.method import Method, row_gradient
 from jaxpapers.nets import behaviour, embedding, mlp
-from jaxpapers.nets.attention import activation_unit
 from jaxpapers.nets.mlp import DiceState
-from jaxpapers.ops import search
-from jaxpapers.ops.attention import NORMALIZE, attention_pool
+from jaxpapers.ops.attention import NORMALIZE
 from jaxpapers.ops.search import (
-    BehaviourTree,
-    Found,
     build_ubt,
     hard_search,
     time_bucket,
@@ -58,6 +54,9 @@ from jaxpapers.ops.search import (
     ubt_query,
 )
 from jaxpapers.optim import rows
+from jaxpapers.papers.sim import units
+from jaxpapers.papers.sim.serving import projected, serve
+from jaxpapers.papers.sim.units import esu
 
 __all__ = [
     "RULES", "Interests", "build_ubt", "check_batch", "esu", "forward", "gsu_aux",
@@ -156,40 +155,6 @@ def gsu_pool(
     return pooled
 
 
-def esu(
-    params: dict,
-    z: Float[Array, "*batch K Z"],
-    valid: Bool[Array, "*batch K"],
-    target: Float[Array, "*batch D"],
-    *,
-    scaled: bool = False,
-) -> Float[Array, "*batch U"]:
-    """Exact search attention: every head a weighted sum of the selected (section 3.2).
-
-    Args:
-      params: W_a of the candidate (heads, H, D) and W_b of the selected (heads, H, Z); if
-        there, W_v (heads, H', Z) makes values of z, and W_o (U, heads H') mixes heads.
-      z: selected behaviours with their time gaps.
-      valid: False at empty slots; a row without any gives zeros.
-      target: e_a.
-      scaled: divide the logits by sqrt(H) (not in the paper).
-
-    Returns:
-      The heads side by side.
-    """
-    width = params["W_a"].shape[1]
-    candidate = jnp.einsum("...d,qhd->...qh", target, params["W_a"])
-    # As in ``soft_scores``: the weights of z are applied to the candidate.
-    candidate = jnp.einsum("...qh,qhz->...qz", candidate, params["W_b"])
-    logits = jnp.einsum("...qz,...kz->...qk", candidate, z)
-    logits = logits / np.sqrt(width).astype(logits.dtype) if scaled else logits
-    heads = attention_pool(logits, z[..., None, :, :], valid[..., None, :], "softmax")
-    if "W_v" in params:
-        heads = jnp.einsum("...qz,qhz->...qh", heads, params["W_v"])
-    heads = heads.reshape(*heads.shape[:-2], -1)
-    return heads @ params["W_o"].T if "W_o" in params else heads
-
-
 def init(key: Key[Array, ""], net: Any) -> dict:
     """Parameters of ``config.net``; those of GSU only if the search is soft.
 
@@ -266,30 +231,30 @@ def forward(
     Raises:
       ValueError: T = 0, or arrays that are missing or whose shapes do not fit.
     """
-    use = _fields(batch, net)
+    use = units.fields(batch, net)
     tables, state = params["tables"], dict(state)
     query = behaviour.read(tables, use["item"], use["cate"])
-    options = _options(net, use, train, query.ndim == 3)
+    options = units.options(net, use, train, query.ndim == 3)
     gsu = valid = None
     if net.search == "hard":
 
         def find(cates):
-            found = _hard(use, cates, net)
-            return _selected(params, use, found, net), found.valid
+            found = units.hard(use, cates, net)
+            return units.selected(params, use, found, net), found.valid
 
-        z, valid = _per_category(find, batch["cate"], distinct)
+        z, valid = units.per_category(find, batch["cate"], distinct)
         long = esu(params["esu"], z, valid, query)
     else:
-        keys, mask = _read_history(tables, use), use["long_mask"]
+        keys, mask = units.read_history(tables, use), use["long_mask"]
         if net.search == "soft":
             unit = params["gsu"]
             scores = soft_scores(unit["W_a"], unit["W_b"], keys, query)
-            found = _soft(lax.stop_gradient(scores), mask, net)
+            found = units.soft(lax.stop_gradient(scores), mask, net)
             valid = found.valid
-            z = _with_gaps(params, _pick(keys, found), use, found, net)
+            z = units.with_gaps(params, units.pick(keys, found), use, found, net)
             long = esu(params["esu"], z, valid, query)
             if train:
-                scores, keys, mask = _some(scores, keys, mask, key, net)
+                scores, keys, mask = units.some(scores, keys, mask, key, net)
                 gsu, state["gsu"] = gsu_aux(
                     unit["mlp"], state["gsu"], scores, keys, mask, query,
                     pool=net.gsu_pool, activation=net.activation, **options,
@@ -299,7 +264,7 @@ def forward(
             long = long / jnp.maximum(mask.sum(1), 1)[:, None].astype(long.dtype)
             if query.ndim == 3:
                 long = jnp.broadcast_to(long[:, None], query.shape)
-    logit, state = _click(params, state, use, query, long, net, options)
+    logit, state = units.click(params, state, use, query, long, net, options)
     return Interests(logit, gsu, valid), state
 
 
@@ -375,55 +340,6 @@ def score_candidates(
     ].logit
 
 
-def serve(
-    params: dict,
-    state: dict,
-    ubt: BehaviourTree,
-    batch: Mapping[str, Array],
-    *,
-    net: Any,
-    distinct: int = 20,
-) -> Float[Array, "B ..."]:
-    """``score_candidates`` of the hard search, from the user behaviour tree.
-
-    Args:
-      params: see ``init``.
-      state: see ``statistics``.
-      ubt: see ``build_ubt``; all its behaviours must be older than the request.
-      batch: user (B,), as in the tree, item and cate (B, N), time (B,), and histories of
-        the recent behaviours alone, any T >= ``net.short``.
-      net: ``config.net``.
-      distinct: see ``forward``.
-
-    Raises:
-      ValueError: the search is not hard.
-    """
-    if net.search != "hard":
-        raise ValueError(
-            f"serve reads the index of the hard search, got net.search={net.search!r}; "
-            "use score_candidates"
-        )
-    use = _fields(batch, net)
-    query = behaviour.read(params["tables"], use["item"], use["cate"])
-
-    def find(cates):
-        user = jnp.broadcast_to(batch["user"][:, None], cates.shape)
-        known = ubt_query(ubt, user, cates, net.k)
-        valid = known.valid & (cates != embedding.PADDING)[..., None]
-        item = jnp.where(valid, embedding.resolve(known.items, net.item_vocab), 0)
-        cate = None
-        if net.cate_dim:
-            cate = embedding.resolve(cates, net.cate_vocab)[..., None]
-            cate = jnp.where(valid, cate, 0)
-        z = behaviour.read(params["tables"], item, cate)
-        return _append_gaps(params, z, use["time"], known.times, net), valid
-
-    z, valid = _per_category(find, batch["cate"], distinct)
-    long = esu(params["esu"], z, valid, query)
-    options = _options(net, use, False, query.ndim == 3)
-    return _click(params, state, use, query, long, net, options)[0]
-
-
 def sampler(
     params: dict,
     key: Key[Array, ""],
@@ -447,40 +363,16 @@ def sampler(
     return score_candidates(params, extra, batch, net=net, distinct=distinct)
 
 
-def projected(params: dict, net: Any) -> dict[str, Array]:
-    """W_b e_i of every item and category in bfloat16, for ``search.soft_search``.
-
-    e_i is item and category side by side, so W_b e_i is a sum of two rows. Nothing keeps
-    the copies up to date: make them again after training.
-
-    Args:
-      params: see ``init``.
-      net: ``config.net``.
-
-    Raises:
-      ValueError: the search is not soft.
-    """
-    if net.search != "soft":
-        raise ValueError(
-            f"only the soft search projects, got net.search={net.search!r}"
-        )
-    tables, w_b = params["tables"], params["gsu"]["W_b"]
-    parts = {"item": w_b[:, : net.item_dim]}
-    if net.cate_dim:
-        parts["cate"] = w_b[:, net.item_dim :]
-    return {n: search.pack(tables[n] @ w.T) for n, w in parts.items()}
-
-
 def ids(batch: Mapping[str, Array], *, net: Any) -> dict[str, Int[Array, "..."]]:
     """The ids that a batch reads of every table; of a hard search K, not T, per row."""
     if net.search != "hard":
         return behaviour.ids(batch, net=net)
-    use = _fields(batch, net)
-    found = _hard(use, batch["cate"], net)
+    use = units.fields(batch, net)
+    found = units.hard(use, batch["cate"], net)
     parts = {}
     for name in ("hist_item", "hist_cate"):
         if use[name] is not None:
-            both = [_pick(use[name], x) for x in (found, use["recent"])]
+            both = [units.pick(use[name], x) for x in (found, use["recent"])]
             parts[name] = jnp.concatenate(both, 1)
     slots = parts["hist_item"].shape[1]
     length = jnp.full_like(batch["length"], slots)
@@ -502,7 +394,7 @@ def check_batch(batch: Mapping[str, Any], *, net: Any) -> None:
     """
     behaviour.check_batch(batch, net=net)
     x = {k: np.asarray(v) for k, v in batch.items()}
-    _check_shapes(x, net)
+    units.check_shapes(x, net)
     if "hist_time" not in x:
         return
     here = np.arange(x["hist_time"].shape[1])[None] < x["length"][:, None]
@@ -565,166 +457,9 @@ def make(config: Any) -> Method:
     )
 
 
-def _fields(batch, net) -> dict[str, Any]:
-    """``behaviour.fields`` with raw categories, times, and what each part may see."""
-    _check_shapes(batch, net)
-    use = behaviour.fields(batch, net)
-    place = jnp.arange(batch["hist_item"].shape[1], dtype=jnp.int32)[None]
-    use["long_mask"] = use["mask"] & (place < batch["length"][:, None] - net.skip)
-    use["time"], use["hist_time"] = batch.get("time"), batch.get("hist_time")
-    # Raw: two unknown categories are not the same. 0 is none and matches nothing.
-    use["raw_cate"] = batch.get("hist_cate")
-    back = jnp.arange(net.short, dtype=jnp.int32)[None]
-    last = batch["length"][:, None] - 1 - back
-    idx = jnp.where(last >= 0, last, -1)
-    use["recent"] = Found(idx, last >= 0, idx)
-    return use
-
-
-def _hard(use, cates, net) -> Found:
-    mask = use["long_mask"] & (use["raw_cate"] != embedding.PADDING)
-    hist = use["raw_cate"]
-    if cates.ndim == 2:
-        shape = (*cates.shape, hist.shape[1])
-        mask, hist = (jnp.broadcast_to(x[:, None], shape) for x in (mask, hist))
-    return hard_search(hist, mask, cates, net.k)
-
-
-def _soft(scores, mask, net) -> Found:
-    if scores.ndim == 3:
-        mask = jnp.broadcast_to(mask[:, None], scores.shape)
-    return search.topk_on_mesh(scores, mask, net.k, chunk=net.chunk)
-
-
-def _read_history(tables, use):
-    return behaviour.read(tables, use["hist_item"], use["hist_cate"])
-
-
-def _selected(params, use, found, net):
-    """z of a search's results: ids are gathered first, K rows embedded."""
-    z = _read_at(params["tables"], use, found)
-    return _with_gaps(params, z, use, found, net)
-
-
-def _read_at(tables, use, found):
-    """Embeddings of the behaviours at positions; no others are read."""
-    cate = None if use["hist_cate"] is None else _pick(use["hist_cate"], found)
-    return behaviour.read(tables, _pick(use["hist_item"], found), cate)
-
-
-def _with_gaps(params, z, use, found, net):
-    if not net.time_dim:
-        return z
-    return _append_gaps(params, z, use["time"], _pick(use["hist_time"], found), net)
-
-
-def _append_gaps(params, z, now, times, net):
-    if not net.time_dim:
-        return z
-    gaps = now.reshape((-1,) + (1,) * (times.ndim - 1)) - times
-    bucket = time_bucket(gaps, buckets=net.time_buckets, unit=net.time_unit)
-    return jnp.concatenate([z, params["gaps"][bucket]], -1)
-
-
-def _pick(values, found):
-    """``search.take`` of (B, T, ..) at (B, K) or (B, N, K) positions."""
-    shape = found.idx.shape
-    flat = jax.tree.map(lambda x: x.reshape(shape[0], -1), found)
-    picked = search.take(values, flat)
-    return picked.reshape(*shape, *values.shape[2:])
-
-
-def _per_category(find: Callable, cates, distinct: int):
-    """find((B, S) categories) for candidates, once per distinct category of a user."""
-    if cates.ndim == 1:
-        return jax.tree.map(lambda x: x[:, 0], find(cates[:, None]))
-    count = cates.shape[1]
-    size = min(count, distinct)
-    own, place = jax.vmap(
-        lambda x: jnp.unique(
-            x, size=min(size + 1, count), fill_value=0, return_inverse=True
-        )
-    )(cates)
-
-    def spread(x):
-        index = place.reshape(*place.shape, *(1,) * (x.ndim - 2))
-        return jnp.take_along_axis(x, index, 1)
-
-    def once():
-        return jax.tree.map(spread, find(own[:, :size]))
-
-    if size == count:
-        return once()
-    return lax.cond((place >= size).any(), lambda: find(cates), once)
-
-
-def _some(scores, keys, mask, key, net):
-    """A random subset of the behaviours, for histories too long to train on."""
-    if not net.gsu_sample or net.gsu_sample >= mask.shape[1]:
-        return scores, keys, mask
-    if key is None:
-        raise ValueError(
-            "net.gsu_sample draws behaviours: forward needs a key to train"
-        )
-    kept = topk_masked(jax.random.uniform(key, mask.shape), mask, net.gsu_sample)
-    return search.take(scores, kept), search.take(keys, kept), kept.valid
-
-
-def _options(net, use, train, apart) -> dict[str, Any]:
-    mask = use["row_mask"]
-    mask = mask[:, None] if mask is not None and apart else mask
-    return {"train": train, "decay": net.dice_decay, "eps": net.dice_eps, "mask": mask}
-
-
-def _click(params, state, use, query, long, net, options):
-    """ESU's logit: long-term and short-term interest, candidate and user."""
-    tables, state, apart = params["tables"], dict(state), query.ndim == 3
-    parts = [long]
-    if net.short:
-        keys = _read_at(tables, use, use["recent"])
-        mask = search.take(use["mask"], use["recent"])
-        if apart:
-            keys, mask = keys[:, None], mask[:, None]
-        rest = dict(options)
-        row_mask = rest.pop("mask")
-        counted = mask if row_mask is None else mask & row_mask[..., None]
-        scores, state["unit"] = activation_unit(
-            params["unit"], query, keys, counted, state=state["unit"],
-            activation=net.unit_activation, chunk=net.unit_chunk, **rest,
-        )  # fmt: skip
-        parts.append(attention_pool(scores, keys, mask, net.normalize))
-    parts.append(query)
-    if net.user_dim:
-        user = embedding.lookup(tables["user"], use["user"])
-        shape = (*query.shape[:-1], net.user_dim)
-        parts.append(jnp.broadcast_to(user[:, None] if apart else user, shape))
-    x = jnp.concatenate(parts, -1)
-    logit, state["mlp"] = mlp.apply(
-        params["mlp"], state["mlp"], x, activation=net.activation, **options
-    )
-    logit = logit[..., 0]
-    if net.item_bias:
-        logit = logit + embedding.lookup(tables["item_bias"], use["item"])[..., 0]
-    return logit, state
-
-
 def _projection(key, shape):
     heads = tuple(range(len(shape) - 2))
     return jax.nn.initializers.glorot_uniform(-1, -2, batch_axis=heads)(key, shape)
-
-
-def _check_shapes(batch, net):
-    behaviour.check_shapes(batch, net)
-    hist = batch["hist_item"].shape
-    needed = {"cate": batch["item"].shape, "hist_cate": hist}
-    needed = needed if net.search == "hard" else {}
-    if net.time_dim and net.search != "average":
-        needed.update(time=hist[:1], hist_time=hist)
-    for name, shape in needed.items():
-        if name not in batch:
-            raise ValueError(f"the batch has no {name!r}; got {sorted(batch)}")
-        if batch[name].shape != shape:
-            raise ValueError(f"{name} must have shape {shape}, got {batch[name].shape}")
 
 
 def _check_net(net):
