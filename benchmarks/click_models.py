@@ -54,7 +54,7 @@ ROWS = {
         **RATING, "optim.lr": 1e-3, "train.steps": 297,
     }),
     (R, "DIN, softmax, mini-batch aware L2"): ("din:ml100k", {
-        **RATING, "optim.lr": 1e-3, "train.steps": 297, "method.mba": 1.0,
+        **RATING, "optim.lr": 1e-3, "train.steps": 297, "method.mba": 0.1,
     }),
 }  # fmt: skip
 

@@ -243,20 +243,24 @@ def rocket_loss(
                 f"params have no {name!r} net, got {sorted(params)}; an exported light "
                 "net cannot be trained on: method.nets='light' trains one alone"
             )
-    key_shared, *keys = jax.random.split(key, 3)
-    state = dict(state)
-    inputs, state["shared"] = _lower(
-        shared, params["shared"], state["shared"], batch, key_shared, share, heads
+    keys = dict(zip(("shared", "light", "booster"), jax.random.split(key, 3)))
+    inputs, shared_state = _lower(
+        shared, params["shared"], state["shared"], batch, keys["shared"], share, heads
     )
-    found, hidden = {}, {}
-    for (name, head), key_head in zip(heads.items(), keys):
+    state = {**state, "shared": shared_state}
+
+    def run(name, own):
         lower = params["shared"] if share else params["shared"][name]
-        found[name], hidden[name], state[name] = head(
-            params[name], lower, state[name], inputs[name], batch, key_head, True
+        return heads[name](
+            own, lower, state[name], inputs[name], batch, keys[name], True
         )
+
+    found, hidden, new = {}, {}, dict(state)
     mean = _mean(batch)
     metrics, total = {}, jnp.zeros(())
-    for name, logits in found.items():
+    for name in heads:
+        logits, hidden[name], new[name] = run(name, params[name])
+        found[name] = logits
         metrics[f"ce_{name}"] = mean(_cross_entropy(logits, batch["label"]))
         metrics[f"acc_{name}"] = mean(_correct(logits, batch["label"]))
         total = total + metrics[f"ce_{name}"]
@@ -265,12 +269,8 @@ def rocket_loss(
         if block == "logits":
             target, deep = lax.stop_gradient((target, deep))
         elif block == "booster_params":
-            lower = params["shared"] if share else params["shared"]["booster"]
-            own = lax.stop_gradient(params["booster"])
             # The forward pass is the one above: XLA merges them.
-            target, deep, _ = booster(
-                own, lower, state["booster"], inputs["booster"], batch, keys[1], True
-            )
+            target, deep, _ = run("booster", lax.stop_gradient(params["booster"]))
         metrics["hint"] = mean(hint_loss(hint, found["light"], target, temperature))
         total = total + lam * metrics["hint"]
         if features != "none":
@@ -288,7 +288,7 @@ def rocket_loss(
         total = total + metrics["distillation"]
     if "weight" in batch:
         metrics["weight"] = batch["weight"].sum()
-    return total, (metrics, state)
+    return total, (metrics, new)
 
 
 def rocket(shared: Part, light: Part, booster: Part, **options: Any) -> Rocket:
@@ -325,11 +325,11 @@ def rocket(shared: Part, light: Part, booster: Part, **options: Any) -> Rocket:
     parts = parts if nets == "both" else {nets: parts[nets]}
 
     def init(key):
-        key_shared, *keys = jax.random.split(key, 3)
-        params = {name: part.init(k) for (name, part), k in zip(parts.items(), keys)}
+        keys = dict(zip(("shared", "light", "booster"), jax.random.split(key, 3)))
+        params = {name: part.init(keys[name]) for name, part in parts.items()}
         if share:
-            return {"shared": shared.init(key_shared), **params}
-        keys = jax.random.split(key_shared)
+            return {"shared": shared.init(keys["shared"]), **params}
+        keys = jax.random.split(keys["shared"])
         own = {name: shared.init(k) for name, k in zip(parts, keys)}
         return {"shared": own, **params}
 
