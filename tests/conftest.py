@@ -40,10 +40,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     folder = REFERENCE / marker.args[0]
     index = folder / "index.json"
     listed = json.loads(index.read_text()) if index.exists() else {"cases": {}}
-    # Some families list their files by name instead.
-    cases = listed.get("cases") or {
-        Path(entry["file"]).stem: entry for entry in listed.get("files", ())
-    }
+    # Some families list their files, some have the cases at the top of the index.
+    if "files" in listed:
+        cases = {Path(entry["file"]).stem: entry for entry in listed["files"]}
+    else:
+        cases = listed.get("cases", listed)
+        cases = {name: x for name, x in cases.items() if not name.startswith("_")}
     only = marker.kwargs.get("only", lambda entry: True)
     cases = {name: entry for name, entry in cases.items() if only(entry)}
     metafunc.parametrize(

@@ -49,7 +49,7 @@ ALLOWED = {
 # Third-party package -> first parts of the modules that may import it.
 OWNERS = {
     "orbax": {"checkpoint"},
-    "scipy": {"data"},
+    "scipy": {"data", "ops"},
     "flax": {"nets", "papers"},
     "ml_collections": {"folder", "cli", "config"},
     "absl": {"run", "cli", "config"},
@@ -62,7 +62,7 @@ OWNERS = {
 OUTSIDE = {
     "method": {"jax", "optax"},
     "data": {"numpy", "scipy"},
-    "ops": {"jax", "jaxtyping", "numpy"},
+    "ops": {"jax", "jaxtyping", "numpy", "scipy"},
     "optim": {"jax", "jaxtyping", "numpy", "optax"},
     "nets": {"flax", "jax", "jaxtyping", "numpy"},
     "papers": {"flax", "jax", "jaxtyping", "numpy", "optax"},

@@ -1,0 +1,234 @@
+"""Distances between distributions, from samples or from means and covariances.
+
+Wasserstein distances are W, not W^2 (Euclidean ground cost, no factor 1/2 and none of
+1/d). What runs on the host is said so; the rest jits and differentiates.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Key
+
+MOST = 4096
+"""Points that ``wasserstein_exact`` takes; the assignment costs their cube."""
+
+
+def wasserstein_1d(
+    x: Float[Array, "N ..."], y: Float[Array, "M ..."], p: float = 2.0
+) -> Float[Array, "..."]:
+    r"""W_p on the line, $(\int_0^1 |F_x^{-1}(u) - F_y^{-1}(u)|^p du)^{1/p}$.
+
+    Args:
+      x: samples along the first axis.
+      y: samples; their number may differ.
+      p: exponent, >= 1.
+
+    Raises:
+      ValueError: p < 1, or no samples.
+
+    Example:
+      >>> x, y = jnp.array([0.0, 1.0]), jnp.array([3.0, 2.0])
+      >>> float(wasserstein_1d(x, y))
+      2.0
+    """
+    n, m = len(x), len(y)
+    if p < 1 or not n or not m:
+        raise ValueError(f"wasserstein_1d needs p >= 1 and samples, got {p}, {n}, {m}")
+    x, y = jnp.sort(x, 0), jnp.sort(y, 0)
+    if n == m:
+        share = 1.0 / n
+    else:
+        # Both quantile functions are constant between these multiples of 1 / (n m).
+        ends = np.union1d(np.arange(1, n + 1) * m, np.arange(1, m + 1) * n)
+        starts = np.append(0, ends[:-1])
+        x, y = x[starts // m], y[starts // n]
+        share = ((ends - starts) / (n * m)).reshape(-1, *(1,) * (x.ndim - 1))
+        share = jnp.asarray(share, x.dtype)
+    cost = (jnp.abs(x - y) ** p * share).sum(0)
+    return _root(cost, p)
+
+
+def directions(key: Key[Array, ""], count: int, dim: int) -> Float[Array, "d P"]:
+    """Unit vectors drawn evenly from the sphere, as columns."""
+    drawn = jax.random.normal(key, (dim, count))
+    return drawn / jnp.linalg.norm(drawn, axis=0, keepdims=True)
+
+
+def sliced_wasserstein(
+    x: Float[Array, "N d"],
+    y: Float[Array, "M d"],
+    axes: Float[Array, "d P"],
+    p: float = 2.0,
+) -> Float[Array, ""]:
+    r"""$(E_\theta W_p^p(\theta^T x, \theta^T y))^{1/p}$, at most W_p.
+
+    Args:
+      x: samples.
+      y: samples.
+      axes: unit vectors as columns, see ``directions``.
+      p: exponent.
+    """
+    each = wasserstein_1d(x @ axes, y @ axes, p)
+    return _root((each**p).mean(), p)
+
+
+def max_sliced_wasserstein(
+    x: Float[Array, "N d"],
+    y: Float[Array, "M d"],
+    axes: Float[Array, "d P"],
+    p: float = 2.0,
+) -> Float[Array, ""]:
+    """The largest W_p of the projections on given directions; at most W_p."""
+    return wasserstein_1d(x @ axes, y @ axes, p).max()
+
+
+def wasserstein_exact(x: Any, y: Any, p: float = 2.0) -> float:
+    """W_p of two point sets of equal weights by optimal assignment, on the host.
+
+    Args:
+      x: (N, d) points.
+      y: (M, d) points; if M differs, points are repeated to the least common multiple.
+      p: exponent, >= 1.
+
+    Raises:
+      ValueError: p < 1, dimensions that differ, no points, or more than ``MOST``.
+    """
+    from scipy.optimize import linear_sum_assignment
+    from scipy.spatial.distance import cdist
+
+    x, y = (np.asarray(a, np.float64) for a in (x, y))
+    if p < 1 or x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1]:
+        raise ValueError(
+            "wasserstein_exact needs p >= 1 and points (N, d) and (M, d), got "
+            f"{p}, {x.shape} and {y.shape}"
+        )
+    count = math.lcm(len(x), len(y))
+    if not 0 < count <= MOST:
+        raise ValueError(
+            f"wasserstein_exact takes 1 to {MOST} points, got {len(x)} and {len(y)} with "
+            f"the least common multiple {count}; use subsets of equal size, or "
+            "sliced_wasserstein"
+        )
+    x, y = (np.repeat(a, count // len(a), 0) for a in (x, y))
+    cost = cdist(x, y) ** p
+    rows, columns = linear_sum_assignment(cost)
+    return float(cost[rows, columns].mean() ** (1 / p))
+
+
+def energy_distance(x: Float[Array, "N d"], y: Float[Array, "M d"]) -> Float[Array, ""]:
+    """2 E|x - y| - E|x - x'| - E|y - y'|, pairs of a point with itself included.
+
+    Not negative, 0 for equal sets. Needs N M, N^2 and M^2 numbers.
+    """
+    pairs = (_distances(x, y), _distances(x, x), _distances(y, y))
+    between, own_x, own_y = (d.mean() for d in pairs)
+    return 2 * between - own_x - own_y
+
+
+def mmd_rbf(
+    x: Float[Array, "N d"], y: Float[Array, "M d"], bandwidth: float
+) -> Float[Array, ""]:
+    r"""Squared maximum mean discrepancy with the kernel $\exp(-|x-y|^2 / 2 h^2)$.
+
+    Pairs of a point with itself are included: not negative, and biased upwards.
+
+    Args:
+      x: samples.
+      y: samples.
+      bandwidth: h.
+
+    Raises:
+      ValueError: a bandwidth that is not positive.
+    """
+    if bandwidth <= 0:
+        raise ValueError(f"bandwidth must be > 0, got {bandwidth}")
+
+    def mean(a, b):
+        return jnp.exp(-_squares(a, b) / (2 * bandwidth**2)).mean()
+
+    return mean(x, x) + mean(y, y) - 2 * mean(x, y)
+
+
+def gaussian_w2(
+    mean_x: Float[Array, " d"],
+    cov_x: Float[Array, "d d"],
+    mean_y: Float[Array, " d"],
+    cov_y: Float[Array, "d d"],
+) -> Float[Array, ""]:
+    r"""W_2 of Gaussians: root of $|m_1-m_2|^2 + tr(S_1 + S_2 - 2 (S_1 S_2)^{1/2})$.
+
+    Singular covariances are fine. The trace of the root is the sum of the singular
+    values of $S_1^{1/2} S_2^{1/2}$.
+    """
+    left, right = _symmetric_root(cov_x), _symmetric_root(cov_y)
+    cross = jnp.linalg.svd(left @ right, compute_uv=False).sum()
+    shift = jnp.square(mean_x - mean_y).sum()
+    return _root(shift + jnp.trace(cov_x) + jnp.trace(cov_y) - 2 * cross, 2.0)
+
+
+def frechet_distance(
+    x: Float[Array, "N d"], y: Float[Array, "M d"]
+) -> Float[Array, ""]:
+    """``gaussian_w2`` squared of Gaussians fitted to features, as FID takes it.
+
+    Covariances divide by N - 1 and M - 1.
+
+    Args:
+      x: features of one set.
+      y: features of the other.
+
+    Raises:
+      ValueError: fewer than two rows.
+    """
+    if min(len(x), len(y)) < 2:
+        raise ValueError(f"needs two rows each, got {len(x)} and {len(y)}")
+
+    def moments(a):
+        centred = a - a.mean(0, keepdims=True)
+        return a.mean(0), centred.T @ centred / (len(a) - 1)
+
+    return jnp.square(gaussian_w2(*moments(x), *moments(y)))
+
+
+def gaussian_kl(
+    mean_x: Float[Array, " d"],
+    cov_x: Float[Array, "d d"],
+    mean_y: Float[Array, " d"],
+    cov_y: Float[Array, "d d"],
+) -> Float[Array, ""]:
+    """KL(x || y) of two Gaussians in nats; covariances must be positive definite."""
+    factor = jnp.linalg.cholesky(cov_y)
+    shift = jax.scipy.linalg.solve_triangular(factor, mean_y - mean_x, lower=True)
+    whitened = jax.scipy.linalg.solve_triangular(
+        factor, jnp.linalg.cholesky(cov_x), lower=True
+    )
+    logdet = (jnp.log(jnp.diagonal(factor))).sum() - jnp.log(
+        jnp.diagonal(jnp.linalg.cholesky(cov_x))
+    ).sum()
+    trace = jnp.square(whitened).sum()
+    return 0.5 * (trace + jnp.square(shift).sum() - len(mean_x)) + logdet
+
+
+def _squares(x, y):
+    """Squared distances of all pairs, not negative."""
+    return jnp.square(x[:, None] - y[None]).sum(-1)
+
+
+def _distances(x, y):
+    """Distances of all pairs; the gradient is 0 where points are equal."""
+    square = _squares(x, y)
+    return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 0.0)
+
+
+def _root(value, p):
+    """The p-th root of what is >= 0 but for rounding; its gradient at 0 is 0."""
+    some = value > 0
+    return jnp.where(some, jnp.where(some, value, 1.0) ** (1 / p), 0.0)
+
+
+def _symmetric_root(matrix):
+    values, vectors = jnp.linalg.eigh((matrix + matrix.T) / 2)
+    return (vectors * jnp.sqrt(jnp.maximum(values, 0.0))[None]) @ vectors.T
