@@ -16,12 +16,13 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from timing import header  # noqa: E402
 
-from jaxpapers import run  # noqa: E402
+from jaxpapers import plots, run  # noqa: E402
 
 OUT = Path(__file__).parent / "results" / "click_models.json"
 SEEDS = 3
@@ -144,20 +145,15 @@ def render(rows: dict) -> str:
 
 
 def plot(rows: dict) -> None:
-    """Seeds of every row of the first task, as points."""
-    from matplotlib.figure import Figure
-
+    """Seeds of every row of the first task."""
     own = rows.get(N, {})
-    figure = Figure(figsize=(7, 0.35 * len(own) + 1.2), layout="constrained")
-    axes = figure.subplots()
-    names = sorted(own, key=lambda n: mean(own[n]))
-    for y, name in enumerate(names):
-        values = [x["validation_auc"] for x in own[name]["evaluations"]]
-        axes.plot(values, [y] * len(values), "o", ms=5, alpha=0.7)
-    axes.set_yticks(range(len(names)), names)
-    axes.set_xlabel("AUC of the next item, MovieLens-100k, one point per seed")
-    axes.grid(axis="x", alpha=0.3)
-    figure.savefig(OUT.with_suffix(".png"), dpi=120)
+    runs = {
+        name: [x["validation_auc"] for x in row["evaluations"]]
+        for name, row in sorted(own.items(), key=lambda item: mean(item[1]))
+        if "shuffled" not in name and "regression" not in name
+    }
+    title = SimpleNamespace(title="AUC of the next item, MovieLens-100k")
+    plots.plot_comparison(title, runs, {}, OUT.with_suffix(".png"))
 
 
 def main() -> None:

@@ -84,6 +84,8 @@ def plot_comparison(
 ) -> Path:
     """Draws the metric of every seed of every model, baselines as lines.
 
+    A baseline that is far from all of them is named in the legend only.
+
     Args:
       task, runs, baselines: see ``comparison``.
       out: picture file.
@@ -95,8 +97,15 @@ def plot_comparison(
     for i, values in enumerate(runs.values()):
         axes.plot(values, [i] * len(values), "o", color="C0", alpha=0.6)
         axes.plot(sum(values) / len(values), i, "|", color="black", ms=18)
+    found = [x for values in runs.values() for x in values]
+    low, high = min(found), max(found)
+    room = 3 * (high - low or abs(high) or 1.0)
     for (name, value), style in zip(baselines.items(), (":", "--", "-.", "-") * 9):
-        axes.axvline(value, color="grey", ls=style, lw=1, label=f"{name} {value:.3f}")
+        label = f"{name} {value:.3f}"
+        if low - room <= value <= high + room:
+            axes.axvline(value, color="grey", ls=style, lw=1, label=label)
+        else:  # It would squeeze the models into one spot.
+            axes.plot([], [], " ", label=f"{label} (beyond the axis)")
     axes.set_yticks(range(len(runs)), list(runs))
     axes.set_ylim(-0.6, len(runs) - 0.4)
     axes.set_xlabel(task.title)
