@@ -489,9 +489,13 @@ def test_presets_build():
     for preset in ("paper", "released", "ml100k", "smoke"):
         c = run.load_config(f"din:{preset}")
         method = din.make(c)
-        state = jax.eval_shape(method.init, jax.random.key(0), batch())
+        rows = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((c.data.batch, *x.shape[1:]), x.dtype),
+            batch(),
+        )
+        state = jax.eval_shape(method.init, jax.random.key(0), rows)
         assert state.params["tables"]["item"].shape[0] >= c.net.item_vocab
-        shapes = jax.eval_shape(method.update, state, batch())[0]
+        shapes = jax.eval_shape(method.update, state, rows)[0]
         chex.assert_trees_all_equal_shapes_and_dtypes(shapes, state)
 
 
