@@ -489,10 +489,11 @@ def test_presets_build():
     for preset in ("paper", "released", "ml100k", "smoke"):
         c = run.load_config(f"din:{preset}")
         method = din.make(c)
-        rows = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct((c.data.batch, *x.shape[1:]), x.dtype),
-            batch(),
-        )
+        n = c.data.batch
+        rows = {
+            k: jax.ShapeDtypeStruct((n, *x.shape[1:]), x.dtype)
+            for k, x in batch().items()
+        }
         state = jax.eval_shape(method.init, jax.random.key(0), rows)
         assert state.params["tables"]["item"].shape[0] >= c.net.item_vocab
         shapes = jax.eval_shape(method.update, state, rows)[0]
