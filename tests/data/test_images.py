@@ -62,9 +62,9 @@ def test_cifar_planes_and_files(tmp_path):
     assert found.train.image.shape == (10, 32, 32, 3)
     assert found.train.label.tolist() == sum((b[b"labels"] for b in batches[:5]), [])
     plain = batches[0][b"data"][0]
-    # Byte 1024 is the first green one, byte 33 the red of row 1, column 1.
+    # Byte 1024 is the first green one, byte 34 the red of row 1, column 2.
     assert found.train.image[0, 0, 0, 1] == np.float32(plain[1024] / 255)
-    assert found.train.image[0, 1, 1, 0] == np.float32(plain[33] / 255)
+    assert found.train.image[0, 1, 2, 0] == np.float32(plain[34] / 255)
     np.testing.assert_allclose(found.mean * 255, [125.3, 123.0, 113.9])
     (folder / "data_batch_3").unlink()
     with pytest.raises(FileNotFoundError, match="data_batch_3"):

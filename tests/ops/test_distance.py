@@ -82,6 +82,12 @@ def test_gaussians_with_singular_covariances():
     # Per axis: 3^2 + (2 - 1)^2 + (0 - 1)^2.
     np.testing.assert_allclose(found, np.sqrt(11.0), rtol=1e-5)
     assert distance.gaussian_w2(zero, flat, zero, flat) < 1e-3
+    # Of rank 1, with eigenvalues that rounding makes negative.
+    thin = points(3, 6, 1)
+    thin = thin @ thin.T
+    assert float(jnp.linalg.eigvalsh(thin).min()) < 0
+    found = distance.gaussian_w2(jnp.zeros(6), thin, jnp.zeros(6), jnp.zeros((6, 6)))
+    np.testing.assert_allclose(found, jnp.sqrt(jnp.trace(thin)), rtol=1e-4)
 
 
 def test_frechet_is_that_of_the_moments():
