@@ -1,9 +1,11 @@
 """Pictures of runs: metrics over steps, models beside their baselines."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 
 def read_metrics(run: str | Path) -> list[dict]:
@@ -114,3 +116,56 @@ def plot_comparison(
         figure.legend(frameon=False, fontsize=8, loc="outside upper center", ncols=3)
     figure.savefig(out, dpi=150)
     return Path(out)
+
+
+def plot_samples(
+    before: Mapping[str, Any] | None, after: Mapping[str, Any], out: str | Path
+) -> Path:
+    """Draws samples of a model, of what it started from, and data, side by side.
+
+    Args:
+      before: as ``after``, of the earlier model, drawn with the same noise; or None.
+      after: ``samples`` (n, d) or pictures (n, H, W, C) in [-1, 1], ``data`` of the same
+        kind, and for pictures optionally ``rows``, one name for each row of them.
+      out: picture file.
+    """
+    from matplotlib.figure import Figure
+
+    panels = {} if before is None else {"before": before["samples"]}
+    panels |= {"samples": after["samples"], "data": after["data"]}
+    names = [str(x) for x in after["rows"]] if "rows" in after else []
+    figure = Figure(figsize=(4 * len(panels), 4.2), layout="constrained")
+    for axes, (title, x) in zip(figure.subplots(1, len(panels), squeeze=False)[0],
+                                panels.items()):  # fmt: skip
+        axes.set_title("after" if before is not None and title == "samples" else title)
+        if np.ndim(x) == 4:
+            sheet = contact_sheet(x, len(names) or round(len(x) ** 0.5))
+            axes.imshow(sheet, cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
+            step = sheet.shape[0] / max(len(names), 1)
+            axes.set_yticks([step * (i + 0.5) for i in range(len(names))], names)
+            axes.set_xticks([])
+        else:
+            data = after["data"]
+            axes.plot(data[:, 0], data[:, 1], ",", color="lightgrey")
+            if title != "data":
+                axes.plot(x[:, 0], x[:, 1], ".", ms=2, color="C0", alpha=0.6)
+            axes.set_aspect("equal")
+    figure.savefig(out, dpi=150)
+    return Path(out)
+
+
+def contact_sheet(pictures: Any, rows: int) -> np.ndarray:
+    """Pictures (n, H, W, C) in [-1, 1] side by side, with a gap of a pixel, in [0, 1].
+
+    Grey ones become (height, width), colours (height, width, 3). What does not fill the
+    last column is left out.
+    """
+    x = np.clip((np.asarray(pictures) + 1) / 2, 0, 1)
+    columns = len(x) // rows
+    x = np.pad(
+        x[: rows * columns], ((0, 0), (0, 1), (0, 1), (0, 0)), constant_values=0.5
+    )
+    _, height, width, channels = x.shape
+    x = x.reshape(rows, columns, height, width, channels).transpose(0, 2, 1, 3, 4)
+    sheet = x.reshape(rows * height, columns * width, channels)[:-1, :-1]
+    return sheet[..., 0] if channels == 1 else sheet

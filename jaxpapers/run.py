@@ -11,13 +11,13 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from jaxpapers import checkpoint as ckpt
 from jaxpapers import mesh as meshes
 from jaxpapers import papers, plots, report, tasks
 from jaxpapers import plan as plans
 from jaxpapers import train as trainer
-from jaxpapers.config import check_continues, load_config
-from jaxpapers.folder import load_run, open_writers, write_config
+from jaxpapers.config import load_config
+from jaxpapers.folder import load_run
+from jaxpapers.job import fit_run
 from jaxpapers.method import path_name
 
 
@@ -110,16 +110,31 @@ def train(
         )
     first_seed = config.train.seed
     baselines_of = functools.cache(task.baselines)
+    before = papers.pretraining(name, config)
+    starts: list[float] = []
 
     def run(label, own, seed):
         inside = folder / label.replace(" ", "-") if label else folder
         inside = inside / f"seed{seed}" if seeds > 1 else inside
+        part = own.copy_and_resolve_references().unlock()
+        part.train.seed = seed
+        first = papers.pretraining(name, own)
+        if first is not None and not part.train.init_from:
+            shared = folder / f"seed{seed}" if seeds > 1 else folder
+            source = (shared if first == before else inside) / "pretrain"
+            part.train.init_from = str(source)
+            first = first.copy_and_resolve_references()
+            first.train.seed = seed
+            if not label or first != before:
+                talk.print(f"[bold]pretraining[/], seed {seed}")
+                value = fit_run(
+                    name, first, options, grid, source, quiet, profile, writers, dict
+                )[1][f"validation_{task.metric}"]
+                starts.extend([] if label else [value])
         if label or seeds > 1:
             talk.print(f"[bold]{label or name}[/], seed {seed}")
-        part = own.copy_and_resolve_references()
-        part.train.seed = seed
-        return _fit(
-            name, part, options, grid, inside, quiet, profile, writers,
+        return fit_run(
+            name, part.lock(), options, grid, inside, quiet, profile, writers,
             dict if label else baselines_of,
         )  # fmt: skip
 
@@ -130,7 +145,9 @@ def train(
         runs = found.setdefault(label or "this model", [])
         for seed in range(first_seed + len(runs), first_seed + seeds):
             runs.append(run(label, own, seed)[1])
-    baselines = baselines_of()
+    baselines = dict(baselines_of())
+    if starts:
+        baselines["before tuning"] = _mean(starts)
     rows = {label: [x[f"validation_{task.metric}"] for x in runs]
             for label, runs in found.items()}  # fmt: skip
     console.print(report.comparison(task, rows, baselines))
@@ -159,59 +176,6 @@ def train(
     return {**means, **baselines, "seconds": seconds}
 
 
-def _fit(name, config, options, grid, folder, quiet, profile, writers, baselines):
-    """One run of one config in its folder: the final state and its evaluation."""
-    method = papers.load(name).make(config, **options)
-    parts = papers.phases(name, config)
-    task = tasks.load(config, method, grid)
-    plain = config.to_dict()
-    folder.mkdir(parents=True, exist_ok=True)
-    if any((folder / "checkpoints").glob("[0-9]*")):
-        check_continues(folder, plain)
-    else:
-        write_config(folder, name, plain)
-    reporter = report.Report(
-        tokens_per_step=config.data.batch * task.work,
-        writers=open_writers(folder, plain, writers),
-        quiet=quiet,
-        unit=task.unit,
-    )
-
-    def fit_until(last, part):
-        return trainer.fit(
-            papers.load(name).make(part, **options),
-            task.examples,
-            steps=last,
-            batch=config.data.batch,
-            mesh=grid,
-            seed=config.train.seed,
-            workdir=folder,
-            config=plain,
-            evaluate=lambda state: task.evaluate(state, quick=True),
-            eval_every=config.train.eval_every,
-            save_every=config.train.save_every,
-            save_minutes=config.train.save_minutes,
-            keep=config.train.keep,
-            init_from=config.train.init_from or None,
-            report=reporter,
-            profile=profile,
-        )
-
-    try:
-        for last, part in parts[:-1]:
-            if (ckpt.latest_step(folder / "checkpoints") or 0) < last:
-                fit_until(last, part)
-        state = fit_until(*parts[-1])
-        # Only now is it known that the config fits the checkpoint that was there.
-        write_config(folder, name, plain)
-        final = task.evaluate(state)
-        known = {f"baseline_{k}": v for k, v in baselines().items()}
-        reporter.evaluation(int(state.step), {**final, **known})
-    finally:
-        reporter.close()
-    return state, final
-
-
 def plan(
     target: str,
     overrides: Sequence[str] = (),
@@ -238,7 +202,7 @@ def plan(
     papers.phases(name, config)  # Refuses a bad schedule; the first part is compiled.
     devices = plans.topology_devices(topology) if topology else None
     grid = meshes.make_mesh(meshes.parse_mesh(mesh) if mesh else None, devices)
-    method = papers.load(name).make(config)
+    method = papers.load(name).make(config, **tasks.stand_ins(config))
     meshes.batch_rows(grid, config.data.batch, parts=config.train.accumulate)
     shapes = tasks.batch_shapes(config)
     return plans.plan(method, grid, shapes, topology or jax.default_backend())

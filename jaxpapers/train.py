@@ -124,7 +124,8 @@ def fit(
       save_every: steps between checkpoints; the last step is always saved.
       save_minutes: minutes between checkpoints; 0 for by step only.
       keep: checkpoints kept.
-      init_from: workdir or checkpoint folder whose parameters start a fresh run.
+      init_from: workdir or checkpoint folder whose parameters start a fresh run, or
+        what ``method.warm_start`` takes of them.
       report: see ``report.Report``; None prints and writes nothing.
       profile: first and last step of a trace written to ``workdir/profile``.
 
@@ -152,9 +153,7 @@ def fit(
         )
         try:
             with jax.set_mesh(mesh):
-                state, position = _start(
-                    compiled, manager, seed, init_from, method.resize
-                )
+                state, position = _start(compiled, manager, seed, init_from, method)
             if report:
                 report.start(compiled, method, int(state.step), steps)
             with jax.set_mesh(mesh):
@@ -168,12 +167,17 @@ def fit(
                 manager.close()
 
 
-def _start(compiled: Compiled, manager, seed: int, init_from: str | None, resize):
-    """Own latest checkpoint, else other parameters, else a fresh init."""
+def _start(compiled: Compiled, manager, seed: int, init_from: str | None, method):
+    """Own latest checkpoint, else what another gives, else a fresh init."""
     if manager and manager.latest_step() is not None:
-        return ckpt.restore(manager, compiled.shapes, resize=resize)
+        return ckpt.restore(manager, compiled.shapes, resize=method.resize)
     state = compiled.init(jax.random.key(seed))
-    if init_from:
+    warm = method.warm_start
+    if init_from and warm:
+        found = ckpt.restore_parts(init_from, warm.parts(compiled.shapes))
+        shardings = jax.tree.map(lambda x: x.sharding, compiled.shapes)
+        state = jax.jit(warm.apply, out_shardings=shardings)(state, found)
+    elif init_from:
         params = ckpt.restore_params(init_from, compiled.shapes.params)
         state = state._replace(params=params)
     return state, 0

@@ -37,7 +37,23 @@ SMALL = {
         **CLICK, "net.unit": (8,), "net.light.hidden": (4,),
         "net.booster.hidden": (8, 4),
     },
+    "sft_pg": {
+        "data.batch": 32, "data.count": 200, "data.eval_count": 64, "net.model": "mlp",
+        "net.width": 16, "net.blocks": 1, "net.critic": (16,), "net.value": (8,),
+        "method.n_critic": 2, "method.n_generator": 2, "optim.lr": 1e-3,
+        "method.beta_end": 0.9, "pretrain.lr": 0.01,
+    },
+    "dpok": {
+        "data.batch": 40, "data.eval_each": 2, "net.width": 16, "net.blocks": 1,
+        "net.value": (16,), "method.steps": 4, "method.timesteps": 40,
+        "method.transitions": 2, "method.value_transitions": 2,
+        "method.policy_steps": 2, "method.value_steps": 4, "method.lora_rank": 2,
+        "method.beta_end": 0.3, "pretrain.lr": 0.02,
+    },
 }  # fmt: skip
+# Stages of a run that are methods of their own.
+STAGES = {"sft_pg": "pretrain", "dpok": "pretrain"}
+CASES = (*papers.NAMES, *(f"{name} {stage}" for name, stage in STAGES.items()))
 # Values that `make` has to refuse, and a word of the message.
 BAD = {
     "dion": {
@@ -75,6 +91,16 @@ BAD = {
         "method.name": ("hope", "method.name"),
         "train.accumulate": (0, "train.accumulate"),
     },
+    "sft_pg": {
+        "method.n_critic": (0, "n_critic"),
+        "method.steps": (0, "steps"),
+        "net.model": ("cnn", "net.model"),
+    },
+    "dpok": {
+        "method.clip": ("soft", "clip"),
+        "method.steps": (7, "divide"),
+        "net.model": ("cnn", "net.model"),
+    },
     "rocket": {
         "net.model": ("mlp", "net.model"),
         "method.lam": (-1.0, "method.lam"),
@@ -93,6 +119,10 @@ SGD = {
 PLAIN = {
     "din": SGD, "dien": {**SGD, "method.aux_weight": 0.0}, "sim": SGD, "rocket": SGD,
 }  # fmt: skip
+# Those whose loss draws noise for each row: micro-batches draw other noise.
+NOISY = {"sft_pg", "dpok"}
+# What falls where the loss is a policy's, whose value says nothing.
+FALLING = {"sft_pg": "value_loss", "dpok": "value_loss"}
 MESHES = {"1x1": (1, 1), "8x1": (8, 1), "4x2": (4, 2), "2x4": (2, 4)}
 LINES = "".join(f"def f{i}(x):\n    return x + {i % 7}\n\n\n" for i in range(400))
 
@@ -108,9 +138,13 @@ class Case(NamedTuple):
 
     name: str
     config: object
+    options: dict
     method: object
     examples: object
     compiled: dict
+
+    def make(self, config):
+        return papers.load(self.name).make(config, **self.options)
 
     def on(self, mesh):
         if mesh not in self.compiled:
@@ -126,11 +160,13 @@ class Case(NamedTuple):
     def steps(self, mesh, count):
         compiled = self.on(mesh)
         state, losses = compiled.init(jax.random.key(0)), []
+        tuning = self.config.get("method", {}).get("stage") == "tune"
+        falling = FALLING[self.name] if tuning else "loss"
         for i in range(count):
             placed = meshes.put_batch(self.batch(i), grid(mesh), self.config.data.batch)
             with jax.set_mesh(grid(mesh)):
                 state, metrics = compiled.step(state, placed)
-            losses.append(float(metrics["loss"]))
+            losses.append(float(metrics[falling]))
         return jax.device_get(state), losses
 
     def fit(self, mesh, steps, workdir=None, **kwargs):
@@ -165,18 +201,20 @@ def write_data(name, folder):
     return ""
 
 
-@pytest.fixture(scope="module", params=papers.NAMES)
+@pytest.fixture(scope="module", params=CASES)
 def case(request, tmp_path_factory):
-    name = request.param
+    name, _, stage = request.param.partition(" ")
     path = write_data(name, tmp_path_factory.mktemp(name))
     fields = {**SMALL[name], "data.path": path}
     config = run.load_config(
         f"{name}:smoke", [f"--config.{k}={v}" for k, v in fields.items()]
     )
+    if stage:
+        config = papers.pretraining(name, config)
     config, options = tasks.prepare(config)
     method = papers.load(name).make(config, **options)
     examples = tasks.load(config, method, grid("1x1")).examples
-    return Case(name, config, method, examples, {})
+    return Case(name, config, options, method, examples, {})
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +224,7 @@ def plain(case):
         return case
     config = case.config.copy_and_resolve_references().unlock()
     config.update_from_flattened_dict(PLAIN[case.name])
-    method = papers.load(case.name).make(config)
+    method = case.make(config)
     return case._replace(config=config, method=method, compiled={})
 
 
@@ -267,19 +305,23 @@ def test_gradient_reaches_every_parameter(case):
     config = case.config.copy_and_resolve_references().unlock()
     if "init_residual" in config.get("net", {}):
         config.net.init_residual = "scaled"
-    method = papers.load(case.name).make(config)
+    method = case.make(config)
     batch = jax.tree.map(jnp.asarray, case.batch(0))
     state = jax.jit(method.init)(jax.random.key(0), batch)
     grad = jax.jit(jax.grad(method.loss, has_aux=True))
     key = jax.random.key(1)
-    first, _ = grad(state.params, batch, key)
-    chex.assert_tree_all_finite(first)
-    # A head that starts at zero also stops the first gradient: one plain step opens it.
-    params = jax.tree.map(lambda p, g: p - 0.1 * g, state.params, first)
-    second, _ = grad(params, batch, key)
-    chex.assert_tree_all_finite(second)
-    paths = jax.tree_util.tree_flatten_with_path(second)[0]
-    dead = [jax.tree_util.keystr(k) for k, g in paths if not jnp.abs(g).max() > 0]
+    params = state.params
+    # What starts at zero (a head, adapters) stops the gradient of what is below it, one
+    # after the other: plain steps open them.
+    for _ in range(4):
+        found, _ = grad(params, batch, key)
+        chex.assert_tree_all_finite(found)
+        params = jax.tree.map(lambda p, g: p - 0.1 * g, params, found)
+    paths = jax.tree_util.tree_flatten_with_path(found)[0]
+    labels = method.labels(params) if method.labels else params
+    frozen = [x == "frozen" for x in jax.tree.leaves(labels)] if method.labels else []
+    moving = [x for x, still in zip(paths, frozen or [False] * len(paths)) if not still]
+    dead = [jax.tree_util.keystr(k) for k, g in moving if not jnp.abs(g).max() > 0]
     assert not dead
 
 
@@ -294,7 +336,9 @@ def test_same_numbers_on_every_mesh(plain, mesh):
 
 def test_loss_falls(case):
     _, losses = case.steps("1x1", 20)
-    assert np.mean(losses[-3:]) < 0.8 * losses[0], losses
+    # A denoiser's loss starts at 1, and what noise can be told falls far less.
+    share = 0.9 if case.name in NOISY else 0.8
+    assert np.mean(losses[-3:]) < share * losses[0], losses
 
 
 def test_resume_is_bitwise_and_works_on_another_mesh(case, tmp_path):
@@ -319,7 +363,7 @@ def test_resume_is_bitwise_and_works_on_another_mesh(case, tmp_path):
 
 def test_make_refuses_bad_values(case):
     def attempt(config):
-        method = papers.load(case.name).make(config)
+        method = case.make(config)
         jax.eval_shape(method.init, jax.random.key(0), case.batch(0))
 
     for field, (value, message) in BAD[case.name].items():
@@ -330,9 +374,11 @@ def test_make_refuses_bad_values(case):
 
 
 def test_accumulation_agrees_with_the_whole_batch(plain):
+    if plain.name in NOISY:
+        pytest.skip("micro-batches draw other noise")
     config = plain.config.copy_and_resolve_references().unlock()
     config.train.accumulate = 2
-    method = papers.load(plain.name).make(config)
+    method = plain.make(config)
     compiled = trainer.compile(method, grid("1x1"), plain.batch(0))
     batch = meshes.put_batch(plain.batch(0), grid("1x1"), config.data.batch)
     with jax.set_mesh(grid("1x1")):

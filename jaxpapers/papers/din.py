@@ -37,7 +37,8 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from jaxpapers.method import Method, row_gradient
+from jaxpapers.method import Method
+from jaxpapers.method.tables import row_gradient
 from jaxpapers.nets import behaviour, embedding, interest, mlp
 from jaxpapers.nets.attention import activation_unit
 from jaxpapers.nets.behaviour import check_batch, ids

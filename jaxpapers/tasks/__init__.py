@@ -22,6 +22,8 @@ class Task(NamedTuple):
       describe: one line about the data.
       rising: whether a larger metric is better.
       curve: training metric that the plot shows.
+      picture: state -> arrays to draw, see ``plots.plot_samples``; the same noise every
+        time, so that two states can be compared. None: nothing to see.
     """
 
     examples: Any
@@ -35,6 +37,7 @@ class Task(NamedTuple):
     describe: str
     rising: bool = False
     curve: str = "loss"
+    picture: Callable[[Any], dict] | None = None
 
 
 def named(outputs: Any) -> dict[str, Any]:
@@ -56,6 +59,12 @@ def prepare(config: Any) -> tuple[Any, dict[str, Any]]:
     return complete(config) if complete else (config, {})
 
 
+def stand_ins(config: Any) -> dict[str, Any]:
+    """What ``make`` takes besides a config, of the same cost, without reading data."""
+    made = getattr(_module(config), "stand_ins", None)
+    return made(config) if made else {}
+
+
 def batch_shapes(config: Any) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of a global training batch, without reading any data."""
     return _module(config).batch_shapes(config)
@@ -67,7 +76,10 @@ def load(config: Any, method: Any, mesh: Any) -> Task:
 
 
 def _module(config: Any) -> Any:
-    names = ("language_model", "click", "conversions", "images")
+    names = (
+        "language_model", "click", "conversions", "images", "generation",
+        "text_to_image",
+    )  # fmt: skip
     if config.data.task not in names:
         raise ValueError(
             f"config.data.task must be one of {names}, got {config.data.task!r}"

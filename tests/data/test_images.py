@@ -142,3 +142,55 @@ def test_every_epoch_has_every_picture_once(tmp_path):
     np.testing.assert_array_equal(whole["image"][2:6], part["image"])
     again = images.Examples(examples.pictures, seed=3).batch(0, size)
     np.testing.assert_array_equal(again["image"], first["image"])
+
+
+def test_signed_there_and_back(tmp_path):
+    write_digits(tmp_path)
+    found = images.digits(tmp_path)
+    signed = images.to_signed(found.train.image)
+    # Sixteenths are exact: x / 8 - 1 of the grey levels.
+    np.testing.assert_array_equal(signed, found.train.image * 16 / 8 - 1)
+    assert signed.dtype == np.float32
+    np.testing.assert_array_equal(images.from_signed(signed), found.train.image)
+    out = images.from_signed(np.array([-3.0, 0.5, 1.5]))
+    assert out.tolist() == [0.0, 0.75, 1.0] and out.dtype == np.float32
+    examples = images.Examples(found, seed=3, signed=True)
+    normal = images.Examples(found, seed=3).batch(5, 4)
+    batch = examples.batch(5, 4)
+    np.testing.assert_array_equal(batch["label"], normal["label"])
+    np.testing.assert_allclose(
+        images.normalize(found, images.from_signed(batch["image"])), normal["image"]
+    )
+
+
+@pytest.mark.parametrize("bad", [-0.1, 1.1, np.nan])
+def test_signed_refuses(bad):
+    with pytest.raises(ValueError, match="must lie in"):
+        images.to_signed(np.array([0.5, bad]))
+    with pytest.raises(ValueError, match="must be finite"):
+        images.from_signed(np.array([0.5, np.inf * bad]))
+
+
+@pytest.mark.parametrize("count, sizes", [(1797, (899, 449, 449)), (9, (5, 2, 2))])
+def test_parts_of_the_digits(tmp_path, count, sizes):
+    rows = write_digits(tmp_path, count)
+    order = np.random.default_rng(0).permutation(count)
+    parts = images.digit_parts(tmp_path)
+    assert tuple(len(x.label) for x in parts) == sizes
+    assert parts.reward is parts[1] and parts.judge is parts[2]
+    for found in (parts, images.digit_halves(tmp_path)):
+        label = np.concatenate([x.label for x in found])
+        image = np.concatenate([x.image for x in found])
+        np.testing.assert_array_equal(label, rows[order, -1])
+        np.testing.assert_allclose(image.reshape(count, 64), rows[order, :-1] / 16)
+    halves = images.digit_halves(tmp_path)
+    assert len(halves[0].label) == sizes[0] == count - len(halves[1].label)
+
+
+def test_too_few_digits(tmp_path):
+    write_digits(tmp_path, 3)
+    with pytest.raises(ValueError, match="at least 4 scans, got 3"):
+        images.digit_parts(tmp_path)
+    write_digits(tmp_path, 1)
+    with pytest.raises(ValueError, match="at least 2 scans, got 1"):
+        images.digit_halves(tmp_path)

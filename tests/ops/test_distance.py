@@ -104,11 +104,65 @@ def test_gradients():
         axes = distance.directions(jax.random.key(2), 5, 3).astype(jnp.float64)
         options = {"order": 1, "modes": ["rev"], "rtol": 1e-5, "atol": 1e-7}
         for f in (
+            lambda a: distance.wasserstein_1d(a[:, 0], y[:, 0]),
             lambda a: distance.sliced_wasserstein(a, y, axes),
             lambda a: distance.energy_distance(a, y),
             lambda a: distance.mmd_rbf(a, y, 0.7),
         ):
-            check_grads(lambda a, f=f: f(jnp.asarray(a)), (x,), **options)
+            check_grads(jax.jit(f), (x,), **options)
+
+
+def test_assigned_is_exact_and_its_gradient_holds_the_plan():
+    with jax.enable_x64():
+        x, y = (points(i, 9).astype(jnp.float64) for i in (0, 1))
+        value = jax.jit(distance.wasserstein_assigned, static_argnums=2)
+        for p in (1.0, 2.0):
+            expected = distance.wasserstein_exact(x, y, p)
+            np.testing.assert_allclose(value(x, y, p), expected, rtol=1e-12)
+        check_grads(
+            lambda *a: distance.wasserstein_assigned(*map(jnp.asarray, a)),
+            (x, y), 1, ["rev"], rtol=1e-5, atol=1e-7,
+        )  # fmt: skip
+        # On the line the plan is the order: the gradient of W^2 is 2 (x - T(x)) / N.
+        x, y = x[:, :1], y[:, :1]
+        found = jax.grad(lambda x: distance.wasserstein_assigned(x, y) ** 2)(x)
+        rank = jnp.argsort(jnp.argsort(x[:, 0]))
+        matched = jnp.sort(y[:, 0])[rank]
+        np.testing.assert_allclose(found[:, 0], 2 * (x[:, 0] - matched) / 9, rtol=1e-9)
+    same = points(0, 5)
+    value, grad = jax.value_and_grad(distance.wasserstein_assigned)(same, same)
+    assert value == 0 and (grad == 0).all()
+
+
+def test_sinkhorn_divergence():
+    with jax.enable_x64():
+        x, y = (points(i, n).astype(jnp.float64) for i, n in ((0, 9), (1, 9)))
+        value = jax.jit(distance.sinkhorn_divergence, static_argnums=(2, 3))
+        # Debiased: 0 for equal sets at any eps, |shift| for translates, W_2 as eps falls.
+        assert value(x, x[::-1], 1.0, 1000) < 1e-6
+        shift = jnp.array([[3.0, -4.0, 0.0]])
+        np.testing.assert_allclose(value(x, x + shift, 1.0, 1000), 5.0, rtol=1e-6)
+        exact = distance.wasserstein_exact(x, y)
+        errors = [abs(value(x, y, eps, 1000) / exact - 1) for eps in (1.0, 0.02)]
+        assert errors[0] > errors[1] and errors[1] < 1e-3
+        # As eps grows only the means count.
+        means = jnp.linalg.norm(x.mean(0) - y.mean(0))
+        np.testing.assert_allclose(value(x, y, 1e5, 1000), means, rtol=1e-3)
+        check_grads(
+            jax.jit(lambda x: distance.sinkhorn_divergence(x, y[:6], 0.5, 200)),
+            (x,), 1, ["rev"], rtol=1e-5, atol=1e-7,
+        )  # fmt: skip
+
+
+def test_gradients_of_gaussians():
+    with jax.enable_x64():
+        roots = [points(i, 3).astype(jnp.float64) for i in (0, 1)]
+        cov = roots[1] @ roots[1].T + 0.3 * jnp.eye(3)
+        m = points(2, 2).astype(jnp.float64)
+        check_grads(
+            jax.jit(lambda m, a: distance.gaussian_w2(m, a @ a.T, m[::-1], cov)),
+            (m[0], roots[0]), 1, ["rev"], rtol=1e-5, atol=1e-7,
+        )  # fmt: skip
 
 
 def test_refuses():
@@ -119,6 +173,11 @@ def test_refuses():
         distance.wasserstein_exact(points(0, 5001), x[:3])
     with pytest.raises(ValueError, match="points"):
         distance.wasserstein_exact(x, x[:, :2])
+    with pytest.raises(ValueError, match="1 to 4096"):
+        distance.wasserstein_assigned(x[:0], x[:0])
+    for eps, iterations in ((0.0, 10), (1.0, 0)):
+        with pytest.raises(ValueError, match="eps > 0"):
+            distance.sinkhorn_divergence(x, x, eps, iterations)
     with pytest.raises(ValueError, match="bandwidth"):
         distance.mmd_rbf(x, x, 0.0)
     with pytest.raises(ValueError, match="two rows"):

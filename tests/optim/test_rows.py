@@ -13,7 +13,8 @@ import pytest
 from jaxpapers import hlo
 from jaxpapers import mesh as meshes
 from jaxpapers import train as trainer
-from jaxpapers.method import gradient, row_gradient
+from jaxpapers.method import gradient
+from jaxpapers.method.tables import row_gradient
 from jaxpapers.nets import embedding
 from jaxpapers.optim import rows
 from jaxpapers.optim.rows import FILL, Rows

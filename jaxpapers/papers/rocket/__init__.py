@@ -41,7 +41,8 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, Key
 
-from jaxpapers.method import Method, gradient, row_gradient
+from jaxpapers.method import Method, gradient
+from jaxpapers.method.tables import row_gradient
 from jaxpapers.nets import behaviour, embedding
 from jaxpapers.optim import rows
 from jaxpapers.papers.rocket.hints import (

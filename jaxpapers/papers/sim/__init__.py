@@ -41,7 +41,8 @@ import optax
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from jaxpapers.method import Method, row_gradient
+from jaxpapers.method import Method
+from jaxpapers.method.tables import row_gradient
 from jaxpapers.nets import behaviour, embedding, mlp
 from jaxpapers.nets.mlp import DiceState
 from jaxpapers.ops.attention import NORMALIZE

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +10,7 @@ import optax
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from jaxpapers.ops import rows
 from jaxpapers.ops.micro_batches import value_and_grad
-from jaxpapers.ops.rows import Rows
 
 
 class State(NamedTuple):
@@ -33,6 +31,18 @@ class State(NamedTuple):
     key: jax.Array
 
 
+class WarmStart(NamedTuple):
+    """What a run takes from a checkpoint of another stage, e.g. its averaged parameters.
+
+    Attributes:
+      parts: State of shapes -> dict of a State's fields, with the shapes to read.
+      apply: (fresh State, what was read) -> State.
+    """
+
+    parts: Callable
+    apply: Callable
+
+
 class Method(NamedTuple):
     """Pure functions bound to their hyper-parameters.
 
@@ -48,6 +58,9 @@ class Method(NamedTuple):
       labels: params -> tree of strings saying which optimizer each leaf goes to.
       resize: (State, shapes) -> State of those shapes, for checkpoints whose optimizer
         state has others (another rank, another number of replicas); None: refused.
+      warm_start: how ``init_from`` starts a run; None: all parameters are taken.
+      diagnose: (params, extra, batch, key) -> dict of scalars that cost more than a
+        step's metrics, for evaluations.
     """
 
     init: Callable[..., State]
@@ -57,6 +70,8 @@ class Method(NamedTuple):
     rules: Sequence[tuple[str, Any]] = ()
     labels: Callable | None = None
     resize: Callable | None = None
+    warm_start: WarmStart | None = None
+    diagnose: Callable | None = None
 
 
 class Replicas(NamedTuple):
@@ -127,13 +142,13 @@ def gradient(
         raise ValueError(
             "replicas and init_extra exclude each other: whose is the extra?"
         )
-    stateful, plain = _with_extra(loss, init_extra)
+    stateful, plain = with_extra(loss, init_extra)
     compute = value_and_grad(stateful, accumulate, replicas.axis if replicas else None)
 
     def init(key, batch):
         if replicas:
             _check_axis(replicas.axis)
-        return _start(init_params, tx.init, init_extra, key, batch)
+        return start(init_params, tx.init, init_extra, key, batch)
 
     def step(params, opt_state, extra, batch, key):
         grads, metrics, extra = compute(params, extra, batch, key)
@@ -183,125 +198,57 @@ def gradient(
     return Method(init, plain, update, sampler, rules, labels, resize)
 
 
-def row_gradient(
-    init_params: Callable,
-    loss: Callable,
-    tx: optax.GradientTransformation,
-    *,
-    table_tx: optax.GradientTransformation | None,
-    ids: Callable,
-    tables: str = "tables",
-    clip: float = 0.0,
-    sampler: Callable | None = None,
-    rules: Sequence[tuple[str, Any]] = (),
-    labels: Callable | None = None,
-    accumulate: int = 1,
-    init_extra: Callable | None = None,
-) -> Method:
-    """``gradient`` for models with large tables: a step costs what its batch reads.
+def averaged(method: Method, decay: float) -> Method:
+    """A method whose ``extra`` is {"ema": moving average of the parameters}.
 
-    The step gathers the rows of the batch once, differentiates with respect to them
-    instead of the tables, and updates those rows alone. While it does, the tables are
-    ``Rows`` instead of arrays; ``nets.embedding.lookup`` reads both. ``opt_state`` has
-    the parts ``dense`` and ``rows``; ``param_norm`` is that of the dense parameters.
+    The average starts at the first parameters and is theirs after every step; the
+    sampler takes it in their place.
 
     Args:
-      init_params: (key, batch) -> params, a dict with a dict of tables in it.
-      loss, sampler, rules, labels, accumulate, init_extra: see ``gradient``. Rules:
-        ``optim.rows.STATE_RULES`` before the tables' own.
-      tx: optimizer of all but the tables.
-      table_tx: optimizer made for ``Rows``, e.g. ``optim.rows.lazy_adam``; the params
-        that it sees are the ``Rows`` that the step read. None: ``tx`` updates the tables
-        too, every row of them.
-      ids: batch -> dict with all ids, 0 for padding, that the loss looks up, per table.
-        An id that is missing there reads zeros.
-      tables: path of the dict of tables in ``params``, "/" between its parts.
-      clip: bound of the norm of all gradients together, rows included; 0: none.
+      method: without an ``extra`` of its own.
+      decay: share of the average that a step keeps; 0: the parameters themselves.
 
     Raises:
-      ValueError: ``accumulate`` below 1, or a batch that it does not divide.
+      ValueError: decay outside [0, 1).
     """
-    if table_tx is None:
-        clipped = optax.chain(optax.clip_by_global_norm(clip), tx) if clip else tx
-        return gradient(
-            init_params, loss, clipped, sampler=sampler, rules=rules, labels=labels,
-            accumulate=accumulate, init_extra=init_extra,
-        )  # fmt: skip
-    stateful, plain = _with_extra(loss, init_extra)
-    value_and_grad(stateful, accumulate)  # Refuses bad values before any step.
-    path = tables.split("/")
-
-    def init_opt(params):
-        own, rest = _take(params, path)
-        return {"dense": tx.init(rest), "rows": table_tx.init(_put({}, path, own))}
+    if not 0 <= decay < 1:
+        raise ValueError(f"the decay of an average must be in [0, 1), got {decay}")
 
     def init(key, batch):
-        return _start(init_params, init_opt, init_extra, key, batch)
+        state = method.init(key, batch)
+        # Copies: a donated state must not hold an array twice.
+        return state._replace(extra={"ema": jax.tree.map(jnp.copy, state.params)})
 
     def update(state, batch):
-        key = jax.random.fold_in(state.key, state.step)
-        own, rest = _take(state.params, path)
-        found = {n: rows.unique(x, len(own[n])) for n, x in ids(batch).items()}
-        values = {n: rows.take(own[n], x) for n, x in found.items()}
+        ema = state.extra["ema"]
+        state, metrics = method.update(state._replace(extra=()), batch)
+        ema = optax.incremental_update(state.params, ema, 1 - decay)
+        return state._replace(extra={"ema": ema}), metrics
 
-        def with_ids(values):
-            return {n: Rows(found[n], value) for n, value in values.items()}
+    inner = method.sampler
 
-        def row_loss(part, extra, batch, key):
-            values, rest = part
-            whole = _put(rest, path, with_ids(values))
-            return stateful(whole, extra, batch, key)
+    def sampler(params, key, *args, extra=None, **kwargs):
+        assert inner is not None
+        return inner(extra["ema"] if extra else params, key, *args, **kwargs)
 
-        compute = value_and_grad(row_loss, accumulate)
-        grads, metrics, extra = compute((values, rest), state.extra, batch, key)
-        norm = metrics["grad_norm"] = optax.tree.norm(grads)
-        if clip:
-            scale = jnp.minimum(1.0, clip / jnp.maximum(norm, clip))
-            grads = jax.tree.map(lambda g: g * scale, grads)
-        row_grads, dense_grads = _put({}, path, with_ids(grads[0])), grads[1]
-        with jax.named_scope("optimizer"):
-            dense, dense_state = tx.update(dense_grads, state.opt_state["dense"], rest)
-            changes, row_state = table_tx.update(
-                row_grads, state.opt_state["rows"], _put({}, path, with_ids(values))
-            )
-        rest: dict = cast(dict, optax.apply_updates(rest, dense))
-        metrics["param_norm"] = optax.tree.norm(rest)
-        changed = _take(cast(dict, changes), path)[0]
-        own = {n: rows.add(table, *changed[n]) for n, table in own.items()}
-        params, opt_state = (
-            _put(rest, path, own),
-            {"dense": dense_state, "rows": row_state},
-        )
-        return State(state.step + 1, params, opt_state, extra, state.key), metrics
-
-    return Method(init, plain, update, sampler, rules, labels)
+    return method._replace(init=init, update=update, sampler=sampler if inner else None)
 
 
-def _take(tree: dict, path: Sequence[str]) -> tuple[Any, dict]:
-    """What lies at a path of nested dicts, and the tree without it."""
-    first, *further = path
-    rest = {k: v for k, v in tree.items() if k != first}
-    if not further:
-        return tree[first], rest
-    found, rest[first] = _take(tree[first], further)
-    return found, rest
-
-
-def _put(tree: dict, path: Sequence[str], value: Any) -> dict:
-    """The tree with a value at a path of nested dicts."""
-    first, *further = path
-    value = _put(tree.get(first, {}), further, value) if further else value
-    return {**tree, first: value}
-
-
-def _start(init_params, init_opt, init_extra, key, batch) -> State:
+def start(
+    init_params: Callable,
+    init_opt: Callable,
+    init_extra: Callable | None,
+    key: jax.Array,
+    batch: Any,
+) -> State:
+    """The first state of a method whose parts are drawn and built by these."""
     key, key_params = jax.random.split(key)
     params = init_params(key_params, batch)
     extra = init_extra(params) if init_extra else ()
     return State(jnp.zeros((), jnp.int32), params, init_opt(params), extra, key)
 
 
-def _with_extra(
+def with_extra(
     loss: Callable, init_extra: Callable | None
 ) -> tuple[Callable, Callable]:
     """A loss as (params, extra, batch, key) -> (scalar, (metrics, extra)) and without."""

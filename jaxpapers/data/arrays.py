@@ -1,0 +1,53 @@
+"""Arrays in memory as an endless stream of batches."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+
+class Examples:
+    """Batches of rows; every epoch in an order of its own.
+
+    Args:
+      fields: name -> array, rows along the first axis, as many in each.
+      seed: of the orders.
+
+    Raises:
+      ValueError: no fields, no rows, or different numbers of them.
+
+    Example:
+      >>> examples = Examples({"x": np.arange(6.0)})
+      >>> len(examples), examples.batch(4, 4)["x"].shape
+      (6, (4,))
+    """
+
+    def __init__(self, fields: Mapping[str, np.ndarray], seed: int = 0):
+        counts = {name: len(array) for name, array in fields.items()}
+        if len(set(counts.values())) != 1 or not min(counts.values()):
+            raise ValueError(f"fields must have the same number of rows, got {counts}")
+        self.fields = dict(fields)
+        self.seed = seed
+        self._order: tuple[int, Any] = (-1, None)
+
+    def __len__(self) -> int:
+        """Rows of an epoch."""
+        return len(next(iter(self.fields.values())))
+
+    def batch(self, start: int, size: int, rows: slice | None = None) -> dict:
+        """Examples ``start`` .. ``start + size`` of the endless stream.
+
+        Args:
+          start: number of the first example.
+          size: of the global batch.
+          rows: part of it to return; None: all.
+        """
+        numbers = np.arange(start, start + size)[rows or slice(None)]
+        index = np.array([self._epoch(n // len(self))[n % len(self)] for n in numbers])
+        return {name: array[index] for name, array in self.fields.items()}
+
+    def _epoch(self, epoch):
+        if self._order[0] != epoch:
+            rng = np.random.default_rng([self.seed, int(epoch)])
+            self._order = (epoch, rng.permutation(len(self)))
+        return self._order[1]

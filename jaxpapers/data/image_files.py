@@ -1,0 +1,324 @@
+"""Pictures in other formats: IDX, CSV, CelebA, folders of PNG or JPEG.
+
+All give ``images.Pictures``: float32 (n, height, width, channels) in [0, 1]. The mean and
+deviation of each channel are those of the training part; a channel that is the same
+everywhere has 1 for its deviation, so that normalising it gives 0.
+"""
+
+import gzip
+import math
+import struct
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxpapers.data.images import Pictures, Split, check_labels
+
+FASHION_FOLDER = Path("/usr/share/datasets/fashion-mnist")
+"""Where Debian's package dataset-fashion-mnist puts Fashion-MNIST."""
+
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp")
+
+# Magic number -> dimensions: bytes of a vector, bytes of a stack of pictures.
+_IDX = {0x801: 1, 0x803: 3}
+# Upper left and lower right corner, (column, row): the faces in aligned CelebA.
+_FACE = (25, 57, 153, 185)
+
+
+def idx(path: str | Path) -> np.ndarray:
+    """Bytes of an IDX file, compressed by gzip or not: uint8 (n,) or (n, rows, columns).
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: another magic number than 0x801 or 0x803, or a length that is not what
+        the header says.
+    """
+    data = Path(path).read_bytes()
+    if data[:2] == b"\x1f\x8b":
+        try:
+            data = gzip.decompress(data)
+        except (OSError, EOFError, zlib.error) as e:
+            raise ValueError(f"{path}: not a whole gzip file ({e})") from e
+    magic = int.from_bytes(data[:4], "big")
+    if len(data) < 4 or magic not in _IDX:
+        raise ValueError(
+            f"{path}: starts with 0x{data[:4].hex()}; expected an IDX file of bytes, "
+            "0x00000801 (labels) or 0x00000803 (pictures)"
+        )
+    dims = _IDX[magic]
+    start = 4 + 4 * dims
+    if len(data) < start:
+        raise ValueError(f"{path}: has {len(data)} bytes, its header {start}")
+    shape = struct.unpack(f">{dims}I", data[4:start])
+    if len(data) - start != math.prod(shape):
+        raise ValueError(
+            f"{path}: the header says {shape}, which is {math.prod(shape):,} bytes, but "
+            f"{len(data) - start:,} follow"
+        )
+    return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
+
+
+def fashion(
+    folder: str | Path = FASHION_FOLDER,
+    pooled: bool = False,
+    name: str = "Fashion-MNIST",
+) -> Pictures:
+    """Fashion-MNIST, 60,000 and 10,000 pictures; MNIST's files have the same names.
+
+    Args:
+      folder: with {train,t10k}-{images-idx3,labels-idx1}-ubyte, each with or without .gz.
+      pooled: means of 2 x 2 pixels: 14 x 14 instead of 28 x 28.
+      name: for people.
+
+    Raises:
+      FileNotFoundError: a file is missing.
+      ValueError: a file that holds something else.
+    """
+    train, test = (_idx_split(Path(folder), part) for part in ("train", "t10k"))
+    if pooled:
+        train, test = (Split(_pool(s.image), s.label) for s in (train, test))
+    return _pictures(train, test, 10, name)
+
+
+def mnist_csv(path: str | Path) -> Pictures:
+    """5,000 pictures of MNIST, ``mnist_5k.csv.gz``: 4,000 to train on, 1,000 to test.
+
+    A line has 784 pixels 0 .. 255, then the class. Four fifths of the lines in the order
+    of ``numpy.random.default_rng(0).permutation`` are to train on.
+
+    Args:
+      path: of the file, or of the folder it lies in.
+
+    Raises:
+      ValueError: a line that is none, with its number.
+    """
+    path = Path(path)
+    path = path / "mnist_5k.csv.gz" if path.is_dir() else path
+    with gzip.open(path, "rt") as f:
+        table = np.array([_csv_row(path, n, line) for n, line in enumerate(f, 1)])
+    if len(table) < 2:
+        raise ValueError(f"{path}: expected at least 2 pictures, got {len(table)}")
+    table = table[np.random.default_rng(0).permutation(len(table))]
+    image, label = _scaled(table[:, :-1].reshape(-1, 28, 28, 1)), table[:, -1]
+    label = label.astype(np.int32)
+    count = len(table) * 4 // 5
+    train, test = (
+        Split(image[:count], label[:count]),
+        Split(image[count:], label[count:]),
+    )
+    return _pictures(train, test, 10, "MNIST, 5,000 of its pictures")
+
+
+def celeba(folder: str | Path, size: int = 64, most: int | None = None) -> Pictures:
+    """Faces: rows 57 .. 185 and columns 25 .. 153 of aligned CelebA, of one class.
+
+    Partition 0 is to train on, 2 to test; 1 is not read.
+
+    Args:
+      folder: with ``img_align_celeba/*.jpg`` and ``list_eval_partition.txt``.
+      size: pixels of a side after resizing (bilinear, averaging).
+      most: only the first so many of each part. All are 9 GB at 64 pixels.
+
+    Raises:
+      FileNotFoundError: a file is missing.
+      ModuleNotFoundError: no Pillow.
+      ValueError: a malformed list, a part without pictures, or a picture of another
+        size than 178 x 218.
+
+    Reference:
+      Fan and Lee, 2023, arXiv 2301.13362, for the crop; Liu, Luo, Wang and Tang, Deep
+      Learning Face Attributes in the Wild, ICCV 2015, for the data.
+    """
+    if most is not None and most < 1:
+        raise ValueError(f"most must be None or at least 1, got {most}")
+    folder = Path(folder)
+    names = _partitions(folder / "list_eval_partition.txt")
+    inside = folder / "img_align_celeba"
+    train, test = (
+        _faces([inside / name for name in names[part][:most]], size) for part in "02"
+    )
+    return _pictures(train, test, 1, "CelebA")
+
+
+def image_folder(folder: str | Path, size: int, held_out: float = 0.1) -> Pictures:
+    """Pictures of a folder: the middle square of each, resized; transparency is white.
+
+    Folders inside it are classes, in the order of their names; without any, all pictures
+    are of one class.
+
+    Args:
+      folder: with pictures, or with folders of pictures, named as in ``SUFFIXES``.
+      size: pixels of a side after resizing (bilinear, averaging).
+      held_out: share to test on, the end of ``numpy.random.default_rng(0).permutation``.
+
+    Raises:
+      FileNotFoundError: no such folder, or no pictures where some should be.
+      ModuleNotFoundError: no Pillow.
+      ValueError: pictures beside folders, a file that is no picture, a bad share.
+    """
+    paths, labels, classes = _classes(Path(folder))
+    count = round(held_out * len(paths)) if 0 < held_out < 1 else 0
+    if not 0 < count < len(paths):
+        raise ValueError(
+            f"held_out must leave pictures of {len(paths)} on both sides, got {held_out}"
+        )
+    whole = _split(paths, labels, size)
+    train, test = np.split(
+        np.random.default_rng(0).permutation(len(paths)), [len(paths) - count]
+    )
+    return _pictures(
+        Split(whole.image[train], whole.label[train]),
+        Split(whole.image[test], whole.label[test]),
+        classes,
+        Path(folder).name,
+    )
+
+
+def pillow() -> Any:
+    """Pillow's module Image.
+
+    Raises:
+      ModuleNotFoundError: Pillow is not installed.
+    """
+    try:
+        from PIL import Image
+    except ModuleNotFoundError as e:
+        raise ModuleNotFoundError(
+            "reading PNG and JPEG needs Pillow: pip install 'jaxpapers[emoji]'"
+        ) from e
+    return Image
+
+
+def _pictures(train: Split, test: Split, classes: int, name: str) -> Pictures:
+    # Sums of millions of float32 lose digits; one channel at a time keeps copies small.
+    channels = [train.image[..., c] for c in range(train.image.shape[-1])]
+    mean = np.array([c.mean(dtype=np.float64) for c in channels])
+    std = np.array([c.std(dtype=np.float64) for c in channels])
+    return Pictures(train, test, classes, mean, np.where(std > 0, std, 1.0), name)
+
+
+def _scaled(image: np.ndarray) -> np.ndarray:
+    return np.divide(image, 255, dtype=np.float32)
+
+
+def _pool(image: np.ndarray) -> np.ndarray:
+    n, height, width, channels = image.shape
+    if height % 2 or width % 2:
+        raise ValueError(f"pooling needs even sides, got {height} x {width}")
+    return image.reshape(n, height // 2, 2, width // 2, 2, channels).mean((2, 4))
+
+
+def _idx_split(folder: Path, part: str) -> Split:
+    found = []
+    for kind, dims in (("images-idx3", 3), ("labels-idx1", 1)):
+        path = folder / f"{part}-{kind}-ubyte"
+        path = path if path.exists() else path.with_name(path.name + ".gz")
+        if not path.exists():
+            raise FileNotFoundError(
+                f"no file {path}, nor without .gz; Debian's package "
+                f"dataset-fashion-mnist puts Fashion-MNIST into {FASHION_FOLDER}"
+            )
+        found.append(idx(path))
+        if found[-1].ndim != dims:
+            raise ValueError(
+                f"{path}: has {found[-1].ndim} dimensions, expected {dims}"
+            )
+    image, label = found[0], found[1].astype(np.int32)
+    if len(image) != len(label):
+        raise ValueError(f"{folder}: {len(image)} {part} pictures, {len(label)} labels")
+    check_labels(path, label, 10)
+    return Split(_scaled(image)[..., None], label)
+
+
+def _csv_row(path: Path, number: int, line: str) -> np.ndarray:
+    try:
+        row = np.array(line.split(","), np.float64)
+    except ValueError:
+        row = np.zeros(0)
+    good = len(row) == 785 and ((row >= 0) & (row <= 255) & (row == np.rint(row))).all()
+    if not good or row[-1] > 9:
+        raise ValueError(
+            f"{path}, line {number}: expected 784 pixels 0 .. 255 and a class 0 .. 9, "
+            f"got {line[:60]!r}"
+        )
+    return row.astype(np.uint8)
+
+
+def _partitions(listing: Path) -> dict[str, list[str]]:
+    names: dict[str, list[str]] = {"0": [], "1": [], "2": []}
+    for number, line in enumerate(listing.read_text().splitlines(), 1):
+        words = line.split()
+        # A name with a folder could lead out of the data.
+        if len(words) != 2 or words[1] not in names or Path(words[0]).name != words[0]:
+            raise ValueError(
+                f"{listing}, line {number}: expected a file's name and 0, 1 or 2, got "
+                f"{line[:60]!r}"
+            )
+        names[words[1]].append(words[0])
+    if not names["0"] or not names["2"]:
+        raise ValueError(f"{listing}: expected pictures of the partitions 0 and 2")
+    return names
+
+
+def _classes(folder: Path) -> tuple[list[Path], list[int], int]:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder {folder}")
+    inside = sorted(p for p in folder.iterdir() if not p.name.startswith("."))
+    folders = [p for p in inside if p.is_dir()] or [folder]
+    if folders != [folder] and any(p.suffix.lower() in SUFFIXES for p in inside):
+        raise ValueError(f"{folder}: has pictures beside folders of pictures")
+    paths, labels = [], []
+    for label, each in enumerate(folders):
+        found = [p for p in sorted(each.iterdir()) if p.suffix.lower() in SUFFIXES]
+        if not found:
+            raise FileNotFoundError(f"{each}: no pictures named as in {SUFFIXES}")
+        paths += found
+        labels += [label] * len(found)
+    return paths, labels, len(folders)
+
+
+def _faces(paths: list[Path], size: int) -> Split:
+    return _split(paths, [0] * len(paths), size, (178, 218))
+
+
+def _split(
+    paths: list[Path],
+    labels: list[int],
+    size: int,
+    expected: tuple[int, int] | None = None,
+) -> Split:
+    if size < 1:
+        raise ValueError(f"size must be at least 1, got {size}")
+    image = np.empty((len(paths), size, size, 3), np.float32)
+    for target, path in zip(image, paths):
+        target[:] = _scaled(_picture(path, size, expected))
+    return Split(image, np.array(labels, np.int32))
+
+
+def _picture(path: Path, size: int, expected: tuple[int, int] | None) -> np.ndarray:
+    image = pillow()
+    try:
+        with image.open(path) as file:
+            # Others have more than 8 bits, which a conversion would cut off.
+            if file.mode not in ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"):
+                raise ValueError(f"{path}: pixels of the kind {file.mode} are not read")
+            picture = file.convert("RGBA")
+    except FileNotFoundError:
+        raise
+    except (OSError, SyntaxError, EOFError) as e:
+        raise ValueError(f"{path}: not a whole picture ({e})") from e
+    if expected and picture.size != expected:
+        raise ValueError(
+            f"{path}: is {picture.size}, expected {expected} (columns, rows)"
+        )
+    side = min(picture.size)
+    left, top = ((length - side) // 2 for length in picture.size)
+    box = _FACE if expected else (left, top, left + side, top + side)
+    white = image.new("RGBA", picture.size, "white")
+    white.alpha_composite(picture)
+    resized = (
+        white.convert("RGB").crop(box).resize((size, size), image.Resampling.BILINEAR)
+    )
+    return np.asarray(resized)

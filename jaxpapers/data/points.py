@@ -1,0 +1,214 @@
+"""Points in a plane or a few dimensions: the toy distributions of the diffusion papers.
+
+Each generator takes a count and a seed and returns float32 (count, d), about as large as
+[-1, 1]; the draws are those of ``numpy.random.default_rng(seed)``.
+"""
+
+import math
+import operator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxpapers.data import images
+
+
+class Examples:
+    """Batches of points; every epoch in an order of its own.
+
+    Args:
+      points: float32 (n, d), all finite.
+      seed: of the orders.
+
+    Raises:
+      ValueError: no points, another shape, or a coordinate that is not finite.
+
+    Example:
+      >>> examples = Examples(gaussian(6, seed=0))
+      >>> len(examples), examples.batch(0, 4)["x"].shape
+      (6, (4, 2))
+    """
+
+    def __init__(self, points: np.ndarray, seed: int = 0):
+        points = np.asarray(points, np.float32)
+        if points.ndim != 2 or 0 in points.shape or not np.isfinite(points).all():
+            raise ValueError(
+                f"points must be finite numbers of shape (n, d), got {points.shape}"
+                + (" with NaN or infinity" if points.size else "")
+            )
+        self.points = points
+        self.seed = seed
+        self._order: tuple[int, Any] = (-1, None)
+
+    def __len__(self) -> int:
+        """Points to train on."""
+        return len(self.points)
+
+    def batch(self, start: int, size: int, rows: slice | None = None) -> dict:
+        """Examples ``start`` .. ``start + size`` of the endless stream, as ``x``.
+
+        Args:
+          start: number of the first example.
+          size: of the global batch.
+          rows: part of it to return; None: all.
+        """
+        numbers = np.arange(start, start + size)[rows or slice(None)]
+        index = [self._epoch(n // len(self))[n % len(self)] for n in numbers]
+        return {"x": self.points[np.array(index, int)]}
+
+    def _epoch(self, epoch):
+        if self._order[0] != epoch:
+            rng = np.random.default_rng([self.seed, int(epoch)])
+            self._order = (epoch, rng.permutation(len(self)))
+        return self._order[1]
+
+
+def swiss_roll(count: int, seed: int, noise: float = 0.05) -> np.ndarray:
+    r"""A spiral, $(t\cos t, t\sin t)/20$ with $t = 1.5\pi(1 + 2u)$, u even on [0, 1].
+
+    The law of columns 0 and 2 of scikit-learn's ``make_swiss_roll`` over 20; other draws.
+
+    Args:
+      count: points.
+      seed: of the draws.
+      noise: deviation of the normal noise, added before the division by 20.
+
+    Reference:
+      Fan and Lee, Optimizing DDPM Sampling with Shortcut Fine-Tuning, 2023,
+      arXiv 2301.13362.
+    """
+    rng = _rng(count, seed, noise=noise)
+    t = 1.5 * np.pi * (1 + 2 * rng.random(count))
+    clean = np.stack([t * np.cos(t), t * np.sin(t)], 1)
+    return _float32((clean + noise * rng.standard_normal(clean.shape)) / 20)
+
+
+def moons(count: int, seed: int, noise: float = 0.1) -> np.ndarray:
+    r"""Two half circles, $(\cos t, \sin t)/2$ and $(1 - \cos t, 1/2 - \sin t)/2$.
+
+    The law of scikit-learn's ``make_moons`` over 2: the angles t are spaced evenly on
+    [0, pi], half of the count on each arc (of an odd one, one more on the second), in
+    random order.
+
+    Args:
+      count: points.
+      seed: of the draws.
+      noise: deviation of the normal noise, added before the division by 2; the paper on
+        Wasserstein distances has 0.1, that on shortcut fine-tuning 0.05.
+
+    Reference:
+      Kwon, Fan and Lee, Score-based Generative Modeling Secretly Minimizes the
+      Wasserstein Distance, 2022, arXiv 2212.06359, section 4.
+    """
+    rng = _rng(count, seed, noise=noise)
+    outer, inner = (
+        np.linspace(0, np.pi, count // 2),
+        np.linspace(0, np.pi, -(-count // 2)),
+    )
+    x = np.concatenate([np.cos(outer), 1 - np.cos(inner)])
+    y = np.concatenate([np.sin(outer), 0.5 - np.sin(inner)])
+    clean = rng.permutation(np.stack([x, y], 1))
+    return _float32((clean + noise * rng.standard_normal(clean.shape)) / 2)
+
+
+def four_clusters(
+    count: int, seed: int, std: float = 0.1, balanced: bool = True
+) -> np.ndarray:
+    r"""Normal clusters, N(c, std^2 I), around the four centres $(\pm 1/2, \pm 1/2)$.
+
+    Args:
+      count: points.
+      seed: of the draws.
+      std: deviation of a cluster. The paper has 0.1 (variance 0.01), its notebook 0.0125.
+      balanced: as many points of each cluster, in random order; else each point's
+        cluster is drawn evenly. (In the notebook ``balanced=False`` loses a cluster.)
+
+    Raises:
+      ValueError: balanced, and the count is no multiple of 4.
+
+    Reference:
+      Kwon, Fan and Lee, 2022, arXiv 2212.06359, section 4.
+    """
+    rng = _rng(count, seed, std=std)
+    if balanced and count % 4:
+        raise ValueError(
+            f"four balanced clusters need a multiple of 4 points, got {count}; try "
+            f"{count + -count % 4}, or balanced=False"
+        )
+    cluster = rng.permutation(np.arange(count) % 4)
+    if not balanced:
+        cluster = rng.integers(0, 4, count)
+    centre = np.stack([cluster % 2, cluster // 2], 1) - 0.5
+    return _float32(centre + std * rng.standard_normal(centre.shape))
+
+
+def gaussian(count: int, seed: int, var: float = 0.1, dim: int = 2) -> np.ndarray:
+    """N(0, var I), clipped to [-1, 1].
+
+    Args:
+      count: points.
+      seed: of the draws.
+      var: variance of a coordinate before the clipping.
+      dim: coordinates.
+
+    Reference:
+      Kwon, Fan and Lee, 2022, arXiv 2212.06359, section 4; the clipping is that of the
+      paper's notebook.
+    """
+    rng = _rng(count, seed, var=var)
+    if operator.index(dim) < 1:
+        raise ValueError(f"dim must be at least 1, got {dim}")
+    drawn = math.sqrt(var) * rng.standard_normal((count, dim))
+    return _float32(drawn.clip(-1, 1))
+
+
+def digit_components(
+    folder: str | Path, components: int = 2
+) -> tuple[np.ndarray, np.ndarray]:
+    """Scanned digits on the first principal components of their training half.
+
+    A real law of few dimensions. The training half's mean is subtracted and everything
+    is divided by the training half's largest absolute coordinate, one number, so that
+    half fills [-1, 1] and no direction is stretched; the other may reach out a little.
+    Each component points so that its largest weight is positive.
+
+    Args:
+      folder: with ``digits.csv.gz``, see ``images.digits``.
+      components: 1 .. 64.
+
+    Returns:
+      The training half, 899 points, and the held-out half, 898: the first and the last
+      of ``default_rng(0).permutation``, as in ``images.digit_halves``.
+
+    Raises:
+      ValueError: other components; a malformed file; fewer scans than components.
+    """
+    if not 1 <= operator.index(components) <= 64:
+        raise ValueError(f"components must be 1 .. 64, got {components}")
+    halves = [half.image for half in images.digit_halves(folder)]
+    count = len(halves[0])
+    both = np.concatenate(halves).astype(np.float64)
+    both = both.reshape(len(both), -1)
+    if min(count - 1, len(both) - count) < components:
+        raise ValueError(f"{components} components need more than {len(both)} scans")
+    both -= both[:count].mean(0)
+    axes = np.linalg.svd(both[:count], full_matrices=False)[2][:components]
+    largest = np.abs(axes).argmax(1)
+    axes *= np.sign(axes[np.arange(components), largest])[:, None]
+    points = both @ axes.T
+    points = _float32(points / np.abs(points[:count]).max())
+    return points[:count], points[count:]
+
+
+def _rng(count, seed, **spread):
+    if operator.index(count) < 1:
+        raise ValueError(f"count must be at least 1, got {count}")
+    for name, value in spread.items():
+        if not (value >= 0 and math.isfinite(value)):
+            raise ValueError(f"{name} must be a finite number >= 0, got {value}")
+    return np.random.default_rng(seed)
+
+
+def _float32(points):
+    return points.astype(np.float32)

@@ -1,0 +1,124 @@
+"""A method whose update touches only the rows of large tables that a batch reads."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxpapers.method import Method, State, gradient, start, with_extra
+from jaxpapers.ops import rows
+from jaxpapers.ops.micro_batches import value_and_grad
+from jaxpapers.ops.rows import Rows
+
+
+def row_gradient(
+    init_params: Callable,
+    loss: Callable,
+    tx: optax.GradientTransformation,
+    *,
+    table_tx: optax.GradientTransformation | None,
+    ids: Callable,
+    tables: str = "tables",
+    clip: float = 0.0,
+    sampler: Callable | None = None,
+    rules: Sequence[tuple[str, Any]] = (),
+    labels: Callable | None = None,
+    accumulate: int = 1,
+    init_extra: Callable | None = None,
+) -> Method:
+    """``gradient`` for models with large tables: a step costs what its batch reads.
+
+    The step gathers the rows of the batch once, differentiates with respect to them
+    instead of the tables, and updates those rows alone. While it does, the tables are
+    ``Rows`` instead of arrays; ``nets.embedding.lookup`` reads both. ``opt_state`` has
+    the parts ``dense`` and ``rows``; ``param_norm`` is that of the dense parameters.
+
+    Args:
+      init_params: (key, batch) -> params, a dict with a dict of tables in it.
+      loss, sampler, rules, labels, accumulate, init_extra: see ``gradient``. Rules:
+        ``optim.rows.STATE_RULES`` before the tables' own.
+      tx: optimizer of all but the tables.
+      table_tx: optimizer made for ``Rows``, e.g. ``optim.rows.lazy_adam``; the params
+        that it sees are the ``Rows`` that the step read. None: ``tx`` updates the tables
+        too, every row of them.
+      ids: batch -> dict with all ids, 0 for padding, that the loss looks up, per table.
+        An id that is missing there reads zeros.
+      tables: path of the dict of tables in ``params``, "/" between its parts.
+      clip: bound of the norm of all gradients together, rows included; 0: none.
+
+    Raises:
+      ValueError: ``accumulate`` below 1, or a batch that it does not divide.
+    """
+    if table_tx is None:
+        clipped = optax.chain(optax.clip_by_global_norm(clip), tx) if clip else tx
+        return gradient(
+            init_params, loss, clipped, sampler=sampler, rules=rules, labels=labels,
+            accumulate=accumulate, init_extra=init_extra,
+        )  # fmt: skip
+    stateful, plain = with_extra(loss, init_extra)
+    value_and_grad(stateful, accumulate)  # Refuses bad values before any step.
+    path = tables.split("/")
+
+    def init_opt(params):
+        own, rest = _take(params, path)
+        return {"dense": tx.init(rest), "rows": table_tx.init(_put({}, path, own))}
+
+    def init(key, batch):
+        return start(init_params, init_opt, init_extra, key, batch)
+
+    def update(state, batch):
+        key = jax.random.fold_in(state.key, state.step)
+        own, rest = _take(state.params, path)
+        found = {n: rows.unique(x, len(own[n])) for n, x in ids(batch).items()}
+        values = {n: rows.take(own[n], x) for n, x in found.items()}
+
+        def with_ids(values):
+            return {n: Rows(found[n], value) for n, value in values.items()}
+
+        def row_loss(part, extra, batch, key):
+            values, rest = part
+            whole = _put(rest, path, with_ids(values))
+            return stateful(whole, extra, batch, key)
+
+        compute = value_and_grad(row_loss, accumulate)
+        grads, metrics, extra = compute((values, rest), state.extra, batch, key)
+        norm = metrics["grad_norm"] = optax.tree.norm(grads)
+        if clip:
+            scale = jnp.minimum(1.0, clip / jnp.maximum(norm, clip))
+            grads = jax.tree.map(lambda g: g * scale, grads)
+        row_grads, dense_grads = _put({}, path, with_ids(grads[0])), grads[1]
+        with jax.named_scope("optimizer"):
+            dense, dense_state = tx.update(dense_grads, state.opt_state["dense"], rest)
+            changes, row_state = table_tx.update(
+                row_grads, state.opt_state["rows"], _put({}, path, with_ids(values))
+            )
+        rest: dict = cast(dict, optax.apply_updates(rest, dense))
+        metrics["param_norm"] = optax.tree.norm(rest)
+        changed = _take(cast(dict, changes), path)[0]
+        own = {n: rows.add(table, *changed[n]) for n, table in own.items()}
+        params, opt_state = (
+            _put(rest, path, own),
+            {"dense": dense_state, "rows": row_state},
+        )
+        return State(state.step + 1, params, opt_state, extra, state.key), metrics
+
+    return Method(init, plain, update, sampler, rules, labels)
+
+
+def _take(tree: dict, path: Sequence[str]) -> tuple[Any, dict]:
+    """What lies at a path of nested dicts, and the tree without it."""
+    first, *further = path
+    rest = {k: v for k, v in tree.items() if k != first}
+    if not further:
+        return tree[first], rest
+    found, rest[first] = _take(tree[first], further)
+    return found, rest
+
+
+def _put(tree: dict, path: Sequence[str], value: Any) -> dict:
+    """The tree with a value at a path of nested dicts."""
+    first, *further = path
+    value = _put(tree.get(first, {}), further, value) if further else value
+    return {**tree, first: value}

@@ -1,0 +1,480 @@
+r"""Denoising diffusion in discrete steps: schedules, chains, log-probabilities, rollouts.
+
+The forward process is $x_t = \sqrt{\bar\alpha_t} x_0 + \sqrt{1-\bar\alpha_t} \epsilon$
+for t = 0 .. T-1. A ``Chain`` is a reverse process of S Gaussian steps, counted from noise
+to data, k = 0 .. S-1, over a net that predicts the noise:
+
+$$ x_{k+1} \sim N(a_k x_k + c_k\,\epsilon(x_k, t_k),\ \sigma_k^2 I) $$
+
+DDPM, DDIM and FastDPM differ in these numbers only, which are computed on the host in
+float64; whatever samples, scores or penalises a step works for all of them.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int, Key, Shaped
+
+REDUCTIONS = ("sum", "mean")
+STORES = ("all", "last", "keys")
+
+
+class Chain(NamedTuple):
+    r"""A reverse process of S steps; arrays of (S,), float32 on the host.
+
+    Attributes:
+      x_mult: $a_k$, of the state.
+      eps_mult: $c_k$, of the predicted noise.
+      std: $\sigma_k$; 0 for a deterministic step, which has no density.
+      time: $t_k$, what the net is told; FastDPM's are not whole numbers.
+      alpha_bar: (S + 1,) of the states, from noise to data.
+    """
+
+    x_mult: Any
+    eps_mult: Any
+    std: Any
+    time: Any
+    alpha_bar: Any
+
+
+class Trajectory(NamedTuple):
+    """What ``rollout`` keeps of B chains of S steps.
+
+    Attributes:
+      sample: (B, ...), the last state.
+      states: (S + 1, B, *X) with store="all", else None.
+      eps: (S, B, *X), the noise that the net predicted, with store="all", else None.
+      log_prob: (S, B), log-probabilities of the steps taken, or None.
+      start: (B, ...), the first state, with store="keys", else None.
+      key: of the noise, with store="keys", else None.
+    """
+
+    sample: Any
+    states: Any = None
+    eps: Any = None
+    log_prob: Any = None
+    start: Any = None
+    key: Any = None
+
+
+def linear_betas(steps: int, start: float = 1e-4, end: float = 0.02) -> np.ndarray:
+    """Variances beta_t that rise linearly (DDPM, arXiv 2006.11239), float64."""
+    return check_betas(np.linspace(start, end, steps))
+
+
+def scaled_linear_betas(
+    steps: int, start: float = 0.00085, end: float = 0.012
+) -> np.ndarray:
+    """Variances whose roots rise linearly (latent diffusion), float64."""
+    return check_betas(np.linspace(math.sqrt(start), math.sqrt(end), steps) ** 2)
+
+
+def sigmoid_betas(steps: int, low: float = 1e-5, high: float = 1e-2) -> np.ndarray:
+    """Variances along a sigmoid over [-6, 6], as in the two toy experiments, float64."""
+    curve = 1 / (1 + np.exp(-np.linspace(-6, 6, steps)))
+    return check_betas(curve * (high - low) + low)
+
+
+def cosine_betas(steps: int, offset: float = 0.008, most: float = 0.999) -> np.ndarray:
+    r"""Variances with $\bar\alpha_t = \cos^2$ (arXiv 2102.09672), at most ``most``."""
+    u = (np.arange(steps + 1) / steps + offset) / (1 + offset)
+    signal = np.cos(u * math.pi / 2) ** 2
+    return check_betas(np.minimum(1 - signal[1:] / signal[:-1], most))
+
+
+def check_betas(betas: Any) -> np.ndarray:
+    """Variances as float64.
+
+    Raises:
+      ValueError: none, or one outside (0, 1).
+    """
+    betas = np.asarray(betas, np.float64)
+    if betas.ndim != 1 or not len(betas) or not ((betas > 0) & (betas < 1)).all():
+        raise ValueError(f"betas must be a row of numbers in (0, 1), got {betas}")
+    return betas
+
+
+def alpha_bars(betas: Any) -> np.ndarray:
+    r"""$\bar\alpha_t = \prod_{s \le t} (1 - \beta_s)$, float64."""
+    return np.cumprod(1 - check_betas(betas))
+
+
+def q_sample(
+    x: Float[Array, "B ..."],
+    alpha_bar: Float[Array, " B"],
+    noise: Float[Array, "B ..."],
+) -> Float[Array, "B ..."]:
+    """A draw of the forward process; ``alpha_bar`` is that of each row's t."""
+    a = _rows(alpha_bar, x)
+    return jnp.sqrt(a) * x + jnp.sqrt(1 - a) * noise
+
+
+def predict_x0(
+    x: Float[Array, "B ..."], alpha_bar: Float[Array, " B"], eps: Float[Array, "B ..."]
+) -> Float[Array, "B ..."]:
+    """The clean sample that a predicted noise stands for."""
+    a = _rows(alpha_bar, x)
+    return (x - jnp.sqrt(1 - a) * eps) / jnp.sqrt(a)
+
+
+def posterior(
+    x0: Float[Array, "B ..."], x: Float[Array, "B ..."], betas: Any, t: Int[Array, " B"]
+) -> tuple[Float[Array, "B ..."], Float[Array, " B"]]:
+    """Mean and variance of q(x_{t-1} | x_t, x_0), DDPM eq 7; t = 0 has variance 0."""
+    betas = check_betas(betas)
+    bars = alpha_bars(betas)
+    before = np.append(1.0, bars[:-1])
+    c0 = jnp.asarray(np.sqrt(before) * betas / (1 - bars), x.dtype)[t]
+    c1 = jnp.asarray(np.sqrt(1 - betas) * (1 - before) / (1 - bars), x.dtype)[t]
+    var = jnp.asarray(betas * (1 - before) / (1 - bars), x.dtype)[t]
+    return _rows(c0, x) * x0 + _rows(c1, x) * x, var
+
+
+def noise_loss(
+    eps_fn: Callable,
+    x: Float[Array, "B ..."],
+    key: Key[Array, ""],
+    alpha_bar: Any,
+) -> Float[Array, " B"]:
+    r"""$|\epsilon - \epsilon_\theta(x_t, t)|^2$, mean over coordinates, at drawn t.
+
+    Args:
+      eps_fn: (x, time (B,)) -> predicted noise.
+      x: clean samples.
+      key: of times and noise.
+      alpha_bar: (T,) of the forward process.
+    """
+    key_time, key_noise = jax.random.split(key)
+    bars = jnp.asarray(alpha_bar, x.dtype)
+    t = jax.random.randint(key_time, (len(x),), 0, len(bars))
+    noise = jax.random.normal(key_noise, x.shape, x.dtype)
+    eps = eps_fn(q_sample(x, bars[t], noise), t.astype(jnp.float32))
+    return jnp.square(noise - eps).reshape(len(x), -1).mean(1)
+
+
+def ddpm_chain(betas: Any, variance: str = "beta") -> Chain:
+    r"""Ancestral sampling over all T steps, DDPM eq 11.
+
+    Args:
+      betas: (T,).
+      variance: "beta", $\sigma_t^2 = \beta_t$, noise at the last step too; "posterior",
+        $\tilde\beta_t$, whose last step is deterministic.
+
+    Raises:
+      ValueError: betas outside (0, 1), unknown variance.
+    """
+    betas = check_betas(betas)
+    bars = alpha_bars(betas)
+    before = np.append(1.0, bars[:-1])
+    if variance not in ("beta", "posterior"):
+        raise ValueError(f"variance must be 'beta' or 'posterior', got {variance!r}")
+    var = betas if variance == "beta" else betas * (1 - before) / (1 - bars)
+    root = np.sqrt(1 - betas)
+    return _chain(
+        1 / root,
+        -betas / (np.sqrt(1 - bars) * root),
+        np.sqrt(var),
+        np.arange(len(betas)),
+        np.append(bars[::-1], 1.0),
+        reverse=True,
+    )
+
+
+def ddim_times(total: int, steps: int) -> np.ndarray:
+    """Steps of a sub-sampled chain, leading spacing: k T / S + 1, falling.
+
+    Raises:
+      ValueError: S outside 1 .. T, or that does not divide T.
+    """
+    if not 1 <= steps <= total:
+        raise ValueError(f"steps must be in 1 .. {total}, got {steps}")
+    if total % steps:
+        raise ValueError(
+            f"leading spacing needs steps that divide the {total} of training, got "
+            f"{steps}; try {_divisor(total, steps)}"
+        )
+    return np.minimum(np.arange(steps)[::-1] * (total // steps) + 1, total - 1)
+
+
+def ddim_chain(
+    alpha_bar: Any, steps: int, eta: float = 1.0, final_alpha_bar: float | None = None
+) -> Chain:
+    r"""A sub-sampled chain, DDIM (arXiv 2010.02502) eq 12 and 16.
+
+    $$ \sigma^2 = \eta^2 \tfrac{1-\bar\alpha'}{1-\bar\alpha}
+       (1 - \bar\alpha/\bar\alpha'), \quad
+       \mu = \sqrt{\bar\alpha'}\,\hat x_0 + \sqrt{1-\bar\alpha'-\sigma^2}\,\epsilon $$
+
+    Args:
+      alpha_bar: (T,) of the forward process.
+      steps: S, which divides T.
+      eta: 1 is the DDPM posterior on the sub-sampled grid, 0 is deterministic.
+      final_alpha_bar: of the sample; None: that of t = 0, which keeps some noise in the
+        last step. With 1 the last step is deterministic.
+
+    Raises:
+      ValueError: steps, eta outside [0, 1].
+    """
+    bars = np.asarray(alpha_bar, np.float64)
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta must be in [0, 1], got {eta}")
+    times = ddim_times(len(bars), steps)
+    now = bars[times]
+    final = bars[0] if final_alpha_bar is None else final_alpha_bar
+    to = np.append(now[1:], final)
+    var = eta**2 * (1 - to) / (1 - now) * (1 - now / to)
+    ratio = np.sqrt(to / now)
+    c = np.sqrt(np.maximum(1 - to - var, 0)) - np.sqrt(1 - now) * ratio
+    return _chain(ratio, c, np.sqrt(var), times, np.append(now, final))
+
+
+def check_density(chain: Chain) -> None:
+    """Refuses a chain with a deterministic step.
+
+    Raises:
+      ValueError: a standard deviation of zero.
+    """
+    zero = np.flatnonzero(~(np.asarray(chain.std) > 0))
+    if len(zero):
+        raise ValueError(
+            f"a deterministic step has no density: the chain's std is 0 at steps "
+            f"{zero.tolist()} of {len(chain.std)}; log-probabilities need eta > 0, "
+            "kappa > 0, variance='beta', or final_alpha_bar=None"
+        )
+
+
+def step_mean(
+    chain: Chain, k: Any, x: Float[Array, "B ..."], eps: Float[Array, "B ..."]
+) -> Float[Array, "B ..."]:
+    """Mean of x_{k+1} given x_k and the predicted noise; k (B,) or one number."""
+    a, c = (
+        _rows(jnp.asarray(v, x.dtype)[k], x) for v in (chain.x_mult, chain.eps_mult)
+    )
+    return a * x + c * eps
+
+
+def step_log_prob(
+    chain: Chain,
+    k: Any,
+    x: Float[Array, "B ..."],
+    x_next: Float[Array, "B ..."],
+    eps: Float[Array, "B ..."],
+    reduce: str = "sum",
+) -> Float[Array, " B"]:
+    """Log-density of a step, nats.
+
+    Args:
+      chain: without deterministic steps: see ``check_density``.
+      k: step of each row, (B,), or of all.
+      x: states.
+      x_next: where they went.
+      eps: predicted noise.
+      reduce: "sum" over the coordinates; "mean", as released code has it, divides the
+        density's logarithm by their number.
+    """
+    std = _rows(jnp.asarray(chain.std, x.dtype)[k], x)
+    z = (x_next - step_mean(chain, k, x, eps)) / std
+    return _reduce(
+        -0.5 * jnp.square(z) - jnp.log(std) - 0.5 * math.log(2 * math.pi), reduce
+    )
+
+
+def step_log_ratio(
+    chain: Chain,
+    k: Any,
+    x: Float[Array, "B ..."],
+    x_next: Float[Array, "B ..."],
+    eps: Float[Array, "B ..."],
+    eps_old: Float[Array, "B ..."],
+    reduce: str = "sum",
+) -> Float[Array, " B"]:
+    r"""$\log p_\theta / p_{old}$ of a step, without the cancellation of two densities.
+
+    $$ -\sum \left( \kappa \Delta z + \tfrac12 \kappa^2 \Delta^2 \right), \quad
+       \kappa = c_k/\sigma_k,\ \Delta = \epsilon_{old} - \epsilon $$
+
+    with z the old policy's noise. It is exactly 0 where the nets agree, and its error is
+    that of the nets; the difference of two log-probabilities has an error of
+    $10^{-7} |x| / \sigma_k$ a coordinate, which reaches 1e-4 at the last step of a chain.
+
+    Args:
+      chain, k, x, x_next, reduce: see ``step_log_prob``.
+      eps: of the policy that is trained.
+      eps_old: of the one that took the step.
+    """
+    std = _rows(jnp.asarray(chain.std, x.dtype)[k], x)
+    kappa = _rows(jnp.asarray(chain.eps_mult, x.dtype)[k], x) / std
+    z = lax.stop_gradient((x_next - step_mean(chain, k, x, eps_old)) / std)
+    delta = kappa * (lax.stop_gradient(eps_old) - eps)
+    return _reduce(-delta * (z + 0.5 * delta), reduce)
+
+
+def step_kl(
+    chain: Chain,
+    k: Any,
+    eps: Float[Array, "B ..."],
+    eps_ref: Float[Array, "B ..."],
+    reduce: str = "sum",
+) -> Float[Array, " B"]:
+    r"""KL of two policies' steps from one state, nats: $|\mu - \mu'|^2 / 2\sigma_k^2$.
+
+    Means differ by $c_k (\epsilon - \epsilon')$; the variance is the same.
+    """
+    mult = jnp.asarray(chain.eps_mult / chain.std, eps.dtype)[k]
+    return _reduce(0.5 * jnp.square(_rows(mult, eps) * (eps - eps_ref)), reduce)
+
+
+def rollout(
+    key: Key[Array, ""],
+    eps_fn: Callable,
+    chain: Chain,
+    shape: tuple[int, ...] | None = None,
+    *,
+    start: Float[Array, "B ..."] | None = None,
+    store: str = "last",
+    log_prob: bool = False,
+    reduce: str = "sum",
+    remat: bool = False,
+) -> Trajectory:
+    """Draws B chains from noise to data, as one ``lax.scan``.
+
+    Args:
+      key: of the first states and of every step's noise.
+      eps_fn: (x, time (B,)) -> predicted noise.
+      chain: of S steps.
+      shape: (B, ...), to start from N(0, I).
+      start: first states, instead of ``shape``.
+      store: "all" states and predictions, the "last" state, or "keys": the first state
+        and the key, from which ``replay`` makes the rest again; memory then does not
+        grow with S.
+      log_prob: also the steps' log-probabilities.
+      reduce: see ``step_log_prob``.
+      remat: recompute each step in a backward pass through the chain, whose memory is
+        then S states and one net.
+
+    Raises:
+      ValueError: unknown store; log-probabilities of a deterministic step.
+    """
+    if store not in STORES:
+        raise ValueError(f"store must be one of {STORES}, got {store!r}")
+    if (shape is None) == (start is None):
+        raise ValueError("rollout takes either shape= or start=")
+    if log_prob:
+        check_density(chain)
+    key_start, key_noise = jax.random.split(key)
+    first = start if shape is None else jax.random.normal(key_start, shape)
+    step = functools.partial(_step, eps_fn, chain, key_noise)
+
+    def body(x, k):
+        x_next, eps = step(x, k)
+        score = None
+        if log_prob:
+            score = step_log_prob(chain, k, x, x_next, eps, reduce)
+        return x_next, (*((x, eps) if store == "all" else (None, None)), score)
+
+    scan: Any = lax.scan(
+        jax.checkpoint(body) if remat else body, first, jnp.arange(len(chain.std))
+    )
+    last, (states, eps, scores) = scan
+    if store == "keys":
+        return Trajectory(last, None, None, scores, first, key_noise)
+    if store == "last":
+        return Trajectory(last, None, None, scores)
+    return Trajectory(last, jnp.concatenate([states, last[None]]), eps, scores)
+
+
+def replay(
+    trajectory: Trajectory,
+    eps_fn: Callable,
+    chain: Chain,
+    visit: Callable[[Any, Any, Any, Any, Any], Any],
+    carry: Any,
+) -> Any:
+    """Walks a chain again that was kept as keys; its states are bitwise the same.
+
+    Args:
+      trajectory: of ``rollout`` with store="keys".
+      eps_fn: the policy that drew it.
+      chain: the same.
+      visit: (carry, k, x, x_next, eps) -> carry, at every step.
+      carry: what ``visit`` starts from, e.g. the sum of a gradient.
+
+    Returns:
+      The last carry.
+
+    Raises:
+      ValueError: a trajectory that was kept in another way.
+    """
+    if trajectory.key is None:
+        raise ValueError("replay needs a trajectory of rollout(..., store='keys')")
+    step = functools.partial(_step, eps_fn, chain, trajectory.key)
+
+    def body(state, k):
+        x, carry = state
+        x_next, eps = step(x, k)
+        return (x_next, visit(carry, k, x, x_next, eps)), None
+
+    steps = jnp.arange(len(chain.std))
+    return lax.scan(body, (trajectory.start, carry), steps)[0][1]
+
+
+def guided(eps_fn: Callable, weight: float) -> Callable[[Array, Array, Array], Array]:
+    r"""Classifier-free guidance, $\epsilon_0 + w (\epsilon_z - \epsilon_0)$.
+
+    Both predictions come from one call on 2B rows (arXiv 2207.12598; released code's w:
+    1 is the conditional prediction, 0 the unconditional one).
+
+    Args:
+      eps_fn: (x, time, word) -> predicted noise; word 0 is the null word.
+      weight: w.
+
+    Returns:
+      A function of the same arguments.
+    """
+
+    def apply(x, time, word):
+        double = [jnp.concatenate([v, v]) for v in (x, time)]
+        both = eps_fn(*double, jnp.concatenate([word, jnp.zeros_like(word)]))
+        conditional, free = jnp.split(both, 2)
+        return free + weight * (conditional - free)
+
+    return apply
+
+
+def _step(eps_fn, chain, key_noise, x, k):
+    """One step and the noise that the net predicted."""
+    time = jnp.broadcast_to(jnp.asarray(chain.time, jnp.float32)[k], x.shape[:1])
+    eps = eps_fn(x, time)
+    noise = jax.random.normal(jax.random.fold_in(key_noise, k), x.shape, x.dtype)
+    std = jnp.asarray(chain.std, x.dtype)[k]
+    return step_mean(chain, k, x, eps) + std * noise, eps
+
+
+def _chain(x_mult, eps_mult, std, time, alpha_bar, reverse=False):
+    order = slice(None, None, -1 if reverse else 1)
+    a, c, std, time = (
+        np.array(v[order], np.float32) for v in (x_mult, eps_mult, std, time)
+    )
+    return Chain(a, c, std, time, np.asarray(alpha_bar, np.float32))
+
+
+def _divisor(total, steps):
+    return max(d for d in range(1, steps + 1) if total % d == 0)
+
+
+def _reduce(x, reduce):
+    if reduce not in REDUCTIONS:
+        raise ValueError(f"reduce must be one of {REDUCTIONS}, got {reduce!r}")
+    flat = x.reshape(len(x), -1)
+    return flat.sum(1) if reduce == "sum" else flat.mean(1)
+
+
+def _rows(v: Shaped[Array, "..."], x: Array) -> Array:
+    """One number for each row of x, or for all of them, ready to multiply with it."""
+    return jnp.reshape(v, (-1, *(1,) * (x.ndim - 1)))

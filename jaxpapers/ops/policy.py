@@ -1,0 +1,194 @@
+r"""Policy gradients: surrogates, advantages, statistics by prompt.
+
+Rewards are to be raised and losses to be lowered: every function here returns what
+gradient descent is run on. $\rho = p_\theta / p_{old}$ is the ratio of the policy that is
+trained to the one that acted, A the advantage, which no gradient flows through.
+"""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+CLIPS = ("ppo", "hard", "none")
+
+
+class PromptStats(NamedTuple):
+    """The last rewards of every prompt, as rings.
+
+    Attributes:
+      reward: (P, N).
+      count: (P,) int32, rewards seen.
+    """
+
+    reward: Any
+    count: Any
+
+
+def reinforce(
+    log_prob: Float[Array, "..."], advantage: Float[Array, "..."]
+) -> Float[Array, "..."]:
+    r"""$-A \log p_\theta$: its gradient is that of the expected reward, negated.
+
+    Williams, 1992. With A = reward - baseline, where the baseline does not depend on the
+    action, the expectation of the gradient is unchanged and its variance falls.
+    """
+    return -lax.stop_gradient(advantage) * log_prob
+
+
+def clipped_surrogate(
+    log_ratio: Float[Array, "..."],
+    advantage: Float[Array, "..."],
+    clip: float = 0.2,
+    mode: str = "ppo",
+) -> Float[Array, "..."]:
+    r"""Importance-weighted policy gradient, bounded.
+
+    Args:
+      log_ratio: $\log \rho$.
+      advantage: A.
+      clip: half width of the band, > 0.
+      mode: "ppo": $-\min(\rho A, \mathrm{clip}(\rho) A)$ (arXiv 1707.06347, eq 7), whose
+        gradient stops only where a step has gone far enough the right way; "hard":
+        $-A\,\mathrm{clip}(\rho)$ (DPOK's released code), whose gradient stops outside
+        the band whatever the sign of A, so that what was pushed the wrong way stays
+        there; "none": $-A \rho$.
+
+    Raises:
+      ValueError: unknown mode, clip <= 0.
+    """
+    if mode not in CLIPS:
+        raise ValueError(f"clip mode must be one of {CLIPS}, got {mode!r}")
+    if clip <= 0:
+        raise ValueError(f"clip must be > 0, got {clip}")
+    ratio = jnp.exp(log_ratio)
+    advantage = lax.stop_gradient(advantage)
+    bounded = jnp.clip(ratio, 1 - clip, 1 + clip)
+    if mode == "none":
+        return -advantage * ratio
+    if mode == "hard":
+        return -advantage * bounded
+    return -jnp.minimum(advantage * ratio, advantage * bounded)
+
+
+def ratio_metrics(
+    log_ratio: Float[Array, "..."], clip: float
+) -> dict[str, Float[Array, ""]]:
+    """Mean ratio, its largest deviation from 1, share outside the band, samples' worth.
+
+    ``ratio_ess`` is the effective sample size over the number of samples, at most 1.
+    """
+    ratio = jnp.exp(log_ratio)
+    return {
+        "ratio": ratio.mean(),
+        "ratio_deviation": jnp.abs(ratio - 1).max(),
+        "clip_fraction": (jnp.abs(ratio - 1) > clip).mean(),
+        "ratio_ess": jnp.square(ratio.mean()) / jnp.square(ratio).mean(),
+    }
+
+
+def to_go(cost: Float[Array, "S B"]) -> Float[Array, "S B"]:
+    """Sum of what comes after each step, itself excluded."""
+    return jnp.flip(jnp.cumsum(jnp.flip(cost, 0), 0), 0) - cost
+
+
+def standardize(x: Float[Array, " B"], eps: float = 1e-6) -> Float[Array, " B"]:
+    """Minus the mean, over the standard deviation of the batch."""
+    return (x - x.mean()) / (x.std() + eps)
+
+
+def group_advantage(
+    reward: Float[Array, " B"],
+    prompt: Int[Array, " B"],
+    prompts: int,
+    eps: float = 1e-6,
+) -> tuple[Float[Array, " B"], Float[Array, ""]]:
+    """Rewards standardised within each prompt's group of the batch (GRPO).
+
+    Args:
+      reward: of the batch.
+      prompt: its prompts, 0 .. prompts - 1.
+      prompts: their number.
+      eps: added to the standard deviation.
+
+    Returns:
+      The advantages, and the share of groups whose rewards are all equal, from which
+      nothing can be learned.
+    """
+    mean, std = _moments(reward, prompt, prompts)
+    highest = jnp.full(prompts, -jnp.inf).at[prompt].max(reward)
+    lowest = jnp.full(prompts, jnp.inf).at[prompt].min(reward)
+    there = jnp.isfinite(highest)
+    equal = (there & (highest == lowest)).sum() / jnp.maximum(there.sum(), 1)
+    return (reward - mean[prompt]) / (std[prompt] + eps), equal
+
+
+def init_prompt_stats(prompts: int, size: int = 16) -> PromptStats:
+    """Empty rings of ``size`` rewards for each prompt."""
+    return PromptStats(jnp.zeros((prompts, size)), jnp.zeros(prompts, jnp.int32))
+
+
+def push_prompt_stats(
+    stats: PromptStats, reward: Float[Array, " B"], prompt: Int[Array, " B"]
+) -> PromptStats:
+    """Rings with a batch's rewards added, in the batch's order, the oldest dropped."""
+    size = stats.reward.shape[1]
+    rank = _rank(prompt)
+    total = jnp.zeros_like(stats.count).at[prompt].add(1)
+    # A prompt that comes more than ``size`` times keeps its last ones.
+    kept = rank >= total[prompt] - size
+    slot = (stats.count[prompt] + rank) % size
+    row = jnp.where(kept, prompt, len(total))
+    return PromptStats(
+        stats.reward.at[row, slot].set(reward, mode="drop"), stats.count + total
+    )
+
+
+def prompt_advantage(
+    stats: PromptStats,
+    reward: Float[Array, " B"],
+    prompt: Int[Array, " B"],
+    least: int = 16,
+    eps: float = 1e-6,
+) -> Float[Array, " B"]:
+    """Rewards standardised by their prompt's last ones (DDPO, arXiv 2305.13301).
+
+    Args:
+      stats: after the batch was pushed.
+      reward: of the batch.
+      prompt: its prompts.
+      least: rewards that a prompt needs; one with fewer is standardised by the batch.
+      eps: added to the standard deviation.
+    """
+    size = stats.reward.shape[1]
+    there = jnp.arange(size)[None] < stats.count[:, None]
+    count = jnp.maximum(there.sum(1), 1)
+    mean = (stats.reward * there).sum(1) / count
+    var = (jnp.square(stats.reward - mean[:, None]) * there).sum(1) / count
+    own = (reward - mean[prompt]) / (jnp.sqrt(var)[prompt] + eps)
+    return jnp.where(stats.count[prompt] >= least, own, standardize(reward, eps))
+
+
+def explained_variance(
+    value: Float[Array, "..."], target: Float[Array, "..."]
+) -> Float[Array, ""]:
+    """1 - Var(target - value) / Var(target): a baseline's worth; 0 without variance."""
+    var = target.var()
+    return jnp.where(
+        var > 0, 1 - (target - value).var() / jnp.where(var > 0, var, 1), 0
+    )
+
+
+def _moments(reward, prompt, prompts):
+    count = jnp.zeros(prompts).at[prompt].add(1)
+    some = jnp.maximum(count, 1)
+    mean = jnp.zeros(prompts).at[prompt].add(reward) / some
+    var = jnp.zeros(prompts).at[prompt].add(jnp.square(reward - mean[prompt])) / some
+    return mean, jnp.sqrt(var)
+
+
+def _rank(prompt):
+    """How many earlier rows have the same prompt."""
+    same = prompt[:, None] == prompt[None]
+    return jnp.tril(same, -1).sum(1)

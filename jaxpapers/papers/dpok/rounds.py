@@ -1,0 +1,202 @@
+"""Chains of the policy: what acts, what it did, what it was paid, how far it went."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import io_callback
+from jaxtyping import Array, Float, Int, Key
+
+from jaxpapers.nets import diffusion as nets
+from jaxpapers.nets.lora import lora_apply
+from jaxpapers.ops import diffusion, policy
+from jaxpapers.ops.diffusion import Chain
+
+
+class Transitions(NamedTuple):
+    """Steps of chains, as rows.
+
+    Attributes:
+      k: (B,) which step.
+      x: (B, ...) states.
+      x_next: (B, ...) where they went.
+      eps_old: (B, ...) guided noise that the policy which acted predicted.
+      word: (B,) or (B, L) prompts.
+    """
+
+    k: Any
+    x: Any
+    x_next: Any
+    eps_old: Any
+    word: Any
+
+
+class Round(NamedTuple):
+    """Chains of one round: states (S+1, B, ...), eps (S, B, ...), prompts, rewards."""
+
+    states: Any
+    eps: Any
+    word: Any
+    prompt: Any
+    reward: Any
+
+
+class Bound(NamedTuple):
+    """What ``make`` binds.
+
+    Attributes:
+      parts: functions of the nets.
+      chain: see ``ops.chains.chain``.
+      options: ``config.method``.
+      reward_fn: (pictures (B, ...), prompt ids (B,)) -> (B,).
+    """
+
+    parts: nets.Parts
+    chain: Chain
+    options: Any
+    reward_fn: Callable
+
+
+def policy_params(params: dict) -> dict:
+    """Parameters of the net that acts: the pretrained ones with their adapters."""
+    if "lora" not in params:
+        return params["net"]
+    return lora_apply(lax.stop_gradient(params["net"]), params["lora"])
+
+
+def reference_params(params: dict) -> dict:
+    """Parameters of the frozen pretrained net."""
+    return lax.stop_gradient(params["net" if "lora" in params else "reference"])
+
+
+def guided_eps(bound: Bound, net: dict) -> Callable:
+    """(x, time, word) -> guided noise of a net's parameters.
+
+    Guidance is part of the policy: it is in the rollout, in the ratio and in the KL.
+    """
+    return diffusion.guided(
+        functools.partial(bound.parts.eps, net), bound.options.guidance
+    )
+
+
+def reward_of(
+    reward_fn: Callable, x: Float[Array, "B ..."], prompt: Int[Array, " B"]
+) -> Float[Array, " B"]:
+    """Rewards, whose shape is checked.
+
+    Raises:
+      ValueError: another shape than (B,).
+    """
+    found = reward_fn(x, prompt)
+    if jnp.shape(found) != prompt.shape:
+        raise ValueError(
+            f"reward_fn gave the shape {jnp.shape(found)}, expected {prompt.shape}: one "
+            "number for each picture"
+        )
+    return lax.stop_gradient(found.astype(jnp.float32))
+
+
+def host_reward(score: Callable[[np.ndarray, np.ndarray], Any]) -> Callable:
+    """A reward that is computed outside JAX: any Python function, in one call per round.
+
+    Args:
+      score: (pictures (B, ...) in [-1, 1], prompt ids (B,)) -> B numbers, as numpy.
+
+    Returns:
+      A function for ``make(config, reward_fn=)``. A result of another shape, or with NaN
+      or infinity, raises ValueError with the prompt ids, before the policy has changed.
+    """
+
+    def checked(x, prompt):
+        found = np.asarray(score(np.asarray(x), np.asarray(prompt)), np.float32)
+        if found.shape != prompt.shape:
+            raise ValueError(
+                f"the reward has shape {found.shape}, expected {prompt.shape}: one "
+                "number for each picture"
+            )
+        bad = ~np.isfinite(found)
+        if bad.any():
+            raise ValueError(
+                f"the reward is {found[bad][:5]} for the prompt ids "
+                f"{np.unique(np.asarray(prompt)[bad]).tolist()}; it must be finite"
+            )
+        return found
+
+    def reward_fn(x, prompt):
+        shape = jax.ShapeDtypeStruct(prompt.shape, jnp.float32)
+        return io_callback(checked, shape, x, prompt, ordered=False)
+
+    return reward_fn
+
+
+def take_round(key: Key[Array, ""], params: dict, batch: dict, bound: Bound) -> Round:
+    """Draws a chain for each prompt of a batch, and asks for its reward."""
+    eps = guided_eps(bound, policy_params(params))
+    word, prompt = batch["word"], batch["prompt"]
+    found = diffusion.rollout(
+        key,
+        lambda x, time: eps(x, time, word),
+        bound.chain,
+        (len(prompt), *bound.parts.shape),
+        store="all",
+    )
+    reward = reward_of(bound.reward_fn, found.sample, prompt)
+    return lax.stop_gradient(Round(found.states, found.eps, word, prompt, reward))
+
+
+def transitions(chains_: Round, k: Int[Array, "B N"]) -> Transitions:
+    """N steps of each chain, as B N rows, the chains' own beside each other."""
+    rows = jnp.arange(len(k))[:, None]
+    states = chains_.states
+    found = (states[k, rows], states[k + 1, rows], chains_.eps[k, rows])
+    x, x_next, eps = (v.reshape(-1, *v.shape[2:]) for v in found)
+    return Transitions(
+        k.reshape(-1), x, x_next, eps, jnp.repeat(chains_.word, k.shape[1], axis=0)
+    )
+
+
+def later_kl(chains_: Round, params: dict, bound: Bound) -> Float[Array, "S B"]:
+    """Sum of the KLs of the steps after each, along the chains that were drawn."""
+    steps, rows = chains_.eps.shape[:2]
+    k = jnp.repeat(jnp.arange(steps), rows)
+    x = chains_.states[:-1].reshape(-1, *chains_.states.shape[2:])
+    time = jnp.asarray(bound.chain.time, jnp.float32)[k]
+    word = jnp.tile(chains_.word, (steps, *(1,) * (chains_.word.ndim - 1)))
+    ref = guided_eps(bound, reference_params(params))(x, time, word)
+    eps = chains_.eps.reshape(x.shape)
+    kl = diffusion.step_kl(bound.chain, k, eps, ref).reshape(steps, rows)
+    return policy.to_go(kl)
+
+
+def path_kl(
+    params: dict, key: Key[Array, ""], word: Int[Array, "B ..."], *, bound: Bound
+) -> Float[Array, ""]:
+    """Mean over fresh chains of the sum of their steps' KLs to the frozen model, nats.
+
+    It bounds the KL of the pictures' laws.
+    """
+    eps = guided_eps(bound, policy_params(params))
+    ref = guided_eps(bound, reference_params(params))
+
+    def acting(x, time):
+        return eps(x, time, word)
+
+    kept = diffusion.rollout(
+        key,
+        acting,
+        bound.chain,
+        (len(word), *bound.parts.shape),
+        store="keys",
+    )
+
+    def visit(total, k, x, x_next, found):
+        del x_next
+        time = jnp.broadcast_to(jnp.asarray(bound.chain.time, jnp.float32)[k], len(x))
+        return total + diffusion.step_kl(bound.chain, k, found, ref(x, time, word))
+
+    zero = jnp.zeros(len(word))
+    return diffusion.replay(kept, acting, bound.chain, visit, zero).mean()

@@ -1,0 +1,196 @@
+"""Samples like those of a data set: points by distances, pictures by features.
+
+What a method samples is compared with data, beside what another draw of the data would
+give (the two-sample floor) and a Gaussian fitted to the training data.
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxpapers.data import arrays, fetch, image_files, images, points
+from jaxpapers.ops import chains, distance
+from jaxpapers.tasks import Task, judges
+
+POINTS = ("swiss_roll", "moons", "four_clusters", "gaussian", "digit_components")
+PICTURES = ("digits", "fashion", "mnist-5k", "cifar-10")
+DIRECTIONS = 100
+# Points of an exact distance: the assignment costs their cube.
+EXACT = 2000
+SHOWN = 64
+
+
+class Source(NamedTuple):
+    """Real data.
+
+    Attributes:
+      train: (n, *X), pictures in [-1, 1].
+      held_out: (m, *X), to compare with.
+      judge: classifier that has seen neither ``train`` nor samples; None for points.
+      name: for people.
+    """
+
+    train: np.ndarray
+    held_out: np.ndarray
+    judge: Any
+    name: str
+
+
+def batch_shapes(config: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of a global training batch."""
+    shape = (config.data.batch, *config.net.shape)
+    return {"x": jax.ShapeDtypeStruct(shape, jnp.float32)}
+
+
+def load(config: Any, method: Any, mesh: Any) -> Task:
+    """Reads ``config.data`` and binds the evaluation to a method and mesh."""
+    source = read(config)
+    picture = source.judge is not None
+    measure = functools.partial(_pictures if picture else _points, source)
+    count = config.data.eval_count
+    replicated = NamedSharding(mesh, PartitionSpec())
+
+    @functools.partial(jax.jit, static_argnames=("count", "full"))
+    def draw(state, key, count, full=False):
+        options = {"chain": chains.full_chain(config.method)} if full else {}
+        shape = (count, *config.net.shape)
+        found = method.sampler(state.params, key, shape, extra=state.extra, **options)
+        return jax.lax.with_sharding_constraint(found, replicated)
+
+    def sample(state, seed, count, full=False):
+        state = state._replace(opt_state=(), step=(), key=())
+        with jax.set_mesh(mesh):
+            return np.asarray(draw(state, jax.random.key(seed), count, full))
+
+    def evaluate(state, quick=False):
+        found = measure(sample(state, 0, count), quick)
+        values = {f"validation_{k}": v for k, v in found.items()}
+        if not quick and _shortened(config):
+            full = measure(sample(state, 0, count, full=True), True)
+            values |= {f"validation_full_chain_{k}": v for k, v in full.items()}
+        if method.diagnose:
+            held = jnp.asarray(source.held_out[:256])
+            with jax.set_mesh(mesh):
+                found = method.diagnose(
+                    state.params, state.extra, {"x": held}, jax.random.key(1)
+                )
+            values |= {k: float(v) for k, v in found.items()}
+        return values
+
+    return Task(
+        arrays.Examples({"x": source.train}, config.data.seed),
+        1,
+        "pictures" if picture else "points",
+        "frechet" if picture else "sliced_w2",
+        ("Frechet distance" if picture else "sliced W2") + f" to {source.name}",
+        evaluate,
+        lambda: baselines(source, count),
+        None,
+        f"{source.name}: {len(source.train):,} to train on, "
+        f"{len(source.held_out):,} held out",
+        picture=lambda state: {
+            "samples": sample(state, 2, SHOWN if picture else EXACT),
+            "data": source.held_out[: SHOWN if picture else EXACT],
+        },
+    )
+
+
+def baselines(source: Source, count: int) -> dict[str, float]:
+    """The metric of training data, and of a Gaussian fitted to them."""
+    measure = _points if source.judge is None else _pictures
+    flat = source.train.reshape(len(source.train), -1).astype(np.float64)
+    rng = np.random.default_rng(0)
+    cov = np.atleast_2d(np.cov(flat, rowvar=False))
+    drawn = rng.multivariate_normal(flat.mean(0), cov, count, method="eigh")
+    drawn = drawn.reshape(count, *source.train.shape[1:]).astype(np.float32)
+    # Samples are compared with what they were not learned from; pictures, whose held-out
+    # part taught the judge, with what they were.
+    other = source.train if source.judge is None else source.held_out
+    found = {"two-sample floor": other[:count], "fitted Gaussian": drawn}
+    return {
+        name: next(iter(measure(source, x, True).values())) for name, x in found.items()
+    }
+
+
+def read(config: Any) -> Source:
+    """The data that ``config.data`` names.
+
+    Raises:
+      ValueError: unknown source, or another shape than ``config.net.shape``.
+      FileNotFoundError: no files.
+    """
+    c = config.data
+    source = _read(c.source, c.path, c.count, c.eval_count, c.seed)
+    shape = tuple(config.net.shape)
+    if source.train.shape[1:] != shape:
+        raise ValueError(
+            f"config.net.shape is {shape}, but samples of {c.source} have the shape "
+            f"{source.train.shape[1:]}"
+        )
+    return source
+
+
+@functools.lru_cache(maxsize=2)
+def _read(name: str, path: str, count: int, eval_count: int, seed: int) -> Source:
+    if name not in POINTS + PICTURES:
+        raise ValueError(
+            f"config.data.source must be one of {POINTS + PICTURES}, got {name!r}"
+        )
+    if name == "digit_components":
+        halves = points.digit_components(path or fetch.get("digits"))
+        return Source(*halves, None, "scanned digits, 2 components")
+    if name in POINTS:
+        make = getattr(points, name)
+        # Other draws of the same law, never seen in training.
+        held_out = make(eval_count, 1_000_003 + seed)
+        return Source(make(count, seed), held_out, None, name.replace("_", " "))
+    if name == "digits":
+        own, other = images.digit_halves(path or fetch.get("digits"))
+        return _judged(own, other, 10, "scanned digits")
+    found = _files(name, path)
+    return _judged(found.train, found.test, found.classes, found.name)
+
+
+def _files(name, path):
+    if name == "mnist-5k":
+        return image_files.mnist_csv(path or fetch.get(name) / "mnist_5k.csv.gz")
+    if not path:
+        raise FileNotFoundError(
+            f"config.data.path: not given; {name} needs its original files; "
+            "--config.data.source=digits needs none"
+        )
+    if name == "fashion":
+        return image_files.fashion(path, pooled=True)
+    return images.cifar(path)
+
+
+def _judged(own, other, classes, name):
+    """A judge trained on ``other`` compares samples with the data they learned from."""
+    signed = images.to_signed(other.image)
+    judge = judges.train(signed, other.label, classes)
+    return Source(images.to_signed(own.image), signed, judge, name)
+
+
+def _points(source, x, quick):
+    held = source.held_out
+    axes = distance.directions(jax.random.key(3), DIRECTIONS, math.prod(x.shape[1:]))
+    own, other = (jnp.asarray(v.reshape(len(v), -1), jnp.float32) for v in (x, held))
+    found = {"sliced_w2": float(distance.sliced_wasserstein(own, other, axes, 2.0))}
+    if not quick:
+        for p in (1, 2):
+            found[f"w{p}"] = distance.wasserstein_exact(x[:EXACT], held[:EXACT], p)
+    return found
+
+
+def _pictures(source, x, quick):
+    del quick
+    return {"frechet": judges.frechet(source.judge, x, source.train)}
+
+
+def _shortened(config):
+    return "sampler" in config.method and config.method.sampler != "ddpm"

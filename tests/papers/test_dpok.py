@@ -1,0 +1,391 @@
+"""DPOK: paths' KL in closed form, the optimal tilt, rounds, rewards, refusals."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxpapers import run
+from jaxpapers.nets import diffusion as nets
+from jaxpapers.ops import diffusion
+from jaxpapers.papers import dpok
+from jaxpapers.papers.dpok import rounds
+from jaxpapers.papers.dpok.supervised import only_if
+
+CHAIN = diffusion.ddpm_chain(np.array([0.2, 0.4, 0.6]))
+PRE, THETA = jnp.array([0.3, 0.1]), jnp.array([0.6, -0.5])
+
+
+def moments(theta, chain=CHAIN):
+    """Means and variances of every state of a linear policy's chain."""
+    mean, var, found = jnp.zeros(()), jnp.ones(()), []
+    for a, c, std in zip(chain.x_mult, chain.eps_mult, chain.std):
+        found.append((mean, var))
+        slope = a + c * theta[0]
+        mean, var = slope * mean + c * theta[1], slope**2 * var + std**2
+    return [*found, (mean, var)]
+
+
+def path_kl(theta, pre=PRE, chain=CHAIN):
+    """Sum over steps of E KL, exactly."""
+    total, gap = 0.0, theta - pre
+    for (mean, var), c, std in zip(moments(theta, chain), chain.eps_mult, chain.std):
+        square = (
+            gap[0] ** 2 * (var + mean**2) + 2 * gap[0] * gap[1] * mean + gap[1] ** 2
+        )
+        total = total + c**2 * square / (2 * std**2)
+    return total
+
+
+def last_kl(theta, pre=PRE, chain=CHAIN):
+    """KL of the two laws of the last state."""
+    (m, v), (n, w) = moments(theta, chain)[-1], moments(pre, chain)[-1]
+    return 0.5 * (v / w + (m - n) ** 2 / w - 1 + jnp.log(w / v))
+
+
+def parts():
+    """A denoiser that is linear in the state, and a value net that is one number."""
+
+    def eps(params, x, time, word=None, **kwargs):
+        return params["theta"][0] * x + params["theta"][1]
+
+    def value(params, x, k, word=None):
+        return jnp.broadcast_to(params["v"], k.shape)
+
+    return nets.Parts(
+        (1,), eps, None, value, lambda key: {"theta": PRE}, None,
+        lambda key: {"v": jnp.zeros(())},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def config():
+    fields = {
+        "data.batch": 20, "net.width": 16, "net.blocks": 1, "net.value": "(16,)",
+        "method.steps": 5, "method.transitions": 2, "method.value_transitions": 2,
+        "method.policy_steps": 3, "method.value_steps": 2, "method.lora_rank": 2,
+    }  # fmt: skip
+    return run.load_config(
+        "dpok:smoke", [f"--config.{k}={v}" for k, v in fields.items()]
+    )
+
+
+def changed(config, **fields):
+    config = config.copy_and_resolve_references().unlock()
+    config.update_from_flattened_dict(fields)
+    return config
+
+
+def bound(config, chain=CHAIN, reward=lambda x, prompt: x[:, 0], **fields):
+    c = changed(config, **{f"method.{k}": v for k, v in fields.items()}).method
+    c.steps = len(chain.std)
+    return dpok.Bound(parts(), chain, c, reward)
+
+
+def params(theta=THETA, pre=PRE):
+    return {
+        "net": {"theta": theta}, "reference": {"theta": pre}, "value": {"v": 0.0},
+    }  # fmt: skip
+
+
+def test_the_paths_kl_bounds_that_of_the_pictures(config):
+    exact = path_kl(THETA)
+    assert float(last_kl(THETA)) < float(exact)
+    found = dpok.path_kl(
+        params(), jax.random.key(0), jnp.zeros(100_000, jnp.int32),
+        bound=bound(config, guidance=1.0),
+    )  # fmt: skip
+    assert float(found) == pytest.approx(float(exact), rel=0.02)
+
+
+def test_one_step_makes_the_bound_an_equality():
+    """A step whose mean does not depend on the state is all of the law."""
+    chain = diffusion.Chain(*(np.array([v]) for v in (0.0, 0.7, 0.5, 0.0)), np.ones(2))
+    theta, pre = jnp.array([0.0, 0.8]), jnp.array([0.0, -0.2])
+    np.testing.assert_allclose(
+        path_kl(theta, pre, chain), last_kl(theta, pre, chain), rtol=1e-6
+    )
+
+
+def objective(theta, advantage, batch, pre, beta):
+    def eps_fn(x, time, word):
+        return theta[0] * x + theta[1]
+
+    ref = pre[0] * batch.x + pre[1]
+    return dpok.dpok_loss(eps_fn, ref, CHAIN, batch, advantage, beta=beta)[0]
+
+
+@pytest.mark.parametrize("mode", ["grad", "reward"])
+def test_gradient_of_the_objective_with_and_without_later_kl(config, mode):
+    """'reward' has the whole gradient of (9), 'grad' lacks the states' part."""
+    beta, count = 0.5, 200_000
+    b = bound(config, guidance=1.0, kl_mode=mode)
+    batch = {"word": jnp.zeros(count, jnp.int32), "prompt": jnp.zeros(count, jnp.int32)}
+    found = dpok.take_round(jax.random.key(1), params(), batch, b)
+    steps = len(CHAIN.std)
+    chosen = dpok.transitions(found, jnp.tile(jnp.arange(steps)[None], (count, 1)))
+    gain = jnp.repeat(found.reward, steps)
+    if mode == "reward":
+        gain = gain - beta * dpok.later_kl(found, params(), b).T.reshape(-1)
+
+    def chain_gradient(rows, gain):
+        grads = jax.grad(objective)(THETA, gain, rows, PRE, beta)
+        return steps * grads
+
+    by_chain = jax.tree.map(lambda v: v.reshape(count, steps, *v.shape[1:]), chosen)
+    grads = jax.jit(jax.vmap(chain_gradient))(by_chain, gain.reshape(count, steps))
+
+    def exact(theta):
+        return -moments(theta)[-1][0] + beta * path_kl(theta)
+
+    error = grads.std(0) / np.sqrt(count)
+    off = jnp.abs(grads.mean(0) - jax.grad(exact)(THETA)) / error
+    if mode == "reward":
+        assert (off < 4).all(), off
+    else:
+        assert float(off.max()) > 20, off
+
+
+def test_optimum_is_the_gaussian_tilt(config):
+    """One step onto N(theta, 1), reward a x: the optimum of (9) is N(a / beta, 1)."""
+    slope, beta = 0.6, 0.4
+    chain = diffusion.Chain(*(np.array([v]) for v in (0.0, 1.0, 1.0, 0.0)), np.ones(2))
+    c = changed(
+        config, **{
+            "method.steps": 1, "method.transitions": 1, "method.value_transitions": 1,
+            "method.guidance": 1.0, "method.beta": beta, "method.lora_rank": 0,
+            "method.policy_steps": 4,
+        },
+    ).method  # fmt: skip
+    b = dpok.Bound(parts(), chain, c, lambda x, prompt: slope * x[:, 0])
+    # Averages out the noise of the gradient.
+    rate = optax.exponential_decay(0.2, 200, 0.5)
+    txs = {"policy": optax.sgd(rate), "value": optax.sgd(0.1)}
+    start = jnp.array([0.0, 0.0])
+    own = {"net": {"theta": start}}
+    state = dpok.State(
+        jnp.zeros((), jnp.int32), params(start, start),
+        {"policy": txs["policy"].init(own), "value": txs["value"].init({"v": 0.0})},
+        {"beta": jnp.asarray(beta), "stats": dpok.policy.init_prompt_stats(10)},
+        jax.random.key(0),
+    )  # fmt: skip
+    state = jax.tree.map(jnp.asarray, state)
+    prompt = jnp.arange(2000) % 10
+    batch = {"word": prompt, "prompt": prompt}
+
+    def step(state, _):
+        return dpok.update(state, batch, bound=b, txs=txs)[0], None
+
+    last = jax.jit(lambda s: jax.lax.scan(step, s, None, length=200)[0])(state)
+    # The state's coefficient is noise of the start, which the KL takes away.
+    theta = last.params["net"]["theta"]
+    assert float(theta[1]) == pytest.approx(slope / beta, rel=0.03)
+    assert abs(float(theta[0])) < 0.05
+
+
+def reward(x, prompt):
+    return x.mean((1, 2, 3)) + 0.1 * prompt
+
+
+def batch_of(config, seed=0):
+    prompt = jnp.arange(config.data.batch, dtype=jnp.int32) % 10
+    return {"word": prompt + 1, "prompt": prompt}
+
+
+def one_round(config, reward_fn=reward, rounds_=1, **fields):
+    config = changed(config, **fields)
+    method = dpok.make(config, reward_fn=reward_fn)
+    batch = batch_of(config)
+    start = method.init(jax.random.key(0), batch)
+    # The last layer starts at zero; a drawn net has something to adapt.
+    net = jax.tree.map(
+        lambda v: v + 0.02 * jax.random.normal(jax.random.key(9), v.shape),
+        start.params["net"],
+    )
+    start = start._replace(params={**start.params, "net": net})
+    if "reference" in start.params:
+        start.params["reference"] = net
+    state, update = start, jax.jit(method.update)
+    for _ in range(rounds_):
+        state, metrics = update(state, batch)
+    return start, state, metrics
+
+
+@pytest.mark.parametrize("dtype, most", [("float32", 1e-6), ("bfloat16", 1e-2)])
+def test_the_first_policy_step_is_on_policy(config, dtype, most):
+    _, _, metrics = one_round(config, **{"net.dtype": dtype})
+    assert float(metrics["first_ratio_deviation"]) < most
+    assert float(metrics["path_kl"]) == pytest.approx(0, abs=1e-6)
+
+
+def test_adapters_move_and_the_frozen_net_does_not(config):
+    start, state, metrics = one_round(config)
+    for a, b in zip(*(jax.tree.leaves(s.params["net"]) for s in (start, state))):
+        np.testing.assert_array_equal(a, b)
+    for name in ("lora", "value"):
+        assert float(jnp.abs(jax.tree.leaves(state.params[name])[0]).max()) > 0
+        pairs = zip(*(jax.tree.leaves(s.params[name]) for s in (start, state)))
+        assert any((a != b).any() for a, b in pairs)
+    labels = dpok.labels(state.params)
+    assert set(jax.tree.leaves(labels["net"])) == {"frozen"}
+    assert {f"reward_prompt_{i}" for i in range(10)} <= set(metrics)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"method.lora_rank": 0},
+        {"method.rounds": 2},
+        {"method.advantage": "batch"},
+        {"method.advantage": "prompt"},
+        {"method.advantage": "group"},
+        {"method.kl_mode": "reward"},
+        {"method.kl": "eps_mse", "method.clip": "hard", "method.reduce": "mean"},
+        {"method.kl_target": 1.0},
+        {"method.name": "sft"},
+        {"method.name": "kl_d"},
+        {"method.name": "kl_o"},
+    ],
+)
+def test_variants(config, fields):
+    start, state, metrics = one_round(
+        config, lambda x, prompt: jnp.exp(reward(x, prompt)), 2, **fields
+    )
+    assert all(np.isfinite(float(v)) for v in metrics.values())
+    assert int(state.step) == 2
+    moving = "lora" if "lora" in state.params else "net"
+    pairs = zip(*(jax.tree.leaves(s.params[moving]) for s in (start, state)))
+    assert any((a != b).any() for a, b in pairs)
+
+
+def test_beta_follows_its_target(config):
+    for target, factor in ((1e9, 0.5), (1e-4, 2.0)):
+        start, state, metrics = one_round(
+            config, rounds_=2, **{"method.kl_target": target}
+        )
+        # The first round's path is the pretrained one: its KL is 0, below any target.
+        expected = float(start.extra["beta"]) * 0.5 * factor
+        assert float(state.extra["beta"]) == pytest.approx(expected)
+
+
+def test_kl_d_is_sft_with_a_shifted_reward():
+    def eps_fn(x, time, word):
+        return 0.3 * x
+
+    x = jax.random.normal(jax.random.key(0), (6, 2))
+    word, pay = jnp.ones(6, jnp.int32), jnp.linspace(0, 1, 6)
+    loss = functools.partial(
+        dpok.sft_loss, eps_fn, eps_fn, x, word, key=jax.random.key(1),
+        alpha_bar=diffusion.alpha_bars(diffusion.linear_betas(50)),
+    )  # fmt: skip
+    assert float(loss(pay, mode="kl_d", gamma=0.7)) == float(loss(pay + 0.7))
+    # At the pretrained model the distillation of KL-O is nothing.
+    assert float(loss(pay, mode="kl_o", gamma=0.7)) == float(loss(pay))
+    assert np.isnan(float(loss(pay - 0.5)))
+    with pytest.raises(ValueError, match="kl_o"):
+        loss(pay, mode="rwr")
+
+
+def test_a_reward_from_the_host(config):
+    seen = []
+
+    def score(x, prompt):
+        seen.append((x.shape, prompt.shape))
+        return x.mean((1, 2, 3)) + 0.1 * prompt
+
+    _, ours, _ = one_round(config)
+    _, theirs, _ = one_round(config, dpok.host_reward(score))
+    assert seen == [((20, 8, 8, 1), (20,))]
+    for a, b in zip(*(jax.tree.leaves(s.params) for s in (ours, theirs))):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "score, message",
+    [
+        (lambda x, p: np.zeros(3), "shape"),
+        (lambda x, p: np.where(p == 4, np.nan, 0.0), r"prompt ids \[4\]"),
+        (lambda x, p: np.where(p == 7, np.inf, 0.0), r"prompt ids \[7\]"),
+    ],
+)
+def test_bad_host_rewards_name_the_prompts(config, score, message):
+    with pytest.raises(Exception, match=message):
+        jax.block_until_ready(one_round(config, dpok.host_reward(score))[1])
+
+
+def test_a_bad_reward_leaves_the_policy_alone(config):
+    def broken(x, prompt):
+        return jnp.where(prompt == 3, jnp.nan, 0.0)
+
+    start, state, metrics = one_round(config, broken)
+    for a, b in zip(
+        *(jax.tree.leaves((s.params, s.opt_state)) for s in (start, state))
+    ):
+        np.testing.assert_array_equal(a, b)
+    assert not np.isfinite(float(metrics["reward"]))
+    assert not np.isfinite(float(metrics["reward_prompt_3"]))
+    assert np.isfinite(float(metrics["reward_prompt_2"]))
+    with pytest.raises(ValueError, match="one number for each picture"):
+        one_round(config, lambda x, prompt: x[:, :, 0, 0])
+
+
+def test_only_if_keeps_all_but_the_step():
+    old = dpok.State(jnp.int32(3), {"a": jnp.ones(2)}, (), {}, jax.random.key(0))
+    new = old._replace(params={"a": jnp.zeros(2)})
+    kept = only_if(jnp.array(False), new, old)
+    assert int(kept.step) == 4 and kept.params["a"].tolist() == [1, 1]
+    assert only_if(jnp.array(True), new, old).params["a"].tolist() == [0, 0]
+
+
+def test_transitions_are_each_chains_own():
+    states = jnp.arange(4 * 2).reshape(4, 2, 1).astype(jnp.float32)
+    found = rounds.Round(states, -states[:-1], jnp.array([5, 6]), None, None)
+    rows = dpok.transitions(found, jnp.array([[2, 0], [1, 2]]))
+    assert rows.x[:, 0].tolist() == [4, 0, 3, 5]
+    assert rows.x_next[:, 0].tolist() == [6, 2, 5, 7]
+    assert rows.eps_old[:, 0].tolist() == [-4, 0, -3, -5]
+    assert rows.word.tolist() == [5, 5, 6, 6]
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"method.stage": "train"}, "stage"),
+        ({"method.name": "ddpo"}, "method.name"),
+        ({"method.alpha": -1.0}, "alpha"),
+        ({"method.beta": -1.0}, "beta"),
+        ({"method.clip_eps": 0.0}, "clip_eps"),
+        ({"method.clip": "soft"}, "clip"),
+        ({"method.kl": "js"}, "method.kl"),
+        ({"method.advantage": "gae"}, "advantage"),
+        ({"method.steps": 7}, "divide"),
+        ({"method.eta": 0.0}, "no density"),
+        ({"method.transitions": 6}, "transitions"),
+        ({"method.policy_steps": 0}, "policy_steps"),
+        ({"method.lora_match": "nothing"}, "nothing"),
+        ({"method.kl_mode": "reward", "method.rounds": 2}, "rounds=1"),
+        ({"train.accumulate": 2}, "accumulate"),
+        ({"net.words": 0}, "words"),
+        ({"optim.lr": 0.0}, "lr"),
+        ({"optim.value_lr": 0.0}, "value_lr"),
+    ],
+)
+def test_refusals(config, fields, message):
+    config = changed(config, **fields)
+    with pytest.raises(ValueError, match=message):
+        method = dpok.make(config, reward_fn=reward)
+        jax.eval_shape(method.init, jax.random.key(0), batch_of(config))
+
+
+def test_a_method_without_a_reward_says_so(config):
+    with pytest.raises(ValueError, match="reward_fn"):
+        dpok.make(config)
+    plain = dpok.inference(config)
+    method = dpok.make(plain)
+    assert method.sampler is not None
+    with pytest.raises(ValueError, match="without a reward"):
+        state = method.init(jax.random.key(0), batch_of(config))
+        jax.eval_shape(method.update, state, batch_of(config))

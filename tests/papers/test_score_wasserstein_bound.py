@@ -1,0 +1,286 @@
+"""The bound: equality cases, Gaussian pairs, recorded numbers, what it refuses."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxpapers.ops import distance, sde
+from jaxpapers.papers import score_wasserstein as sw
+from jaxpapers.papers.score_wasserstein.lipschitz import largest_eigenvalue
+
+VP = sde.vp_sde(0.1, 19.9 + 0.1, 1.0)
+with jax.enable_x64():
+    ONE, TIMES = jnp.ones(3), jnp.array([0.0, 1.0, 2.0])
+
+
+@pytest.fixture(autouse=True)
+def double():
+    with jax.enable_x64():
+        yield
+
+
+def scale_and_var(t):
+    """Of x_t given x_0."""
+    scale, var = VP.transition(jnp.zeros_like(t), t)
+    return scale, var
+
+
+@functools.partial(jax.jit, static_argnums=(5, 6))
+def gaussians(m0, v0, mh, vh, prior, points=100_001, steps=2000):
+    """W_2 in closed form and the bounds, for N(m0, v0) and the score of N(mh, vh)."""
+
+    def model(t):
+        a, var = scale_and_var(t)
+        return 1 / (vh * a**2 + var), mh * a
+
+    t = jnp.linspace(0.0, 1.0, points)
+    a, var = scale_and_var(t)
+    A, c = model(t)
+    P, m = 1 / (v0 * a**2 + var), m0 * a
+    # Of -P (x - m) + A (x - c) for x ~ N(m, 1 / P).
+    b = (A - P) ** 2 / P + A**2 * (m - c) ** 2
+    g2 = VP.diffusion(t) ** 2
+    factor = sw.integrating_factor(VP.L_f(t), -A, g2, t)
+    start = jnp.where(prior, 0.0, m[-1]), jnp.where(prior, 1.0, 1 / P[-1])
+    offset = jnp.hypot(m[-1] - start[0], jnp.sqrt(1 / P[-1]) - jnp.sqrt(start[1]))
+    J = 0.5 * jnp.trapezoid(g2 * b, t)
+    end_mean, end_cov = sde.gaussian_reverse_moments(
+        VP, start[0][None], start[1][None, None],
+        lambda t: model(t)[0][None, None], lambda t: model(t)[1][None], steps,
+    )  # fmt: skip
+    w2 = jnp.hypot(end_mean[0] - m0, jnp.sqrt(end_cov[0, 0]) - jnp.sqrt(v0))
+    return {
+        "w2": w2,
+        "theorem1": sw.w2_bound_theorem1(g2, factor.log, b, t, offset).total,
+        "corollary1": sw.w2_bound_cor1(g2, factor.log, J, t, offset).total,
+        "J": J,
+        "I": factor.value[-1],
+        # The drift's constant with the wrong sign.
+        "wrong": sw.w2_bound_theorem1(
+            g2, sw.integrating_factor(-VP.L_f(t), -A, g2, t).log, b, t, offset
+        ).total,
+    }
+
+
+# m0, v0, mh, vh, from the prior; W_2, Theorem 1, Corollary 1, J, I(T).
+TABLE = [
+    (1, .25, 1.2, .25, False, 0.199997841, 0.199997841, 0.199997841, 0.079999136,
+     1.64295e-3),
+    (0, 1, .3, 1, False, 0.299987044, 0.299987044, 0.299987044, 0.044998057, 6.571586e-3),
+    (1, .25, 1.2, .25, True, 0.199987044, 0.200008637, 0.200008637, 0.079999136,
+     1.64295e-3),
+    (1, .25, 1, .16, False, 0.1, 0.130321501, 0.136359580, 0.058106449, 1.051492e-3),
+    (1, .25, 1, .36, False, 0.1, 0.135727001, 0.145846461, 0.029543779, 2.365837e-3),
+    (.5, .25, .5, .25, True, 5.398e-6, 5.398e-6, 5.398e-6, 0, 1.64295e-3),
+]  # fmt: skip
+EQUAL = (0, 1, 5)
+
+
+@pytest.mark.parametrize("row", range(len(TABLE)))
+def test_table(row):
+    *case, prior, w2, theorem1, corollary1, J, I = TABLE[row]
+    found = gaussians(*(jnp.float64(v) for v in case), prior)
+    expected = {
+        "w2": w2,
+        "theorem1": theorem1,
+        "corollary1": corollary1,
+        "J": J,
+        "I": I,
+    }
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-6, atol=1e-7)
+    if row in EQUAL:
+        np.testing.assert_allclose(found["theorem1"], found["w2"], rtol=0, atol=1e-7)
+        np.testing.assert_allclose(found["corollary1"], found["w2"], rtol=0, atol=1e-7)
+    else:
+        assert found["w2"] + 1e-5 < found["theorem1"] <= found["corollary1"] + 1e-7
+    assert found["corollary1"] >= found["theorem1"] - 1e-12
+
+
+@pytest.mark.parametrize("row", [0, 1])
+def test_the_wrong_sign_of_the_drift_breaks_the_bound(row):
+    found = gaussians(*(jnp.float64(v) for v in TABLE[row][:4]), False)
+    assert found["wrong"] < 0.9 * found["w2"]
+
+
+def random_pair(key):
+    """A Gaussian p_0, an affine score with positive definite A(t), a Gaussian q_T."""
+    keys = iter(jax.random.split(key, 14))
+
+    def vector(size=1.0):
+        return size * jax.random.normal(next(keys), (2,))
+
+    def rotated():
+        """Axes of an ellipse and its squared radii, so that inverses are cheap."""
+        axes = jnp.linalg.qr(jax.random.normal(next(keys), (2, 2)))[0]
+        return axes, 0.05 + jax.random.exponential(next(keys), (2,))
+
+    def matrix(axes, values):
+        return (axes * values[None]) @ axes.T
+
+    m0, c0, c1 = vector(), vector(), vector()
+    data, near, first, last, start = (rotated() for _ in range(5))
+
+    def law(t, power=1):
+        a, var = scale_and_var(t)
+        return a * m0, matrix(data[0], (a**2 * data[1] + var) ** power)
+
+    def A(t):
+        a, var = scale_and_var(t)
+        own = matrix(near[0], 1 / (a**2 * near[1] + var))
+        return own + 0.3 * t * matrix(*first) + 0.2 * (1 - t) * matrix(*last)
+
+    def c(t):
+        return c0 * (1 - t) + c1 * t * 0.1
+
+    return (m0, matrix(*data)), law, A, c, (vector(0.1), matrix(*start))
+
+
+def bounds_of_a_pair(key):
+    data, law, A, c, start = random_pair(key)
+    t = jnp.linspace(0.0, 1.0, 501)
+    (m, v), At, ct = jax.vmap(law)(t), jax.vmap(A)(t), jax.vmap(c)(t)
+    differ = At - jax.vmap(lambda t: law(t, -1)[1])(t)
+    b = jnp.einsum("tij,tjk,tik->t", differ, v, differ) + jnp.square(
+        jnp.einsum("tij,tj->ti", At, m - ct)
+    ).sum(1)
+    g2 = VP.diffusion(t) ** 2
+    L_s = jax.vmap(largest_eigenvalue)(-At)
+    log_I = sw.integrating_factor(VP.L_f(t), L_s, g2, t).log
+    end = sde.gaussian_reverse_moments(VP, *start, A, c, 200)
+    offset = distance.gaussian_w2(m[-1], v[-1], *start)
+    lam = g2 * jnp.exp(log_I)
+    J, J_lam = (0.5 * jnp.trapezoid(w * b, t) for w in (g2, lam))
+    return (
+        distance.gaussian_w2(*data, *end),
+        sw.w2_bound_theorem1(g2, log_I, b, t, offset).total,
+        sw.w2_bound_cor1(g2, log_I, J, t, offset).total,
+        sw.w2_bound_general(g2, log_I, lam, J_lam, t, offset).total,
+    )
+
+
+def test_bounds_of_200_random_pairs():
+    keys = jax.random.split(jax.random.key(0), 200)
+    w2, theorem1, corollary1, general = jax.jit(jax.vmap(bounds_of_a_pair))(keys)
+    assert np.isfinite(w2).all() and (w2 > 0.01).all()
+    assert (w2 <= theorem1 * (1 + 1e-4)).all()
+    assert (theorem1 <= corollary1 * (1 + 1e-12)).all()
+    assert (theorem1 <= general * (1 + 1e-12)).all()
+    # Of some use: not all of it is slack.
+    assert (w2 > 0.3 * theorem1).any()
+
+
+def test_every_weight_holds_the_theorem_of_its_own():
+    g2, log_I = jnp.array([1.0, 2.0, 0.5]), jnp.array([0.0, -0.3, 0.2])
+    b, lam = jnp.array([0.3, 0.1, 0.7]), jnp.array([0.5, 3.0, 1.0])
+    J_lam = 0.5 * jnp.trapezoid(lam * b, TIMES)
+    found = sw.w2_bound_general(g2, log_I, lam, J_lam, TIMES, 0.5)
+    constant = 2 * jnp.trapezoid(g2**2 * jnp.exp(2 * log_I) / lam, TIMES)
+    np.testing.assert_allclose(found.first_term, jnp.sqrt(constant * J_lam), rtol=1e-12)
+    np.testing.assert_allclose(found.log_intercept, 0.5 * jnp.log(constant), rtol=1e-12)
+    np.testing.assert_allclose(found.offset_term, 0.5 * jnp.exp(0.2), rtol=1e-12)
+    np.testing.assert_allclose(found.total, found.first_term + found.offset_term)
+    # lambda = g^2 is Corollary 1.
+    J = 0.5 * jnp.trapezoid(g2 * b, TIMES)
+    same = (
+        sw.w2_bound_general(g2, log_I, g2, J, TIMES),
+        sw.w2_bound_cor1(g2, log_I, J, TIMES),
+    )
+    np.testing.assert_allclose(same[0].total, same[1].total, rtol=1e-14)
+
+
+def test_offset_of_the_prior():
+    """Corollary 2 is at least I(T) W_2(p_T, q_T), and equal for a translate."""
+    t = jnp.linspace(0.0, 1.0, 20_001)
+    g2, L_s = VP.diffusion(t) ** 2, -jnp.ones_like(t)
+    factor = sw.integrating_factor(VP.L_f(t), L_s, g2, t)
+    a = scale_and_var(t[-1:])[0][0]
+    found = sw.w2_offset_vp(L_s, g2, t, 0.7)
+    np.testing.assert_allclose(found, factor.value[-1] * a * 0.7, rtol=1e-6)
+
+
+@pytest.mark.parity("diffusion", only=lambda entry: "log_intercept" in entry["arrays"])
+def test_recorded_chain(case):
+    folder, name, _ = case
+    close = functools.partial(np.testing.assert_allclose, rtol=2e-5)
+    with np.load(folder / f"{name}.npz") as z, jax.enable_x64(False):
+        z = {k: jnp.asarray(z[k]) for k in z}
+        scores = z["score"]
+
+        def score_fn(x, t):
+            return scores[t[0].astype(int)]
+
+        steps = jnp.arange(len(scores), dtype=jnp.float32)
+        seen = sw.one_sided_lipschitz(score_fn, z["grid"], steps, "pairs")
+        # A quotient of differences of float32 scores.
+        close(seen.value, z["L_s"], rtol=2e-5, atol=2e-4)
+        assert seen.side == "lower"
+        betas = z["betas"]
+        factor = sw.integrating_factor(0.5 * betas, z["L_s"], betas, None)
+        close(factor.value**2, z["I2"])
+        bound = sw.w2_bound_cor1(betas, factor.log, 1.0, None)
+        close(bound.log_intercept, z["log_intercept"])
+        terms = sw.chain_terms(
+            z["eps"], z["noise"], betas, z["alphas_bar"], coord_mean=True
+        )
+        # 1 - alpha_bar has lost 4 digits at the first steps, here as there.
+        close(terms, z["dsm_terms"])
+        summed = sw.chain_terms(z["eps"], z["noise"], betas, z["alphas_bar"])
+        close(summed, z["noise"].shape[1] * terms)
+
+
+def test_overflow_is_infinite_and_flagged():
+    steep = sw.integrating_factor(ONE, 100 * ONE, ONE, TIMES)
+    np.testing.assert_allclose(steep.log, [0.0, 101.0, 202.0])
+    assert steep.overflow and steep.value[-1] == jnp.inf and steep.value[0] == 1
+    found = sw.w2_bound_theorem1(ONE, steep.log, ONE, TIMES, 1.0)
+    assert found.overflow and found.total == jnp.inf
+    assert 201 < found.log_total < 203 and np.isfinite(found.log_intercept)
+    # Nothing to bound: no error, no NaN, and a finite gradient.
+    none = sw.w2_bound_theorem1(ONE, steep.log, 0 * ONE, TIMES)
+    assert none.total == 0 and not none.overflow
+    grad = jax.grad(
+        lambda b: sw.w2_bound_theorem1(ONE, 0 * ONE, b, TIMES).total
+    )(jnp.array([0.0, 1.0, 4.0]))  # fmt: skip
+    np.testing.assert_allclose(grad, [0.0, 0.5, 0.125])
+
+
+def test_large_logarithms_in_float32_warn():
+    with jax.enable_x64(False):
+        one = jnp.ones(3, jnp.float32)
+        times = TIMES.astype(jnp.float32)
+        with pytest.warns(RuntimeWarning, match="float64"):
+            sw.integrating_factor(one, 20 * one, one, times)
+        sw.integrating_factor(one, one, one, times)
+    sw.integrating_factor(ONE, 20 * ONE, ONE, TIMES)
+
+
+@pytest.mark.parametrize(
+    "attempt, message",
+    [
+        (lambda: sw.integrating_factor(ONE, ONE, ONE, TIMES[::-1]), "increase"),
+        (lambda: sw.integrating_factor(ONE, ONE, ONE, 0 * TIMES), "increase"),
+        (lambda: sw.integrating_factor(ONE, jnp.nan * ONE, ONE, TIMES), "score NaN"),
+        (lambda: sw.integrating_factor(ONE, ONE, -ONE, TIMES), "g2 must be >= 0"),
+        (lambda: sw.integrating_factor(*[ONE[:1]] * 3, TIMES[:1]), "two times"),
+        (lambda: sw.w2_bound_theorem1(ONE, ONE, -ONE, TIMES), "b must be >= 0"),
+        (lambda: sw.w2_bound_cor1(ONE, ONE, -1.0, TIMES), "J must be >= 0"),
+        (lambda: sw.w2_bound_cor1(ONE, ONE, 1.0, TIMES, -1.0), "offset must be >= 0"),
+        (lambda: sw.w2_bound_general(ONE, ONE, -ONE, 1.0, TIMES), "lam must be >= 0"),
+        (lambda: sw.w2_bound_general(ONE, ONE, 0 * ONE, 1.0, TIMES), "lam is zero"),
+        (lambda: sw.w2_offset_vp(ONE, ONE, TIMES, -1.0), "distance"),
+    ],
+)  # fmt: skip
+def test_refuses(attempt, message):
+    with pytest.raises(ValueError, match=message):
+        attempt()
+
+
+def test_refuses_lengths_that_differ():
+    # Past the annotations, which tests check too.
+    raw = sw.integrating_factor.__wrapped__
+    with pytest.raises(ValueError, match="lengths must be equal"):
+        raw(ONE, ONE[:2], ONE, TIMES)
