@@ -26,17 +26,18 @@ def get_config(preset: str | None = None) -> ConfigDict:
     config = ConfigDict(
         {
             "data": {
-                "task": "points",
-                "source": "four_clusters",  # moons, gaussian, digits
+                "task": "generation",
+                "source": "four_clusters",  # moons, gaussian, digit_components
                 "path": "",
-                "std": 0.1,  # of a cluster; the released code has 0.0125
+                "spread": 0.1,  # std of a cluster; the released code has 0.0125
                 "batch": 128,
-                "eval_batch": 256,  # points of the exact distance
+                "count": 4_000,  # points of a synthetic source
+                "eval_count": 1_000,
                 "seed": 0,
             },
             "net": {
                 "widths": (64, 64, 64),
-                "outputs": 2,  # dimension of the data
+                "shape": (2,),  # of a point
                 "activation": "softplus",  # relu
                 "regularizer": "none",  # spectral, clip
                 "clip": 0.1,  # bound of the weights
@@ -69,8 +70,10 @@ def get_config(preset: str | None = None) -> ConfigDict:
             },
         }
     )
-    if preset in ("moons", "gaussian", "digits"):
+    if preset in ("moons", "gaussian"):
         config.data.source = preset
+    elif preset == "digits":
+        config.data.source = "digit_components"
     elif preset == "smoke":
         config.net.widths = (32, 32)
         config.method.ascend_steps = 20

@@ -30,6 +30,7 @@ def get_config(preset: str | None = None) -> ConfigDict:
                 "source": "swiss_roll",  # moons, four_clusters, gaussian, or pictures:
                 # digits, fashion, mnist-5k, cifar-10
                 "path": "",
+                "spread": 0.05,  # noise of a synthetic source
                 "batch": 640,  # data of a cycle: n_critic rounds of chains
                 "count": 10_000,  # points of a synthetic source
                 "eval_count": 10_000,

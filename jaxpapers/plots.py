@@ -118,6 +118,53 @@ def plot_comparison(
     return Path(out)
 
 
+def plot_against(
+    runs: Mapping[str, Sequence[str | Path]],
+    x: str,
+    y: Sequence[str],
+    out: str | Path,
+    log: str = "",
+) -> Path:
+    """Draws evaluations against each other, a panel for each ``y``, a colour a model.
+
+    Args:
+      runs: model -> workdirs of its seeds; a line each, a dot per evaluation.
+      x: metric on the horizontal axis, e.g. "validation_path_kl".
+      y: metrics on the vertical ones.
+      out: picture file.
+      log: axes that are logarithmic, of "xy".
+
+    Raises:
+      ValueError: a run without such evaluations.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5 * len(y), 4.2), layout="constrained")
+    row = figure.subplots(1, len(y), squeeze=False)[0]
+    for axes, name in zip(row, y):
+        for i, (label, folders) in enumerate(runs.items()):
+            for j, folder in enumerate(folders):
+                records = [r for r in read_metrics(folder) if x in r and name in r]
+                if not records:
+                    raise ValueError(f"{folder} has no evaluations of {x} and {name}")
+                points = [(r[x], r[name]) for r in records]
+                axes.plot(
+                    *zip(*points), ".-", color=f"C{i}", lw=0.8, alpha=0.7,
+                    label=None if j else label,
+                )  # fmt: skip
+                axes.plot(*points[-1], "D", color=f"C{i}", mec="black")
+        scales = {f"{v}scale": "log" for v in log}
+        axes.set(xlabel=_words(x), ylabel=_words(name), **scales)
+        axes.grid(alpha=0.25)
+    row[0].legend(frameon=False, fontsize=8)
+    figure.savefig(out, dpi=150)
+    return Path(out)
+
+
+def _words(metric: str) -> str:
+    return metric.removeprefix("validation_").replace("_", " ")
+
+
 def plot_samples(
     before: Mapping[str, Any] | None, after: Mapping[str, Any], out: str | Path
 ) -> Path:
@@ -135,18 +182,21 @@ def plot_samples(
     panels |= {"samples": after["samples"], "data": after["data"]}
     names = [str(x) for x in after["rows"]] if "rows" in after else []
     figure = Figure(figsize=(4 * len(panels), 4.2), layout="constrained")
-    for axes, (title, x) in zip(figure.subplots(1, len(panels), squeeze=False)[0],
-                                panels.items()):  # fmt: skip
+    share = np.ndim(after["data"]) == 2
+    row = figure.subplots(1, len(panels), squeeze=False, sharex=share, sharey=share)[0]
+    for axes, (title, x) in zip(row, panels.items()):
         axes.set_title("after" if before is not None and title == "samples" else title)
         if np.ndim(x) == 4:
             sheet = contact_sheet(x, len(names) or round(len(x) ** 0.5))
             axes.imshow(sheet, cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
             step = sheet.shape[0] / max(len(names), 1)
-            axes.set_yticks([step * (i + 0.5) for i in range(len(names))], names)
+            # Real pictures are not in the rows of the prompts.
+            shown = names if title != "data" else []
+            axes.set_yticks([step * (i + 0.5) for i in range(len(shown))], shown)
             axes.set_xticks([])
         else:
             data = after["data"]
-            axes.plot(data[:, 0], data[:, 1], ",", color="lightgrey")
+            axes.plot(data[:, 0], data[:, 1], ".", ms=2, color="darkgrey")
             if title != "data":
                 axes.plot(x[:, 0], x[:, 1], ".", ms=2, color="C0", alpha=0.6)
             axes.set_aspect("equal")

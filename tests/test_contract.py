@@ -37,6 +37,11 @@ SMALL = {
         **CLICK, "net.unit": (8,), "net.light.hidden": (4,),
         "net.booster.hidden": (8, 4),
     },
+    "score_wasserstein": {
+        "data.batch": 64, "data.count": 200, "data.eval_count": 64,
+        "net.widths": (8, 8), "method.ascend_steps": 0, "method.high": 0.9,
+        "optim.lr": 0.02,
+    },
     "sft_pg": {
         "data.batch": 32, "data.count": 200, "data.eval_count": 64, "net.model": "mlp",
         "net.width": 16, "net.blocks": 1, "net.critic": (16,), "net.value": (8,),
@@ -91,6 +96,11 @@ BAD = {
         "method.name": ("hope", "method.name"),
         "train.accumulate": (0, "train.accumulate"),
     },
+    "score_wasserstein": {
+        "method.steps": (0, "method.steps"),
+        "method.weight": ("flat", "weight"),
+        "net.regularizer": ("l2", "regularizer"),
+    },
     "sft_pg": {
         "method.n_critic": (0, "n_critic"),
         "method.steps": (0, "steps"),
@@ -117,10 +127,11 @@ SGD = {
     "optim.lr": 0.1,
 }  # fmt: skip
 PLAIN = {
+    "score_wasserstein": {"optim.name": "sgd"},
     "din": SGD, "dien": {**SGD, "method.aux_weight": 0.0}, "sim": SGD, "rocket": SGD,
 }  # fmt: skip
 # Those whose loss draws noise for each row: micro-batches draw other noise.
-NOISY = {"sft_pg", "dpok"}
+NOISY = {"score_wasserstein", "sft_pg", "dpok"}
 # What falls where the loss is a policy's, whose value says nothing.
 FALLING = {"sft_pg": "value_loss", "dpok": "value_loss"}
 MESHES = {"1x1": (1, 1), "8x1": (8, 1), "4x2": (4, 2), "2x4": (2, 4)}

@@ -1,6 +1,6 @@
 """Arrays in memory as an endless stream of batches."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,9 +12,10 @@ class Examples:
     Args:
       fields: name -> array, rows along the first axis, as many in each.
       seed: of the orders.
+      change: what is done to a batch's fields, e.g. normalisation; None: nothing.
 
     Raises:
-      ValueError: no fields, no rows, or different numbers of them.
+      ValueError: no fields, no rows, or different numbers of them; a NaN or infinity.
 
     Example:
       >>> examples = Examples({"x": np.arange(6.0)})
@@ -22,12 +23,21 @@ class Examples:
       (6, (4,))
     """
 
-    def __init__(self, fields: Mapping[str, np.ndarray], seed: int = 0):
+    def __init__(
+        self,
+        fields: Mapping[str, np.ndarray],
+        seed: int = 0,
+        change: Callable[[dict], dict] | None = None,
+    ):
         counts = {name: len(array) for name, array in fields.items()}
         if len(set(counts.values())) != 1 or not min(counts.values()):
             raise ValueError(f"fields must have the same number of rows, got {counts}")
+        for name, array in fields.items():
+            if not np.isfinite(array).all():
+                raise ValueError(f"{name} must be finite numbers, got NaN or infinity")
         self.fields = dict(fields)
         self.seed = seed
+        self.change = change or dict
         self._order: tuple[int, Any] = (-1, None)
 
     def __len__(self) -> int:
@@ -43,8 +53,9 @@ class Examples:
           rows: part of it to return; None: all.
         """
         numbers = np.arange(start, start + size)[rows or slice(None)]
-        index = np.array([self._epoch(n // len(self))[n % len(self)] for n in numbers])
-        return {name: array[index] for name, array in self.fields.items()}
+        index = [self._epoch(n // len(self))[n % len(self)] for n in numbers]
+        index = np.array(index, int)
+        return self.change({name: array[index] for name, array in self.fields.items()})
 
     def _epoch(self, epoch):
         if self._order[0] != epoch:

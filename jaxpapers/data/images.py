@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxpapers.data import arrays
+
 # What the pickles of CIFAR are made of; anything else in one is refused.
 _PICKLED = {
     ("numpy.core.multiarray", "_reconstruct"),
@@ -58,45 +60,13 @@ class DigitParts(NamedTuple):
     judge: Split
 
 
-class Examples:
-    """Batches of normalised pictures; every epoch in an order of its own.
+def examples(pictures: Pictures, seed: int = 0) -> arrays.Examples:
+    """Batches of the training part, normalised: image, label."""
 
-    Args:
-      pictures: a data set.
-      seed: of the orders.
-      signed: values in [-1, 1], see ``to_signed``, instead of normalised ones.
-    """
+    def change(batch):
+        return {**batch, "image": normalize(pictures, batch["image"])}
 
-    def __init__(self, pictures: Pictures, seed: int = 0, signed: bool = False):
-        self.pictures = pictures
-        self.seed = seed
-        self.signed = signed
-        self._order: tuple[int, Any] = (-1, None)
-
-    def __len__(self) -> int:
-        """Pictures to train on."""
-        return len(self.pictures.train.label)
-
-    def batch(self, start: int, size: int, rows: slice | None = None) -> dict:
-        """Examples ``start`` .. ``start + size`` of the endless stream: image, label.
-
-        Args:
-          start: number of the first example.
-          size: of the global batch.
-          rows: part of it to return; None: all.
-        """
-        numbers = np.arange(start, start + size)[rows or slice(None)]
-        index = np.array([self._epoch(n // len(self))[n % len(self)] for n in numbers])
-        image, label = (x[index] for x in self.pictures.train)
-        if self.signed:
-            return {"image": to_signed(image), "label": label}
-        return {"image": normalize(self.pictures, image), "label": label}
-
-    def _epoch(self, epoch):
-        if self._order[0] != epoch:
-            rng = np.random.default_rng([self.seed, int(epoch)])
-            self._order = (epoch, rng.permutation(len(self)))
-        return self._order[1]
+    return arrays.Examples(pictures.train._asdict(), seed, change)
 
 
 def normalize(pictures: Pictures, image: np.ndarray) -> np.ndarray:

@@ -7,61 +7,10 @@ Each generator takes a count and a seed and returns float32 (count, d), about as
 import math
 import operator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from jaxpapers.data import images
-
-
-class Examples:
-    """Batches of points; every epoch in an order of its own.
-
-    Args:
-      points: float32 (n, d), all finite.
-      seed: of the orders.
-
-    Raises:
-      ValueError: no points, another shape, or a coordinate that is not finite.
-
-    Example:
-      >>> examples = Examples(gaussian(6, seed=0))
-      >>> len(examples), examples.batch(0, 4)["x"].shape
-      (6, (4, 2))
-    """
-
-    def __init__(self, points: np.ndarray, seed: int = 0):
-        points = np.asarray(points, np.float32)
-        if points.ndim != 2 or 0 in points.shape or not np.isfinite(points).all():
-            raise ValueError(
-                f"points must be finite numbers of shape (n, d), got {points.shape}"
-                + (" with NaN or infinity" if points.size else "")
-            )
-        self.points = points
-        self.seed = seed
-        self._order: tuple[int, Any] = (-1, None)
-
-    def __len__(self) -> int:
-        """Points to train on."""
-        return len(self.points)
-
-    def batch(self, start: int, size: int, rows: slice | None = None) -> dict:
-        """Examples ``start`` .. ``start + size`` of the endless stream, as ``x``.
-
-        Args:
-          start: number of the first example.
-          size: of the global batch.
-          rows: part of it to return; None: all.
-        """
-        numbers = np.arange(start, start + size)[rows or slice(None)]
-        index = [self._epoch(n // len(self))[n % len(self)] for n in numbers]
-        return {"x": self.points[np.array(index, int)]}
-
-    def _epoch(self, epoch):
-        if self._order[0] != epoch:
-            rng = np.random.default_rng([self.seed, int(epoch)])
-            self._order = (epoch, rng.permutation(len(self)))
-        return self._order[1]
 
 
 def swiss_roll(count: int, seed: int, noise: float = 0.05) -> np.ndarray:

@@ -94,6 +94,14 @@ NAMES: dict[str, Paper] = {
         "diffusion",
         "digits for prompts, and the tuning of the model to a reward, < 20 s",
     ),
+    "score_wasserstein": Paper(
+        "Score-based Generative Modeling Secretly Minimizes the Wasserstein Distance",
+        "Kwon, Dohyun and Fan, Ying and Lee, Kangwook",
+        2022,
+        "2212.06359",
+        "diffusion",
+        "a score model of four clusters and the bound of its distance, < 20 s",
+    ),
     "sft_pg": Paper(
         "Optimizing DDPM Sampling with Shortcut Fine-Tuning",
         "Fan, Ying and Lee, Kangwook",

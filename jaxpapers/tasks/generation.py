@@ -22,6 +22,8 @@ PICTURES = ("digits", "fashion", "mnist-5k", "cifar-10")
 DIRECTIONS = 100
 # Points of an exact distance: the assignment costs their cube.
 EXACT = 2000
+# Points that stand for the data's law where a method certifies a bound.
+CERTIFIED = 256
 SHOWN = 64
 
 
@@ -53,19 +55,7 @@ def load(config: Any, method: Any, mesh: Any) -> Task:
     picture = source.judge is not None
     measure = functools.partial(_pictures if picture else _points, source)
     count = config.data.eval_count
-    replicated = NamedSharding(mesh, PartitionSpec())
-
-    @functools.partial(jax.jit, static_argnames=("count", "full"))
-    def draw(state, key, count, full=False):
-        options = {"chain": chains.full_chain(config.method)} if full else {}
-        shape = (count, *config.net.shape)
-        found = method.sampler(state.params, key, shape, extra=state.extra, **options)
-        return jax.lax.with_sharding_constraint(found, replicated)
-
-    def sample(state, seed, count, full=False):
-        state = state._replace(opt_state=(), step=(), key=())
-        with jax.set_mesh(mesh):
-            return np.asarray(draw(state, jax.random.key(seed), count, full))
+    sample = _sampler(config, method, mesh, source)
 
     def evaluate(state, quick=False):
         found = measure(sample(state, 0, count), quick)
@@ -74,12 +64,7 @@ def load(config: Any, method: Any, mesh: Any) -> Task:
             full = measure(sample(state, 0, count, full=True), True)
             values |= {f"validation_full_chain_{k}": v for k, v in full.items()}
         if method.diagnose:
-            held = jnp.asarray(source.held_out[:256])
-            with jax.set_mesh(mesh):
-                found = method.diagnose(
-                    state.params, state.extra, {"x": held}, jax.random.key(1)
-                )
-            values |= {k: float(v) for k, v in found.items()}
+            values |= _diagnosis(method, mesh, source, sample, state)
         return values
 
     return Task(
@@ -125,7 +110,7 @@ def read(config: Any) -> Source:
       FileNotFoundError: no files.
     """
     c = config.data
-    source = _read(c.source, c.path, c.count, c.eval_count, c.seed)
+    source = _read(c.source, c.path, c.spread, c.count, c.eval_count, c.seed)
     shape = tuple(config.net.shape)
     if source.train.shape[1:] != shape:
         raise ValueError(
@@ -136,7 +121,9 @@ def read(config: Any) -> Source:
 
 
 @functools.lru_cache(maxsize=2)
-def _read(name: str, path: str, count: int, eval_count: int, seed: int) -> Source:
+def _read(
+    name: str, path: str, spread: float, count: int, eval_count: int, seed: int
+) -> Source:
     if name not in POINTS + PICTURES:
         raise ValueError(
             f"config.data.source must be one of {POINTS + PICTURES}, got {name!r}"
@@ -147,8 +134,9 @@ def _read(name: str, path: str, count: int, eval_count: int, seed: int) -> Sourc
     if name in POINTS:
         make = getattr(points, name)
         # Other draws of the same law, never seen in training.
-        held_out = make(eval_count, 1_000_003 + seed)
-        return Source(make(count, seed), held_out, None, name.replace("_", " "))
+        held_out = make(eval_count, 1_000_003 + seed, spread)
+        train = make(count, seed, spread)
+        return Source(train, held_out, None, name.replace("_", " "))
     if name == "digits":
         own, other = images.digit_halves(path or fetch.get("digits"))
         return _judged(own, other, 10, "scanned digits")
@@ -176,14 +164,57 @@ def _judged(own, other, classes, name):
     return Source(images.to_signed(own.image), signed, judge, name)
 
 
+def _sampler(config, method, mesh, source):
+    """(state, seed, count, full) -> samples, numpy.
+
+    Chains that start from noised data, where the method has such, get training data.
+    """
+    replicated = NamedSharding(mesh, PartitionSpec())
+    from_data = config.method.get("start") == "data"
+
+    @functools.partial(jax.jit, static_argnames=("count", "full"))
+    def draw(state, key, start, count, full=False):
+        options = {"chain": chains.full_chain(config.method)} if full else {}
+        what = start if from_data else (count, *config.net.shape)
+        found = method.sampler(state.params, key, what, extra=state.extra, **options)
+        return jax.lax.with_sharding_constraint(found, replicated)
+
+    def sample(state, seed, count, full=False, start=None):
+        state = state._replace(opt_state=(), step=(), key=())
+        start = source.train[:count] if start is None else start
+        start = start if from_data else None
+        with jax.set_mesh(mesh):
+            return np.asarray(draw(state, jax.random.key(seed), start, count, full))
+
+    return sample
+
+
+def _diagnosis(method, mesh, source, sample, state):
+    """What the method says of itself, and the distance that a certificate is for.
+
+    Both take the same points for the data's law: two sets of 256 points of one law are a
+    distance apart that has nothing to do with the model.
+    """
+    held = source.held_out[:CERTIFIED]
+    with jax.set_mesh(mesh):
+        found = jax.jit(method.diagnose)(
+            state.params, state.extra, {"x": jnp.asarray(held)}, jax.random.key(1)
+        )
+    own = sample(state, 1, len(held), start=held)
+    return {
+        **{k: float(v) for k, v in found.items()},
+        "certified_w2": distance.wasserstein_exact(own, held, 2.0),
+    }
+
+
 def _points(source, x, quick):
     held = source.held_out
     axes = distance.directions(jax.random.key(3), DIRECTIONS, math.prod(x.shape[1:]))
     own, other = (jnp.asarray(v.reshape(len(v), -1), jnp.float32) for v in (x, held))
     found = {"sliced_w2": float(distance.sliced_wasserstein(own, other, axes, 2.0))}
     if not quick:
-        for p in (1, 2):
-            found[f"w{p}"] = distance.wasserstein_exact(x[:EXACT], held[:EXACT], p)
+        for p in (1.0, 2.0):
+            found[f"w{p:g}"] = distance.wasserstein_exact(x[:EXACT], held[:EXACT], p)
     return found
 
 

@@ -32,7 +32,7 @@ def load(config: Any, method: Any, mesh: Any) -> Task:
     first is what is compared and each has its own number.
     """
     pictures = read(config)
-    examples = images.Examples(pictures, config.data.seed)
+    examples = images.examples(pictures, config.data.seed)
     size = config.data.eval_batch
     rows = meshes.batch_rows(mesh, size, name="data.eval_batch")
     score = jax.jit(

@@ -128,20 +128,13 @@ def test_svhn(tmp_path):
         images.svhn(tmp_path)
 
 
-def test_every_epoch_has_every_picture_once(tmp_path):
+def test_batches_are_normalised(tmp_path):
     write_digits(tmp_path)
-    examples = images.Examples(images.digits(tmp_path), seed=3)
-    size = len(examples)
-    first, second = (examples.batch(i * size, size) for i in range(2))
-    for batch in (first, second):
-        assert sorted(batch["label"]) == sorted(examples.pictures.train.label)
-    assert (first["image"] != second["image"]).any()
-    # A batch does not depend on how it is asked for.
-    whole = examples.batch(size - 4, 8)
-    part = examples.batch(size - 4, 8, slice(2, 6))
-    np.testing.assert_array_equal(whole["image"][2:6], part["image"])
-    again = images.Examples(examples.pictures, seed=3).batch(0, size)
-    np.testing.assert_array_equal(again["image"], first["image"])
+    found = images.digits(tmp_path)
+    batch = images.examples(found, seed=3).batch(0, len(found.train.label))
+    assert sorted(batch["label"]) == sorted(found.train.label)
+    assert abs(batch["image"].mean()) < 1e-5
+    assert batch["image"].std() == pytest.approx(1, abs=1e-4)
 
 
 def test_signed_there_and_back(tmp_path):
@@ -154,13 +147,6 @@ def test_signed_there_and_back(tmp_path):
     np.testing.assert_array_equal(images.from_signed(signed), found.train.image)
     out = images.from_signed(np.array([-3.0, 0.5, 1.5]))
     assert out.tolist() == [0.0, 0.75, 1.0] and out.dtype == np.float32
-    examples = images.Examples(found, seed=3, signed=True)
-    normal = images.Examples(found, seed=3).batch(5, 4)
-    batch = examples.batch(5, 4)
-    np.testing.assert_array_equal(batch["label"], normal["label"])
-    np.testing.assert_allclose(
-        images.normalize(found, images.from_signed(batch["image"])), normal["image"]
-    )
 
 
 @pytest.mark.parametrize("bad", [-0.1, 1.1, np.nan])

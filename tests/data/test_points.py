@@ -133,26 +133,3 @@ def test_digit_components_refuse(tmp_path):
         points.digit_components(tmp_path, 65)
     with pytest.raises(ValueError, match="4 components need more than 8 scans"):
         points.digit_components(tmp_path, 4)
-
-
-def test_every_epoch_has_every_point_once():
-    x = points.gaussian(7, 0)
-    examples = points.Examples(x, seed=3)
-    first, second = (examples.batch(7 * i, 7)["x"] for i in range(2))
-    for batch in (first, second):
-        assert sorted(map(tuple, batch)) == sorted(map(tuple, x))
-    assert (first != second).any()
-    whole = examples.batch(3, 8)["x"]
-    np.testing.assert_array_equal(whole[2:6], examples.batch(3, 8, slice(2, 6))["x"])
-    again = points.Examples(x, seed=3).batch(0, 7)["x"]
-    np.testing.assert_array_equal(again, first)
-    assert (points.Examples(x, seed=4).batch(0, 7)["x"] != first).any()
-    assert examples.batch(0, 0)["x"].shape == (0, 2)
-
-
-@pytest.mark.parametrize(
-    "bad", [np.zeros(3), np.zeros((0, 2)), np.full((2, 2), np.nan)]
-)
-def test_examples_refuse(bad):
-    with pytest.raises(ValueError, match="finite numbers of shape"):
-        points.Examples(bad)

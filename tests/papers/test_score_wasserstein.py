@@ -216,7 +216,7 @@ def test_other_weights_train(weight):
     [
         ({"net.regularizer": "l2"}, "net.regularizer"),
         ({"net.regularizer": "clip", "net.clip": 0.0}, "net.clip"),
-        ({"net.outputs": 3}, "net.outputs=3"),
+        ({"net.shape": (3,)}, r"net.shape=\(3,\)"),
         ({"optim.name": "lion"}, "optim.name"),
         ({"optim.lr": 0.0}, "optim.lr"),
         ({"method.schedule": "cubic"}, "method.schedule"),

@@ -160,22 +160,27 @@ def make(config: Any) -> Method:
     choose("method.start", own.start, STARTS)
 
     def init_params(key, batch):
-        x = batch["x"]
-        if x.shape[1:] != (config.net.outputs,):
+        x, shape = batch["x"], tuple(config.net.shape)
+        if x.shape[1:] != shape:
             raise ValueError(
-                f"config.net.outputs={config.net.outputs} must be the dimension of the "
-                f"data, got x of shape {x.shape}"
+                f"config.net.shape={shape} must be the shape of the data, got x of shape "
+                f"{x.shape}"
             )
         # The net's widths are all that it needs of a batch.
-        zero = jnp.zeros((1, config.net.outputs))
+        zero = jnp.zeros((1, *shape))
         return bound.net.init(key, zero, jnp.zeros(1, jnp.int32))["params"]
 
-    return gradient(
+    method = gradient(
         init_params,
         functools.partial(loss, model=bound, weight=own.weight),
         _optimizer(config),
         sampler=functools.partial(sampler, model=bound, starts=own.start),
         accumulate=config.train.accumulate,
+    )
+    return method._replace(
+        diagnose=lambda params, extra, batch, key: diagnose(
+            params, extra, batch["x"], key, config
+        )
     )
 
 

@@ -83,7 +83,7 @@ def chain_model(config: Any) -> Model:
     if own.steps < 1:
         raise ValueError(f"config.method.steps must be >= 1, got {own.steps}")
     betas = SCHEDULES[own.schedule](own.steps, own.low, own.high)
-    perceptron = StepMLP(tuple(net.widths), net.outputs, own.steps, net.activation)
+    perceptron = StepMLP(tuple(net.widths), *net.shape, own.steps, net.activation)
     return Model(perceptron, betas, net.regularizer)
 
 
