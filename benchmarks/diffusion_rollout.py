@@ -3,9 +3,9 @@
     python benchmarks/diffusion_rollout.py
 
 The same nets with the same numbers (checked before anything is timed), the same chains
-and steps, one thread each, in turn: trajectories per second, and one whole update of SFT-PG
-(swiss roll, 5 rounds of 128 chains and 10 policy steps) and of DPOK (40 chains of a
-14 x 14 U-Net). Then the bytes of trajectories stored as states and as keys, and the
+and steps, one thread each, in turn: trajectories per second, and one whole update, of
+SFT-PG (swiss roll, 5 rounds of 128 chains and 10 policy steps) and of DPOK (40 chains of
+a 14 x 14 U-Net). Then the bytes of trajectories stored as states and as keys, and the
 compile time of the U-Net's update. Writes results/diffusion_rollout.json.
 """
 

@@ -45,6 +45,13 @@ from jaxpapers.nets.lora import lora_init
 from jaxpapers.ops import chains, diffusion, policy
 from jaxpapers.ops.diffusion import Chain
 from jaxpapers.optim import named
+from jaxpapers.papers.dpok.advantages import (
+    advantages,
+    fit_value,
+    keep_round,
+    reward_metrics,
+    value_loss,
+)
 from jaxpapers.papers.dpok.options import check_options
 from jaxpapers.papers.dpok.rounds import (
     Bound,
@@ -114,13 +121,6 @@ def dpok_loss(
     return alpha * own + beta * near, metrics
 
 
-def value_loss(
-    v: Callable, batch: Transitions, reward: Float[Array, " B"]
-) -> Float[Array, ""]:
-    """Mean of (V(x_k, k, z) - r)^2 over transitions."""
-    return jnp.square(v(batch.x, batch.k, batch.word) - reward).mean()
-
-
 def loss(
     params: dict, batch: dict, key: Key[Array, ""], *, bound: Bound
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
@@ -175,9 +175,9 @@ def update(
     if c.name != "dpok":
         return supervised_round(state, batch, key, bound, txs)
     found = take_round(key_roll, state.params, batch, bound)
-    value, value_opt, metrics = _value_steps(state, found, key_value, bound, txs)
-    pool, filled, newest = _push(state, found, c)
-    adv, stats, equal = _advantages(state, value, found, bound)
+    value, value_opt, metrics = fit_value(state, found, key_value, bound, txs)
+    pool, filled, newest = keep_round(state, found, c)
+    adv, stats, equal = advantages(state, found, bound)
     order = jax.random.uniform(key_policy, found.eps.shape[1::-1]).argsort(-1)
     steps = len(bound.chain.std)
     beta = state.extra["beta"]
@@ -237,7 +237,7 @@ def update(
         "path_kl": kl,
         "beta": beta,
         "equal_groups": equal,
-        **_reward_metrics(found, c),
+        **reward_metrics(found, c),
     }
     metrics["loss"] = metrics["value_loss"] + c.alpha * metrics["policy_loss"]
     extra = {**state.extra, "beta": _adapt(beta, kl, c), "stats": stats}
@@ -450,73 +450,6 @@ def _policy_loss(params, frozen, batch, advantage, beta, bound):
         alpha=c.alpha, beta=beta, clip=c.clip, clip_eps=c.clip_eps, kl=c.kl,
         reduce=c.reduce,
     )  # fmt: skip
-
-
-def _value_steps(state, found, key, bound, txs):
-    """Fits the value net to a round's rewards."""
-    c = bound.options
-    rows, steps = len(found.reward), len(bound.chain.std)
-    reward = jnp.repeat(found.reward, c.value_transitions)
-
-    def step(carry, key):
-        params, opt = carry
-        k = jax.random.uniform(key, (rows, steps)).argsort(-1)[:, : c.value_transitions]
-        chosen = transitions(found, k)
-
-        def objective(params):
-            v = functools.partial(bound.parts.value, params)
-            return value_loss(v, chosen, reward)
-
-        value, grads = jax.value_and_grad(objective)(params)
-        updates, opt = txs["value"].update(grads, opt, params)
-        return (optax.apply_updates(params, updates), opt), value
-
-    carry = (state.params["value"], state.opt_state["value"])
-    keys = jax.random.split(key, c.value_steps)
-    (value, opt), losses = lax.scan(step, carry, keys)
-    middle = jnp.full((rows, 1), steps // 2)
-    seen = transitions(found, middle)
-    explained = policy.explained_variance(
-        bound.parts.value(value, seen.x, seen.k, seen.word), found.reward
-    )
-    return value, opt, {"value_loss": losses.mean(), "explained_variance": explained}
-
-
-def _push(state, found, c):
-    """Kept rounds with this one, how many are there, and where the newest is."""
-    newest = state.step % c.rounds
-    if c.rounds == 1:
-        return jax.tree.map(lambda v: v[None], found), 1, newest
-    pool = jax.tree.map(
-        lambda kept, v: kept.at[newest].set(v), state.extra["pool"], found
-    )
-    return pool, jnp.minimum(state.step + 1, c.rounds), newest
-
-
-def _advantages(state, value, found, bound):
-    """Advantages that are the same along a chain; None where V depends on the step."""
-    c = bound.options
-    group, equal = policy.group_advantage(found.reward, found.prompt, c.prompts)
-    stats = state.extra["stats"]
-    stats = policy.push_prompt_stats(stats, found.reward, found.prompt)
-    if c.advantage == "group":
-        return group, stats, equal
-    if c.advantage == "prompt":
-        own = policy.prompt_advantage(stats, found.reward, found.prompt)
-        return own, stats, equal
-    return policy.standardize(found.reward), stats, equal
-
-
-def _reward_metrics(found, c):
-    mean = found.reward.mean()
-    metrics = {"reward": mean}
-    if c.prompts > 40:  # A line for each would hide the rest.
-        return metrics
-    count = jnp.zeros(c.prompts).at[found.prompt].add(1)
-    total = jnp.zeros(c.prompts).at[found.prompt].add(found.reward)
-    # A prompt that was not asked has no reward of its own.
-    own = jnp.where(count > 0, total / jnp.maximum(count, 1), mean)
-    return metrics | {f"reward_prompt_{i}": own[i] for i in range(c.prompts)}
 
 
 def _adapt(beta, kl, c):

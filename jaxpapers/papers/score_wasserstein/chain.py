@@ -1,5 +1,6 @@
 """The net on the paper's chain of discrete steps, its constants and its samples."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -83,7 +84,8 @@ def chain_model(config: Any) -> Model:
     if own.steps < 1:
         raise ValueError(f"config.method.steps must be >= 1, got {own.steps}")
     betas = SCHEDULES[own.schedule](own.steps, own.low, own.high)
-    perceptron = StepMLP(tuple(net.widths), *net.shape, own.steps, net.activation)
+    outputs = math.prod(net.shape)
+    perceptron = StepMLP(tuple(net.widths), outputs, own.steps, net.activation)
     return Model(perceptron, betas, net.regularizer)
 
 
