@@ -190,16 +190,17 @@ def ddim_times(total: int, steps: int) -> np.ndarray:
     """Steps of a sub-sampled chain, leading spacing: k T / S + 1, falling.
 
     Raises:
-      ValueError: S outside 1 .. T, or that does not divide T.
+      ValueError: S outside 1 .. T - 1, or that does not divide T. With S = T the first
+        step would lie past the last one of training: ``ddpm_chain`` takes all.
     """
-    if not 1 <= steps <= total:
-        raise ValueError(f"steps must be in 1 .. {total}, got {steps}")
+    if not 1 <= steps < total:
+        raise ValueError(f"steps must be in 1 .. {total - 1}, got {steps}")
     if total % steps:
         raise ValueError(
             f"leading spacing needs steps that divide the {total} of training, got "
             f"{steps}; try {_divisor(total, steps)}"
         )
-    return np.minimum(np.arange(steps)[::-1] * (total // steps) + 1, total - 1)
+    return np.arange(steps)[::-1] * (total // steps) + 1
 
 
 def ddim_chain(

@@ -148,16 +148,23 @@ def test_ddpm_posterior_is_the_textbook_one():
     )
 
 
-def test_ddim_with_every_step_and_eta_one_is_the_posterior_chain():
+def test_ddim_with_eta_one_is_the_posterior_of_its_grid():
     bars = diffusion.alpha_bars(LINEAR)
-    times = diffusion.ddim_times(40, 40)
-    assert times[0] == 39 and times[-1] == 1
-    ddim, ddpm = diffusion.ddim_chain(bars, 40), CHAINS["posterior"]
-    # Both go from t to t - 1 for t = 39 .. 2.
-    for name in ("x_mult", "eps_mult", "std"):
-        np.testing.assert_allclose(
-            getattr(ddim, name)[1:-1], getattr(ddpm, name)[:-2], rtol=2e-5
-        )
+    times = diffusion.ddim_times(40, 8)
+    assert times.tolist() == [36, 31, 26, 21, 16, 11, 6, 1]
+    chain = diffusion.ddim_chain(bars, 8)
+    now, to = bars[times], np.append(bars[times[1:]], bars[0])
+    beta = 1 - now / to
+    np.testing.assert_allclose(
+        chain.std, np.sqrt(beta * (1 - to) / (1 - now)), rtol=1e-6
+    )
+    # The posterior's mean at the x_0 that the noise stands for.
+    c0 = np.sqrt(to) * beta / (1 - now)
+    c1 = np.sqrt(1 - beta) * (1 - to) / (1 - now)
+    np.testing.assert_allclose(chain.x_mult, c0 / np.sqrt(now) + c1, rtol=1e-5)
+    np.testing.assert_allclose(
+        chain.eps_mult, -c0 * np.sqrt(1 - now) / np.sqrt(now), rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("name", ["ddpm", "ddim", "fastdpm"])
@@ -347,8 +354,8 @@ def test_noise_loss_of_a_perfect_and_a_silent_net():
         (lambda: diffusion.check_betas([0.1, 1.0]), r"\(0, 1\)"),
         (lambda: diffusion.check_betas([]), r"\(0, 1\)"),
         (lambda: diffusion.ddpm_chain(LINEAR, "learned"), "posterior"),
-        (lambda: diffusion.ddim_times(40, 0), "1 .. 40"),
-        (lambda: diffusion.ddim_times(40, 41), "1 .. 40"),
+        (lambda: diffusion.ddim_times(40, 0), "1 .. 39"),
+        (lambda: diffusion.ddim_times(40, 40), "1 .. 39"),
         (lambda: diffusion.ddim_times(40, 7), "try 5"),
         (lambda: diffusion.ddim_chain(np.linspace(0.9, 0.1, 8), 4, eta=2.0), "eta"),
         (lambda: fastdpm.fastdpm_noise(0), "1 .. 1000"),

@@ -195,7 +195,7 @@ def batch_of(config, seed=0):
     return {"word": prompt + 1, "prompt": prompt}
 
 
-def one_round(config, reward_fn=reward, rounds_=1, **fields):
+def one_round(config, reward_fn=reward, rounds_=1, compiler=None, **fields):
     config = changed(config, **fields)
     method = dpok.make(config, reward_fn=reward_fn)
     batch = batch_of(config)
@@ -208,7 +208,7 @@ def one_round(config, reward_fn=reward, rounds_=1, **fields):
     start = start._replace(params={**start.params, "net": net})
     if "reference" in start.params:
         start.params["reference"] = net
-    state, update = start, jax.jit(method.update)
+    state, update = start, jax.jit(method.update, compiler_options=compiler)
     for _ in range(rounds_):
         state, metrics = update(state, batch)
     return start, state, metrics
@@ -216,7 +216,10 @@ def one_round(config, reward_fn=reward, rounds_=1, **fields):
 
 @pytest.mark.parametrize("dtype, most", [("float32", 1e-6), ("bfloat16", 1e-2)])
 def test_the_first_policy_step_is_on_policy(config, dtype, most):
-    _, _, metrics = one_round(config, **{"net.dtype": dtype})
+    # As users compile it: without optimisation, as other tests are compiled, rollout and
+    # gradient differ in the last bit, which c / sigma enlarges.
+    compiler = {"xla_backend_optimization_level": 2}
+    _, _, metrics = one_round(config, compiler=compiler, **{"net.dtype": dtype})
     assert float(metrics["first_ratio_deviation"]) < most
     assert float(metrics["path_kl"]) == pytest.approx(0, abs=1e-6)
 
