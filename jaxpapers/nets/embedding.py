@@ -76,7 +76,7 @@ def lookup(
 
     Args:
       table: a whole table, or the rows of it that a batch uses (see
-        ``method.row_gradient``): models read both alike.
+        ``method.tables.row_gradient``): models read both alike.
       ids: out-of-range ones read row 1. A table with more rows than its vocabulary needs
         ``resolve`` before, or reads rows that nothing trains.
 

@@ -250,7 +250,7 @@ def mba_transform(lam: float, counts: Any) -> optax.GradientTransformation:
 def by_name(
     name: str, tables: str, learning_rate: optax.ScalarOrSchedule
 ) -> tuple[optax.GradientTransformation, optax.GradientTransformation | None]:
-    """Optimizers of ``method.row_gradient``: ``tx`` and ``table_tx``.
+    """Optimizers of ``method.tables.row_gradient``: ``tx`` and ``table_tx``.
 
     Args:
       name: adam, adagrad or sgd, of all but the tables.
