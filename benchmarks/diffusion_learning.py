@@ -34,9 +34,15 @@ def trained(target, folder, seed, fields, rival=None):
     """One run: its evaluation and CPU seconds."""
     fields = {**fields, "train.seed": seed, **(rival or {})}
     overrides = [f"--config.{k}={v}" for k, v in fields.items()]
-    began = time.process_time()
+    began, spent = time.process_time(), folder / "cpu_seconds.json"
     found = run.train(target, overrides, workdir=str(folder), alone=True, quiet=True)
-    found["cpu_seconds"] = time.process_time() - began
+    # A run that was finished before costs nothing now: its own seconds are kept there.
+    steps, known = str(fields.get("train.steps", "")), {}
+    if spent.exists():
+        known = json.loads(spent.read_text())
+    known.setdefault(steps, time.process_time() - began)
+    spent.write_text(json.dumps(known))
+    found["cpu_seconds"] = known[steps]
     found.pop("seconds")
     return found
 
@@ -55,8 +61,11 @@ def staged(target, work, variants):
         found["before tuning"].append(trained(target, first, seed, stage))
         for label, fields in variants.items():
             start = {"train.init_from": first, **fields}
-            folder = work / label.replace(" ", "-") / f"seed{seed}"
+            # A longer run continues the shorter one of its name.
+            folder = work / label.split(",")[0].replace(" ", "-") / f"seed{seed}"
             found.setdefault(label, []).append(trained(target, folder, seed, start))
+            picture = folder / "samples.png"
+            shutil.copy(picture, folder / f"{label.replace(' ', '-')}.png")
             print(label, seed, {k: round(v, 4) for k, v in found[label][-1].items()})
     return found
 
@@ -72,7 +81,6 @@ def swiss_roll(work):
         "SFT-PG (B)": {},
         "SFT-PG (B), 100 epochs": {"train.steps": 1580, "train.eval_every": 316},
         "SFT-PG (GP)": {"method.leak": False, "method.penalty": 10.0},
-        "one policy step a cycle": {"method.n_generator": 1},
     }
     found = staged("sft_pg", work, variants)
     own, start = (
@@ -223,7 +231,8 @@ def along(folder):
     half = len(source.held_out)
     return {
         "evaluations": len(records),
-        "violations": sum(r["certified_w2"] > r["bound"] for r in records),
+        # An infinite bound holds and says nothing: it is counted by itself.
+        "violations": sum(not r["certified_w2"] <= r["bound"] for r in records),
         "overflows": sum(r["bound"] == float("inf") for r in records),
         "largest_share_of_bound": max(r["certified_w2"] / r["bound"] for r in records),
         "spearman": float(rank),

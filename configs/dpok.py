@@ -48,7 +48,7 @@ def get_config(preset: str | None = None) -> ConfigDict:
                 "groups": 8,
                 "dropout": 0.0,
                 "dtype": "float32",
-                "critic": (64,),  # unused here
+                "critic": (64,),  # no net here, SFT-PG has one
                 "value": (256, 256, 256),
                 "value_scale_output": False,
             },
@@ -57,6 +57,7 @@ def get_config(preset: str | None = None) -> ConfigDict:
                 "steps": 4000,
                 "optimizer": "adam",
                 "lr": 2e-3,
+                "weight_decay": 0.0,  # adamw
                 "schedule": "cosine",
                 "clip": 1.0,
                 "ema": 0.998,
@@ -66,6 +67,7 @@ def get_config(preset: str | None = None) -> ConfigDict:
             "optim": {
                 "optimizer": "adamw",
                 "lr": 2e-3,
+                "weight_decay": 1e-4,  # the released code has 0
                 "schedule": "constant",
                 "clip": 1.0,
                 "value_lr": 1e-3,
@@ -82,6 +84,8 @@ def get_config(preset: str | None = None) -> ConfigDict:
                 "sampler": "ddim",
                 "steps": 20,
                 "eta": 1.0,
+                "kappa": 1.0,  # fastdpm
+                "kind": "quadratic",  # fastdpm
                 "guidance": 2.0,
                 "alpha": 1.0,
                 "beta": 0.01,
@@ -100,6 +104,7 @@ def get_config(preset: str | None = None) -> ConfigDict:
                 "lora_rank": 4,  # 0: all parameters
                 "lora_match": "kernel$",
                 "gamma": 1.0,  # of kl_d and kl_o
+                "reward_shift": 0.0,  # added for the supervised ones: no weight below 0
             },
             "train": {
                 "steps": 60,  # rounds
@@ -121,7 +126,7 @@ def get_config(preset: str | None = None) -> ConfigDict:
     elif preset == "reference":
         config.method.update(clip="hard", clip_eps=1e-4, reduce="mean", kl="eps_mse")
         config.method.update(alpha=10.0, beta=0.01, rounds=2)
-        config.optim.update(lr=1e-5, clip=0.1, value_lr=1e-4)
+        config.optim.update(lr=1e-5, weight_decay=0.0, clip=0.1, value_lr=1e-4)
     elif preset == "colours":
         config.data.update(source="colours", batch=120, length=2, eval_each=15)
         config.net.update(shape=(8, 8, 3), words=15, width=256)

@@ -58,6 +58,7 @@ def get_config(preset: str | None = None) -> ConfigDict:
                 "steps": 23_700,  # 300 epochs of 10,000
                 "optimizer": "rmsprop",
                 "lr": 1e-3,
+                "weight_decay": 0.0,  # adamw
                 "schedule": "constant",
                 "clip": 1.0,
                 "ema": 0.0,

@@ -129,7 +129,8 @@ def plot_against(
 
     Args:
       runs: model -> workdirs of its seeds; a line each, a dot per evaluation.
-      x: metric on the horizontal axis, e.g. "validation_path_kl".
+      x: metric on the horizontal axis, e.g. "validation_path_kl". Points that are
+        infinite, or not positive on a logarithmic axis, are left out.
       y: metrics on the vertical ones.
       out: picture file.
       log: axes that are logarithmic, of "xy".
@@ -147,7 +148,11 @@ def plot_against(
                 records = [r for r in read_metrics(folder) if x in r and name in r]
                 if not records:
                     raise ValueError(f"{folder} has no evaluations of {x} and {name}")
-                points = [(r[x], r[name]) for r in records]
+                points = [
+                    (r[x], r[name]) for r in records if _drawn(r[x], r[name], log)
+                ]
+                if not points:
+                    continue
                 axes.plot(
                     *zip(*points), ".-", color=f"C{i}", lw=0.8, alpha=0.7,
                     label=None if j else label,
@@ -159,6 +164,12 @@ def plot_against(
     row[0].legend(frameon=False, fontsize=8)
     figure.savefig(out, dpi=150)
     return Path(out)
+
+
+def _drawn(x, y, log):
+    """Whether a point can be drawn: finite, and positive on logarithmic axes."""
+    low = {"x": x, "y": y}
+    return np.isfinite([x, y]).all() and all(low[axis] > 0 for axis in log)
 
 
 def _words(metric: str) -> str:

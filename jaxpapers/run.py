@@ -114,18 +114,18 @@ def train(
     starts: list[float] = []
 
     def run(label, own, seed):
-        inside = folder / label.replace(" ", "-") if label else folder
-        inside = inside / f"seed{seed}" if seeds > 1 else inside
+        inside = _inside(folder, label, seeds, seed)
         part = own.copy_and_resolve_references().unlock()
         part.train.seed = seed
         first = papers.pretraining(name, own)
         if first is not None and not part.train.init_from:
-            shared = folder / f"seed{seed}" if seeds > 1 else folder
-            source = (shared if first == before else inside) / "pretrain"
+            shared = _inside(folder, "", seeds, seed)
+            same = papers.same_pretraining(first, before)
+            source = (shared if same else inside) / "pretrain"
             part.train.init_from = str(source)
             first = first.copy_and_resolve_references()
             first.train.seed = seed
-            if not label or first != before:
+            if not label or not same:
                 talk.print(f"[bold]pretraining[/], seed {seed}")
                 value = fit_run(
                     name, first, options, grid, source, quiet, profile, writers, dict
@@ -166,6 +166,15 @@ def train(
             levels = baselines if task.curve == task.metric else None
             plots.plot(curves if seeds > 1 else [folder], task.curve,
                         folder / "loss.png", levels)  # fmt: skip
+            if task.against:
+                x, y, log = task.against
+                own = {
+                    label: [_inside(folder, label, seeds, first_seed + i)
+                            for i in range(seeds)]
+                    for label in ["", *({} if alone else rivals)]
+                }  # fmt: skip
+                named = {label or "this model": runs for label, runs in own.items()}
+                plots.plot_against(named, x, y, folder / "against.png", log)
             if len(rows) > 1 or seeds > 1:
                 plots.plot_comparison(task, rows, baselines, folder / "comparison.png")
         except ModuleNotFoundError:
@@ -174,6 +183,12 @@ def train(
     talk.print(f"{seconds:.0f} s in all; wrote {folder}/")
     means = {k: _mean([x[k] for x in found["this model"]]) for k in final}
     return {**means, **baselines, "seconds": seconds}
+
+
+def _inside(folder: Path, label: str, seeds: int, seed: int) -> Path:
+    """Folder of one run of a model, "" for the paper's own."""
+    own = folder / label.replace(" ", "-") if label else folder
+    return own / f"seed{seed}" if seeds > 1 else own
 
 
 def plan(

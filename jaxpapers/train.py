@@ -174,7 +174,13 @@ def _start(compiled: Compiled, manager, seed: int, init_from: str | None, method
     state = compiled.init(jax.random.key(seed))
     warm = method.warm_start
     if init_from and warm:
-        found = ckpt.restore_parts(init_from, warm.parts(compiled.shapes))
+        try:
+            found = ckpt.restore_parts(init_from, warm.parts(compiled.shapes))
+        except ValueError as e:
+            raise ValueError(
+                f"config.train.init_from={init_from!r} is no run of the stage before "
+                f"this one (method.stage=pretrain): {e}"
+            ) from e
         shardings = jax.tree.map(lambda x: x.sharding, compiled.shapes)
         state = jax.jit(warm.apply, out_shardings=shardings)(state, found)
     elif init_from:

@@ -135,7 +135,7 @@ def _optional(word):
 
 
 def _told(word, words):
-    """Words as a vector of counts; the null word counts only where it is alone."""
+    """Words as a vector of counts; in captions the null word, padding, does not count."""
     counts = jax.nn.one_hot(word, words)
     if word.ndim == 1:
         return counts

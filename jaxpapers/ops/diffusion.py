@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Float, Int, Key, Shaped
 
 REDUCTIONS = ("sum", "mean")
@@ -220,14 +221,22 @@ def ddim_chain(
         last step. With 1 the last step is deterministic.
 
     Raises:
-      ValueError: steps, eta outside [0, 1].
+      ValueError: steps, eta outside [0, 1], an alpha_bar that does not fall, a final one
+        below the last step's.
     """
     bars = np.asarray(alpha_bar, np.float64)
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must be in [0, 1], got {eta}")
+    if not ((np.diff(bars) < 0).all() and 0 < bars[-1] and bars[0] < 1):
+        raise ValueError("alpha_bar must fall, strictly and between 1 and 0")
     times = ddim_times(len(bars), steps)
     now = bars[times]
     final = bars[0] if final_alpha_bar is None else final_alpha_bar
+    if not now[-1] < final <= 1:
+        raise ValueError(
+            f"final_alpha_bar must be above the last step's, {now[-1]}, and at most 1, "
+            f"got {final}"
+        )
     to = np.append(now[1:], final)
     var = eta**2 * (1 - to) / (1 - now) * (1 - now / to)
     ratio = np.sqrt(to / now)
@@ -271,7 +280,7 @@ def step_log_prob(
     """Log-density of a step, nats.
 
     Args:
-      chain: without deterministic steps: see ``check_density``.
+      chain: its steps must have a density, see ``check_density``.
       k: step of each row, (B,), or of all.
       x: states.
       x_next: where they went.
@@ -279,6 +288,7 @@ def step_log_prob(
       reduce: "sum" over the coordinates; "mean", as released code has it, divides the
         density's logarithm by their number.
     """
+    check_density(chain)
     std = _rows(jnp.asarray(chain.std, x.dtype)[k], x)
     z = (x_next - step_mean(chain, k, x, eps)) / std
     return _reduce(
@@ -309,6 +319,7 @@ def step_log_ratio(
       eps: of the policy that is trained.
       eps_old: of the one that took the step.
     """
+    check_density(chain)
     std = _rows(jnp.asarray(chain.std, x.dtype)[k], x)
     kappa = _rows(jnp.asarray(chain.eps_mult, x.dtype)[k], x) / std
     z = lax.stop_gradient((x_next - step_mean(chain, k, x, eps_old)) / std)
@@ -327,6 +338,7 @@ def step_kl(
 
     Means differ by $c_k (\epsilon - \epsilon')$; the variance is the same.
     """
+    check_density(chain)
     mult = jnp.asarray(chain.eps_mult / chain.std, eps.dtype)[k]
     return _reduce(0.5 * jnp.square(_rows(mult, eps) * (eps - eps_ref)), reduce)
 
@@ -369,7 +381,8 @@ def rollout(
     if log_prob:
         check_density(chain)
     key_start, key_noise = jax.random.split(key)
-    first = start if shape is None else jax.random.normal(key_start, shape)
+    first: Any = start if shape is None else jax.random.normal(key_start, shape)
+    first = over_data(first)
     step = functools.partial(_step, eps_fn, chain, key_noise)
 
     def body(x, k):
@@ -388,6 +401,28 @@ def rollout(
     if store == "last":
         return Trajectory(last, None, None, scores)
     return Trajectory(last, jnp.concatenate([states, last[None]]), eps, scores)
+
+
+def over_data(x: Float[Array, "B ..."]) -> Float[Array, "B ..."]:
+    """Rows spread over the mesh axis ``data``, where there is one that they fit.
+
+    Noise is drawn from one key, so that nothing else tells the compiler to share chains
+    out between devices.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    auto = dict(zip(mesh.axis_names, mesh.axis_types)).get("data") == AxisType.Auto
+    if not auto or len(x) % mesh.shape["data"]:
+        return x
+    return lax.with_sharding_constraint(x, PartitionSpec("data"))
+
+
+def of_each(
+    x: Shaped[Array, "S B ..."], k: Int[Array, "B N"]
+) -> Shaped[Array, "B N ..."]:
+    """Entries k of every chain, x[k[b, n], b]; nothing moves between devices."""
+    rows = jnp.moveaxis(x, 1, 0)
+    index = k.reshape(*k.shape, *(1,) * (rows.ndim - 2))
+    return jnp.take_along_axis(rows, index, 1)
 
 
 def replay(
@@ -440,9 +475,12 @@ def guided(eps_fn: Callable, weight: float) -> Callable[[Array, Array, Array], A
     """
 
     def apply(x, time, word):
-        double = [jnp.concatenate([v, v]) for v in (x, time)]
-        both = eps_fn(*double, jnp.concatenate([word, jnp.zeros_like(word)]))
-        conditional, free = jnp.split(both, 2)
+        # Both rows of a chain beside each other: they stay on its device.
+        pairs = [jnp.repeat(v, 2, axis=0) for v in (x, time)]
+        told = jnp.stack([word, jnp.zeros_like(word)], 1)
+        both = eps_fn(*pairs, told.reshape(-1, *word.shape[1:]))
+        both = both.reshape(len(x), 2, *x.shape[1:])
+        conditional, free = both[:, 0], both[:, 1]
         return free + weight * (conditional - free)
 
     return apply
@@ -454,7 +492,7 @@ def _step(eps_fn, chain, key_noise, x, k):
     eps = eps_fn(x, time)
     noise = jax.random.normal(jax.random.fold_in(key_noise, k), x.shape, x.dtype)
     std = jnp.asarray(chain.std, x.dtype)[k]
-    return step_mean(chain, k, x, eps) + std * noise, eps
+    return step_mean(chain, k, x, eps) + std * over_data(noise), eps
 
 
 def _chain(x_mult, eps_mult, std, time, alpha_bar, reverse=False):

@@ -62,7 +62,7 @@ def clipped_surrogate(
         raise ValueError(f"clip mode must be one of {CLIPS}, got {mode!r}")
     if clip <= 0:
         raise ValueError(f"clip must be > 0, got {clip}")
-    ratio = jnp.exp(log_ratio)
+    ratio = _ratio(log_ratio)
     advantage = lax.stop_gradient(advantage)
     bounded = jnp.clip(ratio, 1 - clip, 1 + clip)
     if mode == "none":
@@ -79,7 +79,7 @@ def ratio_metrics(
 
     ``ratio_ess`` is the effective sample size over the number of samples, at most 1.
     """
-    ratio = jnp.exp(log_ratio)
+    ratio = _ratio(log_ratio)
     return {
         "ratio": ratio.mean(),
         "ratio_deviation": jnp.abs(ratio - 1).max(),
@@ -178,6 +178,11 @@ def explained_variance(
     return jnp.where(
         var > 0, 1 - (target - value).var() / jnp.where(var > 0, var, 1), 0
     )
+
+
+def _ratio(log_ratio):
+    """exp, of logarithms up to 20 in size: beyond, a float32 would overflow into NaN."""
+    return jnp.exp(jnp.clip(log_ratio, -20.0, 20.0))
 
 
 def _moments(reward, prompt, prompts):

@@ -129,12 +129,23 @@ def phases(name: str, config: Any) -> list[tuple[int, Any]]:
     return split(config) if split else [(config.train.steps, config)]
 
 
+def same_pretraining(one: Any, other: Any) -> bool:
+    """Whether two pretrainings read the same: all but what only tuning has."""
+    process = ("betas", "timesteps", "beta_start", "beta_end")
+
+    def read(config):
+        groups = ("data", "net", "pretrain", "train")
+        own = {name: config[name].to_dict() for name in groups}
+        return own | {name: config.method[name] for name in process}
+
+    return one is not None and other is not None and read(one) == read(other)
+
+
 def pretraining(name: str, config: Any) -> Any:
     """Config of the run whose checkpoint this one starts from; None if there is none.
 
     A paper with stages has the group ``pretrain``, with its own batch and steps.
     """
-    del name
     if "pretrain" not in config or config.method.stage == "pretrain":
         return None
     before = config.copy_and_resolve_references().unlock()

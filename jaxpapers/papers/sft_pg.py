@@ -36,6 +36,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 from jaxtyping import Array, Float, Int, Key
@@ -44,7 +45,7 @@ from jaxpapers.method import Method, State, WarmStart, averaged, gradient
 from jaxpapers.nets import diffusion as nets
 from jaxpapers.nets.critic import clip_weights, spectral_normalize
 from jaxpapers.ops import chains, diffusion, policy
-from jaxpapers.ops.diffusion import Chain, Trajectory
+from jaxpapers.ops.diffusion import Chain, Trajectory, over_data
 from jaxpapers.optim import named
 
 REGULARIZERS = ("none", "spectral", "clip")
@@ -78,9 +79,10 @@ def value_loss(
 ) -> Float[Array, ""]:
     """Mean over steps and chains of (V(x_k, k) - f(y))^2."""
     count, rows = states.shape[:2]
-    flat = states.reshape(count * rows, *states.shape[2:])
-    found = v(flat, jnp.repeat(jnp.arange(count), rows)).reshape(count, rows)
-    return jnp.square(found - cost[None]).mean()
+    # Chains first, so that the rows of a device stay together.
+    flat = states.swapaxes(0, 1).reshape(rows * count, *states.shape[2:])
+    found = v(flat, jnp.tile(jnp.arange(count), rows)).reshape(rows, count)
+    return jnp.square(found - cost[:, None]).mean()
 
 
 def critic_loss(
@@ -108,7 +110,7 @@ def critic_loss(
 
     Returns:
       The loss; metrics wasserstein (the critic's estimate of the distance), value_loss,
-      gradient_penalty, critic_max and explained_variance (of the first states' baseline).
+      critic_max, and gradient_penalty where it has a weight.
     """
     y = trajectory.sample
     real, cost = f(x), f(y)
@@ -198,9 +200,12 @@ def transitions(
     trajectory: Trajectory, k: Int[Array, " B"]
 ) -> tuple[Float[Array, "B ..."], Float[Array, "B ..."], Float[Array, "B ..."]]:
     """(x_k, x_{k+1}, predicted noise) of each chain at its own step k."""
-    rows = jnp.arange(len(k))
-    states = trajectory.states
-    return states[k, rows], states[k + 1, rows], trajectory.eps[k, rows]
+    step, states = k[:, None], trajectory.states
+    x, x_next, eps = (
+        diffusion.of_each(*pair)[:, 0]
+        for pair in ((states, step), (states, step + 1), (trajectory.eps, step))
+    )
+    return x, x_next, eps
 
 
 def pretrain_loss(
@@ -254,11 +259,12 @@ def loss(
         value_weight=options.value_weight, penalty=options.penalty,
     )  # fmt: skip
     count, rows = found.eps.shape[:2]
-    k = jnp.repeat(jnp.arange(count), rows)
+    k = jnp.tile(jnp.arange(count), rows)
     x, x_next = (
-        s.reshape(-1, *s.shape[2:]) for s in (found.states[:-1], found.states[1:])
+        s.swapaxes(0, 1).reshape(-1, *s.shape[2:])
+        for s in (found.states[:-1], found.states[1:])
     )
-    cost = advantage(f, v, x, k, jnp.tile(found.sample, (count, *(1,) * (x.ndim - 1))))
+    cost = advantage(f, v, x, k, jnp.repeat(found.sample, count, axis=0))
     own = policy_loss(eps_fn, chain, k, x, x_next, cost, reduce=options.reduce)
     return total + own, {**metrics, "policy_loss": own}
 
@@ -288,8 +294,10 @@ def update(
     key = jax.random.fold_in(state.key, state.step)
     key_rounds, key_order = jax.random.split(key)
     rounds = options.n_critic
+    _check_batch(batch["x"], parts.shape, rounds)
     # Rows of a device stay there: each round takes every rounds-th of them.
-    x = batch["x"].reshape(-1, rounds, *batch["x"].shape[1:]).swapaxes(0, 1)
+    x = over_data(batch["x"])
+    x = x.reshape(-1, rounds, *x.shape[1:]).swapaxes(0, 1)
     critics = {name: state.params[name] for name in ("critic", "value")}
     critic_opt = {name: state.opt_state[name] for name in critics}
     acting = functools.partial(parts.eps, state.params["net"])
@@ -351,7 +359,13 @@ def update(
     (net, net_opt), policy_metrics = lax.scan(policy_step, (net, net_opt), steps)
     metrics = jax.tree.map(lambda m: m.mean(0), {**metrics, **policy_metrics})
     metrics["first_ratio_deviation"] = policy_metrics["ratio_deviation"][0]
-    metrics["loss"] = metrics["policy_loss"] + metrics["value_loss"]
+    # The objectives' sum, as in ``loss``: none of them falls by itself.
+    metrics["loss"] = (
+        metrics["policy_loss"]
+        - metrics["wasserstein"]
+        + options.value_weight * metrics["value_loss"]
+        + options.penalty * metrics.get("gradient_penalty", 0.0)
+    )
     state = state._replace(
         step=state.step + 1,
         params={**net, **critics},
@@ -421,6 +435,8 @@ def make(config: Any) -> Method:
             "critic": parts.init_critic(keys[1]),
             "value": parts.init_value(keys[2]),
         }
+        if options.regularizer == "clip":
+            params["critic"] = clip_weights(params["critic"], options.weight_bound)
         opt_state = {name: tx.init(params[name]) for name, tx in txs.items()}
         return State(jnp.zeros((), jnp.int32), params, opt_state, (), key)
 
@@ -457,7 +473,8 @@ def _pretrain(config, parts, sample):
 def _critics(params, parts, options):
     critic = params["critic"]
     if options.regularizer == "spectral":
-        critic = spectral_normalize(critic)
+        # The power method: an exact decomposition of every kernel would be the step.
+        critic = spectral_normalize(critic, iterations=20)
     return (
         functools.partial(parts.critic, critic),
         functools.partial(parts.value, params["value"]),
@@ -486,6 +503,14 @@ def _apply(txs, params, opt, grads):
     return changed, states
 
 
+def _check_batch(x, shape, rounds):
+    if x.shape[1:] != shape or len(x) % rounds:
+        raise ValueError(
+            f"a cycle needs x of shape (n, {', '.join(map(str, shape))}) with n a "
+            f"multiple of method.n_critic={rounds}, got {x.shape}"
+        )
+
+
 def _check(config, chain):
     c, optim = config.method, config.optim
     if c.regularizer not in REGULARIZERS:
@@ -506,6 +531,21 @@ def _check(config, chain):
             "config.method.n_generator must be <= n_critic * steps, "
             f"{c.n_critic * c.steps}, so that no transition comes twice; got "
             f"{c.n_generator}"
+        )
+    if c.reduce not in diffusion.REDUCTIONS:
+        raise ValueError(
+            f"config.method.reduce must be one of {diffusion.REDUCTIONS}, got "
+            f"{c.reduce!r}"
+        )
+    if c.regularizer == "clip" and c.weight_bound == 0:
+        raise ValueError(
+            "config.method.weight_bound must be > 0 to clip weights, got 0"
+        )
+    whole = (chain.time == np.round(chain.time)).all()
+    if config.net.model == "steps" and not whole:
+        raise ValueError(
+            "config.net.model='steps' has a vector for each whole step; the times of "
+            f"method.sampler={c.sampler!r} are not whole: use mlp or unet"
         )
     for name in ("penalty", "value_weight", "ratio_clip", "cost_clip", "weight_bound"):
         if c[name] < 0:

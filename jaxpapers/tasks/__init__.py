@@ -24,6 +24,8 @@ class Task(NamedTuple):
       curve: training metric that the plot shows.
       picture: state -> arrays to draw, see ``plots.plot_samples``; the same noise every
         time, so that two states can be compared. None: nothing to see.
+      against: metric of the evaluations, others that are drawn against it, and which of
+        "xy" are logarithmic; None: nothing to draw.
     """
 
     examples: Any
@@ -38,6 +40,7 @@ class Task(NamedTuple):
     rising: bool = False
     curve: str = "loss"
     picture: Callable[[Any], dict] | None = None
+    against: tuple[str, tuple[str, ...], str] | None = None
 
 
 def named(outputs: Any) -> dict[str, Any]:

@@ -78,6 +78,7 @@ def load(config: Any, method: Any, mesh: Any) -> Task:
         None,
         f"{source.name}: {len(source.train):,} to train on, "
         f"{len(source.held_out):,} held out",
+        against=("certified_w2", ("bound",), "xy") if method.diagnose else None,
         picture=lambda state: {
             "samples": sample(state, 2, SHOWN if picture else EXACT),
             "data": source.held_out[: SHOWN if picture else EXACT],
@@ -183,8 +184,17 @@ def _sampler(config, method, mesh, source):
         state = state._replace(opt_state=(), step=(), key=())
         start = source.train[:count] if start is None else start
         start = start if from_data else None
+        key = jax.random.key(seed)
         with jax.set_mesh(mesh):
-            return np.asarray(draw(state, jax.random.key(seed), start, count, full))
+            if config.net.get("model") != "unet":
+                return np.asarray(draw(state, key, start, count, full))
+            # What a step of training holds, a rollout of as many rows holds too.
+            size = min(config.pretrain.batch, count)
+            parts = [
+                np.asarray(draw(state, jax.random.fold_in(key, i), None, size, full))
+                for i in range(-(-count // size))
+            ]
+            return np.concatenate(parts)[:count]
 
     return sample
 
@@ -213,8 +223,9 @@ def _points(source, x, quick):
     own, other = (jnp.asarray(v.reshape(len(v), -1), jnp.float32) for v in (x, held))
     found = {"sliced_w2": float(distance.sliced_wasserstein(own, other, axes, 2.0))}
     if not quick:
+        most = min(len(x), len(held), EXACT)
         for p in (1.0, 2.0):
-            found[f"w{p:g}"] = distance.wasserstein_exact(x[:EXACT], held[:EXACT], p)
+            found[f"w{p:g}"] = distance.wasserstein_exact(x[:most], held[:most], p)
     return found
 
 

@@ -73,6 +73,11 @@ def accuracy(judge: Judge, x: np.ndarray, label: np.ndarray) -> float:
     return float((_judge(judge, x)[0].argmax(-1) == label).mean())
 
 
+def logits(judge: Judge, x: np.ndarray) -> np.ndarray:
+    """Logits (n, C) of pictures."""
+    return _judge(judge, x)[0]
+
+
 def features(judge: Judge, x: np.ndarray) -> np.ndarray:
     """Features (n, 64) of pictures."""
     return _judge(judge, x)[1]
@@ -91,4 +96,9 @@ def frechet(judge: Judge, x: np.ndarray, y: np.ndarray) -> float:
 
 
 def _judge(judge, x):
-    return jax.device_get(jax.jit(functools.partial(Judge.__call__, judge))(x))
+    return jax.device_get(_apply(judge.net, judge.params, x))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _apply(net, params, x):
+    return net.apply({"params": params}, x)

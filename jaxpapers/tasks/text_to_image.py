@@ -41,9 +41,11 @@ class Source(NamedTuple):
       unseen: (P,) bool, prompts that no picture was rightly captioned with.
       reward: (pictures, prompt ids) -> (B,), jits.
       agrees: (pictures, prompt ids) -> (B,) bool, by the classifiers of the reward.
-      correct: the same by those that the reward never saw.
+      correct: the same by those that the reward never saw (emoji: the reward's own rule,
+        there is no other).
+      chance: share that guessing gets right.
       features: pictures -> (n, F), for the Frechet distance.
-      held_out: pictures that neither model nor reward saw.
+      held_out: pictures that the model and the features' classifier did not see.
       name: for people.
     """
 
@@ -55,6 +57,7 @@ class Source(NamedTuple):
     reward: Callable
     agrees: Callable
     correct: Callable
+    chance: float
     features: Callable
     held_out: np.ndarray
     name: str
@@ -130,6 +133,13 @@ def load(config: Any, method: Any, mesh: Any) -> Task:
         f"{source.name}: {len(source.image):,} to train on, "
         f"{len(source.prompts)} prompts",
         rising=True,
+        against=(
+            "validation_path_kl",
+            ("validation_judge_accuracy", "validation_frechet"),
+            "x",
+        )
+        if method.diagnose
+        else None,
         curve="reward" if tune else "loss",
         picture=lambda state: _gallery(source, draw, state),
     )
@@ -137,7 +147,7 @@ def load(config: Any, method: Any, mesh: Any) -> Task:
 
 def baselines(source: Source) -> dict[str, float]:
     """What guessing gives."""
-    return {"chance": 1 / len(source.prompts)}
+    return {"chance": source.chance}
 
 
 def read(config: Any) -> Source:
@@ -191,6 +201,7 @@ def _digits(parts, share):
         _probability(paid),
         lambda x, prompt: _classes(paid, x) == prompt,
         lambda x, prompt: _classes(judge, x) == prompt,
+        1 / 10,
         functools.partial(judges.features, judge),
         signed[1],
         "scanned digits",
@@ -229,6 +240,7 @@ def _colours(parts):
         reward,
         functools.partial(right, paid),
         functools.partial(right, judge),
+        1 / 40,
         lambda x: np.concatenate([judges.features(net, x) for net in judge], 1),
         signed[1],
         "inked digits",
@@ -267,6 +279,7 @@ def _emoji(path):
         reward,
         agrees,
         agrees,
+        1 / len(INKS),
         pooled,
         images.to_signed(held.image),
         "emoji",
@@ -288,7 +301,7 @@ def _probability(net):
 
 
 def _classes(net, x):
-    return np.asarray(jax.jit(net.__call__)(x)[0]).argmax(-1)
+    return judges.logits(net, x).argmax(-1)
 
 
 def _drawer(method, mesh, source):

@@ -34,10 +34,8 @@ def test_recorded_clipped_losses_and_gradients(case):
 
     (total, parts), grad = jax.value_and_grad(dpok, has_aux=True)(eps)
     np.testing.assert_allclose(parts[0], z["dpok_policy"], rtol=2e-5)
-    # The reference reports the mean square without its weight or with it.
-    kl = parts[1] if np.isclose(total, z["dpok_total"], rtol=2e-5) else None
-    assert kl is not None
-    np.testing.assert_allclose(grad, z["dpok_grad_eps"], rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(total, z["dpok_total"], rtol=2e-5)
+    np.testing.assert_allclose(grad, z["dpok_grad_eps"], rtol=2e-5, atol=1e-6)
     outside = np.abs(z["ratio"] - 1) > clip
     only = jax.grad(lambda e: dpok(e)[1][0])(eps)
     assert outside.any() and not np.asarray(only)[outside].any()
@@ -47,7 +45,7 @@ def test_recorded_clipped_losses_and_gradients(case):
 
     value, grad = jax.value_and_grad(ppo)(eps)
     np.testing.assert_allclose(value, z["ppo_loss"], rtol=2e-5)
-    np.testing.assert_allclose(grad, z["ppo_grad_eps"], rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(grad, z["ppo_grad_eps"], rtol=2e-5, atol=1e-6)
 
 
 def test_where_each_clip_lets_a_gradient_through():
@@ -149,3 +147,15 @@ def test_explained_variance():
 def test_refusals(change):
     with pytest.raises(ValueError, match="clip"):
         policy.clipped_surrogate(jnp.zeros(2), jnp.zeros(2), **change)
+
+
+def test_a_ratio_beyond_float32_is_no_nan():
+    log_ratio = jnp.array([-200.0, 100.0, 200.0, 200.0])
+    advantage = jnp.array([1.0, -1.0, 0.0, 1.0])
+    for mode in policy.CLIPS:
+        value, grad = jax.value_and_grad(
+            lambda r, m=mode: policy.clipped_surrogate(r, advantage, 0.2, m).sum()
+        )(log_ratio)
+        assert np.isfinite(float(value)) and np.isfinite(grad).all()
+    found = policy.ratio_metrics(log_ratio, 0.2)
+    assert all(np.isfinite(float(v)) for v in found.values())

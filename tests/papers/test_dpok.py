@@ -8,11 +8,13 @@ import numpy as np
 import optax
 import pytest
 
-from jaxpapers import run
+from jaxpapers import hlo, papers, run
+from jaxpapers import mesh as meshes
+from jaxpapers import train as trainer
 from jaxpapers.nets import diffusion as nets
-from jaxpapers.ops import diffusion
+from jaxpapers.ops import diffusion, policy
 from jaxpapers.papers import dpok
-from jaxpapers.papers.dpok import rounds
+from jaxpapers.papers.dpok import baseline, rounds
 from jaxpapers.papers.dpok.supervised import only_if
 
 CHAIN = diffusion.ddpm_chain(np.array([0.2, 0.4, 0.6]))
@@ -278,6 +280,88 @@ def test_variants(config, fields):
     np.testing.assert_array_equal(state.params["reference"]["theta"], PRE)
 
 
+def test_devices_share_the_chains_out(config):
+    """Eight devices draw and train an eighth each, and send no pictures."""
+    config = changed(config, **{"data.batch": 80})
+    method = dpok.make(config, reward_fn=reward)
+    shapes = jax.eval_shape(lambda: batch_of(config))
+    compiled = {
+        count: trainer.compile(
+            method, meshes.make_mesh({"data": count}, jax.devices()[:count]), shapes
+        ).executable
+        for count in (1, 8)
+    }
+    flops = {n: x.cost_analysis()["flops"] for n, x in compiled.items()}
+    assert flops[8] < 0.25 * flops[1]
+    sent = hlo.collectives(compiled[8].as_text())
+    pictures = [c for c in sent if c.kind != "all-reduce" and c.elements >= 10 * 64]
+    assert sent and not pictures
+
+
+def test_the_pool_wraps_around(config):
+    c = changed(config, **{"method.rounds": 2}).method
+
+    def round_(v):
+        return rounds.Round(*(jnp.full((2, 3), float(v)) for _ in range(5)))
+
+    pool = jax.tree.map(lambda v: jnp.zeros((2, *v.shape)), round_(0))
+    for step, (filled, newest) in enumerate([(1, 0), (2, 1), (2, 0), (2, 1)]):
+        state = dpok.State(jnp.int32(step), {}, {}, {"pool": pool}, jax.random.key(0))
+        pool, count, last = baseline.keep_round(state, round_(step + 1), c)
+        assert (int(count), int(last)) == (filled, newest)
+        assert float(pool.reward[newest, 0, 0]) == step + 1
+    assert pool.reward[:, 0, 0].tolist() == [3, 4]
+
+
+@pytest.mark.parametrize("mode", ["batch", "prompt", "group"])
+def test_advantages_against_numpy(config, mode):
+    b = bound(config, advantage=mode, prompts=2)
+    pay, prompt = np.array([1.0, 2.0, 4.0, 8.0]), np.array([0, 1, 0, 1])
+    found = rounds.Round(None, None, None, jnp.asarray(prompt), jnp.asarray(pay))
+    stats = policy.init_prompt_stats(2)
+    state = dpok.State(jnp.int32(0), {}, {}, {"stats": stats}, jax.random.key(0))
+    own, after, equal = baseline.advantages(state, found, b)
+    expected = (pay - pay.mean()) / pay.std()
+    if mode == "group":
+        expected = np.array([-1.0, -1.0, 1.0, 1.0])
+    np.testing.assert_allclose(own, expected, rtol=1e-4)
+    assert after.count.tolist() == [2, 2] and float(equal) == 0
+
+
+def test_supervised_rounds_refuse_negative_weights(config):
+    def pay(x, prompt):
+        return x[:, 0] * 0 - 1.0
+
+    fields = {"method.name": "sft"}
+    start, state, metrics = light_round(config, pay, **fields)
+    for a, b in zip(*(jax.tree.leaves(s.params) for s in (start, state))):
+        np.testing.assert_array_equal(a, b)
+    assert np.isnan(float(metrics["least_weight"]))
+    _, state, metrics = light_round(
+        config, pay, **fields, **{"method.reward_shift": 2.0}
+    )
+    assert float(metrics["reward"]) == -1 and float(metrics["least_weight"]) == 1
+
+
+def test_a_loss_with_a_host_reward_has_a_gradient(config):
+    b = bound(config, reward=dpok.host_reward(lambda x, prompt: x[:, 0]), guidance=1.0)
+    grads = jax.jit(jax.grad(functools.partial(dpok.loss, bound=b), has_aux=True))
+    found = grads(params(), batch_of(config), jax.random.key(0))[0]
+    assert np.isfinite(found["net"]["theta"]).all()
+    assert float(jnp.abs(found["net"]["theta"]).min()) > 0
+
+
+def test_rivals_start_from_one_pretraining():
+    plain = run.load_config("dpok")
+    before = papers.pretraining("dpok", plain)
+    others = papers.rivals("dpok", plain)
+    assert len(others) == 5
+    for other in others.values():
+        assert papers.same_pretraining(papers.pretraining("dpok", other), before)
+    wider = changed(plain, **{"net.width": 8})
+    assert not papers.same_pretraining(papers.pretraining("dpok", wider), before)
+
+
 def test_beta_follows_its_target(config):
     for target, factor in ((1e9, 0.5), (1e-4, 2.0)):
         start, state, _ = light_round(config, rounds_=2, **{"method.kl_target": target})
@@ -381,7 +465,15 @@ def test_transitions_are_each_chains_own():
         ({"method.transitions": 6}, "transitions"),
         ({"method.policy_steps": 0}, "policy_steps"),
         ({"method.lora_match": "nothing"}, "nothing"),
-        ({"method.kl_mode": "reward", "method.rounds": 2}, "rounds=1"),
+        ({"method.kl_mode": "reward", "method.rounds": 2}, "rounds > 1"),
+        ({"method.advantage": "group", "method.rounds": 2}, "rounds > 1"),
+        ({"method.kl_mode": "reward", "method.kl": "eps_mse"}, "nats"),
+        ({"method.kl_target": 1.0, "method.beta": 0.0}, "kl_target"),
+        ({"method.advantage": "group", "method.prompts": 11}, "one prompt"),
+        ({"method.reward": "none such"}, "reward"),
+        ({"method.guidance": float("nan")}, "guidance"),
+        ({"pretrain.drop": 1.0}, "drop"),
+        ({"optim.weight_decay": -1.0}, "weight_decay"),
         ({"train.accumulate": 2}, "accumulate"),
         ({"net.words": 0}, "words"),
         ({"optim.lr": 0.0}, "lr"),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxpapers import mesh as meshes
-from jaxpapers import plots, run, tasks
+from jaxpapers import papers, plots, run, tasks
 from jaxpapers.method import Method, State
 from jaxpapers.tasks import generation, judges, text_to_image
 
@@ -92,6 +92,24 @@ def _labels(source):
     """The class is how many triples of first pixels are on."""
     flat = source.train.reshape(len(source.train), -1)[:, :27]
     return (flat > 0.9).sum(1) // 3
+
+
+@pytest.mark.parametrize("start", ["data", "prior"])
+def test_a_certificate_of_unequal_halves(folder, start):
+    """Digits have one scan more to train on than to compare with."""
+    write_digits(folder, 321)
+    c = config(
+        "score_wasserstein:digits",
+        **{"data.path": folder, "method.start": start, "net.widths": "(8,)"},
+    )
+    method = papers.load("score_wasserstein").make(c)
+    state = method.init(jax.random.key(0), {"x": jnp.zeros((4, 2))})
+    task = tasks.load(c, method, grid())
+    found = task.evaluate(state)
+    assert len(generation.read(c).train) == 161
+    assert np.isfinite(found["validation_w2"])
+    assert found["certified_w2"] <= found["bound"]
+    write_digits(folder)
 
 
 @pytest.mark.parametrize(
@@ -183,6 +201,12 @@ def test_a_run_pretrains_tunes_and_continues(folder, tmp_path):
     again = run.evaluate(str(whole))
     for name in ("validation_judge_accuracy", "validation_path_kl"):
         assert again[name] == pytest.approx(found[name], rel=1e-5)
+
+    with pytest.raises(ValueError, match="stage before this one"):
+        run.train(
+            "dpok:smoke", [*fields, f"--config.train.init_from={second}"],
+            workdir=str(tmp_path / "third"), alone=True, quiet=True,
+        )  # fmt: skip
 
     one = run.train(
         "sft_pg:smoke",

@@ -37,6 +37,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, Key
 
 from jaxpapers.method import Method, State, WarmStart, averaged, gradient
@@ -45,14 +46,14 @@ from jaxpapers.nets.lora import lora_init
 from jaxpapers.ops import chains, diffusion, policy
 from jaxpapers.ops.diffusion import Chain
 from jaxpapers.optim import named
-from jaxpapers.papers.dpok.advantages import (
+from jaxpapers.papers.dpok.baseline import (
     advantages,
     fit_value,
     keep_round,
     reward_metrics,
     value_loss,
 )
-from jaxpapers.papers.dpok.options import check_options
+from jaxpapers.papers.dpok.options import KLS, check_options
 from jaxpapers.papers.dpok.rounds import (
     Bound,
     Round,
@@ -72,6 +73,13 @@ __all__ = [
     "Bound", "Round", "Transitions", "dpok_loss", "host_reward", "later_kl", "make",
     "path_kl", "sampler", "sft_loss", "take_round", "transitions", "value_loss",
 ]  # fmt: skip
+
+
+# Kept rounds are spread by chains.
+POOL_RULES = (
+    (r"extra/pool/(states|eps)$", P(None, None, "data")),
+    (r"extra/pool/(word|prompt|reward)$", P(None, "data")),
+)
 
 
 def dpok_loss(
@@ -105,9 +113,14 @@ def dpok_loss(
       reduce: of the log-probability over coordinates, "sum" or the code's "mean".
 
     Returns:
-      The loss; metrics policy_loss, step_kl (exact, nats), and those of
-      ``ops.policy.ratio_metrics``.
+      The loss; metrics objective (the loss), policy_loss, step_kl (exact, nats), and
+      those of ``ops.policy.ratio_metrics``.
+
+    Raises:
+      ValueError: unknown names, clip_eps <= 0.
     """
+    if kl not in KLS:
+        raise ValueError(f"kl must be one of {KLS}, got {kl!r}")
     time = jnp.asarray(chain.time, jnp.float32)[batch.k]
     eps = eps_fn(batch.x, time, batch.word)
     log_ratio = diffusion.step_log_ratio(
@@ -116,9 +129,10 @@ def dpok_loss(
     own = policy.clipped_surrogate(log_ratio, advantage, clip_eps, clip).mean()
     exact = diffusion.step_kl(chain, batch.k, eps, eps_ref).mean()
     near = exact if kl == "exact" else jnp.square(eps - eps_ref).mean()
+    total = alpha * own + beta * near
     metrics = policy.ratio_metrics(log_ratio, clip_eps)
-    metrics |= {"policy_loss": own, "step_kl": exact}
-    return alpha * own + beta * near, metrics
+    metrics |= {"policy_loss": own, "step_kl": exact, "objective": total}
+    return total, metrics
 
 
 def loss(
@@ -239,7 +253,7 @@ def update(
         "equal_groups": equal,
         **reward_metrics(found, c),
     }
-    metrics["loss"] = metrics["value_loss"] + c.alpha * metrics["policy_loss"]
+    metrics["loss"] = metrics["value_loss"] + metrics["objective"]
     extra = {**state.extra, "beta": _adapt(beta, kl, c), "stats": stats}
     if c.rounds > 1:
         extra["pool"] = pool
@@ -361,7 +375,11 @@ def make(config: Any, *, reward_fn: Callable | None = None) -> Method:
     parts = nets.parts(config.net, c.steps, c.timesteps)
     bound = Bound(parts, chain, c, reward_fn or _no_reward)
     sample = functools.partial(sampler, bound=bound)
-    rules = nets.RULES[config.net.model]
+    rules = (
+        (*POOL_RULES, *nets.RULES[config.net.model])
+        if c.rounds > 1
+        else (nets.RULES[config.net.model])
+    )
     if c.stage == "pretrain":
         method = gradient(
             lambda key, batch: {"net": parts.init_net(key)},

@@ -108,7 +108,8 @@ def host_reward(score: Callable[[np.ndarray, np.ndarray], Any]) -> Callable:
 
     Returns:
       A function for ``make(config, reward_fn=)``. A result of another shape, or with NaN
-      or infinity, raises ValueError with the prompt ids, before the policy has changed.
+      or infinity, stops the step before the policy has changed; JAX wraps the message,
+      which has the prompt ids, in its own runtime error.
     """
 
     def checked(x, prompt):
@@ -144,16 +145,19 @@ def take_round(key: Key[Array, ""], params: dict, batch: dict, bound: Bound) -> 
         (len(prompt), *bound.parts.shape),
         store="all",
     )
+    # Stopped before the reward: a host's has no derivative.
+    found = lax.stop_gradient(found)
     reward = reward_of(bound.reward_fn, found.sample, prompt)
-    return lax.stop_gradient(Round(found.states, found.eps, word, prompt, reward))
+    return Round(found.states, found.eps, word, prompt, reward)
 
 
 def transitions(chains_: Round, k: Int[Array, "B N"]) -> Transitions:
     """N steps of each chain, as B N rows, the chains' own beside each other."""
-    rows = jnp.arange(len(k))[:, None]
     states = chains_.states
-    found = (states[k, rows], states[k + 1, rows], chains_.eps[k, rows])
-    x, x_next, eps = (v.reshape(-1, *v.shape[2:]) for v in found)
+    pairs = ((states, k), (states, k + 1), (chains_.eps, k))
+    x, x_next, eps = (
+        v.reshape(-1, *v.shape[2:]) for v in (diffusion.of_each(*p) for p in pairs)
+    )
     return Transitions(
         k.reshape(-1), x, x_next, eps, jnp.repeat(chains_.word, k.shape[1], axis=0)
     )
@@ -162,14 +166,17 @@ def transitions(chains_: Round, k: Int[Array, "B N"]) -> Transitions:
 def later_kl(chains_: Round, params: dict, bound: Bound) -> Float[Array, "S B"]:
     """Sum of the KLs of the steps after each, along the chains that were drawn."""
     steps, rows = chains_.eps.shape[:2]
-    k = jnp.repeat(jnp.arange(steps), rows)
-    x = chains_.states[:-1].reshape(-1, *chains_.states.shape[2:])
+    # Chains first, so that the rows of a device stay together.
+    k = jnp.tile(jnp.arange(steps), rows)
+    x, eps = (
+        v.swapaxes(0, 1).reshape(-1, *v.shape[2:])
+        for v in (chains_.states[:-1], chains_.eps)
+    )
     time = jnp.asarray(bound.chain.time, jnp.float32)[k]
-    word = jnp.tile(chains_.word, (steps, *(1,) * (chains_.word.ndim - 1)))
+    word = jnp.repeat(chains_.word, steps, axis=0)
     ref = guided_eps(bound, reference_params(params))(x, time, word)
-    eps = chains_.eps.reshape(x.shape)
-    kl = diffusion.step_kl(bound.chain, k, eps, ref).reshape(steps, rows)
-    return policy.to_go(kl)
+    kl = diffusion.step_kl(bound.chain, k, eps, ref).reshape(rows, steps)
+    return policy.to_go(kl.T)
 
 
 def path_kl(

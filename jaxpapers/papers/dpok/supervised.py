@@ -102,7 +102,7 @@ def supervised_round(
         key_roll, lambda x, time: ref(x, time, word), bound.chain,
         (len(word), *bound.parts.shape),
     ).sample  # fmt: skip
-    reward = reward_of(bound.reward_fn, x, batch["prompt"])
+    reward = reward_of(bound.reward_fn, x, batch["prompt"]) + c.reward_shift
     alpha_bar = diffusion.alpha_bars(chains.betas(c))
     name = "lora" if "lora" in state.params else "net"
 
@@ -129,12 +129,15 @@ def supervised_round(
     new = state._replace(
         params={**state.params, **own}, opt_state={**state.opt_state, "policy": opt}
     )
+    good = jnp.isfinite(reward).all() & (reward >= 0).all()
     metrics = {
         "loss": losses.mean(),
         "grad_norm": norms.mean(),
-        "reward": reward.mean(),
+        "reward": reward.mean() - c.reward_shift,
+        # Not finite where a weight is negative, which stops the run.
+        "least_weight": jnp.where(good, reward.min(), jnp.nan),
     }
-    return only_if(jnp.isfinite(reward).all(), new, state), metrics
+    return only_if(good, new, state), metrics
 
 
 def only_if(good: Array, new: State, old: State) -> State:

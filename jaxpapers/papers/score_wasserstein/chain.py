@@ -92,7 +92,7 @@ def chain_model(config: Any) -> Model:
 def sampler(
     params: dict,
     key: Key[Array, ""],
-    start: Float[Array, "B d"] | int,
+    start: Float[Array, "B d"] | tuple[int, ...] | int,
     extra: Any = (),
     *,
     model: Model,
@@ -104,7 +104,7 @@ def sampler(
       params: of the net.
       key: of the noise.
       start: clean points, which the chain noises and starts from (with "prior" only their
-        number counts), or a number of samples.
+        number counts), or the shape or number of the samples.
       extra: unused.
       model: net and chain.
       starts: "data": q_T = p_T, so that the bound has no offset; "prior": N(0, I).
@@ -114,13 +114,14 @@ def sampler(
     """
     del extra
     choose("starts", starts, STARTS)
-    if isinstance(start, int):
-        if starts == "data" or start < 1:
+    if isinstance(start, int | tuple):
+        count = start[0] if isinstance(start, tuple) else start
+        if starts == "data" or count < 1:
             raise ValueError(
                 "sampling that starts from noised data needs points (B, d), from the "
                 f"prior a number >= 1; got {start} with starts={starts!r}"
             )
-        start = jnp.zeros((start, model.net.outputs))
+        start = jnp.zeros((count, model.net.outputs))
     key_start, key_chain = jax.random.split(key)
     x = jax.random.normal(key_start, start.shape, start.dtype)
     if starts == "data":

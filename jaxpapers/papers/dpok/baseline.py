@@ -114,5 +114,5 @@ def reward_metrics(found: Round, c: Any) -> dict[str, Array]:
     count = jnp.zeros(c.prompts).at[found.prompt].add(1)
     total = jnp.zeros(c.prompts).at[found.prompt].add(found.reward)
     # A prompt that was not asked has no reward of its own.
-    own = jnp.where(count > 0, total / jnp.maximum(count, 1), mean)
+    own = jnp.where(count > 0, total / jnp.maximum(count, 1), jnp.nanmean(found.reward))
     return metrics | {f"reward_prompt_{i}": own[i] for i in range(c.prompts)}
