@@ -1,6 +1,7 @@
 """Configs: finding them, typed overrides, what a continued run may change."""
 
 import importlib.util
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,8 @@ def check_continues(folder: Path, config: dict) -> None:
         stored = ckpt.read_config(manager)
     for group, fields in config.items():
         for field, value in fields.items():
+            # What was stored went through JSON, which has no tuples.
+            value = json.loads(json.dumps(value))
             old = stored.get(group, {}).get(field, value)
             if old != value and f"{group}.{field}" not in MAY_CHANGE:
                 raise ValueError(

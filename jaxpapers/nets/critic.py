@@ -4,6 +4,7 @@ Kernels are drawn Kaiming-normal and biases start at zero. No net here has a nor
 a gradient penalty is per sample, and statistics of a batch would tie samples together.
 """
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -14,7 +15,10 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jaxpapers.nets.lora import select
+from jaxpapers.ops.convolution import conv_general_dilated
 
+# Critics are trained inside of loops.
+Conv = functools.partial(nn.Conv, conv_general_dilated=conv_general_dilated)
 KAIMING = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
 
 
@@ -64,7 +68,7 @@ class ConvCritic(nn.Module):
                 "fewer channels"
             )
         for i, width in enumerate(self.channels):
-            x = nn.Conv(
+            x = Conv(
                 width,
                 (4, 4),
                 strides=2,
@@ -74,7 +78,7 @@ class ConvCritic(nn.Module):
             )(x)
             x = nn.leaky_relu(x, 0.2)
         seen = (min(4, x.shape[1]), min(4, x.shape[2]))
-        last = nn.Conv(
+        last = Conv(
             1,
             seen,
             padding="VALID",

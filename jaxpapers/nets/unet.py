@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, Real
 
 from jaxpapers.nets.denoiser import check_word, time_embedding, word_embedding
+from jaxpapers.ops.convolution import conv_general_dilated
 
 # Out-channels of the first map of each block, in-channels of its second, so that one sum
 # per block crosses devices; whole groups of the norm between stay on one device where the
@@ -38,6 +39,10 @@ RULES = (
         P("model"),
     ),
 )
+
+
+# Policies are trained inside of loops.
+Conv = functools.partial(nn.Conv, conv_general_dilated=conv_general_dilated)
 
 
 class ResidualBlock(nn.Module):
@@ -59,7 +64,7 @@ class ResidualBlock(nn.Module):
         train: bool,
     ) -> Float[Array, "B H W O"]:
         """``condition`` is that of time and word, before its swish."""
-        conv = functools.partial(nn.Conv, self.channels, (3, 3), dtype=self.dtype)
+        conv = functools.partial(Conv, self.channels, (3, 3), dtype=self.dtype)
         dense = functools.partial(nn.Dense, self.channels, dtype=self.dtype)
         y = conv(name="conv_0")(_norm_swish(x, self.groups, self.dtype, "norm_0"))
         y = y + dense(name="condition")(nn.silu(condition))[:, None, None, :]
@@ -147,7 +152,7 @@ class UNet(nn.Module):
         self._check(x.shape)
         check_word(self.words, word)
         condition = self._condition(time, word)
-        conv = functools.partial(nn.Conv, kernel_size=(3, 3), dtype=self.dtype)
+        conv = functools.partial(Conv, kernel_size=(3, 3), dtype=self.dtype)
         h = conv(self.channels, name="stem")(x)
         skips, last = [h], len(self.multipliers) - 1
         for level, multiplier in enumerate(self.multipliers):
@@ -170,9 +175,7 @@ class UNet(nn.Module):
         kind = jnp.promote_types(self.dtype, jnp.float32)
         h = _norm_swish(h, self.groups, self.dtype, "norm")
         zeros = nn.initializers.zeros
-        return nn.Conv(x.shape[-1], (3, 3), dtype=kind, kernel_init=zeros, name="last")(
-            h
-        )
+        return Conv(x.shape[-1], (3, 3), dtype=kind, kernel_init=zeros, name="last")(h)
 
     def _condition(self, time, word):
         """Embedding of time and word, 4 times as wide as the stem."""

@@ -202,6 +202,11 @@ def test_a_run_pretrains_tunes_and_continues(folder, tmp_path):
     for name in ("validation_judge_accuracy", "validation_path_kl"):
         assert again[name] == pytest.approx(found[name], rel=1e-5)
 
+    # Fields with several numbers are stored as JSON and still are the same.
+    longer = [*fields, "--config.train.steps=3"]
+    run.train("dpok:smoke", longer, workdir=str(whole), alone=True, quiet=True)
+    assert (whole / "checkpoints" / "3").is_dir()
+
     with pytest.raises(ValueError, match="stage before this one"):
         run.train(
             "dpok:smoke", [*fields, f"--config.train.init_from={second}"],
