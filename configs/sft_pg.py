@@ -9,6 +9,8 @@
 The denoiser is trained first, in the folder ``pretrain`` of the workdir, unless
 ``train.init_from`` names a run that did it (``method.stage=pretrain``).
 
+Pictures of ``cifar`` are not mirrored, unlike the paper's.
+
 Gates, 3 seeds: swiss roll, sliced W2 <= 0.045 within 30 epochs (474 cycles), exact W1
 down by 30 %; digits, Frechet distance <= 0.7 of that before tuning.
 """

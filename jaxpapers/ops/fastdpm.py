@@ -47,6 +47,10 @@ def fastdpm_noise(
         raise ValueError(f"steps must be in 1 .. {timesteps}, got {steps}")
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {KINDS}, got {kind!r}")
+    if not beta_start < beta_end:
+        raise ValueError(
+            f"beta_start must be below beta_end, got {beta_start} and {beta_end}"
+        )
     target = alpha_bars(linear_betas(timesteps, beta_start, beta_end))[-1]
     s = np.arange(steps)
 

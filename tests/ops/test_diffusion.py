@@ -360,6 +360,12 @@ def test_noise_loss_of_a_perfect_and_a_silent_net():
         (lambda: fastdpm.fastdpm_noise(0), "1 .. 1000"),
         (lambda: fastdpm.fastdpm_noise(1001), "1 .. 1000"),
         (lambda: fastdpm.fastdpm_noise(10, kind="cubic"), "quadratic"),
+        (lambda: fastdpm.fastdpm_noise(10, beta_start=0.1, beta_end=0.1), "below"),
+        (
+            lambda: diffusion.ddim_chain(np.linspace(0.9, 0.1, 8), 4, 1.0, 0.3),
+            "final_alpha_bar",
+        ),
+        (lambda: diffusion.ddim_chain(np.linspace(0.1, 0.9, 8), 4), "must fall"),
         (lambda: fastdpm.fastdpm_noise(10, allow_saturation=False), "allow_saturation"),
         (lambda: fastdpm.fastdpm_var_schedule(10, kappa=1.5), "kappa"),
         (
