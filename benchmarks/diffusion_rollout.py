@@ -31,7 +31,7 @@ from torch import nn  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
 from jaxpapers.config import load_config  # noqa: E402
-from jaxpapers.ops import chains, diffusion  # noqa: E402
+from jaxpapers.ops import chains, diffusion, trajectories  # noqa: E402
 from jaxpapers.papers import dpok, sft_pg  # noqa: E402
 
 os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
@@ -481,7 +481,7 @@ def memory():
         for store in ("all", "keys"):
             program = (
                 jax.jit(
-                    lambda key, chain=chain, store=store: diffusion.rollout(
+                    lambda key, chain=chain, store=store: trajectories.rollout(
                         key, lambda x, time: 0.1 * x, chain, shape, store=store
                     )
                 )

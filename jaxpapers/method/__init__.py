@@ -234,6 +234,26 @@ def averaged(method: Method, decay: float) -> Method:
     return method._replace(init=init, update=update, sampler=sampler if inner else None)
 
 
+def from_average(name: str, copies: Sequence[str] = ()) -> WarmStart:
+    """A start from the averaged parameters of another stage, see ``averaged``.
+
+    Args:
+      name: part of ``params``, a dict, that both stages have.
+      copies: parts that start as copies of it.
+    """
+
+    def parts(shapes):
+        return {"extra": {"ema": {name: shapes.params[name]}}}
+
+    def apply(state, found):
+        average = found["extra"]["ema"][name]
+        # Copies: a donated state must not hold an array twice.
+        own = {copy: jax.tree.map(jnp.copy, average) for copy in copies}
+        return state._replace(params={**state.params, name: average, **own})
+
+    return WarmStart(parts, apply)
+
+
 def start(
     init_params: Callable,
     init_opt: Callable,

@@ -13,6 +13,7 @@ from jaxpapers.nets import denoiser, unet
 from jaxpapers.nets.critic import ConvCritic, MLPCritic
 from jaxpapers.nets.denoiser import MLPDenoiser, StepMLP
 from jaxpapers.nets.unet import UNet
+from jaxpapers.ops import diffusion
 
 MODELS = ("steps", "mlp", "unet")
 RULES = {"steps": (), "mlp": denoiser.RULES, "unet": unet.RULES}
@@ -86,6 +87,36 @@ def parts(c: Any, steps: int, timesteps: int) -> Parts:
         lambda key: critic.init(key, one)["params"],
         lambda key: value.init(key, one, jnp.zeros(1, jnp.int32), told)["params"],
     )
+
+
+def denoising_loss(
+    params: dict,
+    batch: dict,
+    key: Key[Array, ""],
+    *,
+    parts: Parts,
+    alpha_bar: Any,
+    drop: float = 0.0,
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """Mean square of the noise that a denoiser missed, all steps alike.
+
+    Args:
+      params: dict of net.
+      batch: x (B, *X); word (B,) or (B, L) where the net takes words.
+      key: of steps, noise, dropped captions and dropout.
+      parts: functions of the nets.
+      alpha_bar: (T,) of the forward process.
+      drop: share of captions that become the null word, for guidance.
+    """
+    key, key_drop, key_word = jax.random.split(key, 3)
+    word = batch.get("word")
+    if word is not None and drop:
+        shape = (len(word), *(1,) * (word.ndim - 1))
+        word = jnp.where(jax.random.bernoulli(key_word, drop, shape), 0, word)
+    eps_fn = functools.partial(
+        parts.eps, params["net"], word=word, train=True, key=key_drop
+    )
+    return diffusion.noise_loss(eps_fn, batch["x"], key, alpha_bar).mean(), {}
 
 
 def _eps(

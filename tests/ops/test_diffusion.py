@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpapers.ops import chains, diffusion, fastdpm
+from jaxpapers.ops import chains, diffusion, fastdpm, trajectories
 
 LINEAR = diffusion.linear_betas(40, 1e-3, 0.2)
 CHAINS = {
@@ -177,7 +177,7 @@ def test_perfect_noise_gives_back_the_point(name):
         bar = table[jnp.argmin(jnp.abs(jnp.asarray(chain.time) - time[0]))]
         return (x - jnp.sqrt(bar) * point[None]) / jnp.sqrt(1 - bar)
 
-    found = diffusion.rollout(jax.random.key(0), eps_fn, chain, (2000, 2)).sample
+    found = trajectories.rollout(jax.random.key(0), eps_fn, chain, (2000, 2)).sample
     left = np.sqrt(max(1 - chain.alpha_bar[-1], chain.std[-1] ** 2))
     np.testing.assert_allclose(found.mean(0), point, atol=0.02)
     assert float(found.std(0).max()) < 1.1 * left + 1e-3
@@ -191,7 +191,7 @@ def linear_eps(x, time):
 @pytest.mark.parametrize("reduce", ["sum", "mean"])
 def test_rollout_scores_what_it_did(name, reduce):
     chain = CHAINS[name]
-    found = diffusion.rollout(
+    found = trajectories.rollout(
         jax.random.key(1), linear_eps, chain, (7, 3), store="all", log_prob=True,
         reduce=reduce,
     )  # fmt: skip
@@ -256,7 +256,7 @@ def test_step_kl_is_that_of_the_gaussians():
 def test_replay_is_bitwise_the_same():
     chain = CHAINS["ddpm"]
     draw = jax.jit(
-        lambda store: diffusion.rollout(
+        lambda store: trajectories.rollout(
             jax.random.key(3), linear_eps, chain, (5, 2), store=store
         ),
         static_argnums=0,
@@ -271,7 +271,7 @@ def test_replay_is_bitwise_the_same():
 
     empty = (jnp.zeros((40, 5, 2)), jnp.zeros((40, 5, 2)))
     replay = jax.jit(
-        lambda kept: diffusion.replay(kept, linear_eps, chain, visit, empty)
+        lambda kept: trajectories.replay(kept, linear_eps, chain, visit, empty)
     )
     states, predictions = replay(kept)
     np.testing.assert_array_equal(states, whole.states[:-1])
@@ -282,7 +282,7 @@ def test_kept_bytes_do_not_grow_with_the_steps():
     def bytes_of(steps, store):
         chain = diffusion.ddpm_chain(diffusion.linear_betas(steps, 1e-3, 0.2))
         shapes = jax.eval_shape(
-            lambda: diffusion.rollout(
+            lambda: trajectories.rollout(
                 jax.random.key(0), linear_eps, chain, (8, 4), store=store
             )
         )
@@ -295,8 +295,8 @@ def test_kept_bytes_do_not_grow_with_the_steps():
 def test_start_and_remat_change_nothing():
     chain, start = CHAINS["ddim"], jnp.ones((4, 2))
     key = jax.random.key(4)
-    plain = diffusion.rollout(key, linear_eps, chain, start=start).sample
-    other = diffusion.rollout(key, linear_eps, chain, start=start, remat=True).sample
+    plain = trajectories.rollout(key, linear_eps, chain, start=start).sample
+    other = trajectories.rollout(key, linear_eps, chain, start=start, remat=True).sample
     np.testing.assert_array_equal(plain, other)
 
 
@@ -309,13 +309,13 @@ def test_deterministic_chains_have_no_density():
         CHAINS["posterior"],
     ):
         with pytest.raises(ValueError, match="no density"):
-            diffusion.rollout(
+            trajectories.rollout(
                 jax.random.key(0), linear_eps, chain, (2, 2), log_prob=True
             )
     chain = diffusion.ddim_chain(bars, 8, eta=0.0)
     start = jnp.ones((3, 2))
     one, two = (
-        diffusion.rollout(jax.random.key(i), linear_eps, chain, start=start).sample
+        trajectories.rollout(jax.random.key(i), linear_eps, chain, start=start).sample
         for i in (0, 1)
     )
     np.testing.assert_array_equal(one, two)
@@ -369,18 +369,18 @@ def test_noise_loss_of_a_perfect_and_a_silent_net():
         (lambda: fastdpm.fastdpm_noise(10, allow_saturation=False), "allow_saturation"),
         (lambda: fastdpm.fastdpm_var_schedule(10, kappa=1.5), "kappa"),
         (
-            lambda: diffusion.rollout(
+            lambda: trajectories.rollout(
                 jax.random.key(0), linear_eps, CHAINS["ddim"], (2, 2), store="some"
             ),
             "store",
         ),
         (
-            lambda: diffusion.rollout(jax.random.key(0), linear_eps, CHAINS["ddim"]),
+            lambda: trajectories.rollout(jax.random.key(0), linear_eps, CHAINS["ddim"]),
             "shape= or start=",
         ),
         (
-            lambda: diffusion.replay(
-                diffusion.Trajectory(None), linear_eps, CHAINS["ddim"], max, None
+            lambda: trajectories.replay(
+                trajectories.Trajectory(None), linear_eps, CHAINS["ddim"], max, None
             ),
             "store='keys'",
         ),

@@ -13,7 +13,7 @@ from jaxpapers import mesh as meshes
 from jaxpapers import train as trainer
 from jaxpapers.nets.critic import MLPCritic, clip_weights, spectral_normalize
 from jaxpapers.nets.denoiser import StepMLP
-from jaxpapers.ops import diffusion
+from jaxpapers.ops import diffusion, trajectories
 from jaxpapers.papers import sft_pg
 
 
@@ -65,7 +65,7 @@ def test_recorded_critic_and_value_losses(case):
     def v(x, k):
         return value.apply({"params": own}, x, k)[:, 0]
 
-    chains = diffusion.Trajectory(z["seq"][-1], z["seq"])
+    chains = trajectories.Trajectory(z["seq"][-1], z["seq"])
     loss = functools.partial(
         sft_pg.critic_loss, v=v, x=z["real"], trajectory=chains, key=jax.random.key(0)
     )
@@ -116,7 +116,7 @@ COSTS = {
 
 def per_chain_gradients(cost, baseline, count=200_000, key=0):
     """The score-function gradient of every chain, (count, 2)."""
-    found = diffusion.rollout(
+    found = trajectories.rollout(
         jax.random.key(key), linear(THETA), CHAIN, (count, 1), store="all"
     )
     states = jnp.moveaxis(found.states, 0, 1)
@@ -280,7 +280,7 @@ def train_critic(shift, steps=400, penalty=10.0, bound=None):
         y = jax.random.normal(key_y, (256, 2)) + shift[None]
         total, metrics = sft_pg.critic_loss(
             f(params), lambda x, k: 0 * x[:, 0], x,
-            diffusion.Trajectory(y, jnp.stack([y, y])), key_mix, leak=False,
+            trajectories.Trajectory(y, jnp.stack([y, y])), key_mix, leak=False,
             value_weight=0.0, penalty=penalty,
         )  # fmt: skip
         return total, metrics["wasserstein"]
@@ -360,7 +360,7 @@ def test_refusals(config, fields, message):
 
 def test_transitions_are_the_chains_own_steps():
     states = jnp.arange(4 * 3).reshape(4, 3, 1).astype(jnp.float32)
-    found = diffusion.Trajectory(states[-1], states, -states[:-1])
+    found = trajectories.Trajectory(states[-1], states, -states[:-1])
     x, x_next, eps = sft_pg.transitions(found, jnp.array([2, 0, 1]))
     assert x[:, 0].tolist() == [6, 1, 5]
     assert x_next[:, 0].tolist() == [9, 4, 8]

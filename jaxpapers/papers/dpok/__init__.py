@@ -40,10 +40,10 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, Key
 
-from jaxpapers.method import Method, State, WarmStart, averaged, gradient
+from jaxpapers.method import Method, State, averaged, from_average, gradient
 from jaxpapers.nets import diffusion as nets
 from jaxpapers.nets.lora import lora_init
-from jaxpapers.ops import chains, diffusion, policy
+from jaxpapers.ops import chains, diffusion, policy, trajectories
 from jaxpapers.ops.diffusion import Chain
 from jaxpapers.optim import named
 from jaxpapers.papers.dpok.baseline import (
@@ -287,41 +287,12 @@ def sampler(
     weight = bound.options.guidance if guidance is None else guidance
     net = functools.partial(bound.parts.eps, policy_params(params))
     eps = diffusion.guided(net, weight)
-    return diffusion.rollout(
+    return trajectories.rollout(
         key,
         lambda x, time: eps(x, time, word),
         chain or bound.chain,
         (len(word), *bound.parts.shape),
     ).sample
-
-
-def pretrain_loss(
-    params: dict,
-    batch: dict,
-    key: Key[Array, ""],
-    *,
-    parts: nets.Parts,
-    alpha_bar: Any,
-    drop: float,
-) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """Mean square of the missed noise; some captions are the null word, for guidance.
-
-    Args:
-      params: dict of net.
-      batch: x (B, H, W, C), word.
-      key: of steps, noise, dropped captions and dropout.
-      parts: functions of the nets.
-      alpha_bar: (T,) of the forward process.
-      drop: share of captions that are dropped.
-    """
-    key, key_drop, key_word = jax.random.split(key, 3)
-    word = batch["word"]
-    gone = jax.random.bernoulli(key_word, drop, (len(word), *(1,) * (word.ndim - 1)))
-    eps_fn = functools.partial(
-        parts.eps, params["net"], word=jnp.where(gone, 0, word), train=True,
-        key=key_drop,
-    )  # fmt: skip
-    return diffusion.noise_loss(eps_fn, batch["x"], key, alpha_bar).mean(), {}
 
 
 def inference(config: Any) -> Any:
@@ -384,7 +355,7 @@ def make(config: Any, *, reward_fn: Callable | None = None) -> Method:
         method = gradient(
             lambda key, batch: {"net": parts.init_net(key)},
             functools.partial(
-                pretrain_loss, parts=parts, drop=config.pretrain.drop,
+                nets.denoising_loss, parts=parts, drop=config.pretrain.drop,
                 alpha_bar=diffusion.alpha_bars(chains.betas(c)),
             ),
             named.by_name(config.pretrain, config.train.steps),
@@ -397,13 +368,6 @@ def make(config: Any, *, reward_fn: Callable | None = None) -> Method:
         "value": optax.adam(config.optim.value_lr),
     }
 
-    def adopt(state, found):
-        net = found["extra"]["ema"]["net"]
-        params = {**state.params, "net": net}
-        if "reference" in params:
-            params["reference"] = jax.tree.map(jnp.copy, net)
-        return state._replace(params=params)
-
     return Method(
         functools.partial(_init, parts=parts, options=c, txs=txs),
         functools.partial(loss, bound=bound),
@@ -411,9 +375,7 @@ def make(config: Any, *, reward_fn: Callable | None = None) -> Method:
         lambda params, key, word, extra=None, **kw: sample(params, key, word, **kw),
         rules,
         labels,
-        warm_start=WarmStart(
-            lambda shapes: {"extra": {"ema": {"net": shapes.params["net"]}}}, adopt
-        ),
+        warm_start=from_average("net", () if c.lora_rank else ("reference",)),
         diagnose=lambda params, extra, batch, key: {
             "validation_path_kl": path_kl(params, key, batch["word"], bound=bound)
         },

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from jaxpapers.nets import diffusion as nets
 from jaxpapers.nets.lora import lora_apply
-from jaxpapers.ops import diffusion, policy
+from jaxpapers.ops import diffusion, policy, trajectories
 from jaxpapers.ops.diffusion import Chain
 
 
@@ -138,7 +138,7 @@ def take_round(key: Key[Array, ""], params: dict, batch: dict, bound: Bound) -> 
     """Draws a chain for each prompt of a batch, and asks for its reward."""
     eps = guided_eps(bound, policy_params(params))
     word, prompt = batch["word"], batch["prompt"]
-    found = diffusion.rollout(
+    found = trajectories.rollout(
         key,
         lambda x, time: eps(x, time, word),
         bound.chain,
@@ -156,7 +156,7 @@ def transitions(chains_: Round, k: Int[Array, "B N"]) -> Transitions:
     states = chains_.states
     pairs = ((states, k), (states, k + 1), (chains_.eps, k))
     x, x_next, eps = (
-        v.reshape(-1, *v.shape[2:]) for v in (diffusion.of_each(*p) for p in pairs)
+        v.reshape(-1, *v.shape[2:]) for v in (trajectories.of_each(*p) for p in pairs)
     )
     return Transitions(
         k.reshape(-1), x, x_next, eps, jnp.repeat(chains_.word, k.shape[1], axis=0)
@@ -192,7 +192,7 @@ def path_kl(
     def acting(x, time):
         return eps(x, time, word)
 
-    kept = diffusion.rollout(
+    kept = trajectories.rollout(
         key,
         acting,
         bound.chain,
@@ -206,4 +206,4 @@ def path_kl(
         return total + diffusion.step_kl(bound.chain, k, found, ref(x, time, word))
 
     zero = jnp.zeros(len(word))
-    return diffusion.replay(kept, acting, bound.chain, visit, zero).mean()
+    return trajectories.replay(kept, acting, bound.chain, visit, zero).mean()

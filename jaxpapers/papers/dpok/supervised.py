@@ -11,7 +11,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Key
 
 from jaxpapers.method import State
-from jaxpapers.ops import chains, diffusion
+from jaxpapers.ops import chains, diffusion, trajectories
 from jaxpapers.papers.dpok.rounds import (
     Bound,
     guided_eps,
@@ -98,7 +98,7 @@ def supervised_round(
     frozen = reference_params(state.params)
     word = batch["word"]
     ref = guided_eps(bound, frozen)
-    x = diffusion.rollout(
+    x = trajectories.rollout(
         key_roll, lambda x, time: ref(x, time, word), bound.chain,
         (len(word), *bound.parts.shape),
     ).sample  # fmt: skip

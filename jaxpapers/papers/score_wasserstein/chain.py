@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Key
 
 from jaxpapers.nets.critic import spectral_normalize
 from jaxpapers.nets.denoiser import StepMLP
-from jaxpapers.ops import diffusion
+from jaxpapers.ops import diffusion, trajectories
 from jaxpapers.papers.score_wasserstein.bound import Factor, integrating_factor
 from jaxpapers.papers.score_wasserstein.lipschitz import (
     MODES,
@@ -128,7 +128,7 @@ def sampler(
         bar = jnp.full(len(x), model.alpha_bar[-1], x.dtype)
         x = diffusion.q_sample(start, bar, x)
     chain = diffusion.ddpm_chain(model.betas, "beta")
-    return diffusion.rollout(key_chain, model.eps(params), chain, start=x).sample
+    return trajectories.rollout(key_chain, model.eps(params), chain, start=x).sample
 
 
 def score_lipschitz(

@@ -31,203 +31,37 @@ penalty is not in the released code; its weight here is WGAN-GP's 10.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import lax
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Key
 
-from jaxpapers.method import Method, State, WarmStart, averaged, gradient
+from jaxpapers.method import Method, State, averaged, from_average, gradient
 from jaxpapers.nets import diffusion as nets
 from jaxpapers.nets.critic import clip_weights, spectral_normalize
-from jaxpapers.ops import chains, diffusion, policy
-from jaxpapers.ops.diffusion import Chain, Trajectory, over_data
+from jaxpapers.ops import chains, diffusion, policy, trajectories
+from jaxpapers.ops.diffusion import Chain
+from jaxpapers.ops.trajectories import over_data
 from jaxpapers.optim import named
+from jaxpapers.papers.sft_pg.objectives import (
+    advantage,
+    critic_loss,
+    gradient_penalty,
+    pathwise_loss,
+    policy_loss,
+    transitions,
+    value_loss,
+)
+from jaxpapers.papers.sft_pg.options import STAGES, check_batch, check_options
 
-REGULARIZERS = ("none", "spectral", "clip")
-STAGES = ("pretrain", "tune")
-
-
-def gradient_penalty(
-    f: Callable, x: Float[Array, "B ..."], y: Float[Array, "B ..."], mix: Any
-) -> Float[Array, ""]:
-    r"""$E (|\nabla f(\hat x)| - 1)^2$ at points between data and samples (WGAN-GP).
-
-    With weight w the critic's estimate of a translation by d tends to d (1 + d / 2 w):
-    steeper than 1 pays off where the gap is large against the weight.
-
-    Args:
-      f: (B, *X) -> (B,).
-      x: data.
-      y: samples.
-      mix: (B,) of U(0, 1), the share of the data.
-    """
-    mix = jnp.reshape(mix, (-1, *(1,) * (x.ndim - 1)))
-    grads = jax.grad(lambda z: f(z).sum())(mix * x + (1 - mix) * y)
-    square = jnp.square(grads.reshape(len(x), -1)).sum(1)
-    # The root's own gradient is infinite where a ReLU net is flat.
-    norm = jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
-    return jnp.square(norm - 1).mean()
-
-
-def value_loss(
-    v: Callable, states: Float[Array, "S B ..."], cost: Float[Array, " B"]
-) -> Float[Array, ""]:
-    """Mean over steps and chains of (V(x_k, k) - f(y))^2."""
-    count, rows = states.shape[:2]
-    # Chains first, so that the rows of a device stay together.
-    flat = states.swapaxes(0, 1).reshape(rows * count, *states.shape[2:])
-    found = v(flat, jnp.tile(jnp.arange(count), rows)).reshape(rows, count)
-    return jnp.square(found - cost[:, None]).mean()
-
-
-def critic_loss(
-    f: Callable,
-    v: Callable,
-    x: Float[Array, "B ..."],
-    trajectory: Trajectory,
-    key: Key[Array, ""],
-    *,
-    leak: bool = True,
-    value_weight: float = 1.0,
-    penalty: float = 0.0,
-) -> tuple[Float[Array, ""], dict[str, Array]]:
-    r"""$L_f + L_w$: one loss for critic and baseline.
-
-    Args:
-      f: critic, (B, *X) -> (B,).
-      v: baseline, (B, *X), k (B,) -> (B,).
-      x: data.
-      trajectory: chains of the present policy, with their states.
-      key: of the gradient penalty's points.
-      leak: whether the baseline's loss moves f.
-      value_weight: of the baseline's loss; S makes the mean over steps their sum.
-      penalty: weight of the gradient penalty.
-
-    Returns:
-      The loss; metrics wasserstein (the critic's estimate of the distance), value_loss,
-      critic_max, and gradient_penalty where it has a weight.
-    """
-    y = trajectory.sample
-    real, cost = f(x), f(y)
-    gap = real.mean() - cost.mean()
-    target = cost if leak else lax.stop_gradient(cost)
-    value = value_loss(v, trajectory.states[:-1], target)
-    total = gap + value_weight * value
-    metrics = {
-        "wasserstein": -gap,
-        "value_loss": value,
-        "critic_max": jnp.abs(cost).max(),
-    }
-    if penalty:
-        mix = jax.random.uniform(key, (len(x),))
-        metrics["gradient_penalty"] = gradient_penalty(f, x, y, mix)
-        total = total + penalty * metrics["gradient_penalty"]
-    return total, metrics
-
-
-def advantage(
-    f: Callable,
-    v: Callable,
-    x: Float[Array, "B ..."],
-    k: Int[Array, " B"],
-    y: Float[Array, "B ..."],
-    *,
-    normalize: bool = False,
-    clip: float = 0.0,
-) -> Float[Array, " B"]:
-    """Cost of a transition's chain less its baseline, f(y) - V(x_k, k); no gradient.
-
-    Args:
-      f, v: see ``critic_loss``.
-      x: states.
-      k: their steps.
-      y: last states of the same chains.
-      normalize: to mean 0 and deviation 1 (not in the paper).
-      clip: bound of its size (not in the paper); 0: none.
-    """
-    found = f(y) - v(x, k)
-    found = policy.standardize(found) if normalize else found
-    return lax.stop_gradient(jnp.clip(found, -clip, clip) if clip else found)
-
-
-def policy_loss(
-    eps_fn: Callable,
-    chain: Chain,
-    k: Int[Array, " B"],
-    x: Float[Array, "B ..."],
-    x_next: Float[Array, "B ..."],
-    cost: Float[Array, " B"],
-    *,
-    reduce: str = "sum",
-) -> Float[Array, ""]:
-    r"""$L_\theta$: mean of the advantage times the step's log-probability, descended.
-
-    Args:
-      eps_fn: the policy, (x, time) -> predicted noise.
-      chain: see ``ops.diffusion``.
-      k: steps of the transitions.
-      x: states.
-      x_next: where they went.
-      cost: advantages; high is bad.
-      reduce: of the log-probability over coordinates; the toy's code sums, that for
-        images takes the mean.
-    """
-    time = jnp.asarray(chain.time, jnp.float32)[k]
-    score = diffusion.step_log_prob(chain, k, x, x_next, eps_fn(x, time), reduce)
-    return policy.reinforce(score, -cost).mean()
-
-
-def pathwise_loss(
-    key: Key[Array, ""],
-    f: Callable,
-    eps_fn: Callable,
-    chain: Chain,
-    shape: tuple[int, ...],
-) -> Float[Array, ""]:
-    """E f(y), differentiable through the whole chain: what the paper avoids, for tests.
-
-    Memory is that of S states and one net.
-    """
-    return f(diffusion.rollout(key, eps_fn, chain, shape, remat=True).sample).mean()
-
-
-def transitions(
-    trajectory: Trajectory, k: Int[Array, " B"]
-) -> tuple[Float[Array, "B ..."], Float[Array, "B ..."], Float[Array, "B ..."]]:
-    """(x_k, x_{k+1}, predicted noise) of each chain at its own step k."""
-    step, states = k[:, None], trajectory.states
-    x, x_next, eps = (
-        diffusion.of_each(*pair)[:, 0]
-        for pair in ((states, step), (states, step + 1), (trajectory.eps, step))
-    )
-    return x, x_next, eps
-
-
-def pretrain_loss(
-    params: dict,
-    batch: dict,
-    key: Key[Array, ""],
-    *,
-    parts: nets.Parts,
-    alpha_bar: Any,
-) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """The denoiser's own loss: mean square of the noise it missed, all steps alike.
-
-    Args:
-      params: dict of net.
-      batch: x (B, *X).
-      key: of steps, noise and dropout.
-      parts: functions of the nets.
-      alpha_bar: (T,) of the forward process.
-    """
-    key, key_drop = jax.random.split(key)
-    eps_fn = functools.partial(parts.eps, params["net"], train=True, key=key_drop)
-    return diffusion.noise_loss(eps_fn, batch["x"], key, alpha_bar).mean(), {}
+__all__ = [
+    "advantage", "critic_loss", "gradient_penalty", "loss", "make", "pathwise_loss",
+    "policy_loss", "sampler", "transitions", "update", "value_loss",
+]  # fmt: skip
 
 
 def loss(
@@ -252,7 +86,7 @@ def loss(
     key_roll, key_mix = jax.random.split(key)
     eps_fn = functools.partial(parts.eps, params["net"])
     f, v = _critics(params, parts, options)
-    found = diffusion.rollout(key_roll, eps_fn, chain, batch["x"].shape, store="all")
+    found = trajectories.rollout(key_roll, eps_fn, chain, batch["x"].shape, store="all")
     found = lax.stop_gradient(found)
     total, metrics = critic_loss(
         f, v, batch["x"], found, key_mix, leak=options.leak,
@@ -294,7 +128,7 @@ def update(
     key = jax.random.fold_in(state.key, state.step)
     key_rounds, key_order = jax.random.split(key)
     rounds = options.n_critic
-    _check_batch(batch["x"], parts.shape, rounds)
+    check_batch(batch["x"], parts.shape, rounds)
     # Rows of a device stay there: each round takes every rounds-th of them.
     x = over_data(batch["x"])
     x = x.reshape(-1, rounds, *x.shape[1:]).swapaxes(0, 1)
@@ -306,7 +140,7 @@ def update(
         params, opt = carry
         x, key = inputs
         key_roll, key_mix = jax.random.split(key)
-        found = diffusion.rollout(key_roll, acting, chain, x.shape, store="all")
+        found = trajectories.rollout(key_roll, acting, chain, x.shape, store="all")
 
         def objective(params):
             return critic_loss(
@@ -392,7 +226,7 @@ def sampler(
       chain: any chain over the same net, e.g. all of training's steps.
     """
     eps_fn = functools.partial(parts.eps, params["net"])
-    return diffusion.rollout(key, eps_fn, chain, shape).sample
+    return trajectories.rollout(key, eps_fn, chain, shape).sample
 
 
 def make(config: Any) -> Method:
@@ -414,7 +248,7 @@ def make(config: Any) -> Method:
     sample = functools.partial(sampler, parts=parts, chain=chain)
     if options.stage == "pretrain":
         return _pretrain(config, parts, sample)
-    _check(config, chain)
+    check_options(config, chain)
     txs = {
         "net": optax.chain(
             optax.clip_by_global_norm(config.optim.clip)
@@ -440,20 +274,13 @@ def make(config: Any) -> Method:
         opt_state = {name: tx.init(params[name]) for name, tx in txs.items()}
         return State(jnp.zeros((), jnp.int32), params, opt_state, (), key)
 
-    def adopt(state, found):
-        return state._replace(
-            params={**state.params, "net": found["extra"]["ema"]["net"]}
-        )
-
     return Method(
         init,
         functools.partial(loss, **bound),
         functools.partial(update, txs=txs, **bound),
         lambda params, key, shape, extra=None, **kw: sample(params, key, shape, **kw),
         nets.RULES[config.net.model],
-        warm_start=WarmStart(
-            lambda shapes: {"extra": {"ema": {"net": shapes.params["net"]}}}, adopt
-        ),
+        warm_start=from_average("net"),
     )
 
 
@@ -461,7 +288,7 @@ def _pretrain(config, parts, sample):
     alpha_bar = diffusion.alpha_bars(chains.betas(config.method))
     method = gradient(
         lambda key, batch: {"net": parts.init_net(key)},
-        functools.partial(pretrain_loss, parts=parts, alpha_bar=alpha_bar),
+        functools.partial(nets.denoising_loss, parts=parts, alpha_bar=alpha_bar),
         named.by_name(config.pretrain, config.train.steps),
         sampler=sample,
         rules=nets.RULES[config.net.model],
@@ -501,63 +328,3 @@ def _apply(txs, params, opt, grads):
         updates, states[name] = txs[name].update(grads[name], opt[name], params[name])
         changed[name] = optax.apply_updates(params[name], updates)
     return changed, states
-
-
-def _check_batch(x, shape, rounds):
-    if x.shape[1:] != shape or len(x) % rounds:
-        raise ValueError(
-            f"a cycle needs x of shape (n, {', '.join(map(str, shape))}) with n a "
-            f"multiple of method.n_critic={rounds}, got {x.shape}"
-        )
-
-
-def _check(config, chain):
-    c, optim = config.method, config.optim
-    if c.regularizer not in REGULARIZERS:
-        raise ValueError(
-            f"config.method.regularizer must be one of {REGULARIZERS}, got "
-            f"{c.regularizer!r}"
-        )
-    for name in ("n_critic", "n_generator"):
-        if c[name] < 1:
-            raise ValueError(f"config.method.{name} must be >= 1, got {c[name]}")
-    if config.data.batch % c.n_critic:
-        raise ValueError(
-            f"config.data.batch must be a multiple of method.n_critic, which is "
-            f"{c.n_critic}, got {config.data.batch}"
-        )
-    if c.n_generator > c.n_critic * c.steps:
-        raise ValueError(
-            "config.method.n_generator must be <= n_critic * steps, "
-            f"{c.n_critic * c.steps}, so that no transition comes twice; got "
-            f"{c.n_generator}"
-        )
-    if c.reduce not in diffusion.REDUCTIONS:
-        raise ValueError(
-            f"config.method.reduce must be one of {diffusion.REDUCTIONS}, got "
-            f"{c.reduce!r}"
-        )
-    if c.regularizer == "clip" and c.weight_bound == 0:
-        raise ValueError(
-            "config.method.weight_bound must be > 0 to clip weights, got 0"
-        )
-    whole = (chain.time == np.round(chain.time)).all()
-    if config.net.model == "steps" and not whole:
-        raise ValueError(
-            "config.net.model='steps' has a vector for each whole step; the times of "
-            f"method.sampler={c.sampler!r} are not whole: use mlp or unet"
-        )
-    for name in ("penalty", "value_weight", "ratio_clip", "cost_clip", "weight_bound"):
-        if c[name] < 0:
-            raise ValueError(f"config.method.{name} must be >= 0, got {c[name]}")
-    for name in ("lr", "critic_lr", "value_lr"):
-        if optim[name] <= 0:
-            raise ValueError(f"config.optim.{name} must be > 0, got {optim[name]}")
-    if optim.clip < 0:
-        raise ValueError(f"config.optim.clip must be >= 0, got {optim.clip}")
-    if config.train.accumulate != 1:
-        raise ValueError(
-            "config.train.accumulate must be 1: a cycle's rounds are its parts, got "
-            f"{config.train.accumulate}"
-        )
-    diffusion.check_density(chain)
