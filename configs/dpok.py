@@ -86,6 +86,7 @@ def get_config(preset: str | None = None) -> ConfigDict:
                 "eta": 1.0,
                 "kappa": 1.0,  # fastdpm
                 "kind": "quadratic",  # fastdpm
+                "allow_saturation": True,  # fastdpm: as released nets were tuned
                 "guidance": 2.0,
                 "alpha": 1.0,
                 "beta": 0.01,

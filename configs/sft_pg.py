@@ -78,6 +78,7 @@ def get_config(preset: str | None = None) -> ConfigDict:
                 "eta": 1.0,  # ddim
                 "kappa": 1.0,  # fastdpm
                 "kind": "quadratic",  # fastdpm
+                "allow_saturation": True,  # fastdpm: as released nets were tuned
                 "n_critic": 5,
                 "n_generator": 10,
                 "reduce": "sum",  # mean, over coordinates

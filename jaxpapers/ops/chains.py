@@ -36,7 +36,8 @@ def chain(c: Any) -> Chain:
 
     Args:
       c: as for ``betas``; also ``sampler``, one of ``SAMPLERS``, ``steps`` S, and the
-        sampler's own numbers: ``eta`` (ddim), ``kappa`` and ``kind`` (fastdpm).
+        sampler's own numbers: ``eta`` (ddim), ``kappa``, ``kind`` and
+        ``allow_saturation`` (fastdpm).
 
     Raises:
       ValueError: unknown name; S that the sampler cannot have; FastDPM of betas that
@@ -64,6 +65,7 @@ def chain(c: Any) -> Chain:
         beta_end=c.beta_end,
         kind=c.kind,
         kappa=c.kappa,
+        allow_saturation=c.allow_saturation,
     )
 
 

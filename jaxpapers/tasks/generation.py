@@ -111,6 +111,8 @@ def read(config: Any) -> Source:
       FileNotFoundError: no files.
     """
     c = config.data
+    if c.eval_count < 2:
+        raise ValueError(f"config.data.eval_count must be >= 2, got {c.eval_count}")
     source = _read(c.source, c.path, c.spread, c.count, c.eval_count, c.seed)
     shape = tuple(config.net.shape)
     if source.train.shape[1:] != shape:

@@ -162,6 +162,8 @@ def read(config: Any) -> Source:
         raise ValueError(
             f"config.data.source must be one of {SOURCES}, got {c.source!r}"
         )
+    if c.eval_each < 1:
+        raise ValueError(f"config.data.eval_each must be >= 1, got {c.eval_each}")
     source = _read(c.source, c.path, c.misaligned)
     shape, length = tuple(config.net.shape), source.word.shape[1:]
     words = int(max(source.word.max(), source.prompt_word.max())) + 1

@@ -398,7 +398,7 @@ class Named:
         base = {
             "betas": "linear", "timesteps": 40, "beta_start": 1e-3, "beta_end": 0.2,
             "sampler": "ddim", "steps": 8, "eta": 1.0, "kappa": 1.0,
-            "kind": "quadratic",
+            "kind": "quadratic", "allow_saturation": True,
         }  # fmt: skip
         self.__dict__.update({**base, **fields})
 

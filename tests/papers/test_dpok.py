@@ -328,6 +328,48 @@ def test_advantages_against_numpy(config, mode):
     assert after.count.tolist() == [2, 2] and float(equal) == 0
 
 
+def test_advantages_of_steps():
+    def v(params, x, k, word):
+        return params["a"] * x[:, 0] + k
+
+    b = dpok.Bound(parts()._replace(value=v), CHAIN, None, None)
+    found = rounds.Round(None, None, None, None, jnp.array([10.0, 20.0]))
+    k, x = jnp.array([2, 0, 1, 2]), jnp.array([[1.0], [2.0], [3.0], [4.0]])
+    chosen = rounds.Transitions(k, x, None, None, None)
+    own = baseline.value_advantage({"a": 0.5}, found, chosen, b)
+    assert own.tolist() == [10 - 2.5, 10 - 1.0, 20 - 2.5, 20 - 4.0]
+    later = jnp.array([[3.0, 2.0, 0.0], [6.0, 5.0, 0.0]])
+    cost = baseline.later_cost(later, jnp.array([[2, 0], [1, 1]]), 0.5, 2.0)
+    assert cost.tolist() == [0.0, 0.75, 1.25, 1.25]
+
+
+@pytest.mark.parametrize("mode", ["value", "reward"])
+def test_an_update_pays_what_its_step_is_worth(config, mode):
+    """One chosen policy step, done again from the parts: sign and size of what moves."""
+    fields = {
+        "method.policy_steps": 1, "method.transitions": 3, "method.lora_rank": 0,
+        "method.steps": 3, "method.value_steps": 1, "method.beta": 0.5,
+        "method.kl_mode": "reward" if mode == "reward" else "grad",
+    }  # fmt: skip
+    c = changed(config, **fields).method
+    b = dpok.Bound(parts(), CHAIN, c, lambda x, prompt: x[:, 0])
+    txs = {"policy": optax.sgd(1.0), "value": optax.sgd(0.0)}
+    batch = batch_of(config)
+    state = dpok._init(jax.random.key(0), batch, parts=b.parts, options=c, txs=txs)
+    state.params.update(params(), value={"v": jnp.asarray(0.3)})
+    new, _ = dpok.update(state, batch, bound=b, txs=txs)
+    key = jax.random.split(jax.random.fold_in(state.key, state.step), 3)[0]
+    found = dpok.take_round(key, state.params, batch, b)
+    count = len(found.reward)
+    chosen = dpok.transitions(found, jnp.tile(jnp.arange(3)[None], (count, 1)))
+    gain = jnp.repeat(found.reward, 3) - 0.3
+    if mode == "reward":
+        gain = gain - 0.5 * dpok.later_kl(found, state.params, b).T.reshape(-1)
+    grads = jax.grad(objective)(THETA, gain, chosen, PRE, 0.5)
+    moved = new.params["net"]["theta"] - THETA
+    np.testing.assert_allclose(moved, -grads, rtol=1e-3, atol=1e-5)
+
+
 def test_supervised_rounds_refuse_negative_weights(config):
     def pay(x, prompt):
         return x[:, 0] * 0 - 1.0

@@ -358,6 +358,21 @@ def test_refusals(config, fields, message):
         sft_pg.make(config)
 
 
+def test_the_advantage_is_cost_less_baseline():
+    def f(y):
+        return 2 * y[:, 0]
+
+    def v(x, k):
+        return x[:, 0] + k
+
+    x, y, k = jnp.array([[1.0], [4.0]]), jnp.array([[5.0], [1.0]]), jnp.array([2, 0])
+    plain = sft_pg.advantage(f, v, x, k, y)
+    assert plain.tolist() == [7.0, -2.0]
+    assert sft_pg.advantage(f, v, x, k, y, clip=3.0).tolist() == [3.0, -2.0]
+    normal = sft_pg.advantage(f, v, x, k, y, normalize=True)
+    np.testing.assert_allclose(normal, [1, -1], rtol=1e-5)
+
+
 def test_transitions_are_the_chains_own_steps():
     states = jnp.arange(4 * 3).reshape(4, 3, 1).astype(jnp.float32)
     found = trajectories.Trajectory(states[-1], states, -states[:-1])

@@ -116,6 +116,7 @@ def test_a_certificate_of_unequal_halves(folder, start):
     "fields, error, message",
     [
         ({"data.source": "spiral"}, ValueError, "swiss_roll"),
+        ({"data.eval_count": 0}, ValueError, "eval_count"),
         ({"data.source": "fashion"}, FileNotFoundError, "data.path"),
         ({"data.source": "moons", "net.shape": "(3,)"}, ValueError, "net.shape"),
     ],
@@ -165,6 +166,7 @@ def test_colours_hold_out_combinations(folder):
     "fields, message",
     [
         ({"data.source": "faces"}, "digits"),
+        ({"data.eval_each": 0}, "eval_each"),
         ({"net.words": 5}, "words"),
         ({"net.shape": "(9, 8, 1)"}, "shape"),
         ({"data.length": 3}, "length"),

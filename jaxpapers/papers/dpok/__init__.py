@@ -50,7 +50,9 @@ from jaxpapers.papers.dpok.baseline import (
     advantages,
     fit_value,
     keep_round,
+    later_cost,
     reward_metrics,
+    value_advantage,
     value_loss,
 )
 from jaxpapers.papers.dpok.options import KLS, check_options
@@ -192,58 +194,10 @@ def update(
     value, value_opt, metrics = fit_value(state, found, key_value, bound, txs)
     pool, filled, newest = keep_round(state, found, c)
     adv, stats, equal = advantages(state, found, bound)
-    order = jax.random.uniform(key_policy, found.eps.shape[1::-1]).argsort(-1)
-    steps = len(bound.chain.std)
-    beta = state.extra["beta"]
-    later = later_kl(found, state.params, bound).T if c.kl_mode == "reward" else None
-
-    def policy_step(carry, j):
-        own, opt = carry
-        use = jax.tree.map(lambda v: v[(newest - j % filled) % c.rounds], pool)
-        k = order[:, (j * c.transitions + jnp.arange(c.transitions)) % steps]
-        chosen = transitions(use, k)
-        if c.advantage == "value":
-            v = functools.partial(bound.parts.value, value)
-            again = jnp.repeat(use.reward, c.transitions)
-            advantage = again - v(chosen.x, chosen.k, chosen.word)
-        else:
-            advantage = jnp.repeat(adv, c.transitions)
-        if later is not None:
-            cost = jnp.take_along_axis(later, k, 1).reshape(-1)
-            advantage = advantage - beta / c.alpha * cost
-
-        def objective(own, rows, advantage):
-            params = {**state.params, **own}
-            return _policy_loss(params, state.params, rows, advantage, beta, bound)
-
-        def accumulate(total, group):
-            grads, metrics = jax.grad(objective, has_aux=True)(own, *group)
-            return jax.tree.map(
-                lambda t, g: t + g / c.transitions, total, grads
-            ), metrics
-
-        # One step of every chain at a time: nets see as many rows as in the rollout, so
-        # that the first ratios are exactly 1 (rounding depends on the shape, and a
-        # chain's factor c / sigma enlarges it up to fifty times), and memory is theirs.
-        groups = jax.tree.map(
-            lambda v: v.reshape(-1, c.transitions, *v.shape[1:]).swapaxes(0, 1),
-            (chosen, advantage),
-        )
-        zero = jax.tree.map(jnp.zeros_like, own)
-        grads, seen = lax.scan(accumulate, zero, groups)
-        metrics = {name: v.mean() for name, v in seen.items()}
-        metrics["ratio_deviation"] = seen["ratio_deviation"].max()
-        updates, opt = txs["policy"].update(grads, opt, own)
-        metrics |= {
-            "grad_norm": optax.tree.norm(grads), "advantage_std": advantage.std(),
-        }  # fmt: skip
-        return (optax.apply_updates(own, updates), opt), metrics
-
-    name = "lora" if "lora" in state.params else "net"
-    own = {name: state.params[name]}
-    (own, policy_opt), seen = lax.scan(
-        policy_step, (own, state.opt_state["policy"]), jnp.arange(c.policy_steps)
+    own, policy_opt, seen = _policy_steps(
+        state, found, value, (pool, filled, newest), adv, key_policy, bound, txs
     )
+    steps, beta = len(bound.chain.std), state.extra["beta"]
     metrics |= jax.tree.map(lambda m: m.mean(), seen)
     kl = steps * seen["step_kl"][0]
     metrics |= {
@@ -419,6 +373,65 @@ def _init(key, batch, *, parts, options, txs):
         "policy": txs["policy"].init(own), "value": txs["value"].init(params["value"]),
     }  # fmt: skip
     return State(jnp.zeros((), jnp.int32), params, opt_state, extra, key)
+
+
+def _policy_steps(state, found, value, kept, adv, key_policy, bound, txs):
+    """The policy's moving part, its optimizer state, and metrics of every step.
+
+    ``kept`` is what ``keep_round`` gave, ``adv`` the advantages of whole chains.
+    """
+    c = bound.options
+    pool, filled, newest = kept
+    order = jax.random.uniform(key_policy, found.eps.shape[1::-1]).argsort(-1)
+    steps = len(bound.chain.std)
+    beta = state.extra["beta"]
+    later = later_kl(found, state.params, bound).T if c.kl_mode == "reward" else None
+
+    def policy_step(carry, j):
+        own, opt = carry
+        use = jax.tree.map(lambda v: v[(newest - j % filled) % c.rounds], pool)
+        k = order[:, (j * c.transitions + jnp.arange(c.transitions)) % steps]
+        chosen = transitions(use, k)
+        if c.advantage == "value":
+            advantage = value_advantage(value, use, chosen, bound)
+        else:
+            advantage = jnp.repeat(adv, c.transitions)
+        if later is not None:
+            advantage = advantage - later_cost(later, k, beta, c.alpha)
+
+        def objective(own, rows, advantage):
+            params = {**state.params, **own}
+            return _policy_loss(params, state.params, rows, advantage, beta, bound)
+
+        def accumulate(total, group):
+            grads, metrics = jax.grad(objective, has_aux=True)(own, *group)
+            return jax.tree.map(
+                lambda t, g: t + g / c.transitions, total, grads
+            ), metrics
+
+        # One step of every chain at a time: nets see as many rows as in the rollout, so
+        # that the first ratios are exactly 1 (rounding depends on the shape, and a
+        # chain's factor c / sigma enlarges it up to fifty times), and memory is theirs.
+        groups = jax.tree.map(
+            lambda v: v.reshape(-1, c.transitions, *v.shape[1:]).swapaxes(0, 1),
+            (chosen, advantage),
+        )
+        zero = jax.tree.map(jnp.zeros_like, own)
+        grads, seen = lax.scan(accumulate, zero, groups)
+        metrics = {name: v.mean() for name, v in seen.items()}
+        metrics["ratio_deviation"] = seen["ratio_deviation"].max()
+        updates, opt = txs["policy"].update(grads, opt, own)
+        metrics |= {
+            "grad_norm": optax.tree.norm(grads), "advantage_std": advantage.std(),
+        }  # fmt: skip
+        return (optax.apply_updates(own, updates), opt), metrics
+
+    name = "lora" if "lora" in state.params else "net"
+    own = {name: state.params[name]}
+    (own, policy_opt), seen = lax.scan(
+        policy_step, (own, state.opt_state["policy"]), jnp.arange(c.policy_steps)
+    )
+    return own, policy_opt, seen
 
 
 def _policy_loss(params, frozen, batch, advantage, beta, bound):

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from jaxpapers.method import State
 from jaxpapers.ops import policy
@@ -86,6 +86,29 @@ def advantages(
         own = policy.prompt_advantage(stats, found.reward, found.prompt)
         return own, stats, equal
     return policy.standardize(found.reward), stats, equal
+
+
+def value_advantage(
+    value: dict, found: Round, chosen: Transitions, bound: Bound
+) -> Float[Array, " B"]:
+    """r(y, z) - V(x_k, k, z) of transitions of a round, as ``transitions`` gave them.
+
+    Args:
+      value: parameters of the value net.
+      found: the round.
+      chosen: as many steps of each of its chains.
+      bound: see ``Bound``.
+    """
+    each = len(chosen.k) // len(found.reward)
+    v = bound.parts.value(value, chosen.x, chosen.k, chosen.word)
+    return jnp.repeat(found.reward, each) - v
+
+
+def later_cost(
+    later: Float[Array, "B S"], k: Int[Array, "B N"], beta: Any, alpha: Any
+) -> Float[Array, " M"]:
+    """What the KLs after steps k cost, in units of the reward: beta / alpha of them."""
+    return beta / alpha * jnp.take_along_axis(later, k, 1).reshape(-1)
 
 
 def keep_round(state: State, found: Round, c: Any) -> tuple[Round, Any, Any]:
