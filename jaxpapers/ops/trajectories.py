@@ -159,4 +159,4 @@ def _step(eps_fn, chain, key_noise, x, k):
     eps = eps_fn(x, time)
     noise = jax.random.normal(jax.random.fold_in(key_noise, k), x.shape, x.dtype)
     std = jnp.asarray(chain.std, x.dtype)[k]
-    return diffusion.step_mean(chain, k, x, eps) + std * over_data(noise), eps
+    return diffusion.step_mean(chain, k, x, eps) + std * noise, eps

@@ -152,6 +152,28 @@ def test_prompts_are_rewarded_by_one_classifier_and_judged_by_another(folder):
     assert found["validation_frechet"] == pytest.approx(0, abs=1e-3)
 
 
+@pytest.mark.parametrize("preset", ["smoke", "colours"])
+def test_model_reward_and_judge_see_different_scans(folder, preset, monkeypatch):
+    seen = []
+
+    def untrained(image, label, classes, seed=0):
+        seen.append(image)
+        return judges.untrained(image.shape[1:], classes)
+
+    monkeypatch.setattr(judges, "train", untrained)
+    text_to_image._read.cache_clear()
+    source = text_to_image.read(config(f"dpok:{preset}", **{"data.path": folder}))
+    text_to_image._read.cache_clear()
+
+    def scans(images):
+        # The same scan in another ink is the same scan.
+        return {x.max(-1).tobytes() for x in images}
+
+    half = len(seen) // 2
+    paid, judge = (scans(np.concatenate(v)) for v in (seen[:half], seen[half:]))
+    assert not paid & judge and not scans(source.image) & (paid | judge)
+
+
 def test_colours_hold_out_combinations(folder):
     c = config("dpok:colours", **{"data.path": folder})
     source = text_to_image.read(c)
