@@ -17,11 +17,11 @@ qr's factors                axes of l          (t-1)/t N t min(l/t, r) r e
 =========================== ================== =======================================
 
 .. [#] If P's rows are scattered, over those of l and s; if its matrices are, N / f.
-.. [#] Only cqr2 and rcqr, as the trace of scqr's Gram matrix is that sum.
+.. [#] Only cqr2 and rcqr; scqr where it is ill-conditioned.
 
-A Gram matrix that devices share is scattered and its inverse factor gathered, with 3
-numbers of each matrix in the first pass of scqr and one in the next. Every further pass
-of scqr sends ``bytes_per_pass`` more, an ill-conditioned batch ``bytes_of_rescue`` once.
+A Gram matrix that devices share is scattered and its inverse factor gathered, by scqr
+with a number of each matrix. Every further pass of scqr sends ``bytes_per_pass`` more, of
+which an ill-conditioned batch takes one at least, and ``bytes_of_rescue`` once.
 With scattered P's a byte for each says which are zero. P and R of replicas are reduced
 together with the sums above, or after the scatter. The tests compare these numbers with
 the compiled program, to the byte.
@@ -64,7 +64,8 @@ class DionPlan(NamedTuple):
         well-conditioned P's.
       bytes_per_pass: what one more Gram pass of every orthonormalisation of the step
         sends, where scqr needs more than two.
-      bytes_of_rescue: what their jittered first passes send, for ill-conditioned batches.
+      bytes_of_rescue: what jitter and refinement send in ill-conditioned batches, beside
+        further passes.
       largest: elements of the largest result of a collective.
       flops: multiplications and additions, of well-conditioned P's.
       state_bytes: M and Q.
@@ -196,7 +197,7 @@ def plan_dion(
     flops = _orthonormalize(once, orthogonalize, basis_axes, n_basis, l_basis, r, e)
     if orthogonalize == "scqr":
         _gram_pass(further, basis_axes, n_basis, r, e, numbers=1, times=power_iters)
-        _gram_pass(rescue, basis_axes, n_basis, r, e, factors=2, times=power_iters)
+        _rescue(rescue, basis_axes, n_basis, r, e, times=power_iters)
     once.add("all-reduce", p_axis + averaged, n * (s // f) * r, e)
     sent.add_all(once, power_iters)
     # Between repeats R is scaled by its maximum.
@@ -210,7 +211,7 @@ def plan_dion(
     else:  # It needs the same maximum.
         flops += _orthonormalize(sent, "scqr", q_axis, n, s // f, r, e)
         _gram_pass(further, q_axis, n, r, e, numbers=1)
-        _gram_pass(rescue, q_axis, n, r, e, factors=2)
+        _rescue(rescue, q_axis, n, r, e)
     q_item = jnp.dtype(q_dtype or m_dtype).itemsize
     state = n * (l // t) * (s // f) * m_dtype.itemsize + n * (s // f) * r * q_item
     transposed = layout.p_axes == layout.reduction
@@ -264,9 +265,8 @@ def _orthonormalize(
         k = sketch_rows(r)
         sent.add("all-reduce", axes, n * k * r, e)
         flops += n * (2 * k * rows * r + 4 * k * r * r + rows * r * r)
-    for i in range(GRAM_PASSES[method]):
-        numbers = (3, 1)[i] if method == "scqr" else 0
-        share = _gram_pass(sent, axes, n, r, e, numbers=numbers)
+    for _ in range(GRAM_PASSES[method]):
+        share = _gram_pass(sent, axes, n, r, e, numbers=int(method == "scqr"))
         flops += n * 4 * rows * r * r + share * 4 * r**3 / 3
     return flops
 
@@ -278,11 +278,10 @@ def _gram_pass(
     r: int,
     e: int,
     *,
-    factors: int = 1,
     numbers: int = 0,
     times: int = 1,
 ) -> int:
-    """Adds the collectives of a Gram matrix and its factors; a device's share of them.
+    """Adds the collectives of a Gram matrix and its factor; a device's share of them.
 
     Args:
       sent: what is added to.
@@ -290,7 +289,6 @@ def _gram_pass(
       n: matrices.
       r: columns.
       e: bytes per number.
-      factors: triangles that are gathered of each.
       numbers: gathered of each.
       times: passes.
     """
@@ -304,8 +302,16 @@ def _gram_pass(
         rest = tuple(a for a in axes if a not in shared)
         sent.add("reduce-scatter", shared, triangle, e)
         sent.add("all-reduce", rest, triangle // devices, e)
-        for _ in range(factors):
-            sent.add("all-gather", shared, triangle, e)
+        sent.add("all-gather", shared, triangle, e)
         if numbers:
             sent.add("all-gather", shared, padded * numbers, e)
     return padded // devices
+
+
+def _rescue(sent: _Sent, axes: Axes, n: int, r: int, e: int, *, times: int = 1) -> None:
+    """Adds what jitter and refinement send: sum p^2, and L beside its inverse."""
+    shared, padded = share_axes(n, {a: sent.sizes[a] for a in axes})
+    for _ in range(times):
+        sent.add("all-reduce", axes, n, e)
+        if shared:
+            sent.add("all-gather", shared, padded * r * (r + 1) // 2, e)

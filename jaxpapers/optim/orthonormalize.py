@@ -19,7 +19,7 @@ method       passes                                         sent per matrix
 ``scqr`` decides by the Gram matrices, which all devices that share a matrix see, so it
 needs no choice of the user: a language model's momentum takes its extra passes in the
 first ten steps or so and two afterwards. A pass is safe if no column is within 3 % of
-the span of the others; an unsafe first pass starts anew from ``p`` with jitter. Columns
+the span of the others; where the first is not, ``p`` starts anew with jitter. Columns
 are then orthonormal to 2e-6 (4e-6 for long columns of equal numbers, whose sums round one
 way), and span ``p`` to 4e-7 of its norm (5e-6 where its condition is near 1 / u).
 
@@ -132,8 +132,7 @@ def _orthonormalize(
     elif method == "scqr":
         basis = _shifted_cholesky_qr(p, axis_name, rows)[0]
     else:
-        square = psum(jnp.sum(jnp.square(p), axis=(-2, -1), keepdims=True), axis_name)
-        p = _jitter(p, square, axis_name, rows)
+        p = _jitter(p, axis_name, rows)
         if method == "rcqr":
             # The reference stops after one pass and is not orthonormal when p has fewer
             # than r non-zero rows.
@@ -148,70 +147,78 @@ def _shifted_cholesky_qr(
 ) -> tuple[Array, Array]:
     """Cholesky QR passes over a batch until every matrix is orthonormal; their number.
 
-    A matrix that is done waits unchanged for the others of its batch.
+    A matrix that is done waits unchanged for the others of its batch. The first pass
+    stands before the loop: only there is an unsafe matrix put back, with jitter.
     """
     shape = p.shape
     p = p.reshape(-1, *shape[-2:])
-    # Adds nothing: under vmap the choice below selects between both results, which have
+    # Adds nothing: under vmap the choices below select between both results, which have
     # to vary over the same mesh axes, and the rows alone may vary over fewer than p.
     rows = rows + (p[0, :, 0] > jnp.inf).astype(rows.dtype)
     gram, gather = share_sum(_gram(p), axis_name)
-    inverse, safe, near = _factor(gram, _SAFE, shift=False)
-    trace = jnp.trace(gram, axis1=-2, axis2=-1)
-    facts = gather(jnp.stack([safe, near, trace], axis=-1))[:, None]
-    safe, near, square = facts[..., :1] > 0, facts[..., 1:2] > 0, facts[..., 2:]
-    # NaNs never become safe, and must not cost the others their passes.
-    finite = jnp.isfinite(square)
-    open_ = ~safe & finite
-    basis = _times_upper(p, jnp.where(finite, gather(inverse), jnp.nan))
-    basis = lax.cond(
-        jnp.any(open_),
-        lambda: jnp.where(open_, _rescue(p, square, axis_name, rows), basis),
-        lambda: basis,
-    )
+    _, inverse, facts = _factor(gram, _SAFE, attempts=1)
+    unsafe, done = _gather_facts(facts, gather, p.dtype)
+    basis = _times_upper(p, gather(inverse))
+
+    @jax.named_scope(RESCUE)
+    def put_back():
+        return jnp.where(unsafe, _jitter(p, axis_name, rows), basis)
+
+    first = lax.cond(jnp.any(unsafe), put_back, lambda: basis)
 
     def unfinished(carry):
-        count, _, near = carry
-        return (count < SCQR_MAX_PASSES) & ~jnp.all(near)
+        count, _, done, _ = carry
+        return (count < SCQR_MAX_PASSES) & ~jnp.all(done)
 
     def one_pass(carry):
-        count, p, done = carry
+        count, p, done, jittered = carry
         gram, gather = share_sum(_gram(p), axis_name)
-        inverse, safe, near = _factor(gram, _SAFE)
-        p = jnp.where(done, p, _times_upper(p, gather(inverse)))
-        broken = ~jnp.isfinite(jnp.trace(gram, axis1=-2, axis2=-1))
-        last = gather(((safe & near) | broken).astype(p.dtype)[:, None])[:, None] > 0
-        return count + 1, p, done | last
-
-    done = (safe & near) | ~(safe | open_)
-    start = (1 + jnp.any(open_), basis, done)
-    count, basis, _ = lax.while_loop(unfinished, one_pass, start)
-    return basis.reshape(shape), count
-
-
-def _rescue(p: Array, square: Array, axis_name: AxisNames, rows: Array) -> Array:
-    """First pass for what is (nearly) singular: jittered, shifted, refined.
-
-    A shifted pass lifts the smallest singular value, from the jitter's u, by
-    1 / sqrt(shift). What the explicit inverse loses of the span here, no later pass
-    finds again: one step of iterative refinement with L does.
-    """
-    with jax.named_scope(RESCUE):
-        p = _jitter(p, square, axis_name, rows)
-        gram, gather = share_sum(_gram(p), axis_name)
-        lower, inverse = _shifted_factor(gram)
-        lower = jnp.tril(gather(lower))
+        lower, inverse, facts = _factor(gram, _SAFE)
         inverse = gather(inverse)
         basis = _times_upper(p, inverse)
-        lost = p - jnp.einsum("nlr,nsr->nls", basis, lower, precision=HIGHEST)
-        return basis + _times_upper(lost, inverse)
+
+        @jax.named_scope(RESCUE)
+        def refine():
+            return jnp.where(jittered, _refine(basis, p, gather(lower), inverse), basis)
+
+        refined = lax.cond(jnp.any(jittered), refine, lambda: basis)
+        p = jnp.where(done, p, refined)
+        done = done | _gather_facts(facts, gather, p.dtype)[1]
+        return count + 1, p, done, jnp.zeros_like(jittered)
+
+    start = (jnp.int32(1), first, done, unsafe)
+    count, p, *_ = lax.while_loop(unfinished, one_pass, start)
+    return p.reshape(shape), count
+
+
+def _gather_facts(facts: tuple[Array, ...], gather: Callable, dtype) -> list[Array]:
+    """(n, 1, 1) of whether the factor was not safe, and whether this pass was the last.
+
+    One number per matrix is gathered. NaNs never become safe, and must not cost the
+    others their passes: they are done.
+    """
+    safe, near, finite = facts
+    code = jnp.where(finite, jnp.where(safe, jnp.where(near, 2, 1), 0), 2)
+    code = gather(code.astype(dtype)[:, None])[:, None]
+    return [code == 0, code == 2]
+
+
+def _refine(basis: Array, p: Array, lower: Array, inverse: Array) -> Array:
+    """One step of iterative refinement of basis L^T = p.
+
+    A shifted pass lifts the smallest singular value of a jittered p, u, by
+    1 / sqrt(shift). What the explicit inverse loses of the span there, no later pass
+    finds again.
+    """
+    lost = p - jnp.einsum("nlr,nsr->nls", basis, jnp.tril(lower), precision=HIGHEST)
+    return basis + _times_upper(lost, inverse)
 
 
 def _cholesky_qr(p: Array, axis_name: AxisNames, least: float) -> Array:
     """p L^-T with L L^T = p^T p, shifted where that is not safe."""
     flat = p.reshape(-1, *p.shape[-2:])
     gram, gather = share_sum(_gram(flat), axis_name)
-    return _times_upper(flat, gather(_factor(gram, least)[0])).reshape(p.shape)
+    return _times_upper(flat, gather(_factor(gram, least)[1])).reshape(p.shape)
 
 
 def _gram(p: Array) -> Array:
@@ -223,17 +230,57 @@ def _times_upper(p: Array, inverse: Array) -> Array:
     return jnp.einsum("nlr,nsr->nls", p, jnp.tril(inverse), precision=HIGHEST)
 
 
-def _factor(gram: Array, least: float, shift: bool = True) -> tuple[Array, ...]:
-    """L^-1, and (n,) of whether it is safe and the Gram matrix near the identity.
+def _factor(
+    gram: Array, least: float, attempts: int = 3
+) -> tuple[Array, Array, tuple[Array, Array, Array]]:
+    """L, L^-1, and (n,) of whether it is safe, near the identity, and finite.
+
+    Textbook shifts, 11 (l r + r (r + 1)) u |p|^2, swamp the small directions. What is
+    not safe is shifted by four times the smaller of u tr(A) and 4 sqrt(r) u max(A_jj),
+    which makes up for the rounding of a Gram matrix in nearly all cases; where that
+    does not, sixteen times as much does.
+
+    The attempts are a loop: a factorisation is hundreds of blocks on a TPU, and each
+    that a program holds costs its compiler up to half a minute.
 
     Args:
       gram: (n, r, r).
       least: squared distance of a column from the span of others, relative to its
         square, below which the factor is not safe.
-      shift: shift what is not safe.
+      attempts: without a shift, with one, with a larger one.
     """
-    lower, inverse = _inverse_factor(gram)
+    r, unit = gram.shape[-1], jnp.finfo(gram.dtype).eps
     diagonal = jnp.diagonal(gram, axis1=-2, axis2=-1)
+    trace = diagonal.sum(-1)
+    finite = jnp.isfinite(trace)
+    size = jnp.minimum(trace, 4 * math.sqrt(r) * diagonal.max(-1))
+    eye = jnp.eye(r, dtype=gram.dtype)[None]
+
+    def unfinished(carry):
+        attempt, fine, *_ = carry
+        return (attempt < attempts) & ~jnp.all(fine)
+
+    def one_attempt(carry):
+        attempt, fine, safe, *factors = carry
+        times = jnp.asarray([0.0, 4.0, 64.0], gram.dtype)[attempt]
+        shift = (times * unit) * size[:, None, None] * eye
+        found = _inverse_factor(gram + shift)
+        safe = jnp.where(attempt == 0, _is_safe(*found, diagonal, least), safe)
+        factors = [jnp.where(fine[:, None, None], *xs) for xs in zip(factors, found)]
+        usable = jnp.isfinite(factors[1]).all((-2, -1))
+        return attempt + 1, safe | ~finite | ((attempt > 0) & usable), safe, *factors
+
+    # None is fine yet; a constant would not vary over the mesh axes that gram does.
+    no = trace > jnp.inf
+    start = (jnp.int32(0), no, no, gram, gram)
+    _, _, safe, lower, inverse = lax.while_loop(unfinished, one_attempt, start)
+    inverse = jnp.where(finite[:, None, None], inverse, jnp.nan)
+    off = jnp.square(gram - eye)
+    return lower, inverse, (safe, off.sum((-2, -1)) < 0.25, finite)
+
+
+def _is_safe(lower: Array, inverse: Array, diagonal: Array, least: float) -> Array:
+    """(n,) of whether all columns keep their distance, see ``_factor``."""
     if least == _SAFE:
         # The diagonal of G^-1: pivots alone let triangular p's of condition 1e9 pass.
         away = 1 / jnp.square(jnp.tril(inverse)).sum(-2)
@@ -241,36 +288,7 @@ def _factor(gram: Array, least: float, shift: bool = True) -> tuple[Array, ...]:
         away = jnp.square(jnp.diagonal(lower, axis1=-2, axis2=-1))
     # Where Cholesky fails, all is NaN. It also succeeds on mere rounding error, and
     # columns longer than 1 come out: a last pass must not let them.
-    safe = jnp.all(away > least * diagonal, axis=-1)
-    if shift:
-        inverse = lax.cond(
-            jnp.all(safe),
-            lambda: inverse,
-            lambda: jnp.where(safe[:, None, None], inverse, _shifted_factor(gram)[1]),
-        )
-    off = jnp.square(gram - jnp.eye(gram.shape[-1], dtype=gram.dtype)[None])
-    return inverse, safe, off.sum((-2, -1)) < 0.25
-
-
-def _shifted_factor(gram: Array) -> tuple[Array, Array]:
-    """``_inverse_factor`` of gram + shift.
-
-    Textbook shifts, 11 (l r + r (r + 1)) u |p|^2, swamp the small directions. Four times
-    the smaller of u tr(A) and 4 sqrt(r) u max(A_jj) makes up for the rounding of a Gram
-    matrix in nearly all cases; where it does not, sixteen times that does.
-    """
-    r, unit = gram.shape[-1], jnp.finfo(gram.dtype).eps
-    diagonal = jnp.diagonal(gram, axis1=-2, axis2=-1)
-    size = jnp.minimum(diagonal.sum(-1), 4 * math.sqrt(r) * diagonal.max(-1))
-    shift = 4 * unit * size[:, None, None] * jnp.eye(r, dtype=gram.dtype)[None]
-    factors = _inverse_factor(gram + shift)
-    fine = jnp.isfinite(factors[1]).all((-2, -1), keepdims=True)
-
-    def again():
-        more = _inverse_factor(gram + 16 * shift)
-        return tuple(jnp.where(fine, x, y) for x, y in zip(factors, more))
-
-    return lax.cond(jnp.all(fine), lambda: factors, again)
+    return jnp.all(away > least * diagonal, axis=-1)
 
 
 def _inverse_factor(gram: Array) -> tuple[Array, Array]:
@@ -355,8 +373,9 @@ def _per_matrix(f: Callable, *xs: Array) -> Any:
     return jax.tree.map(lambda y: y.reshape(*batch, *y.shape[1:]), out)
 
 
-def _jitter(p: Array, square: Array, axis_name: AxisNames, rows: Array) -> Array:
+def _jitter(p: Array, axis_name: AxisNames, rows: Array) -> Array:
     """Adds noise of one unit round-off relative to the root mean square of ``p``."""
+    square = psum(jnp.sum(jnp.square(p), axis=(-2, -1), keepdims=True), axis_name)
     count = psum(p.shape[-2] * p.shape[-1], axis_name)
     size = jnp.finfo(p.dtype).eps * jnp.sqrt(square / count)
     noise = _noise(rows, p.shape[-1], p.dtype, stream=0)

@@ -210,8 +210,8 @@ def test_flops_and_state_against_the_compiler():
     compiled = jax.jit(tx.update).lower(g, state).compile()
     plan = plan_dion((512, 1024), P(D, M), mesh, 1 / 8, q_dtype=jnp.bfloat16)
     # The compiler does not see into LAPACK's Cholesky, but counts elementwise work and
-    # both branches of a choice: the first pass of an ill-conditioned P, on 128 rows.
-    expected = plan.flops + 4 * 2 * (1024 // 8) * plan.rank**2
+    # both branches of a choice: the refinement of an ill-conditioned P, on 128 rows.
+    expected = plan.flops + 2 * 2 * (1024 // 8) * plan.rank**2
     assert compiled.cost_analysis()["flops"] == pytest.approx(expected, rel=0.05)
     arguments = compiled.memory_analysis().argument_size_in_bytes
     assert arguments == plan.state_bytes + 512 * 1024 * 4 // 8 + 4  # And the count.
@@ -241,21 +241,15 @@ def test_factorisations_are_counted(method):
     p = jax.ShapeDtypeStruct((l, r), jnp.float32)
     traced = jax.make_jaxpr(lambda p: orthonormalize(p, method))(p)
 
-    def count(jaxpr, branches):
-        """Factorisations, with or without those that only ill-conditioned p need."""
+    def count(jaxpr):
         total = 0
         for eqn in jaxpr.eqns:
             total += eqn.primitive.name == "cholesky"
-            inner = plan._inner_jaxprs(eqn.params)
-            if eqn.primitive.name == "cond" and not branches:
-                inner = []
-            total += sum(count(j, branches) for j in inner)
+            total += sum(count(j) for j in plan._inner_jaxprs(eqn.params))
         return total
 
-    assert count(traced.jaxpr, False) == 2
-    # Shifted, and shifted further: both passes of cqr2, the rescue and later passes of
-    # scqr, whose first is not shifted.
-    assert count(traced.jaxpr, True) == 6
+    # One a pass, shifted or not: each is hundreds of blocks for a TPU's compiler.
+    assert count(traced.jaxpr) == 2
     flops = plan_dion((s, l), P(), {}, r / s, orthogonalize=method).flops
     # A pass multiplies twice by (l, r).
     expected = 8 * l * s * r + 2 * (4 * l * r**2 + 4 * r**3 / 3)
@@ -273,7 +267,7 @@ def test_further_passes():
         ("all-gather", (M,)): ring * (triangles + 4),
     }
     assert plan.bytes_of_rescue == {
-        ("reduce-scatter", (M,)): ring * triangles,
-        ("all-gather", (M,)): ring * 2 * triangles,
+        ("all-reduce", (M,)): 2 * ring * 4,
+        ("all-gather", (M,)): ring * triangles,
     }
     assert plan_dion((64, 64), P(D, M), mesh, orthogonalize="qr").bytes_per_pass == {}
