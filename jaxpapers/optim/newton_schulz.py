@@ -12,14 +12,18 @@ $$ A_k = G W_k^2, \quad W_{k+1} = W_k (a I + b A_k + c A_k^2) $$
 
 Only G crosses the devices that split the longer side, once and not at every step; and
 they share its steps where there are several matrices (``collectives.share_sum``). The
-devices that split the shorter side exchange their blocks: each receives whole rows of a
-share of the matrices if there are enough of them, else of all. G is formed and iterated
+devices that split the shorter side exchange their blocks, so that each has whole rows: of
+a share of the matrices, of a share of the rows, or, if that sends less (one or two nearly
+square matrices), all of them. G is formed and iterated
 in float32 with full precision. Its rounding shows where singular values are far below the
 largest: the result is then up to 2e-3 (Frobenius norm, one dominant value, the others
 1e-3 of it) from that of the plain iteration, which is 1e-5 from exact arithmetic.
 
 References: Jordan et al., Muon, 2024; Amsel et al., Polar Express, arXiv 2505.16932.
 """
+
+import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +48,7 @@ COEFFICIENTS = {
         (4.042929935166739, -2.808917465908714, 0.5000178451051316),
         (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
         (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
-        (2.3465413258596377, -1.7098782382687081, 0.42323551169305323),
+        (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
     ),
 }
 # Polar Express is tuned for a spectral norm that stays below 1.
@@ -84,21 +88,43 @@ def newton_schulz(
     x = jnp.ldexp(x, -jnp.maximum(jnp.frexp(largest)[1], -120))
     square = psum(jnp.square(x).sum((-2, -1), keepdims=True), axes.p + axes.q)
     x = x / (_MARGIN[coefficients] * jnp.sqrt(square) + eps)
-    rows = _whole_rows(x, axes.q)
+    rows, summed, own_columns = _whole_rows(x, axes)
     gram = jnp.einsum("nls,nlt->nst", rows, rows, precision=HIGHEST)
 
-    mine, gather = share_sum(gram, axes.p)
+    mine, gather = share_sum(gram, summed)
     w = gather(_polynomial(mine, COEFFICIENTS[coefficients]))
     # A gathered W is a lower triangle.
-    w = symmetric(jnp.tril(w)) if axes.p else w
-    return _own_columns(
-        jnp.einsum("nls,nst->nlt", rows, w, precision=HIGHEST), x.shape, axes.q
-    )
+    w = symmetric(jnp.tril(w)) if summed else w
+    return own_columns(jnp.einsum("nls,nst->nlt", rows, w, precision=HIGHEST))
 
 
-def exchanges_shares(matrices: int, devices: int) -> bool:
-    """Whether whole rows are exchanged for shares of the batch, not gathered for all."""
-    return devices > 1 and matrices % devices == 0
+def choose_exchange(n: int, l: int, s: int, devices: int) -> str:
+    """How devices that split the shorter side get whole rows: what sends least.
+
+    ============ ================================= ==============================
+    choice       a device then has                 numbers that it receives
+    ============ ================================= ==============================
+    ``all``      all rows                          n l s
+    ``matrices`` the rows of ceil(n / f) matrices  2 ceil(n / f) l s
+    ``rows``     l / f rows of all                 2 n l s / f, and n s^2 for Grams
+    ============ ================================= ==============================
+
+    Args:
+      n: matrices.
+      l: rows of the devices that share them.
+      s: columns over all devices.
+      devices: f, that split s.
+
+    Example:
+      >>> choose_exchange(56, 1024, 1024, 64), choose_exchange(1, 4096, 1024, 64)
+      ('matrices', 'rows')
+    """
+    if devices == 1:
+        return "all"
+    sent = {"all": n * l * s, "matrices": 2 * math.ceil(n / devices) * l * s}
+    if l % devices == 0:
+        sent["rows"] = 2 * n * l * s // devices + n * s * s
+    return min(sent, key=sent.get)
 
 
 def _polynomial(gram: jax.Array, coefficients) -> jax.Array:
@@ -117,20 +143,30 @@ def _polynomial(gram: jax.Array, coefficients) -> jax.Array:
     return w
 
 
-def _whole_rows(x: jax.Array, names: tuple[str, ...]) -> jax.Array:
-    """Whole rows, of a share of the batch if it divides over the devices, else of all."""
-    if not names:
-        return x
-    if exchanges_shares(x.shape[0], axis_size(names)):
-        return lax.all_to_all(x, names, split_axis=0, concat_axis=2, tiled=True)
-    return lax.all_gather(x, names, axis=2, tiled=True)
+def _whole_rows(
+    x: jax.Array, axes: MeshAxes
+) -> tuple[jax.Array, tuple[str, ...], Callable[[jax.Array], jax.Array]]:
+    """Whole rows (``choose_exchange``), the axes that Gram matrices are summed over,
+    and the way back to every device's own columns of the whole batch."""
+    n, l, columns = x.shape
+    f = axis_size(axes.q)
+    choice = choose_exchange(n, l, columns * f, f)
+    if f == 1:
+        return x, axes.p, lambda y: y
+    if choice == "all":
 
+        def own_columns(y):
+            start = lax.axis_index(axes.q) * columns
+            return lax.dynamic_slice_in_dim(y, start, columns, axis=2)
 
-def _own_columns(y: jax.Array, shape, names: tuple[str, ...]) -> jax.Array:
-    """Inverse of ``_whole_rows``: every device's own columns, of the whole batch."""
-    if not names:
-        return y
-    if exchanges_shares(shape[0], axis_size(names)):
-        return lax.all_to_all(y, names, split_axis=2, concat_axis=0, tiled=True)
-    start = lax.axis_index(names) * shape[2]
-    return lax.dynamic_slice_in_dim(y, start, shape[2], axis=2)
+        return lax.all_gather(x, axes.q, axis=2, tiled=True), axes.p, own_columns
+    axis = 0 if choice == "matrices" else 1
+    # Zero matrices fill the batch.
+    x = jnp.pad(x, ((0, -n % f if axis == 0 else 0), (0, 0), (0, 0)))
+
+    def back(y):
+        y = lax.all_to_all(y, axes.q, split_axis=2, concat_axis=axis, tiled=True)
+        return y[:n]
+
+    rows = lax.all_to_all(x, axes.q, split_axis=axis, concat_axis=2, tiled=True)
+    return rows, axes.p if axis == 0 else axes.p + axes.q, back

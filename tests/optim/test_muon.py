@@ -17,10 +17,10 @@ from jaxpapers.optim import (
     scale_by_dion2,
     scale_by_muon,
 )
-from jaxpapers.optim.newton_schulz import COEFFICIENTS
+from jaxpapers.optim.newton_schulz import choose_exchange
+from jaxpapers.optim.power_iteration import MeshAxes
 
 D, M = "data", "model"
-# Stacks that divide over an axis exchange shares; others gather rows.
 LEAVES = {
     "tall": ((16, 32), DimensionNumbers(), P(D, M)),
     "wide": ((32, 16), DimensionNumbers(), P(D, M)),
@@ -118,6 +118,61 @@ def test_no_whole_matrix_on_a_device(make_mesh):
     assert ("all-gather", (D,)) not in sent
 
 
+@pytest.mark.parametrize("n, l, s, choice, sent", [
+    # Two exchanges of a block each, 7/8 of which leaves the device.
+    (7, 16, 8, "matrices", 2 * 8 * 16),
+    (12, 16, 8, "matrices", 2 * 16 * 16),
+    (2, 64, 8, "rows", 2 * 2 * 64),
+    # One matrix, nearly square: a gather of it sends less than the sum of its Grams.
+    (1, 8, 8, "all", 8 * 8),
+])  # fmt: skip
+def test_exchange_of_whole_rows(n, l, s, choice, sent):
+    mesh = jax.make_mesh((8,), (D,), axis_types=(jax.sharding.AxisType.Auto,))
+    assert choose_exchange(n, l, s, 8) == choice
+    x = jnp.asarray(normal(n, l, s))
+    run = jax.jit(
+        jax.shard_map(
+            functools.partial(newton_schulz, axes=MeshAxes((), (D,))),
+            mesh=mesh,
+            in_specs=P(None, None, D),
+            out_specs=P(None, None, D),
+        )
+    )
+    np.testing.assert_allclose(run(x), newton_schulz(x), atol=1e-5)
+    found = hlo.collectives(run.lower(x).compile(QUICK).as_text(), mesh)
+    moved = [c for c in found if c.kind in ("all-to-all", "all-gather")]
+    assert sum(hlo.wire_bytes(moved).values()) == sent * 4 * 7 / 8
+
+
+# Jordan et al.; the reference code; Amsel et al., arXiv 2505.16932.
+PUBLISHED = {
+    "jordan": [(3.4445, -4.7750, 2.0315)] * 5,
+    "dion": [
+        (4.0848, -6.8946, 2.9270), (3.9505, -6.3029, 2.6377), (3.7418, -5.5913, 2.3037),
+        (2.8769, -3.1427, 1.2046), (2.8366, -3.0525, 1.2012),
+    ],
+    "polar_express": [
+        (8.156554524902461, -22.48329292557795, 15.878769915207462),
+        (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+        (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+        (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+        (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_published_polynomials(name):
+    """On a diagonal matrix every singular value goes its own way."""
+    sigma = np.array([1.0, 0.5, 0.1, 0.01])
+    with jax.enable_x64(True):
+        got = newton_schulz(jnp.asarray(np.diag(sigma))[None], name, eps=0.0)
+    y = sigma / np.linalg.norm(sigma) / (1.02 if name == "polar_express" else 1.0)
+    for a, b, c in PUBLISHED[name]:
+        y = a * y + b * y**3 + c * y**5
+    np.testing.assert_allclose(got[0], np.diag(y), atol=1e-12)
+
+
 @pytest.mark.parametrize("coefficients, low, high", [
     ("jordan", 0.65, 1.25), ("dion", 0.8, 1.2), ("polar_express", 0.85, 1.15),
 ])  # fmt: skip
@@ -139,7 +194,7 @@ def test_product_form_equals_the_plain_iteration():
     with jax.enable_x64(True):
         got = newton_schulz(jnp.asarray(x), "dion", eps=0.0)
     y = x[0] / np.linalg.norm(x)
-    for a, b, c in COEFFICIENTS["dion"]:
+    for a, b, c in PUBLISHED["dion"]:
         gram = y.T @ y
         y = y @ (a * np.eye(32) + b * gram + c * gram @ gram)
     np.testing.assert_allclose(got[0], y, atol=1e-12)
