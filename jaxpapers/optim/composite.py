@@ -10,7 +10,7 @@ from jax import lax
 
 from jaxpapers.optim import routing
 from jaxpapers.optim.layout import is_dimensions, make_layout, named_leaves, per_leaf
-from jaxpapers.optim.options import check_choice, check_range
+from jaxpapers.optim.options import check_choice, check_leaf, check_range
 
 
 def with_scalars(
@@ -54,6 +54,7 @@ def with_scalars(
 
     Raises:
       ValueError: bad hyper-parameters.
+      TypeError: at ``init``, a leaf that is not of real floating-point numbers.
     """
     check_range("weight_decay", weight_decay, 0)
     check_choice("scalar", scalar, ("adamw", "lion"))
@@ -95,12 +96,16 @@ def with_scalars(
         "embedding": optax.chain(scalar_direction(), scalar_rate),
         "head": optax.chain(scalar_direction(), *head, scalar_rate),
     }
-    if labels is None:
 
-        def labels(params):
+    def checked_labels(params):
+        # Leaves of the other groups too: optax's AdamW takes complex ones.
+        for path, leaf in named_leaves(params)[0]:
+            check_leaf(path, leaf, "this optimizer")
+        if labels is None:
             return routing.route(params, weight_dimension_numbers)
+        return labels(params) if callable(labels) else labels
 
-    return optax.partition(transforms, labels)
+    return optax.partition(transforms, checked_labels)
 
 
 def _averaged(

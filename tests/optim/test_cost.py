@@ -1,6 +1,7 @@
 """``plan_dion`` against the compiled program: the same bytes, to the byte."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,8 @@ from jaxpapers.optim import (
     replica_specs,
     scale_by_dion,
 )
-from jaxpapers.optim.orthonormalize import METHODS, RESCUE
+from jaxpapers.optim.layout import make_layout
+from jaxpapers.optim.orthonormalize import METHODS, RESCUE, sketch_rows
 
 R, D, M = "replica", "data", "model"
 # Every way to write 8 as a product of three axes.
@@ -92,6 +94,23 @@ def compile_step(sizes, options, dtypes=jnp.float32):
     return mesh, leaves, compiled
 
 
+def bound(shape, dimensions, spec, mesh, leaf, options):
+    """The digest's: blocks of P and R, r x r and k x r, never a matrix (section 9b)."""
+    layout = make_layout("leaf", shape, dimensions or DimensionNumbers())
+    n, l, s = (math.prod(shape[a] for a in axes)
+               for axes in (layout.batch, layout.p_axes, layout.q_axes))  # fmt: skip
+    t, f = (
+        math.prod(mesh.shape[a] for a in axes) for axes in (leaf.p_axis, leaf.q_axis)
+    )
+    r, method = leaf.rank, options.get("orthogonalize", "scqr")
+    # Rows that are scattered before their QR give t f factors of r x r.
+    factors = {"qr": t * f * min(l // t, r) * r, "rcqr": sketch_rows(r) * r}
+    share = n * max(l // t * r, s // f * r, r * r, factors.get(method, 0))
+    if leaf.compressed or not mesh.shape[R] > 1:
+        return share
+    return max(share, n * (l // t) * (s // f))  # Replicas average the gradient's block.
+
+
 def check(sizes, **options):
     mesh, leaves, compiled = compile_step(sizes, options)
     usual, rescue, largest = {}, {}, 0
@@ -106,6 +125,7 @@ def check(sizes, **options):
             **options,
         )
         largest = max(largest, leaf.largest)
+        assert leaf.largest <= bound(shape, dimensions, spec, mesh, leaf, options)
         for total, part in (
             (usual, leaf.bytes_per_step),
             (rescue, leaf.bytes_of_rescue),

@@ -12,7 +12,13 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxpapers.optim import DimensionNumbers, dion, dion_state_sharding, scale_by_dion
+from jaxpapers.optim import (
+    DimensionNumbers,
+    dion,
+    dion_state_sharding,
+    plan_dion,
+    scale_by_dion,
+)
 
 # name -> shape, dimension numbers. P takes the longer side: the output of "tall", the
 # input of "wide".
@@ -137,6 +143,39 @@ def collective_sizes(text):
         for dims in re.findall(r"\w+\[([\d,]*)\]", results):
             found.append(math.prod(int(d) for d in dims.split(",") if d))
     return found
+
+
+@pytest.mark.parametrize(
+    "split_p, shape, split",
+    [("whole", (4, 16, 64), "whole"), ("auto", (4, 16, 64), "matrices"),
+     ("auto", (3, 16, 2048), "rows")],
+)  # fmt: skip
+def test_bfloat16_communication(split_p, shape, split, make_mesh):
+    """P arrives rounded, but momentum loses exactly what the update took."""
+    mesh, mu = make_mesh((4, 2)), 0.9
+    where = NamedSharding(mesh, P(None, D, M))
+    numbers = DimensionNumbers(1, 2)
+    plan = plan_dion(shape, where.spec, mesh, 0.5, dimensions=numbers, split_p=split_p)
+    assert plan.split == split
+    g = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
+    found = []
+    for dtype in (None, jnp.bfloat16):
+        tx = scale_by_dion(
+            0.5, mu=mu, scale=None, weight_dimension_numbers=numbers, sharding=where,
+            split_p=split_p, communication_dtype=dtype,
+        )  # fmt: skip
+        state = tx.init(jax.device_put(jnp.zeros_like(g), where))
+        update = jax.jit(tx.update, compiler_options=QUICK)
+        found.append(update(jax.device_put(g, where), state))
+    (exact, _), (rounded, state) = found
+    distance = np.linalg.norm(exact - rounded) / np.linalg.norm(exact)
+    assert 1e-4 < distance < 1e-2
+    for b, u, q, m in zip(*map(np.asarray, (g, rounded, state.q, state.momentum))):
+        p = (
+            np.linalg.pinv(q.astype(np.float64)) @ u
+        )  # U = Q P^T: P has the longer side.
+        left = b - (1 - mu) * (b @ p.T) @ p
+        np.testing.assert_allclose(m, left, atol=2e-5)
 
 
 def test_parser_sees_a_gathered_matrix(make_mesh):

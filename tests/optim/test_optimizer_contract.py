@@ -141,8 +141,10 @@ def test_wrappers(name):
     assert float(jnp.abs(updates["kernel"] - first["kernel"]).max()) > 0.01
 
 
+@pytest.mark.parametrize("leaf", ["kernel", "bias"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_complex_is_refused(name):
-    tx = OPTIMIZERS[name](0.1)
-    with pytest.raises(TypeError, match="kernel: .*real floating-point.*complex64"):
-        tx.init({"kernel": jnp.ones((4, 4), jnp.complex64)})
+def test_complex_is_refused(name, leaf):
+    tx, params = OPTIMIZERS[name](0.1), start()
+    params[leaf] = params[leaf].astype(jnp.complex64)
+    with pytest.raises(TypeError, match=f"{leaf}: .*real floating-point.*complex64"):
+        tx.init(params)

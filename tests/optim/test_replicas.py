@@ -20,6 +20,7 @@ from jaxpapers.optim import (
     scale_by_dion,
     sync_for_checkpoint,
 )
+from jaxpapers.optim.layout import make_layout
 
 R, D, M = "replica", "data", "model"
 DIMENSIONS = {
@@ -90,6 +91,15 @@ def placed(mesh, replicas):
     return params, state, where, lambda g, s: update(put(g), s)
 
 
+@pytest.mark.parametrize("rank, compresses", [(7, True), (8, False), (16, False)])
+def test_compresses_exactly_where_factors_are_fewer_numbers(rank, compresses):
+    """(16 + 16) r < 16 * 16."""
+    layout = make_layout(
+        "w", (16, 16), DimensionNumbers(), rank_fraction=rank / 16, rank_multiple_of=1
+    )
+    assert layout.rank == rank and layout.compresses == compresses
+
+
 def close(got, want):
     tol = 2e-6 * max(1, np.abs(want).max())
     np.testing.assert_allclose(got, want, rtol=0, atol=tol)
@@ -143,16 +153,19 @@ def test_equals_averaged_gradients(sizes, kind, silent):
             assert x.sharding.is_equivalent_to(s, x.ndim), (x.shape, x.sharding, s)
 
 
-def test_replicas_are_bitwise_equal_over_many_steps():
-    mesh = mesh_of((2, 2, 2), "Auto")
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (4, 2, 1)])
+def test_replicas_are_bitwise_equal_over_many_steps(sizes):
+    mesh, replicas = mesh_of(sizes, "Auto"), sizes[0]
     with jax.set_mesh(mesh):
-        _, state, _, update = placed(mesh, 2)
+        params, state, _, update = placed(mesh, replicas)
+        apply = jax.jit(lambda x, u: jax.tree.map(lambda x, u: x - 0.01 * u, x, u))
         for t in range(50):
-            grads = gradients(2, t)
+            grads = gradients(replicas, t)
             if t < 5:
                 grads["stacked"][1, 2] = 0  # An expert without tokens on a replica.
             updates, state = update(grads, state)
-            for tree in (updates, state.q):
+            params = apply(params, updates)
+            for tree in (params, state.q):
                 for x in jax.tree.leaves(tree):
                     assert np.isfinite(x).all()
                     by_index = {}
