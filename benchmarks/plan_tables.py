@@ -1,14 +1,16 @@
 """What a training step needs and sends on TPU slices, by optimizer: compiled, not run.
 
     python benchmarks/plan_tables.py            every row (half an hour on two cores)
-    python benchmarks/plan_tables.py dion:3b    rows whose preset contains the word
+    python benchmarks/plan_tables.py dion:3b    rows whose first column contains the word
 
 Each row is one ``jaxpapers plan`` in its own process, compiled by the TPU compiler for
 a slice that is not here. Writes results/plans.json beside this, row by row, and the
 table of docs/scale.md; a row that is
-there already is computed again only if its command changed or it had failed.
+there already is computed again only if its command or the optimizer's source changed, or
+it had failed.
 """
 
+import hashlib
 import json
 import re
 import subprocess
@@ -21,12 +23,16 @@ OUT = Path(__file__).parent / "results" / "plans.json"
 DOC = Path(__file__).parents[1] / "docs" / "scale.md"
 MARKS = ("<!-- plans: begin -->", "<!-- plans: end -->")
 TIMEOUT = 2400
+SOURCE = Path(__file__).parents[1] / "jaxpapers" / "optim"
+PROGRAM = ("collectives.py", "orthonormalize.py", "power_iteration.py", "dion.py")
 
 # preset, topology, mesh, fields. Batches of the small slice are those of a small slice.
 SLICES = [
     ("dion:3b", "v5p:8x8x8", "data:64,model:8", {}),
     ("dion:3b", "v6e:16x16", "data:16,model:16", {"train.accumulate": 2}),
     ("dion:160m", "v5p:8x8x8", "replica:8,data:64", {}),
+    # Few enough shards of a replica that compressed synchronisation sends less.
+    ("dion:160m", "v5p:8x8x8", "replica:64,data:8", {}),
     ("dion:160m", "v6e:16x16", "data:256", {}),
     ("dion:160m", "v5e:4x4", "data:16", {"data.batch": 256}),
     ("dion:3b", "v5e:4x4", "data:4,model:4", {"data.batch": 32, "train.accumulate": 4}),
@@ -58,6 +64,13 @@ def command(preset: str, topology: str, mesh: str, fields: dict) -> list[str]:
     ]
 
 
+def source() -> str:
+    """Digest of the files that say what a Dion step compiles to."""
+    return hashlib.sha256(
+        b"".join((SOURCE / n).read_bytes() for n in PROGRAM)
+    ).hexdigest()
+
+
 def compute(arguments: list[str]) -> dict:
     """Runs one command; its JSON, or why there is none."""
     began = time.monotonic()
@@ -84,11 +97,7 @@ def markdown(rows: dict) -> str:
         "PFLOP | compile |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for key, row in rows.items():
-        arguments = row["command"]
-        preset, topology = arguments[1], arguments[3]
-        name = key.removeprefix(f"{preset} {topology} ")
-        label = f"{preset} {topology} {arguments[5]} {name}"
+    for label, row in rows.items():
         if "error" in row:
             reason = row["error"].removeprefix("jaxpapers: ").split(" on ")[0]
             need = re.search(r"temporaries \(([\d.]+G)\)", row["error"])
@@ -135,24 +144,30 @@ def main() -> None:
     """Computes the missing rows."""
     word = sys.argv[1] if len(sys.argv) > 1 else ""
     rows = json.loads(OUT.read_text())["rows"] if OUT.exists() else {}
+    wanted = {}
     for preset, topology, mesh, fields in SLICES:
         for name, optimizer in OPTIMIZERS.items():
-            if "lowrank" in name and "replica" not in mesh:
-                continue
-            arguments = command(preset, topology, mesh, {**fields, **optimizer})
-            key = f"{preset} {topology} {name}"
-            row = rows.get(key, {})
-            done = row.get("command") == arguments and "error" not in row
-            if word not in preset or done:
-                continue
-            rows[key] = {"command": arguments, **compute(arguments)}
-            peak = f"{rows[key].get('peak_bytes')} bytes"
-            print(key, rows[key].get("error", peak), flush=True)
-            versions = {p: version(p) for p in ("jax", "jaxlib", "libtpu", "optax")}
-            OUT.parent.mkdir(exist_ok=True)
-            OUT.write_text(
-                json.dumps({"versions": versions, "rows": rows}, indent=1) + "\n"
-            )
+            if "lowrank" not in name or "replica" in mesh:
+                arguments = command(preset, topology, mesh, {**fields, **optimizer})
+                row = {"command": arguments}
+                if optimizer["optim.name"] == "dion":
+                    row["source"] = source()
+                wanted[f"{preset} {topology} {mesh} {name}"] = row
+    rows = {key: rows[key] for key in wanted if key in rows}
+    for key, asked in wanted.items():
+        row = rows.get(key, {})
+        done = asked.items() <= row.items() and "error" not in row
+        if word not in key or done:
+            continue
+        rows[key] = {**asked, **compute(asked["command"])}
+        peak = f"{rows[key].get('peak_bytes')} bytes"
+        print(key, rows[key].get("error", peak), flush=True)
+        rows = {key: rows[key] for key in wanted if key in rows}
+        versions = {p: version(p) for p in ("jax", "jaxlib", "libtpu", "optax")}
+        OUT.parent.mkdir(exist_ok=True)
+        OUT.write_text(
+            json.dumps({"versions": versions, "rows": rows}, indent=1) + "\n"
+        )
     write_table(rows)
 
 
