@@ -5,11 +5,15 @@ gradient descent is run on. $\rho = p_\theta / p_{old}$ is the ratio of the poli
 trained to the one that acted, A the advantage, which no gradient flows through.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
+
+from jaxpapers.ops import diffusion, trajectories
+from jaxpapers.ops.diffusion import Chain
 
 CLIPS = ("ppo", "hard", "none")
 
@@ -91,6 +95,36 @@ def ratio_metrics(
 def to_go(cost: Float[Array, "S B"]) -> Float[Array, "S B"]:
     """Sum of what comes after each step, itself excluded."""
     return jnp.flip(jnp.cumsum(jnp.flip(cost, 0), 0), 0) - cost
+
+
+def path_kl(
+    key: Key[Array, ""],
+    eps: Callable[[Array, Array], Array],
+    eps_ref: Callable[[Array, Array], Array],
+    chain: Chain,
+    shape: tuple[int, ...],
+) -> Float[Array, " B"]:
+    r"""KL of two policies along fresh chains of the first, nats a chain.
+
+    $\sum_k KL(p(x_{k+1} | x_k) || p_{ref}(x_{k+1} | x_k))$, each exact (Gaussians of one
+    variance); its mean over chains is the KL of the laws of whole paths, which bounds
+    that of the samples. Keeps keys, not states.
+
+    Args:
+      key: of the chains.
+      eps: (x, time (B,)) -> predicted noise of the policy that acts.
+      eps_ref: of the other.
+      chain: see ``ops.chains.chain``; with noise in every step.
+      shape: (B, ...) of the samples.
+    """
+    kept = trajectories.rollout(key, eps, chain, shape, store="keys")
+
+    def visit(total, k, x, x_next, found):
+        del x_next
+        time = jnp.broadcast_to(jnp.asarray(chain.time, jnp.float32)[k], len(x))
+        return total + diffusion.step_kl(chain, k, found, eps_ref(x, time))
+
+    return trajectories.replay(kept, eps, chain, visit, jnp.zeros(shape[0]))
 
 
 def standardize(x: Float[Array, " B"], eps: float = 1e-6) -> Float[Array, " B"]:

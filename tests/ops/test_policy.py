@@ -96,6 +96,21 @@ def test_to_go_leaves_a_step_itself_out():
     np.testing.assert_allclose(policy.to_go(cost)[:, 0], [6, 4, 0])
 
 
+def test_path_kl_of_two_constant_policies():
+    """A difference c of predictions costs |eps_mult c / std|^2 / 2 a step and number."""
+    bars = diffusion.alpha_bars(diffusion.linear_betas(50))
+    chain = diffusion.ddim_chain(bars, 5, eta=1.0)
+    found = policy.path_kl(
+        jax.random.key(0),
+        lambda x, time: jnp.zeros_like(x),
+        lambda x, time: jnp.full_like(x, 0.5),
+        chain,
+        (3, 2),
+    )
+    expected = 2 * (0.5 * np.square(0.5 * chain.eps_mult / chain.std)).sum()
+    np.testing.assert_allclose(found, np.full(3, expected), rtol=1e-5)
+
+
 def test_group_advantage_against_numpy():
     reward = jnp.array([1.0, 3.0, 2.0, 2.0, 5.0])
     prompt = jnp.array([0, 0, 2, 2, 3])

@@ -186,24 +186,14 @@ def path_kl(
 
     It bounds the KL of the pictures' laws.
     """
-    eps = guided_eps(bound, policy_params(params))
-    ref = guided_eps(bound, reference_params(params))
-
-    def acting(x, time):
-        return eps(x, time, word)
-
-    kept = trajectories.rollout(
-        key,
-        acting,
-        bound.chain,
-        (len(word), *bound.parts.shape),
-        store="keys",
+    eps, ref = (
+        guided_eps(bound, of(params)) for of in (policy_params, reference_params)
     )
-
-    def visit(total, k, x, x_next, found):
-        del x_next
-        time = jnp.broadcast_to(jnp.asarray(bound.chain.time, jnp.float32)[k], len(x))
-        return total + diffusion.step_kl(bound.chain, k, found, ref(x, time, word))
-
-    zero = jnp.zeros(len(word))
-    return trajectories.replay(kept, acting, bound.chain, visit, zero).mean()
+    shape = (len(word), *bound.parts.shape)
+    return policy.path_kl(
+        key,
+        lambda x, time: eps(x, time, word),
+        lambda x, time: ref(x, time, word),
+        bound.chain,
+        shape,
+    ).mean()
