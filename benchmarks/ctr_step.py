@@ -49,7 +49,7 @@ def config(name: str, **fields):
     c = load_config(name).copy_and_resolve_references().unlock()
     c.net.update(item_vocab=ITEMS + 1, cate_vocab=CATES + 1, user_vocab=USERS + 1)
     c.net.update(item_dim=DIM, cate_dim=DIM, user_dim=DIM, item_bias=False, std=1e-4)
-    c.net.update(unit=UNIT, unit_chunk=64, hidden=HIDDEN, activation="relu")
+    c.net.update(unit=UNIT, unit_chunk=32, hidden=HIDDEN, activation="relu")
     c.optim.update(name="adam", tables="lazy_adam", lr=1e-3, clip=0.0)
     c.update_from_flattened_dict({k.replace("__", "."): v for k, v in fields.items()})
     return c.lock()

@@ -45,13 +45,19 @@ class Compiled(NamedTuple):
     jaxpr: Any = None
 
 
-def compile(method: Method, mesh: jax.sharding.Mesh, batch: Any) -> Compiled:
+def compile(
+    method: Method,
+    mesh: jax.sharding.Mesh,
+    batch: Any,
+    compiler_options: dict[str, Any] | None = None,
+) -> Compiled:
     """Compiles a method's step for a mesh, before anything is allocated.
 
     Args:
       method: pure functions.
       mesh: with Auto axes ``data`` and ``model``.
       batch: arrays or shapes of one global batch.
+      compiler_options: of XLA, see ``jax.jit``.
 
     Raises:
       ValueError: rules or batch that do not fit the mesh.
@@ -74,7 +80,7 @@ def compile(method: Method, mesh: jax.sharding.Mesh, batch: Any) -> Compiled:
             donate_argnums=0,
         )
         traced = step.trace(shapes, batch)
-        executable = traced.lower().compile()
+        executable = traced.lower().compile(compiler_options)
 
     def init(key):
         with jax.set_mesh(mesh):

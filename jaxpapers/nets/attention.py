@@ -38,8 +38,10 @@ def activation_unit(
       train: statistics of the batch.
       dtype: of the first layer's products, e.g. bfloat16, summed in float32.
       chunk: rows that are computed at a time in training, again for the gradient, which
-        bounds memory (and keeps a CPU in its cache); 0: all. Not for Dice, whose
-        statistics are the whole batch's.
+        bounds memory and keeps a CPU in its cache; 0: all. Not for Dice, whose statistics
+        are the whole batch's. The first layer is linear in the keys, so a chunk folds
+        each candidate into its weights: half of that layer's products, which a CPU likes
+        and a TPU's large tiles do not.
       options: of ``nets.mlp.dice``.
 
     Returns:
@@ -57,11 +59,17 @@ def activation_unit(
                 "it to 0"
             )
         return _in_chunks(
-            lambda q, k: activation_unit(
-                params, q, k, activation=activation, dtype=dtype, **options
+            lambda q, k: _unit(
+                params, q, k, {}, activation, dtype, fold=True, train=False, **options
             )[0],
             chunk, query, keys,
         ), state or {}  # fmt: skip
+    options = {"train": train, "mask": mask, **options}
+    return _unit(params, query, keys, state or {}, activation, dtype, **options)
+
+
+def _unit(params, query, keys, state, activation, dtype, *, fold=False, **options):
+    """All rows of ``activation_unit``; ``fold``: (B, D) candidates join the weights."""
     first = params["layer_0"]
     width = query.shape[-1]
     w_query, w_key, w_difference, w_product = jnp.split(first["kernel"], 4)
@@ -73,13 +81,19 @@ def activation_unit(
 
     product = functools.partial(mlp.matmul, dtype=dtype)
     query = jnp.expand_dims(query, -2)
-    hidden = product(query * keys, w_product) + product(keys, w_key - w_difference)
-    hidden = hidden + product(query, w_query + w_difference)
+    if fold:
+        own = jnp.swapaxes(query, 1, 2) * w_product[None]
+        kernel = own + (w_key - w_difference)[None]
+        of_keys = jnp.matmul(
+            keys.astype(dtype or keys.dtype),
+            kernel.astype(dtype or kernel.dtype),
+            preferred_element_type=kernel.dtype,
+        )
+    else:
+        of_keys = product(query * keys, w_product) + product(keys, w_key - w_difference)
+    hidden = of_keys + product(query, w_query + w_difference)
     hidden = hidden + first["bias"].reshape((1,) * (hidden.ndim - 1) + (-1,))
-    options = {"train": train, "mask": mask, **options}
-    hidden, state = mlp.activate(
-        first, state or {}, hidden, "layer_0", activation, **options
-    )
+    hidden, state = mlp.activate(first, state, hidden, "layer_0", activation, **options)
     rest = {f"layer_{i}": params[f"layer_{i + 1}"] for i in range(len(params) - 1)}
     # The later layers' statistics keep their names.
     own = {f"layer_{i}": state[f"layer_{i + 1}"] for i in range(len(params) - 2)
