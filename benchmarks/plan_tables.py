@@ -5,9 +5,9 @@
 
 Each row is one ``jaxpapers plan`` in its own process, compiled by the TPU compiler for
 a slice that is not here. Writes results/plans.json beside this, row by row, and the
-table of docs/scale.md; a row that is
-there already is computed again only if its command or the optimizer's source changed, or
-it had failed.
+table of docs/scale.md; a row that is there already is computed again only if its command
+or the optimizer's source changed (the table marks such rows with a dagger), or it had
+failed.
 """
 
 import hashlib
@@ -109,6 +109,9 @@ def markdown(rows: dict) -> str:
             for part in ("forward/backward", "optimizer")
         ]
         optimizer = [r for r in row["collectives"] if r["part"].startswith("optimizer")]
+        of_dion = "--config.optim.name=dion" in row["command"]
+        if of_dion and row.get("source") != source():
+            label += " †"
         cells = [
             *(
                 f"{row[x] / 1e6:,.0f} MB"

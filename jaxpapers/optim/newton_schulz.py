@@ -124,7 +124,7 @@ def choose_exchange(n: int, l: int, s: int, devices: int) -> str:
     sent = {"all": n * l * s, "matrices": 2 * math.ceil(n / devices) * l * s}
     if l % devices == 0:
         sent["rows"] = 2 * n * l * s // devices + n * s * s
-    return min(sent, key=sent.get)
+    return min(sent, key=lambda choice: sent[choice])
 
 
 def _polynomial(gram: jax.Array, coefficients) -> jax.Array:
