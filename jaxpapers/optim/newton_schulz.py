@@ -13,9 +13,8 @@ $$ A_k = G W_k^2, \quad W_{k+1} = W_k (a I + b A_k + c A_k^2) $$
 Only G crosses the devices that split the longer side, once and not at every step; and
 they share its steps where there are several matrices (``collectives.share_sum``). The
 devices that split the shorter side exchange their blocks, so that each has whole rows: of
-a share of the matrices, of a share of the rows, or, if that sends less (one or two nearly
-square matrices), all of them. G is formed and iterated
-in float32 with full precision. Its rounding shows where singular values are far below the
+a share of the matrices, a share of the rows of all, or, if that sends less (one or two
+nearly square matrices), all of them. G is formed and iterated in float32 with full precision. Its rounding shows where singular values are far below the
 largest: the result is then up to 2e-3 (Frobenius norm, one dominant value, the others
 1e-3 of it) from that of the plain iteration, which is 1e-5 from exact arithmetic.
 
@@ -146,8 +145,12 @@ def _polynomial(gram: jax.Array, coefficients) -> jax.Array:
 def _whole_rows(
     x: jax.Array, axes: MeshAxes
 ) -> tuple[jax.Array, tuple[str, ...], Callable[[jax.Array], jax.Array]]:
-    """Whole rows (``choose_exchange``), the axes that Gram matrices are summed over,
-    and the way back to every device's own columns of the whole batch."""
+    """Whole rows, as ``choose_exchange`` says, and how to go on with them.
+
+    Returns:
+      The rows, the axes that their Gram matrices are summed over, and the way back to
+      every device's own columns of the whole batch.
+    """
     n, l, columns = x.shape
     f = axis_size(axes.q)
     choice = choose_exchange(n, l, columns * f, f)
