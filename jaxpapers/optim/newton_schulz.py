@@ -14,9 +14,10 @@ Only G crosses the devices that split the longer side, once and not at every ste
 they share its steps where there are several matrices (``collectives.share_sum``). The
 devices that split the shorter side exchange their blocks, so that each has whole rows: of
 a share of the matrices, a share of the rows of all, or, if that sends less (one or two
-nearly square matrices), all of them. G is formed and iterated in float32 with full precision. Its rounding shows where singular values are far below the
-largest: the result is then up to 2e-3 (Frobenius norm, one dominant value, the others
-1e-3 of it) from that of the plain iteration, which is 1e-5 from exact arithmetic.
+nearly square matrices), all of them. G is formed and iterated in float32 with full
+precision. Its rounding shows where singular values are far below the largest: the result
+is then up to 2e-3 (Frobenius norm, one dominant value, the others 1e-3 of it) from that
+of the plain iteration, which is 1e-5 from exact arithmetic.
 
 References: Jordan et al., Muon, 2024; Amsel et al., Polar Express, arXiv 2505.16932.
 """
