@@ -253,16 +253,15 @@ def test_step_kl_is_that_of_the_gaussians():
     )
 
 
-def test_replay_is_bitwise_the_same():
+def test_replay_is_bitwise_the_same(users_options):
     chain = CHAINS["ddpm"]
     # As users compile: the tests' own options round differently in two programs.
-    users = {"xla_cpu_use_fusion_emitters": True}
     draw = jax.jit(
         lambda store: trajectories.rollout(
             jax.random.key(3), linear_eps, chain, (5, 2), store=store
         ),
         static_argnums=0,
-        compiler_options=users,
+        compiler_options=users_options,
     )
     kept, whole = draw("keys"), draw("all")
     assert kept.states is None and kept.eps is None
@@ -275,7 +274,7 @@ def test_replay_is_bitwise_the_same():
     empty = (jnp.zeros((40, 5, 2)), jnp.zeros((40, 5, 2)))
     replay = jax.jit(
         lambda kept: trajectories.replay(kept, linear_eps, chain, visit, empty),
-        compiler_options=users,
+        compiler_options=users_options,
     )
     states, predictions = replay(kept)
     np.testing.assert_array_equal(states, whole.states[:-1])

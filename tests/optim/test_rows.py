@@ -237,7 +237,7 @@ def test_a_step_moves_only_what_the_batch_has(case):
 
 
 @pytest.mark.parametrize("name", ["adam", "adagrad"])
-def test_cost_does_not_grow_with_the_vocabulary(name):
+def test_cost_does_not_grow_with_the_vocabulary(name, users_options):
     """Nothing but gathers and scatters in place sees a table.
 
     The "bytes accessed" of XLA's cost analysis count the whole operand of a gather or
@@ -252,7 +252,7 @@ def test_cost_does_not_grow_with_the_vocabulary(name):
             method(TXS[name], vocab),
             mesh,
             batch(),
-            {"xla_cpu_use_fusion_emitters": True},
+            users_options,
         )
         step = compiled.executable
         memory = step.memory_analysis()
