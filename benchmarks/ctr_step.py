@@ -36,7 +36,7 @@ from timing import header, measure  # noqa: E402
 
 from jaxpapers import papers  # noqa: E402
 from jaxpapers.config import load_config  # noqa: E402
-from jaxpapers.ops import ranking, search  # noqa: E402
+from jaxpapers.ops import behaviour_tree, ranking, search  # noqa: E402
 
 OUT = Path(__file__).parent / "results" / "ctr_step.json"
 USERS, ITEMS, CATES, DIM, BATCH, SLOTS = 192_403, 63_002, 802, 18, 1024, 50
@@ -259,13 +259,13 @@ def searching() -> dict:
 
     def query_tree(length):
         count = 8 * length
-        tree = search.build_ubt(
+        tree = behaviour_tree.build_ubt(
             np.repeat(np.arange(8), length), rng.integers(2, vocab, count),
             rng.integers(2, 50, count), np.arange(count), users=8, cats=50,
         )  # fmt: skip
         tree = jax.tree.map(jnp.asarray, tree)
         users, cats = jnp.arange(8, dtype=jnp.int32), jnp.full(8, 7, jnp.int32)
-        run = jax.jit(lambda t, u, c: search.ubt_query(t, u, c, k))
+        run = jax.jit(lambda t, u, c: behaviour_tree.ubt_query(t, u, c, k))
         return lambda: jax.block_until_ready(run(tree, users, cats))
 
     steps = {

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxpapers.data.ctr_files import Progress, records
+from jaxpapers.data.lines import Progress, records
 
 DAY = 86400.0
 

@@ -1,42 +1,25 @@
 """Readers of the click papers' original files into the arrays of ``data.ctr``.
 
-Files are read line by line; a malformed line is an error with its number. ``progress`` is
-called with (bytes read, bytes of the file) now and then, for each file in turn. Nothing
-is downloaded: these files are the user's, except MovieLens-100k (``data.fetch``).
+Files are read line by line (``data.lines``); a malformed line is an error with its
+number. ``progress`` is called with (bytes read, bytes of the file) now and then, for
+each file in turn. Nothing is downloaded: these files are the user's, except
+MovieLens-100k (``data.fetch``).
 """
 
-import ast
-import contextlib
 import csv
-import gzip
-import json
-import pickle
 import random
-import zlib
 from array import array
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jaxpapers.data.ctr import (
-    FIRST,
-    OOV,
-    Clicks,
-    Log,
-    Ratings,
-    Samples,
-    pairs,
-    task_rating,
-    user_ranges,
-)
-
-Progress = Callable[[int, int], None]
+from jaxpapers.data.ctr import FIRST, OOV, Clicks, Log, Samples
+from jaxpapers.data.ctr_tasks import Ratings, pairs, task_rating, user_ranges
+from jaxpapers.data.ids import by_frequency, categories, renumbered, sorted_ids
+from jaxpapers.data.lines import Progress, literal, records
 
 NO_CATEGORY = "default_cat"
-
-_REPORT_LINES = 1 << 16
 
 
 def ml_100k(folder: str | Path, *, category: str = "first") -> Ratings:
@@ -140,7 +123,7 @@ def amazon(
     user, item, time = array("i"), array("i"), array("i")
 
     def review(line: str) -> None:
-        row = _literal(line)
+        row = literal(line)
         asin, who = str(row["asin"]), str(row["reviewerID"])
         user.append(users.setdefault(who, len(users)))
         item.append(items.setdefault(asin, len(items)))
@@ -154,7 +137,7 @@ def amazon(
     category: dict[str, str] = {}
 
     def product(line: str) -> None:
-        row = _literal(line)
+        row = literal(line)
         if row["asin"] in items:
             category[row["asin"]] = str(row["categories"][path][-1])
 
@@ -170,7 +153,7 @@ def amazon(
         "cate": len(cates) + FIRST,
     }
     log_user, log = _sorted_log(
-        _sorted_ids(users)[user], _sorted_ids(items)[item], time, table
+        sorted_ids(users)[user], sorted_ids(items)[item], time, table
     )
     split = _amazon_din if protocol == "din" else _amazon_dien
     name = f"{Path(reviews).name} ({protocol})"
@@ -350,7 +333,7 @@ def dien_text(
         sizes[table] = max(known.values()) + FIRST + 1
         numbers = (known[x] + FIRST if x in known else OOV for x in ids)
         maps[table] = np.array([0, OOV, *numbers], np.int32)
-    return _renumbered(clicks, maps, sizes)
+    return renumbered(clicks, maps, sizes)
 
 
 def mimn_text(
@@ -397,165 +380,6 @@ def mimn_text(
     return Clicks(name, splits[0], splits[1], behaviours, pool, rows, negatives)
 
 
-def vocabulary(path: str | Path) -> dict[str, int]:
-    """A vocabulary name -> number from a .json file or one of DIEN's .pkl files.
-
-    A pickle can run any code, so only one of plain containers, texts and numbers is read.
-
-    Raises:
-      ValueError: the pickle wants anything else, or there is no such dict in the file.
-    """
-    path = Path(path).expanduser()
-    try:
-        with open(path, "rb") as f:
-            loaded = json.load(f) if path.suffix == ".json" else _Plain(f).load()
-    except (ValueError, pickle.UnpicklingError, EOFError, IndexError, KeyError) as e:
-        raise ValueError(f"{path}: not a plain vocabulary: {e}") from e
-    if not isinstance(loaded, dict) or not all(
-        isinstance(k, str) and type(v) is int and v >= 0 for k, v in loaded.items()
-    ):
-        raise ValueError(f"{path}: expected a dict of names to numbers >= 0")
-    return loaded
-
-
-class _Plain(pickle.Unpickler):
-    """Unpickles builtin containers, texts and numbers, which need no class."""
-
-    def __init__(self, file: Any):
-        super().__init__(file, encoding="utf-8")  # DIEN's are of Python 2.
-
-    def find_class(self, module_name: str, global_name: str, /) -> Any:
-        raise pickle.UnpicklingError(
-            f"it asks for {module_name}.{global_name}, which is not loaded for safety; "
-            "convert the vocabulary to a .json file of name -> number"
-        )
-
-
-def by_frequency(clicks: Clicks) -> Clicks:
-    """Renumbers ids by how often training has them; absent ones are out of vocabulary.
-
-    Candidates and histories count, each time they occur, as in DIEN's generate_voc; of
-    equally frequent ids the smaller old one is first.
-    """
-    train, log = clicks.train, clicks.log
-    cover = np.bincount(train.start, minlength=len(log.item) + 1)
-    cover -= np.bincount(train.stop, minlength=len(log.item) + 1)
-    times = np.cumsum(cover)[:-1]
-    maps, rows = {}, {}
-    for table, n in clicks.rows.items():
-        count = np.bincount(getattr(train, table), minlength=n)
-        if table != "user":
-            count += np.bincount(getattr(log, table), times, n).astype(count.dtype)
-        order = np.argsort(-count, kind="stable")
-        order = order[count[order] > 0]
-        maps[table] = np.full(n, OOV, np.int32)
-        maps[table][order] = np.arange(len(order)) + FIRST
-        rows[table] = len(order) + FIRST
-    return _renumbered(clicks, maps, rows)
-
-
-def categories(genres: dict[int, str], category: str) -> tuple[np.ndarray, int]:
-    """Category ids of an item table from genre texts.
-
-    Args:
-      genres: item id (from 2) -> genres, separated by spaces or ``|``.
-      category: "first" genre or the "combination" in the order given.
-
-    Returns:
-      int32 category of every row of the item table (padding 0, rows without a genre text
-      1), and the rows of the category table.
-
-    Example:
-      >>> categories({2: "Drama", 3: "Action|Drama"}, "first")
-      (array([0, 1, 3, 2], dtype=int32), 4)
-    """
-    if category not in ("first", "combination"):
-        raise ValueError(f"category must be 'first' or 'combination', got {category!r}")
-    split = {item: text.replace("|", " ").split() for item, text in genres.items()}
-    name = {
-        item: " ".join(parts[:1] if category == "first" else parts)
-        for item, parts in split.items()
-    }
-    ids = {text: i for i, text in enumerate(sorted(set(name.values())), FIRST)}
-    table = np.full(max(name, default=1) + 1, OOV, np.int32)
-    table[0] = 0
-    for item, text in name.items():
-        table[item] = ids[text]
-    return table, len(ids) + FIRST
-
-
-def records(
-    path: str | Path,
-    parse: Callable[[str], Any],
-    *,
-    header: bool = False,
-    progress: Progress | None = None,
-) -> Iterator[Any]:
-    """Parsed lines of a text file, also gzipped; empty lines are left out.
-
-    Args:
-      path: read as UTF-8; gzip is recognised by the suffix .gz.
-      parse: line without its end -> value; the docstring of its owner says the form.
-      header: whether the first line is one.
-      progress: is called with bytes read and bytes of the file now and then and at the
-        end; compressed bytes of a gzipped file.
-
-    Raises:
-      ValueError: ``parse`` raised one, or Key-, Index-, Type- or OverflowError: with the
-        line's number, as for one that is not UTF-8; a broken gzip file.
-    """
-    path = Path(path).expanduser()
-    total = path.stat().st_size
-    with open(path, "rb") as raw, _binary(path, raw) as binary:
-        for number, line in _numbered(path, binary):
-            line = line.rstrip(b"\r\n")
-            if line and (number > 1 or not header):
-                try:
-                    value = parse(line.decode())
-                except (ValueError, LookupError, TypeError, OverflowError) as e:
-                    raise ValueError(
-                        f"{path}, line {number} is malformed ({type(e).__name__}: {e}): "
-                        f"{line[:100]!r}; correct or remove it"
-                    ) from e
-                yield value
-            if progress is not None and number % _REPORT_LINES == 0:
-                progress(raw.tell(), total)
-    if progress is not None:
-        progress(total, total)
-
-
-def _binary(path: Path, raw: Any) -> Any:
-    if path.suffix == ".gz":
-        return gzip.GzipFile(fileobj=raw)
-    return contextlib.nullcontext(raw)
-
-
-def _numbered(path: Path, binary: Any) -> Iterator[tuple[int, bytes]]:
-    number = 0
-    try:
-        for number, line in enumerate(binary, 1):  # noqa: B007
-            yield number, line
-    except (gzip.BadGzipFile, EOFError, zlib.error) as e:
-        raise ValueError(
-            f"{path}: unreadable after line {number}: {e}; copy the file again"
-        ) from e
-
-
-def _literal(line: str) -> dict:
-    """A dict from its Python or JSON text, without evaluating anything."""
-    try:
-        # JSON is 20 times as fast, and no Python text with another meaning is JSON.
-        row = json.loads(line) if line.startswith('{"') else ast.literal_eval(line)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        try:
-            row = ast.literal_eval(line)
-        except (SyntaxError, MemoryError, RecursionError) as e:
-            raise ValueError(f"neither Python nor JSON: {e}") from e
-    if not isinstance(row, dict):
-        raise ValueError("not a dict")
-    return row
-
-
 def _ratings(path, parse, table, cates, progress) -> Ratings:
     columns = array("i"), array("i"), array("f"), array("i")
 
@@ -586,13 +410,6 @@ def _samples(path, parse, progress) -> Samples:
     return Samples(*(np.array(column) for column in columns))
 
 
-def _sorted_ids(codes: dict[str, int]) -> np.ndarray:
-    """Ids in the order of the sorted names, by code."""
-    ids = np.empty(len(codes), np.int32)
-    ids[[codes[name] for name in sorted(codes)]] = np.arange(len(codes)) + FIRST
-    return ids
-
-
 def _sorted_log(user, item, time, table) -> tuple[np.ndarray, Log]:
     """Users and behaviours by user and time, of equal times the file's order."""
     time = np.asarray(time, np.int32)
@@ -600,15 +417,3 @@ def _sorted_log(user, item, time, table) -> tuple[np.ndarray, Log]:
     item = item[order].astype(np.int32)
     cate = np.asarray(table, np.int32)[item]
     return user[order].astype(np.int32), Log(item, cate, time[order])
-
-
-def _renumbered(
-    clicks: Clicks, maps: dict[str, np.ndarray], rows: dict[str, int]
-) -> Clicks:
-    train, test = (
-        s._replace(**{name: maps[name][getattr(s, name)] for name in maps})
-        for s in (clicks.train, clicks.test)
-    )
-    log = clicks.log
-    log = log._replace(item=maps["item"][log.item], cate=maps["cate"][log.cate])
-    return clicks._replace(train=train, test=test, log=log, rows=rows)

@@ -32,38 +32,6 @@ class Found(NamedTuple):
     values: Any
 
 
-class BehaviourTree(NamedTuple):
-    """Index user -> category -> behaviours in time order, in flat arrays.
-
-    Attributes:
-      user_start: int32 (U + 1), where each user's categories start.
-      cats: int32 (C), categories of the users, increasing within one user.
-      cat_start: int32 (C + 1), where their behaviours start.
-      items: int32 (N).
-      times: int32 (N), oldest first within one category.
-    """
-
-    user_start: Any
-    cats: Any
-    cat_start: Any
-    items: Any
-    times: Any
-
-
-class Behaviours(NamedTuple):
-    """Behaviours of one category, newest first; zeros in empty places.
-
-    Attributes:
-      items: int32 (.., K).
-      times: int32 (.., K).
-      valid: bool (.., K).
-    """
-
-    items: Any
-    times: Any
-    valid: Any
-
-
 def topk_masked(
     scores: Num[Array, "*batch T"],
     mask: Bool[Array, "*batch T"],
@@ -94,7 +62,7 @@ def topk_masked(
       >>> topk_masked(scores, jnp.array([True, False, True, True]), 4).idx.tolist()
       [2, 3, 0, -1]
     """
-    _check_k(k)
+    check_k(k)
     if chunk < 0 or not 0 < recall <= 1:
         raise ValueError(
             f"topk_masked needs chunk >= 0 and 0 < recall <= 1, got {chunk}, {recall}"
@@ -158,7 +126,7 @@ def topk_sharded(
     Raises:
       ValueError: see ``topk_masked``.
     """
-    _check_k(k)
+    check_k(k)
     own = min(k, scores_local.shape[-1])
     local = topk_masked(scores_local, ids_local >= 0, own, chunk=chunk)
     ids = jnp.where(local.valid, take(ids_local, local), -1)
@@ -188,7 +156,7 @@ def topk_on_mesh(
       k: results.
       chunk: see ``topk_masked``.
     """
-    _check_k(k)
+    check_k(k)
     mesh = jax.sharding.get_abstract_mesh()
     kinds = dict(zip(mesh.axis_names, mesh.axis_types))
     auto = [n for n in ("replica", "data", "model") if kinds.get(n) == AxisType.Auto]
@@ -260,7 +228,7 @@ def hard_search(
       >>> hard_search(cats, jnp.array([True] * 4 + [False]), jnp.array(7), 2).idx.tolist()
       [3, 2]
     """
-    _check_k(k)
+    check_k(k)
     match = mask & (cat_hist == cat_target[..., None])
     seen = jnp.cumsum(match, -1, dtype=jnp.int32)
     wanted = seen[..., -1:] - jnp.arange(k, dtype=jnp.int32).reshape(
@@ -301,7 +269,7 @@ def soft_search(
     Raises:
       ValueError: k or chunk below 1.
     """
-    _check_k(k)
+    check_k(k)
     if chunk < 1:
         raise ValueError(f"soft_search needs chunk >= 1, got {chunk}")
     batch, length = parts[0][1].shape
@@ -383,116 +351,8 @@ def time_bucket(
     return jnp.minimum(bits, buckets - 1)
 
 
-def build_ubt(
-    user: Any, item: Any, cat: Any, time: Any, *, users: int = 0, cats: int = 0
-) -> BehaviourTree:
-    """Builds the user behaviour tree from a log, on the host.
-
-    Rows may come in any order: they are sorted by user, category and time. Rows of equal
-    time keep their order, the later one counts as newer, as in ``hard_search``.
-
-    Args:
-      user: (N), 0 .. users - 1.
-      item: (N).
-      cat: (N), categories of the items, 0 .. cats - 1.
-      time: (N), e.g. unix seconds.
-      users: their number; 0: the largest id + 1.
-      cats: number of categories; 0: not checked.
-
-    Returns:
-      Arrays of numpy, to put on a device or to save.
-
-    Raises:
-      ValueError: lengths that differ, ids out of range, more than 2^31 - 1 rows, or times
-        that int32 does not hold.
-
-    Example:
-      >>> tree = build_ubt([1, 0, 1], [5, 6, 7], [3, 3, 2], [10, 20, 30])
-      >>> tree.user_start.tolist(), tree.cats.tolist(), tree.items.tolist()
-      ([0, 1, 3], [3, 2, 3], [6, 7, 5])
-    """
-    log = {"user": user, "item": item, "cat": cat, "time": time}
-    log = {name: np.asarray(x).reshape(-1) for name, x in log.items()}
-    sizes = {name: len(x) for name, x in log.items()}
-    top = np.iinfo(np.int32).max
-    if len(set(sizes.values())) > 1 or sizes["user"] > top:
-        raise ValueError(
-            "build_ubt needs user, item, cat and time of one length, at most "
-            f"{top}, got {sizes}"
-        )
-    users = users or int(log["user"].max(initial=-1)) + 1
-    limits = {"user": users, "item": top, "cat": cats or top, "time": top}
-    for name, limit in limits.items():
-        low, high = log[name].min(initial=0), log[name].max(initial=0)
-        if low < 0 or high >= limit > 0:
-            raise ValueError(
-                f"build_ubt: {name} must be within 0 .. {limit - 1}, got {low} .. {high}"
-            )
-    order = np.lexsort((log["time"], log["cat"], log["user"]))
-    user, item, cat, time = (log[n][order].astype(np.int32) for n in log)
-    new = np.ones(len(user), bool)
-    new[1:] = (user[1:] != user[:-1]) | (cat[1:] != cat[:-1])
-    start = np.flatnonzero(new)
-    user_start = np.searchsorted(user[start], np.arange(users + 1))
-    return BehaviourTree(
-        user_start.astype(np.int32),
-        cat[start],
-        np.append(start, len(user)).astype(np.int32),
-        item,
-        time,
-    )
-
-
-def ubt_query(
-    ubt: BehaviourTree, user: Int[Array, "*batch"], cat: Int[Array, "*batch"], k: int
-) -> Behaviours:
-    """The k most recent behaviours of users in categories: ``hard_search`` by index.
-
-    A binary search among the user's categories, then one slice: the cost does not depend
-    on how long histories are.
-
-    Args:
-      ubt: see ``build_ubt``.
-      user: an unknown one has no behaviours.
-      cat: of the candidates.
-      k: results.
-
-    Raises:
-      ValueError: k below 1.
-    """
-    _check_k(k)
-    categories, total = len(ubt.cats), len(ubt.items)
-    slots = (1,) * user.ndim + (k,)
-    if not total:
-        none = jnp.zeros((*user.shape, k), jnp.int32)
-        return Behaviours(none, none, none > 0)
-    ubt = jax.tree.map(jnp.asarray, ubt)
-    known = (user >= 0) & (user < len(ubt.user_start) - 1)
-    user = jnp.where(known, user, 0)
-    first, end = ubt.user_start[user], ubt.user_start[user + 1]
-
-    def halve(_, span):
-        low, high = span
-        middle = (low + high) // 2
-        right = ubt.cats[jnp.minimum(middle, categories - 1)] < cat
-        go = low < high
-        return jnp.where(go & right, middle + 1, low), jnp.where(
-            go & ~right, middle, high
-        )
-
-    place, _ = lax.fori_loop(0, categories.bit_length(), halve, (first, end))
-    hit = known & (place < end)
-    place = jnp.minimum(place, categories - 1)
-    hit &= ubt.cats[place] == cat
-    newest = ubt.cat_start[place + 1] - 1
-    where = newest[..., None] - jnp.arange(k, dtype=jnp.int32).reshape(slots)
-    valid = hit[..., None] & (where >= ubt.cat_start[place][..., None])
-    where = jnp.where(valid, where, 0)
-    items, times = (jnp.where(valid, x[where], 0) for x in (ubt.items, ubt.times))
-    return Behaviours(items, times, valid)
-
-
-def _check_k(k: int) -> None:
+def check_k(k: int) -> None:
+    """Raises ValueError where a search is asked for no result."""
     if k < 1:
         raise ValueError(f"a search needs k >= 1 results, got k={k}")
 

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxpapers import mesh as meshes
-from jaxpapers.data import ctr, ctr_files, fetch
+from jaxpapers.data import ctr, ctr_files, ctr_tasks, fetch
 from jaxpapers.ops import ranking
 from jaxpapers.tasks import Task, named
 
@@ -145,7 +145,9 @@ def _read(source, path, target, order, categories) -> ctr.Clicks:
         raise ValueError(f"config.data.target must be one of {TARGETS}, got {target!r}")
     if source == "ml-100k":
         ratings = ctr_files.ml_100k(path or fetch.get("ml-100k"), category=categories)
-        task = ctr.task_next_item if target == "next_item" else ctr.task_rating
+        task = (
+            ctr_tasks.task_next_item if target == "next_item" else ctr_tasks.task_rating
+        )
         clicks = task(ratings, order=order)
     elif source in _READERS:
         clicks = _READERS[source](*_files(source, path))

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jaxpapers.data import ctr, ctr_files, fetch
+from jaxpapers.data import ctr, ctr_files, ctr_tasks, fetch
 
 USERS, ITEMS, CATES = 12, 40, 5
 
@@ -20,14 +20,14 @@ def ratings():
     user, item, rating, time = np.array(rows, np.int32)[rng.permutation(len(rows))].T
     cate = np.concatenate([[0], np.arange(ITEMS) % CATES + 1, [CATES + 1]])
     sizes = {"user": USERS + 2, "item": ITEMS + 2, "cate": CATES + 2}
-    return ctr.Ratings(
+    return ctr_tasks.Ratings(
         user, item, rating.astype(np.float32), time, cate.astype(np.int32), sizes
     )
 
 
 @pytest.fixture(scope="module")
 def clicks(ratings):
-    return ctr.task_next_item(ratings, test=3)
+    return ctr_tasks.task_next_item(ratings, test=3)
 
 
 def of_user(ratings, user, key):
@@ -41,7 +41,7 @@ def history(clicks, samples, i):
 
 @pytest.mark.parametrize("order", ["row", "id"])
 def test_next_item_is_what_a_loop_gives(ratings, order):
-    clicks = ctr.task_next_item(ratings, order=order, test=3)
+    clicks = ctr_tasks.task_next_item(ratings, order=order, test=3)
     expected = {"train": [], "test": []}
     for user in range(1, USERS + 1):
         tie = (lambda i: i) if order == "row" else (lambda i: ratings.item[i])
@@ -80,19 +80,19 @@ def test_negatives_follow_popularity():
     item = item.astype(np.int32)
     sizes = {"user": n + 2, "item": 54, "cate": 3}
     ones = np.ones(54, np.int32)
-    data = ctr.Ratings(
+    data = ctr_tasks.Ratings(
         user.astype(np.int32), item, np.ones(2 * n, np.float32),
         np.tile([1, 2], n).astype(np.int32), ones, sizes,
     )  # fmt: skip
-    clicks = ctr.task_next_item(data, test=1, test_negatives=8)
+    clicks = ctr_tasks.task_next_item(data, test=1, test_negatives=8)
     drawn = clicks.test.item.reshape(-1, 9)[: n // 4, 1:]
     assert abs((drawn <= 2).mean() - 0.75) < 4 * np.sqrt(0.75 * 0.25 / drawn.size)
-    again = ctr.task_next_item(data, test=1, test_negatives=8, seed=1)
+    again = ctr_tasks.task_next_item(data, test=1, test_negatives=8, seed=1)
     assert (again.test.item != clicks.test.item).any()
 
 
 def test_rating_history_is_liked_and_strictly_earlier(ratings):
-    clicks = ctr.task_rating(ratings, test_users=4)
+    clicks = ctr_tasks.task_rating(ratings, test_users=4)
     tested = set((np.random.default_rng(1234).permutation(USERS)[:4] + 1).tolist())
     for split in ("train", "test"):
         samples = getattr(clicks, split)
@@ -109,7 +109,7 @@ def test_rating_history_is_liked_and_strictly_earlier(ratings):
             ]
             assert history(clicks, samples, n) == expected
     with pytest.raises(ValueError, match="test_users must be between 1 and 11, got 12"):
-        ctr.task_rating(ratings, test_users=12)
+        ctr_tasks.task_rating(ratings, test_users=12)
 
 
 @pytest.mark.parametrize("length", [1, 4, 50])
@@ -222,7 +222,7 @@ def test_occurrences_count_samples(clicks, length):
 
 
 def test_baselines_see_training_only(ratings):
-    clicks = ctr.task_rating(ratings, test_users=4)
+    clicks = ctr_tasks.task_rating(ratings, test_users=4)
     train, test = clicks.train, clicks.test
     for i, item in enumerate(test.item[:20]):
         labels = train.label[train.item == item]
@@ -258,7 +258,7 @@ def test_errors_name_field_and_bound(clicks, ratings):
     ):
         ctr.Examples(clicks, split="valid")
     with pytest.raises(ValueError, match="order must be 'row' or 'id', got 'time'"):
-        ctr.task_next_item(ratings, order="time")
+        ctr_tasks.task_next_item(ratings, order="time")
     train, log = clicks.train, clicks.log
     for wrong, match in (
         (train._replace(label=train.label + 0.5), "label must be 0 or 1"),
@@ -276,12 +276,12 @@ def test_errors_name_field_and_bound(clicks, ratings):
     with pytest.raises(ValueError, match="has no times"):
         ctr.Examples(timeless, times=True)
     everything = np.arange(1, 7, dtype=np.int32)
-    one = ctr.Ratings(
+    one = ctr_tasks.Ratings(
         everything * 0 + 1, everything, everything.astype(np.float32), everything,
         np.ones(8, np.int32), {"user": 3, "item": 8, "cate": 3},
     )  # fmt: skip
     with pytest.raises(ValueError, match="has every item of the log"):
-        ctr.task_next_item(one, test=2)
+        ctr_tasks.task_next_item(one, test=2)
 
 
 def test_empty_histories_alone(clicks):
@@ -319,12 +319,12 @@ def test_ml_100k_is_as_the_digest_says():
     assert ratings.rows == {"user": 945, "item": 1684, "cate": 21}
     combined = ctr_files.ml_100k(folder, category="combination")
     assert combined.rows["cate"] == 216 + 2
-    nexts = ctr.task_next_item(ratings)
+    nexts = ctr_tasks.task_next_item(ratings)
     assert len(nexts.train.label) == 179_254 and len(nexts.test.label) == 47_150
     score = ctr.popularity(nexts)
     assert abs(auc(nexts.test.label, score) - 0.5) < 0.02
     assert abs(grouped_auc(nexts.test.user, nexts.test.label, score) - 0.5) < 0.02
-    rating = ctr.task_rating(ratings)
+    rating = ctr_tasks.task_rating(ratings)
     assert len(rating.train.label) == 75_994 and len(rating.test.label) == 24_006
     np.testing.assert_allclose(rating.train.label.mean(), 0.549, atol=5e-4)
     np.testing.assert_allclose(rating.test.label.mean(), 0.569, atol=5e-4)

@@ -7,7 +7,7 @@ import pickle
 import numpy as np
 import pytest
 
-from jaxpapers.data import ctr, ctr_files
+from jaxpapers.data import ctr, ctr_files, ids, lines
 
 # user -> products in time; written in another order, with single quotes.
 REVIEWS = {"U2": "b a d", "U1": "a b c", "U3": "c", "U4": "d e"}
@@ -124,7 +124,7 @@ def test_malformed_review(tmp_path, line):
 
 
 def test_broken_gzip_and_progress(amazon, tmp_path, monkeypatch):
-    monkeypatch.setattr(ctr_files, "_REPORT_LINES", 2)
+    monkeypatch.setattr(lines, "_REPORT_LINES", 2)
     calls = []
     ctr_files.amazon(*amazon, progress=lambda done, total: calls.append((done, total)))
     sizes = [path.stat().st_size for path in amazon]
@@ -297,24 +297,24 @@ def test_vocabulary_reads_plain_pickles_only(tmp_path):
     for protocol in (0, 2, 4):
         path = tmp_path / f"mid{protocol}.pkl"
         path.write_bytes(pickle.dumps(words, protocol))
-        assert ctr_files.vocabulary(path) == words
+        assert ids.vocabulary(path) == words
     python2 = tmp_path / "uid_voc.pkl"
     python2.write_bytes(b"(dp0\nS'A1'\np1\nI5\ns.")
-    assert ctr_files.vocabulary(python2) == {"A1": 5}
+    assert ids.vocabulary(python2) == {"A1": 5}
     plain = tmp_path / "mid.json"
     plain.write_text(json.dumps(words))
-    assert ctr_files.vocabulary(plain) == words
+    assert ids.vocabulary(plain) == words
     evil = tmp_path / "evil.pkl"
     evil.write_bytes(
         b"cos\nsystem\n(S'touch " + str(tmp_path / "x").encode() + b"'\ntR."
     )
     with pytest.raises(ValueError, match="asks for os.system.*convert .* to a .json"):
-        ctr_files.vocabulary(evil)
+        ids.vocabulary(evil)
     assert not (tmp_path / "x").exists()
     for bad in (b"", b"nonsense", pickle.dumps([1]), pickle.dumps({"a": -1})):
         evil.write_bytes(bad)
         with pytest.raises(ValueError, match="evil.pkl: "):
-            ctr_files.vocabulary(evil)
+            ids.vocabulary(evil)
 
 
 def test_mimn_text(tmp_path):

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxpapers import hlo
 from jaxpapers.ops import search
+from jaxpapers.ops.behaviour_tree import build_ubt, ubt_query
 
 B, T = 5, 40
 
@@ -172,9 +173,9 @@ def histories(user, item, cat, time, users=5):
 def test_hard_search_is_brute_force_is_the_tree(k, seed):
     """Empty categories, an empty user, one behaviour, more than k, fewer than k."""
     item, cat, time, mask = histories(*log(seed))
-    tree = search.build_ubt(*log(seed), users=5)
+    tree = build_ubt(*log(seed), users=5)
     hard = jax.jit(search.hard_search, static_argnums=3)
-    query = jax.jit(search.ubt_query, static_argnums=3)
+    query = jax.jit(ubt_query, static_argnums=3)
     counts = []
     for target in range(6):
         targets = np.full(5, target)
@@ -201,8 +202,8 @@ def test_many_candidates_of_each_user():
     found = search.hard_search(
         wide, jnp.broadcast_to(mask[:, None], wide.shape), targets, 4
     )
-    tree = search.build_ubt(*log())
-    asked = search.ubt_query(
+    tree = build_ubt(*log())
+    asked = ubt_query(
         tree, jnp.broadcast_to(jnp.arange(5)[:, None], (5, 3)), targets, 4
     )
     for n in range(3):
@@ -216,10 +217,10 @@ def test_order_within_equal_times_is_the_only_freedom():
     rng = np.random.default_rng(3)
     shuffled = np.lexsort((rng.random(len(time)), time))
     trees = [
-        search.build_ubt(*(x[order] for x in (user, item, cat, time)))
+        build_ubt(*(x[order] for x in (user, item, cat, time)))
         for order in (slice(None), shuffled, rng.permutation(len(time)))
     ]
-    query = jax.jit(search.ubt_query, static_argnums=3)
+    query = jax.jit(ubt_query, static_argnums=3)
     differ = []
     for u in range(5):
         for c in range(4):
@@ -237,13 +238,13 @@ def test_order_within_equal_times_is_the_only_freedom():
 
 def test_the_trees_query_costs_the_same_for_long_histories():
     def cost(length):
-        tree = search.build_ubt(
+        tree = build_ubt(
             np.zeros(length, int), np.arange(length), np.arange(length) % 30,
             np.arange(length),
         )  # fmt: skip
         ids = jnp.zeros(8, jnp.int32)
         tree = jax.tree.map(jnp.asarray, tree)
-        query = jax.jit(search.ubt_query, static_argnums=3)
+        query = jax.jit(ubt_query, static_argnums=3)
         compiled = query.lower(tree, ids, ids, 200).compile()
         analysis = compiled.cost_analysis()
         return (
@@ -256,11 +257,11 @@ def test_the_trees_query_costs_the_same_for_long_histories():
 
 
 def test_an_empty_tree_and_unknown_users():
-    tree = search.build_ubt([], [], [], [], users=3)
+    tree = build_ubt([], [], [], [], users=3)
     ids = jnp.array([0, 2, 3, -1])
-    assert not np.asarray(search.ubt_query(tree, ids, ids, 2).valid).any()
-    tree = search.build_ubt([0, 0], [5, 6], [1, 1], [1, 2])
-    asked = search.ubt_query(tree, jnp.array([0, 1, -1]), jnp.array([1, 1, 1]), 3)
+    assert not np.asarray(ubt_query(tree, ids, ids, 2).valid).any()
+    tree = build_ubt([0, 0], [5, 6], [1, 1], [1, 2])
+    asked = ubt_query(tree, jnp.array([0, 1, -1]), jnp.array([1, 1, 1]), 3)
     np.testing.assert_array_equal(asked.items, [[6, 5, 0], [0, 0, 0], [0, 0, 0]])
 
 
@@ -339,14 +340,14 @@ def test_buckets_are_exact_at_every_power_of_two():
             "k=-1",
         ),
         (lambda: search.time_bucket(jnp.ones(1, int), buckets=0), "buckets >= 1"),
-        (lambda: search.build_ubt([0], [1], [2], []), "one length"),
-        (lambda: search.build_ubt([0], [1], [-2], [0]), "cat must be within"),
-        (lambda: search.build_ubt([0], [1], [7], [0], cats=7), "cat must be .* 0 .. 6"),
-        (lambda: search.build_ubt([3], [1], [7], [0], users=3), "user must be"),
-        (lambda: search.build_ubt([0], [1], [2], [2**31]), "time must be"),
+        (lambda: build_ubt([0], [1], [2], []), "one length"),
+        (lambda: build_ubt([0], [1], [-2], [0]), "cat must be within"),
+        (lambda: build_ubt([0], [1], [7], [0], cats=7), "cat must be .* 0 .. 6"),
+        (lambda: build_ubt([3], [1], [7], [0], users=3), "user must be"),
+        (lambda: build_ubt([0], [1], [2], [2**31]), "time must be"),
         (
-            lambda: search.ubt_query(
-                search.build_ubt([0], [1], [2], [3]), jnp.array(0), jnp.array(2), 0
+            lambda: ubt_query(
+                build_ubt([0], [1], [2], [3]), jnp.array(0), jnp.array(2), 0
             ),
             "k=0",
         ),

@@ -46,13 +46,12 @@ from jaxpapers.method.tables import row_gradient
 from jaxpapers.nets import behaviour, embedding, mlp
 from jaxpapers.nets.mlp import DiceState
 from jaxpapers.ops.attention import NORMALIZE
+from jaxpapers.ops.behaviour_tree import build_ubt, ubt_query
 from jaxpapers.ops.search import (
-    build_ubt,
     hard_search,
     time_bucket,
     topk_masked,
     topk_sharded,
-    ubt_query,
 )
 from jaxpapers.optim import rows
 from jaxpapers.papers.sim import units

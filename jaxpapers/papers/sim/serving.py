@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from jaxpapers.nets import behaviour, embedding
 from jaxpapers.ops import search
-from jaxpapers.ops.search import BehaviourTree, ubt_query
+from jaxpapers.ops.behaviour_tree import BehaviourTree, ubt_query
 from jaxpapers.papers.sim import units
 from jaxpapers.papers.sim.units import esu
 

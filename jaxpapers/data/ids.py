@@ -1,0 +1,124 @@
+"""Ids of embedding tables: by frequency, by name, from the papers' vocabularies."""
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxpapers.data.ctr import FIRST, OOV, Clicks
+
+
+def by_frequency(clicks: Clicks) -> Clicks:
+    """Renumbers ids by how often training has them; absent ones are out of vocabulary.
+
+    Candidates and histories count, each time they occur, as in DIEN's generate_voc; of
+    equally frequent ids the smaller old one is first.
+    """
+    train, log = clicks.train, clicks.log
+    cover = np.bincount(train.start, minlength=len(log.item) + 1)
+    cover -= np.bincount(train.stop, minlength=len(log.item) + 1)
+    times = np.cumsum(cover)[:-1]
+    maps, rows = {}, {}
+    for table, n in clicks.rows.items():
+        count = np.bincount(getattr(train, table), minlength=n)
+        if table != "user":
+            count += np.bincount(getattr(log, table), times, n).astype(count.dtype)
+        order = np.argsort(-count, kind="stable")
+        order = order[count[order] > 0]
+        maps[table] = np.full(n, OOV, np.int32)
+        maps[table][order] = np.arange(len(order)) + FIRST
+        rows[table] = len(order) + FIRST
+    return renumbered(clicks, maps, rows)
+
+
+def renumbered(
+    clicks: Clicks, maps: dict[str, np.ndarray], rows: dict[str, int]
+) -> Clicks:
+    """The same data under other ids.
+
+    Args:
+      clicks: the data.
+      maps: new ids by old ones for any of the tables "user", "item", "cate"; the log
+        needs "item" and "cate".
+      rows: rows of the tables afterwards.
+    """
+    train, test = (
+        s._replace(**{name: maps[name][getattr(s, name)] for name in maps})
+        for s in (clicks.train, clicks.test)
+    )
+    log = clicks.log
+    log = log._replace(item=maps["item"][log.item], cate=maps["cate"][log.cate])
+    return clicks._replace(train=train, test=test, log=log, rows=rows)
+
+
+def categories(genres: dict[int, str], category: str) -> tuple[np.ndarray, int]:
+    """Category ids of an item table from genre texts.
+
+    Args:
+      genres: item id (from 2) -> genres, separated by spaces or ``|``.
+      category: "first" genre or the "combination" in the order given.
+
+    Returns:
+      int32 category of every row of the item table (padding 0, rows without a genre text
+      1), and the rows of the category table.
+
+    Example:
+      >>> categories({2: "Drama", 3: "Action|Drama"}, "first")
+      (array([0, 1, 3, 2], dtype=int32), 4)
+    """
+    if category not in ("first", "combination"):
+        raise ValueError(f"category must be 'first' or 'combination', got {category!r}")
+    split = {item: text.replace("|", " ").split() for item, text in genres.items()}
+    name = {
+        item: " ".join(parts[:1] if category == "first" else parts)
+        for item, parts in split.items()
+    }
+    ids = {text: i for i, text in enumerate(sorted(set(name.values())), FIRST)}
+    table = np.full(max(name, default=1) + 1, OOV, np.int32)
+    table[0] = 0
+    for item, text in name.items():
+        table[item] = ids[text]
+    return table, len(ids) + FIRST
+
+
+def sorted_ids(codes: dict[str, int]) -> np.ndarray:
+    """Ids in the order of the sorted names, by code."""
+    ids = np.empty(len(codes), np.int32)
+    ids[[codes[name] for name in sorted(codes)]] = np.arange(len(codes)) + FIRST
+    return ids
+
+
+def vocabulary(path: str | Path) -> dict[str, int]:
+    """A vocabulary name -> number from a .json file or one of DIEN's .pkl files.
+
+    A pickle can run any code, so only one of plain containers, texts and numbers is read.
+
+    Raises:
+      ValueError: the pickle wants anything else, or there is no such dict in the file.
+    """
+    path = Path(path).expanduser()
+    try:
+        with open(path, "rb") as f:
+            loaded = json.load(f) if path.suffix == ".json" else _Plain(f).load()
+    except (ValueError, pickle.UnpicklingError, EOFError, IndexError, KeyError) as e:
+        raise ValueError(f"{path}: not a plain vocabulary: {e}") from e
+    if not isinstance(loaded, dict) or not all(
+        isinstance(k, str) and type(v) is int and v >= 0 for k, v in loaded.items()
+    ):
+        raise ValueError(f"{path}: expected a dict of names to numbers >= 0")
+    return loaded
+
+
+class _Plain(pickle.Unpickler):
+    """Unpickles builtin containers, texts and numbers, which need no class."""
+
+    def __init__(self, file: Any):
+        super().__init__(file, encoding="utf-8")  # DIEN's are of Python 2.
+
+    def find_class(self, module_name: str, global_name: str, /) -> Any:
+        raise pickle.UnpicklingError(
+            f"it asks for {module_name}.{global_name}, which is not loaded for safety; "
+            "convert the vocabulary to a .json file of name -> number"
+        )

@@ -1,0 +1,86 @@
+"""Text files line by line: gzip, progress, and errors that name the line."""
+
+import ast
+import contextlib
+import gzip
+import json
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+Progress = Callable[[int, int], None]
+
+_REPORT_LINES = 1 << 16
+
+
+def records(
+    path: str | Path,
+    parse: Callable[[str], Any],
+    *,
+    header: bool = False,
+    progress: Progress | None = None,
+) -> Iterator[Any]:
+    """Parsed lines of a text file, also gzipped; empty lines are left out.
+
+    Args:
+      path: read as UTF-8; gzip is recognised by the suffix .gz.
+      parse: line without its end -> value; the docstring of its owner says the form.
+      header: whether the first line is one.
+      progress: is called with bytes read and bytes of the file now and then and at the
+        end; compressed bytes of a gzipped file.
+
+    Raises:
+      ValueError: ``parse`` raised one, or Key-, Index-, Type- or OverflowError: with the
+        line's number, as for one that is not UTF-8; a broken gzip file.
+    """
+    path = Path(path).expanduser()
+    total = path.stat().st_size
+    with open(path, "rb") as raw, _binary(path, raw) as binary:
+        for number, line in _numbered(path, binary):
+            line = line.rstrip(b"\r\n")
+            if line and (number > 1 or not header):
+                try:
+                    value = parse(line.decode())
+                except (ValueError, LookupError, TypeError, OverflowError) as e:
+                    raise ValueError(
+                        f"{path}, line {number} is malformed ({type(e).__name__}: {e}): "
+                        f"{line[:100]!r}; correct or remove it"
+                    ) from e
+                yield value
+            if progress is not None and number % _REPORT_LINES == 0:
+                progress(raw.tell(), total)
+    if progress is not None:
+        progress(total, total)
+
+
+def literal(line: str) -> dict:
+    """A dict from its Python or JSON text, without evaluating anything."""
+    try:
+        # JSON is 20 times as fast, and no Python text with another meaning is JSON.
+        row = json.loads(line) if line.startswith('{"') else ast.literal_eval(line)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        try:
+            row = ast.literal_eval(line)
+        except (SyntaxError, MemoryError, RecursionError) as e:
+            raise ValueError(f"neither Python nor JSON: {e}") from e
+    if not isinstance(row, dict):
+        raise ValueError("not a dict")
+    return row
+
+
+def _binary(path: Path, raw: Any) -> Any:
+    if path.suffix == ".gz":
+        return gzip.GzipFile(fileobj=raw)
+    return contextlib.nullcontext(raw)
+
+
+def _numbered(path: Path, binary: Any) -> Iterator[tuple[int, bytes]]:
+    number = 0
+    try:
+        for number, line in enumerate(binary, 1):  # noqa: B007
+            yield number, line
+    except (gzip.BadGzipFile, EOFError, zlib.error) as e:
+        raise ValueError(
+            f"{path}: unreadable after line {number}: {e}; copy the file again"
+        ) from e
