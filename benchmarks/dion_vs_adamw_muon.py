@@ -50,7 +50,7 @@ GRID = {
 }
 OPTIMIZER = {
     "adamw": {"optim.name": "adamw"},
-    "muon": {"optim.name": "muon", "optim.scalar_lr": SCALAR_LR},
+    "muon": {"optim.name": "optax_muon", "optim.scalar_lr": SCALAR_LR},
     "dion": {"optim.rank_fraction": 0.25, "optim.scalar_lr": SCALAR_LR},
     "dion_full": {"optim.rank_fraction": 1.0, "optim.scalar_lr": SCALAR_LR},
 }

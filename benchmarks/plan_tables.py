@@ -39,7 +39,7 @@ SLICES = [
 ]
 OPTIMIZERS = {
     "dion 1/4": {"optim.name": "dion", "optim.rank_fraction": 0.25},
-    "muon (optax)": {"optim.name": "muon", "optim.scalar": "adamw"},
+    "muon (optax)": {"optim.name": "optax_muon", "optim.scalar": "adamw"},
     "adamw": {"optim.name": "adamw", "optim.scalar": "adamw"},
     # Only where there are replicas.
     "dion 1/4, lowrank sync": {

@@ -51,20 +51,22 @@ def get_config(preset: str | None = None) -> ConfigDict:
                 "unroll": 4,
             },
             "optim": {
-                "name": "dion",
+                "name": "dion",  # dion2, muon, normuon; rivals: optax_muon, adamw
                 "lr": 0.01,
                 "scalar_lr": 0.01,  # of what is no hidden matrix; 0: as lr
                 "weight_decay": 0.01,
                 "warmup": 0.0,  # shares of the run
                 "cooldown": 0.4,
                 "clip": 1.0,  # global gradient norm; 0: none
-                "rank_fraction": 0.25,
+                "rank_fraction": 0.25,  # of dion; of dion2, its share of rows
                 "rank_multiple_of": 1,
                 "rank_schedule": "",  # "1000:0.125,2000:0.5": other ranks from steps on
                 "mu": 0.95,
                 "orthogonalize": "scqr",
+                "right_factor": "colnorm",  # orth: Orth-Dion
                 "momentum_dtype": "",  # "": float32, as the parameters
                 "q_dtype": "",
+                "communication_dtype": "",  # of P between devices; "": float32
                 "scalar": "adamw",
                 "b1": 0.9,
                 "b2": 0.95,
@@ -96,7 +98,7 @@ def get_config(preset: str | None = None) -> ConfigDict:
     elif preset == "adamw":
         config.optim.update(name="adamw", lr=0.004, scalar_lr=0.0)
     elif preset == "muon":
-        config.optim.update(name="muon", lr=0.02)
+        config.optim.update(name="optax_muon", lr=0.02)
     elif preset == "160m":
         config.data.update(context=1024, batch=1024, eval_batch=64)
         config.net.update(vocab_size=50304, width=768, layers=12, heads=6, unroll=1)

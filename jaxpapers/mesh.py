@@ -79,8 +79,9 @@ def state_shardings(state: Any, rules: Sequence[tuple[str, Any]], mesh: Mesh) ->
     """NamedSharding of every leaf of a State, by rules.
 
     A leaf that no rule matches is replicated. Optimizer state repeats its parameter's
-    path, so the parameter's rule serves both; scalars and leaves of another shape are
-    replicated unless a function rule before it says otherwise (see ``Method.rules``).
+    path, so the parameter's rule serves both; axes reduced to size 1 are whole, and
+    leaves of any other shape are replicated unless a function rule before it says
+    otherwise (see ``Method.rules``).
 
     Args:
       state: State of arrays or shapes.
@@ -111,9 +112,9 @@ def state_shardings(state: Any, rules: Sequence[tuple[str, Any]], mesh: Mesh) ->
                 param_spec = spec_of(owner, params[owner])
                 return spec(owner, leaf, params[owner], param_spec)
             used.add(i)
-            if owner is not None and leaf.shape != params[owner].shape:
-                return P()
-            return spec
+            if owner is None:
+                return spec
+            return _for_shape(spec, leaf.shape, params[owner].shape)
         return P()
 
     def sharding(path, leaf):
@@ -134,6 +135,18 @@ def state_shardings(state: Any, rules: Sequence[tuple[str, Any]], mesh: Mesh) ->
             f"{list(params)[:6]} ..."
         )
     return result
+
+
+def _for_shape(spec: P, shape: Sequence[int], param_shape: Sequence[int]) -> P:
+    """The parameter's spec for a leaf that keeps or reduces each of its axes."""
+    if tuple(shape) == tuple(param_shape):
+        return spec
+    if len(shape) != len(param_shape) or any(
+        n not in (1, m) for n, m in zip(shape, param_shape)
+    ):
+        return P()
+    entries = tuple(spec)
+    return P(*(e if n == m else None for e, n, m in zip(entries, shape, param_shape)))
 
 
 def check_divides(name: str, shape: Sequence[int], spec: P, mesh: Mesh) -> None:

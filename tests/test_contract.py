@@ -65,7 +65,7 @@ BAD = {
     "dion": {
         "net.heads": (5, "multiple of heads"),
         "net.dtype": ("float64", "bfloat16"),
-        "optim.name": ("sgd", "dion, muon or adamw"),
+        "optim.name": ("sgd", "dion, dion2, muon"),
         "optim.rank_fraction": (1.5, "rank_fraction"),
         "optim.mu": (-0.5, "mu"),
         "optim.orthogonalize": ("lu", "orthogonalize"),

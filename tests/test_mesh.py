@@ -99,6 +99,20 @@ def test_optimizer_state_follows_its_parameter():
     assert factored.v_row["a"]["kernel"] == factored.v_col["a"]["kernel"] == P()
 
 
+def test_an_axis_reduced_to_one_is_whole():
+    """Adafactor-like statistics that keep their parameter's rank follow its rule."""
+
+    def init(params):
+        rows = jax.tree.map(lambda x: jnp.zeros((*x.shape[:-1], 1)), params)
+        return {"rows": rows, "other": jax.tree.map(lambda x: x[..., :3], params)}
+
+    tx = optax.GradientTransformation(init, lambda g, s, p=None: (g, s))
+    params = {"a": jax.ShapeDtypeStruct((16, 8), F32)}
+    found = specs([("^params/a|a$", P("data", "model"))], tx, params).opt_state
+    assert found["rows"]["a"] == P("data", None)
+    assert found["other"]["a"] == P()
+
+
 def test_dions_q_has_a_spec_of_its_own():
     rules = [
         *optim.state_rules(),

@@ -207,11 +207,12 @@ def inference(config: Any) -> Any:
 
 
 def optimizer(config: Any) -> optax.GradientTransformation:
-    """The optimizer of ``config.optim``: dion, muon (optax.contrib) or adamw.
+    """The optimizer of ``config.optim``.
 
-    All three share clipping, schedule and betas; embedding and head do not decay. Norm
-    gains decay under dion and adamw, not under muon, whose AdamW part has one decay for
-    all of its leaves.
+    ``dion``, ``dion2``, ``muon`` and ``normuon`` are this package's, on sharded matrices;
+    ``optax_muon`` (optax.contrib) and ``adamw`` are what they are compared with. All
+    share clipping, schedule and betas; embedding and head do not decay. Norm gains decay,
+    but not under optax_muon, whose AdamW part has one decay for all of its leaves.
 
     Raises:
       ValueError: unknown name, shares of the schedule that exceed the run, or
@@ -239,6 +240,16 @@ def optimizer(config: Any) -> optax.GradientTransformation:
         c.scalar_lr or c.lr, config.train.steps, c.warmup, c.cooldown
     )
     decays = functools.partial(jax.tree.map, lambda label: label in ("dion", "scalar"))
+    family: dict[str, Any] = dict(
+        weight_dimension_numbers=dimensions,
+        momentum_dtype=c.momentum_dtype or None,
+        sharding=lambda path, leaf: param_spec(transformer.RULES, path),
+        weight_decay=c.weight_decay,
+        scalar=c.scalar,
+        scalar_learning_rate=scalar_rate,
+        scalar_b1=c.b1,
+        scalar_b2=c.b2,
+    )
     if c.name == "dion":
         tx = optim.dion(
             rate,
@@ -246,18 +257,18 @@ def optimizer(config: Any) -> optax.GradientTransformation:
             c.rank_multiple_of,
             c.mu,
             orthogonalize=c.orthogonalize,
-            weight_dimension_numbers=dimensions,
-            momentum_dtype=c.momentum_dtype or None,
+            right_factor=c.right_factor,
             q_dtype=c.q_dtype or None,
-            sharding=lambda path, leaf: param_spec(transformer.RULES, path),
-            weight_decay=c.weight_decay,
-            scalar=c.scalar,
-            scalar_learning_rate=scalar_rate,
-            scalar_b1=c.b1,
-            scalar_b2=c.b2,
+            communication_dtype=c.communication_dtype or None,
             replicate_axis="replica" if sync == "lowrank" else None,
+            **family,
         )
-    elif c.name == "muon":
+    elif c.name == "dion2":
+        tx = optim.dion2(rate, c.rank_fraction, c.mu, **family)
+    elif c.name in ("muon", "normuon"):
+        make_muon = optim.muon if c.name == "muon" else optim.normuon
+        tx = make_muon(rate, c.mu, **family)
+    elif c.name == "optax_muon":
         tx = optax.contrib.muon(
             rate,
             weight_decay=c.weight_decay,
@@ -277,7 +288,8 @@ def optimizer(config: Any) -> optax.GradientTransformation:
         )
     else:
         raise ValueError(
-            f"config.optim.name must be dion, muon or adamw, got {c.name!r}"
+            "config.optim.name must be dion, dion2, muon, normuon, optax_muon or adamw, "
+            f"got {c.name!r}"
         )
     return optax.chain(optax.clip_by_global_norm(c.clip), tx) if c.clip else tx
 
@@ -356,7 +368,7 @@ def resize(state: State, target: State) -> State:
 
 def _labels(params, *, name, scalar):
     labels = routing.route(params, dimensions)
-    scalar = scalar if name == "dion" else "adamw"
+    scalar = "adamw" if name in ("optax_muon", "adamw") else scalar
     return jax.tree.map(lambda x: name if x == "dion" else scalar, labels)
 
 

@@ -7,6 +7,8 @@ import optax
 import pytest
 
 from jaxpapers import checkpoint, run
+from jaxpapers import mesh as meshes
+from jaxpapers import train as trainer
 from jaxpapers.nets.transformer import Transformer
 from jaxpapers.papers import dion
 
@@ -105,7 +107,7 @@ def test_presets_route_every_leaf(preset):
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("name", "sgd", "must be dion, muon or adamw"),
+        ("name", "sgd", "must be dion, dion2, muon"),
         ("warmup", 0.8, "at most 1 together"),
         ("rank_fraction", 1.5, r"rank_fraction must be in \(0, 1\]"),
         ("mu", -0.1, "mu must be in"),
@@ -121,11 +123,59 @@ def test_make_refuses(field, value, message):
         jax.eval_shape(method.init, jax.random.key(0), batch)
 
 
-@pytest.mark.parametrize("name", ["dion", "adamw", "muon"])
+FAMILY = ("dion", "dion2", "muon", "normuon")
+SMALL = {
+    "data.context": 16, "net.width": 32, "net.heads": 2, "net.layers": 2,
+    "optim.scalar_lr": 0.001, "optim.cooldown": 0.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"optim.name": name} for name in FAMILY[1:]]
+    + [{"optim.right_factor": "orth", "optim.communication_dtype": "float32"}],
+    ids=str,
+)
+def test_the_family_by_config(fields, key):
+    """Three steps on data x model equal those of one device; states keep their place."""
+    fields = [f"--config.{k}={v}" for k, v in {**SMALL, **fields}.items()]
+    method = dion.make(run.load_config("dion:smoke", fields))
+    tokens = np.asarray(jax.random.randint(key, (3, 8, 17), 0, 256))
+    ends = []
+    for sizes in ((1, 1), (2, 2)):
+        count = sizes[0] * sizes[1]
+        mesh = meshes.make_mesh(
+            dict(zip(("data", "model"), sizes)), jax.devices()[:count]
+        )
+        compiled = trainer.compile(method, mesh, {"tokens": tokens[0]})
+        state = compiled.init(key)
+        for batch in tokens:
+            placed = meshes.put_batch({"tokens": batch}, mesh, len(batch))
+            state, metrics = compiled.executable(state, placed)
+        ends.append((jax.device_get(state.params), float(metrics["loss"])))
+        if fields[-1].endswith("normuon") and count > 1:
+            rows = [
+                leaf.sharding.spec
+                for path, leaf in jax.tree_util.tree_leaves_with_path(state.opt_state)
+                if "row_square" in jax.tree_util.keystr(path)
+            ]
+            assert any("model" in spec or "data" in spec for spec in rows)
+    (params, loss), (other, other_loss) = ends
+    assert loss == pytest.approx(other_loss, rel=1e-4)
+    # Five Newton-Schulz steps enlarge what rounds to a small singular value 3.4^5 times.
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=2e-4), params, other
+    )
+    start = method.init(key, {"tokens": tokens[0]}).params
+    moved = jax.tree.map(lambda x, y: np.abs(x - y).max(), start, params)
+    assert min(jax.tree.leaves(moved)) > 2 * 2e-4
+
+
+@pytest.mark.parametrize("name", [*FAMILY, "adamw", "optax_muon"])
 @pytest.mark.slow
 def test_learns_the_standard_library(name, tmp_path):
     """300 steps of a small model: far below the order-0 entropy of the same bytes."""
-    lr = {"dion": 0.02, "muon": 0.02, "adamw": 0.004}[name]
+    lr = 0.004 if name == "adamw" else 0.02
     result = run.train(
         "dion:smoke",
         [
