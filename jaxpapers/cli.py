@@ -242,6 +242,9 @@ def _parser() -> argparse.ArgumentParser:
                      help="join the processes of a pod or SLURM job")  # fmt: skip
     sub.add_argument("--local-device-ids", metavar="0,1",
                      help="devices of this process, with --distributed")  # fmt: skip
+    sub.add_argument("--heartbeat", metavar="SECONDS", type=int, default=100,
+                     help="with --distributed: silence after which a process is dead "
+                     "and the others end (default: %(default)s)")  # fmt: skip
 
     sub = command("plan", _plan, "compile the training step for a pod: does it fit, "
                   "what does it send")  # fmt: skip
@@ -312,7 +315,9 @@ def _set_up_devices(options: argparse.Namespace) -> None:
         from jaxpapers import mesh
 
         ids = options.local_device_ids
-        mesh.start_distributed([int(i) for i in ids.split(",")] if ids else None)
+        mesh.start_distributed(
+            [int(i) for i in ids.split(",")] if ids else None, options.heartbeat
+        )
 
 
 def _has_only_cpus() -> bool:

@@ -210,12 +210,26 @@ def put_batch(batch: Any, mesh: Mesh, size: int) -> Any:
     )
 
 
-def start_distributed(local_device_ids: Sequence[int] | None = None) -> None:
+def start_distributed(
+    local_device_ids: Sequence[int] | None = None, heartbeat: int = 100
+) -> None:
     """Joins the processes of a pod or SLURM job; call before anything touches a device.
 
     Coordinator, process count and rank are read from the environment by JAX.
+
+    Args:
+      local_device_ids: devices of this process; None: as JAX finds them.
+      heartbeat: seconds without a sign of life after which a process counts as dead and
+        the others end with an error; 100 is JAX's own choice.
+
+    Raises:
+      ValueError: heartbeat below 1.
     """
-    jax.distributed.initialize(local_device_ids=local_device_ids)
+    if heartbeat < 1:
+        raise ValueError(f"--heartbeat must be at least 1 second, got {heartbeat}")
+    jax.distributed.initialize(
+        local_device_ids=local_device_ids, heartbeat_timeout_seconds=heartbeat
+    )
 
 
 def _batch_axes(mesh: Mesh) -> tuple[str, ...]:

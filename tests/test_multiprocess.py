@@ -172,6 +172,45 @@ def slurm(count, workdir, *arguments):
     ]  # fmt: skip
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_the_command_line_stops(how, tmp_path):
+    """One of two processes gets a signal; what is on disk by then goes on."""
+    corpus = tmp_path / "text.py"
+    corpus.write_text("def f(x):\n    return x + 1\n\n\n" * 100)
+    fields = {**SMALL, "data.path": corpus, "train.sample": 0, "train.steps": 10**6,
+              "train.save_every": 2, "optim.cooldown": 0.0}  # fmt: skip
+    overrides = [f"--config.{k}={v}" for k, v in fields.items()]
+    workdir = tmp_path / "run"
+    processes = slurm(2, workdir, *overrides, "--mesh=data:4", "--heartbeat=10")
+    try:
+        saved = workdir / "checkpoints" / "4"
+        began = time.monotonic()
+        while not saved.exists() and time.monotonic() - began < 300:
+            assert all(p.poll() is None for p in processes)
+            time.sleep(0.2)
+        os.kill(processes[1].pid, how)
+        began = time.monotonic()
+    finally:
+        codes, _, errors = finish(processes)
+    if how == signal.SIGTERM:
+        assert codes == [train.PREEMPTED] * 2, errors
+    else:
+        assert codes[0] not in (0, train.PREEMPTED), errors
+        assert time.monotonic() - began < 60
+    steps = [
+        int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()
+    ]
+    last = max(steps)
+    code, _, errors = finish(
+        slurm(
+            1, workdir, *overrides, f"--config.train.steps={last + 2}", "--mesh=data:4"
+        )
+    )
+    assert code == [0], errors
+    assert last + 2 in losses(workdir)
+
+
 def losses(workdir):
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]

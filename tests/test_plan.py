@@ -1,7 +1,10 @@
 """Plans: closed forms against the compiler, and the TPU compiler without a TPU."""
 
 import importlib.util
+import json
 import platform
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -158,3 +161,18 @@ def test_command_line(capsys):
     assert "forward/backward" in capsys.readouterr().out
     assert cli.main([*arguments, "--topology", "v9:1"]) == 1
     assert "cannot describe 'v9:1'" in capsys.readouterr().err
+
+
+def test_fake_devices_and_json(tmp_path):
+    """As a user calls it: nothing but the JSON on standard output."""
+    done = subprocess.run(
+        [sys.executable, "-m", "jaxpapers", "plan", "dion:smoke", *SMALL, "--json",
+         "--fake-devices=4", "--mesh=data:2,model:2"],
+        capture_output=True, text=True, timeout=300, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["devices"] == 4 and found["mesh"] == {"data": 2, "model": 2}
+    parts = {row["part"] for row in found["collectives"]}
+    assert parts >= {"forward/backward", "optimizer"}
+    assert found["flops"] > 0
