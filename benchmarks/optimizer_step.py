@@ -111,7 +111,11 @@ def torch_steps(shape, microsoft: str | None) -> dict:
 
 
 def pieces(shape) -> dict:
-    """What a rank-1/4 step is made of: its products and its orthonormalisation."""
+    """What a rank-1/4 step is made of: its products and its orthonormalisation.
+
+    Of the latter also the parts: the default takes at least one Gram matrix, one Cholesky
+    factorisation and one triangular solve, and more for an ill-conditioned factor.
+    """
     l, s = max(shape), min(shape)
     r = s // 4
     b, q, p = (jax.random.normal(jax.random.key(i), x)
@@ -131,10 +135,20 @@ def pieces(shape) -> dict:
 
     one = jax.jit(lambda b, q: dot("ls,sr->lr", b, q))
     basis = jax.jit(optim.orthonormalize)
+    gram = jax.jit(lambda p: dot("lr,lq->rq", p, p))
+    factor = jax.jit(jnp.linalg.cholesky)
+    solve = jax.jit(
+        lambda c, p: jax.scipy.linalg.solve_triangular(c, p.T, lower=True).T
+    )
+    whole = gram(p)
+    lower = factor(whole)
     made = {
         "matrix product l x s x s/4": lambda: one(b, q),
         "the four products of a step": lambda: products(b, q, p),
         "orthonormalize l x s/4, scqr": lambda: basis(p),
+        "Gram matrix of l x s/4": lambda: gram(p),
+        "Cholesky of s/4 x s/4": lambda: factor(whole),
+        "triangular solve of l x s/4": lambda: solve(lower, p),
     }
     for run in made.values():
         jax.block_until_ready(run())
@@ -172,6 +186,14 @@ def matrix(shape, repetitions: int, microsoft: str | None) -> dict:
             "plain_product_gflop_per_s": plain,
             "share_of_cpu_time": {
                 **{name: times[name]["cpu_ms"] / step["cpu_ms"] for name in parts},
+                **{
+                    f"  one {name}": times[name]["cpu_ms"] / step["cpu_ms"]
+                    for name in (
+                        "Gram matrix of l x s/4",
+                        "Cholesky of s/4 x s/4",
+                        "triangular solve of l x s/4",
+                    )
+                },
                 "sums and copies": 1
                 - sum(times[name]["cpu_ms"] for name in parts) / step["cpu_ms"],
             },

@@ -200,16 +200,43 @@ def test_own_network_and_optimizer():
     assert int(state.step) == 1 and np.isfinite(float(metrics["loss"]))
 
 
-def test_rank_schedule(tmp_path):
-    """A run whose rank changes twice, stopped in between, goes on bitwise."""
+@pytest.fixture
+def tiny(tmp_path):
+    """Overrides of a run that takes seconds, on a text of its own."""
     corpus = tmp_path / "text.py"
     corpus.write_text("".join(f"x{i} = {i * i % 11}\n" for i in range(2000)))
     fields = {
         "data.path": corpus, "data.context": 16, "data.batch": 8, "data.eval_batch": 8,
         "net.width": 32, "net.heads": 2, "train.sample": 0, "optim.cooldown": 0.0,
-        "optim.rank_schedule": "2:0.5,5:1.0",
     }  # fmt: skip
-    fields = [f"--config.{k}={v}" for k, v in fields.items()]
+    return [f"--config.{k}={v}" for k, v in fields.items()]
+
+
+def test_an_adamw_run_goes_on_with_dion(tiny, tmp_path):
+    """Dion starts from AdamW's parameters, with a fresh state and its own first step."""
+    before, after = tmp_path / "adamw", tmp_path / "dion"
+    run.train(
+        "dion:smoke",
+        [*tiny, "--config.optim.name=adamw", "--config.train.steps=3"],
+        workdir=str(before),
+        quiet=True,
+    )
+    start = run.load_run(str(before))[-1].params
+    given = [*tiny, "--config.train.steps=1", f"--config.train.init_from={before}"]
+    run.train("dion:smoke", given, workdir=str(after), quiet=True)
+    end = run.load_run(str(after))[-1].params
+    old, new = (x["layers"]["attention"]["query"]["kernel"] for x in (start, end))
+    change = new - (1 - 0.01 * 0.01) * old
+    # One update of rank 1/4: orthonormal columns on both sides, scaled by lr.
+    singular = np.linalg.svd(np.asarray(change, np.float64), compute_uv=False)
+    assert (singular[:, 8:] < 1e-3 * singular[:, :1]).all()
+    assert (singular[:, 0] <= 0.01 * np.sqrt(8) * (1 + 1e-4)).all()
+    assert (singular[:, 0] > 0.001).all()
+
+
+def test_rank_schedule(tiny, tmp_path):
+    """A run whose rank changes twice, stopped in between, goes on bitwise."""
+    fields = [*tiny, "--config.optim.rank_schedule=2:0.5,5:1.0"]
 
     def train(folder, steps):
         workdir = str(tmp_path / folder)
