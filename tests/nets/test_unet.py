@@ -2,6 +2,7 @@
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -48,6 +49,26 @@ def small():
 
     np.testing.assert_array_equal(run(params, X, TIME, WORD), 0 * X)
     return opened, functools.partial(run, opened)
+
+
+def test_group_norm_is_that_of_flax(key):
+    """Values and gradients, of pictures whose mean is not 0."""
+    x = 3 + 2 * jax.random.normal(key, (2, 4, 6, 8))
+    params = {"scale": jnp.linspace(0.5, 2, 8), "bias": jnp.linspace(-1, 1, 8)}
+    nets = unet.GroupNorm(4, jnp.float32), nn.GroupNorm(4, epsilon=1e-6)
+    weight = jax.random.normal(jax.random.key(1), x.shape)
+
+    def value(net, params, x):
+        return (weight * jnp.sin(net.apply({"params": params}, x))).sum()
+
+    found, expected = (
+        jax.value_and_grad(value, (1, 2))(net, params, x) for net in nets
+    )
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5),
+        found,
+        expected,
+    )
 
 
 def test_it_sees_picture_time_and_word(small):
