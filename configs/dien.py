@@ -25,6 +25,7 @@ def get_config(preset: str | None = None) -> ConfigDict:
             "data": {
                 "task": "click",
                 "source": "amazon",
+                "protocol": "dien",  # of amazon: who is tested, which negatives; din
                 "path": "",
                 "target": "next_item",  # rating; of ml-100k
                 "order": "row",  # of equal times in ml-100k; id

@@ -24,6 +24,7 @@ def get_config(preset: str | None = None) -> ConfigDict:
             "data": {
                 "task": "click",
                 "source": "amazon",
+                "protocol": "din",  # of amazon: who is tested, which negatives; dien
                 "path": "",
                 "target": "next_item",  # rating; of ml-100k
                 "order": "row",  # of equal times in ml-100k; id

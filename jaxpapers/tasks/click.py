@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxpapers import mesh as meshes
-from jaxpapers.data import ctr, ctr_files, ctr_tasks, fetch
+from jaxpapers.data import ctr, ctr_files, ctr_tasks, fetch, lines
 from jaxpapers.ops import ranking
 from jaxpapers.tasks import Task, named
 
@@ -126,12 +126,16 @@ def load(config: Any, method: Any, mesh: Any) -> Task:
 def read(config: Any) -> ctr.Clicks:
     """The data that ``config.data`` names: source, path, target, order, split, shuffled.
 
+    Of amazon also the protocol, where the config has one; else DIN's.
+
     Raises:
       FileNotFoundError: files that are not there; says which, and where to get them.
       ValueError: unknown names.
     """
     c = config.data
-    clicks = _read(c.source, c.path, c.target, c.order, c.categories)
+    clicks = _read(
+        c.source, c.path, c.target, c.order, c.categories, c.get("protocol", "din")
+    )
     if c.split not in SPLITS:
         raise ValueError(f"config.data.split must be one of {SPLITS}, got {c.split!r}")
     if c.split == "validation":
@@ -140,7 +144,7 @@ def read(config: Any) -> ctr.Clicks:
 
 
 @functools.lru_cache(maxsize=2)
-def _read(source, path, target, order, categories) -> ctr.Clicks:
+def _read(source, path, target, order, categories, protocol) -> ctr.Clicks:
     if target not in TARGETS:
         raise ValueError(f"config.data.target must be one of {TARGETS}, got {target!r}")
     if source == "ml-100k":
@@ -150,7 +154,9 @@ def _read(source, path, target, order, categories) -> ctr.Clicks:
         )
         clicks = task(ratings, order=order)
     elif source in _READERS:
-        clicks = _READERS[source](*_files(source, path))
+        own = {"protocol": protocol} if source == "amazon" else {}
+        files = _files(source, path)
+        clicks = _READERS[source](*files, progress=lines.print_progress, **own)
     else:
         raise ValueError(
             f"config.data.source must be one of {('ml-100k', *_READERS)}, got {source!r}"

@@ -182,14 +182,16 @@ def read(config: Any) -> Clicks:
             "Criteo's conversion logs are downloaded under Criteo's terms; pass "
             "--config.data.path=data.txt, or try the preset defer:cdnow"
         )
-    from jaxpapers.data import conversions, fetch
+    from jaxpapers.data import conversions, fetch, lines
 
     if c.source == "synthetic":
         data = conversions.synthetic(c.clicks, seed=c.seed, w1=c.w1, w2=c.w2)
     elif c.source == "cdnow":
         data = conversions.cdnow(c.path or fetch.get("cdnow"))
     else:
-        data = conversions.criteo(c.path, window_days=c.w2)
+        data = conversions.criteo(
+            c.path, window_days=c.w2, progress=lines.print_progress
+        )
     day = conversions.DAY if c.source == "criteo" else 1.0
     x = data.features
     if x.shape[1] != config.net.features:

@@ -123,6 +123,34 @@ def test_malformed_review(tmp_path, line):
         ctr_files.amazon(path, path)
 
 
+@pytest.mark.parametrize("line", ["{'asin': 'a'}", "{'asin': 'a', 'categories': []}"])
+def test_malformed_product(amazon, tmp_path, line):
+    path = tmp_path / "meta.json"
+    path.write_text(f"{{'asin': 'a', 'categories': [['x']]}}\n{line}\n")
+    with pytest.raises(ValueError, match="meta.json, line 2 is malformed"):
+        ctr_files.amazon(amazon[0], path)
+
+
+def test_malformed_film(tmp_path):
+    ratings, movies = tmp_path / "ratings.csv", tmp_path / "movies.csv"
+    ratings.write_text("userId,movieId,rating,timestamp\n1,1,4.0,10\n")
+    movies.write_text("movieId,title,genres\n1,Film,Drama\nx,Film,Drama\n")
+    with pytest.raises(ValueError, match="movies.csv, line 3 is malformed"):
+        ctr_files.movielens_20m(ratings, movies)
+    (tmp_path / "ml-100k.item").write_text("item_id:token\n1\tFilm\t1995\n")
+    (tmp_path / "ml-100k.inter").write_text("user_id:token\n")
+    with pytest.raises(ValueError, match="ml-100k.item, line 2 is malformed"):
+        ctr_files.ml_100k(tmp_path)
+
+
+def test_progress_of_large_files_alone_is_printed(capsys):
+    lines.print_progress(10, 20)
+    assert not capsys.readouterr().err
+    lines.print_progress(150_000_000, 300_000_000)
+    lines.print_progress(300_000_000, 300_000_000)
+    assert capsys.readouterr().err.endswith("\r300 of 300 MB read\n")
+
+
 def test_broken_gzip_and_progress(amazon, tmp_path, monkeypatch):
     monkeypatch.setattr(lines, "_REPORT_LINES", 2)
     calls = []

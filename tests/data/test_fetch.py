@@ -182,7 +182,7 @@ def test_files_and_wheels_of_the_user(cache, source):
     assert source["calls"] == 0
 
 
-def test_pip_is_asked_by_name_and_installs_nothing(cache, monkeypatch):
+def test_pip_is_asked_by_name_and_installs_nothing(cache, monkeypatch, capsys):
     commands = []
 
     def run(command, **kwargs):
@@ -193,6 +193,9 @@ def test_pip_is_asked_by_name_and_installs_nothing(cache, monkeypatch):
 
     monkeypatch.setattr(subprocess, "run", run)
     assert contents(fetch.get("toy", cache)) == WHOLE
+    assert TOY.terms in capsys.readouterr().err
+    assert contents(fetch.get("toy", cache)) == WHOLE
+    assert not capsys.readouterr().err
     (command,) = commands
     assert command[:4] == [sys.executable, "-m", "pip", "download"]
     assert command[-1] == "toy-package==1.2"
