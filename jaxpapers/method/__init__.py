@@ -49,7 +49,8 @@ class Method(NamedTuple):
     Attributes:
       init: (key, batch) -> State; a batch of shapes is enough.
       loss: (params, batch, key) -> (scalar, dict of scalars).
-      update: (state, batch) -> (state, dict of scalars): one optimizer step.
+      update: (state, batch) -> (state, dict of scalars): one optimizer step, or one round
+        of a method whose update is several.
       sampler: (params, key, ...) -> arrays, or None.
       rules: (regex over the leaf's "/"-joined path, PartitionSpec), first match wins. A
         function instead of a PartitionSpec is for leaves that belong to a parameter but

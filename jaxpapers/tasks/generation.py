@@ -63,6 +63,10 @@ def load(config: Any, method: Any, mesh: Any) -> Task:
         if not quick and _shortened(config):
             full = measure(sample(state, 0, count, full=True), True)
             values |= {f"validation_full_chain_{k}": v for k, v in full.items()}
+        if not quick and not picture:
+            # Beside the exact distances: those of as many points of the data themselves.
+            floor = measure(source.train[:count], False)
+            values |= {f"floor_{k}": v for k, v in floor.items() if k != "sliced_w2"}
         if method.diagnose:
             values |= _diagnosis(method, mesh, source, sample, state)
         return values

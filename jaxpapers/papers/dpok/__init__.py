@@ -142,6 +142,10 @@ def loss(
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Policy and value losses on one round, all of its transitions.
 
+    Always the clipped surrogate with the value's advantage and ``method.beta``: a number
+    to watch. What ``update`` does with ``method.name``, ``advantage``, ``kl_mode``,
+    ``rounds`` and an adapted beta is not in it.
+
     Args:
       params: dict of net, value, and lora or reference.
       batch: word (B,) or (B, L), prompt (B,).
@@ -287,9 +291,9 @@ def make(config: Any, *, reward_fn: Callable | None = None) -> Method:
 
     Args:
       config: groups ``data``, ``net``, ``pretrain``, ``optim``, ``method``, ``train``.
-      reward_fn: (pictures (B, H, W, C) in [-1, 1], prompt ids (B,)) -> (B,) float, of
-        JAX operations, or ``host_reward`` of any function. The task gives the one that
-        ``config.method.reward`` names.
+      reward_fn: (pictures (B, H, W, C), about [-1, 1] but not clipped, prompt ids (B,))
+        -> (B,) float, of JAX operations, or ``host_reward`` of any function. The task
+        gives the one that ``config.method.reward`` names.
 
     Raises:
       ValueError: unknown names, values out of range, no reward.

@@ -104,7 +104,7 @@ def host_reward(score: Callable[[np.ndarray, np.ndarray], Any]) -> Callable:
     """A reward that is computed outside JAX: any Python function, in one call per round.
 
     Args:
-      score: (pictures (B, ...) in [-1, 1], prompt ids (B,)) -> B numbers, as numpy.
+      score: (pictures (B, ...), not clipped, prompt ids (B,)) -> B numbers, as numpy.
 
     Returns:
       A function for ``make(config, reward_fn=)``. A result of another shape, or with NaN
