@@ -298,6 +298,50 @@ def test_devices_share_the_chains_out(config):
     assert sent and not pictures
 
 
+@pytest.mark.slow
+def test_a_unet_is_a_policy(config):
+    """A round of pictures: on-policy at first, the same numbers on four devices."""
+    config = changed(
+        config,
+        **{
+            "net.model": "unet", "net.shape": (4, 4, 1), "net.channels": 8,
+            "net.multipliers": (1,), "net.attention": (0,), "net.groups": 4,
+            "method.steps": 2, "method.policy_steps": 1, "method.transitions": 1,
+            "method.value_steps": 1, "method.value_transitions": 1,
+            "method.lora_rank": 0, "optim.optimizer": "sgd", "optim.lr": 0.1,
+            "optim.weight_decay": 0.0,
+        },
+    )  # fmt: skip
+    method = dpok.make(config, reward_fn=lambda x, prompt: x.mean((1, 2, 3)))
+    batch, ends = batch_of(config), []
+    for count in (1, 4):
+        mesh = meshes.make_mesh({"data": count}, jax.devices()[:count])
+        compiled = trainer.compile(method, mesh, batch)
+        start = compiled.init(jax.random.key(0))
+        # The last layer starts at zero, which keeps the others from having a gradient.
+        before = jax.tree.map(
+            lambda v: v + 0.02 * jax.random.normal(jax.random.key(9), v.shape),
+            jax.device_get(start.params["net"]),
+        )
+        params = {**start.params, "net": before, "reference": before}
+        start = start._replace(
+            params=jax.tree.map(
+                lambda v, old: jax.device_put(np.array(v), old.sharding),
+                params,
+                start.params,
+            )
+        )
+        placed = meshes.put_batch(batch, mesh, config.data.batch)
+        state, metrics = compiled.executable(start, placed)
+        # Not 1e-6: see the first policy step above.
+        assert float(metrics["first_ratio_deviation"]) < 1e-3
+        ends.append(jax.device_get((state.params["net"], metrics["reward"])))
+    for a, b in zip(*map(jax.tree.leaves, ends)):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    moved = jax.tree.map(lambda a, b: (a != b).any(), before, ends[0][0])
+    assert all(jax.tree.leaves(moved))
+
+
 def test_the_pool_wraps_around(config):
     c = changed(config, **{"method.rounds": 2}).method
 
