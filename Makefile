@@ -16,7 +16,7 @@ help:
 	@echo "make test-slow  run the learning tests too (minutes)"
 	@echo "make test-other run the tests on another supported Python, if there is one"
 	@echo "make lint       ruff format --check, ruff check, pyrefly"
-	@echo "make bench      write benchmarks/results/*.json (half an hour)"
+	@echo "make bench      write benchmarks/results/*.json (two hours; installs PyTorch)"
 
 # Reinstalls only when the dependencies change, so a second run works offline.
 $(READY): pyproject.toml
@@ -49,8 +49,12 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 
 bench: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[plot,test,bench]'
 	$(BIN)/python benchmarks/dion_vs_adamw_muon.py
 	$(BIN)/python benchmarks/delayed_feedback.py
+	$(BIN)/python benchmarks/ctr_step.py
+	$(BIN)/python benchmarks/click_models.py
+	$(BIN)/python benchmarks/diffusion_rollout.py
 
 clean:
 	rm -rf .venv .venv-* .pytest_cache .ruff_cache .jax_cache

@@ -12,6 +12,8 @@ the best of the family there), .558 for the oracle, .608 for the pretrained mode
 
 from ml_collections import ConfigDict
 
+from jaxpapers.tasks.conversions import FAMILY
+
 PRESETS = ("paper", "smoke", "cdnow")
 
 
@@ -49,7 +51,12 @@ def get_config(preset: str | None = None) -> ConfigDict:
                 "init": "glorot",  # fan_in: narrower
                 "batch_norm": True,
             },
-            "method": {"name": "defer", "variant": "paper", "clip": True},
+            "method": {
+                "name": "defer",
+                "variant": "paper",
+                "clip": True,
+                "rivals": ("pretrained", "oracle"),  # trained beside it by `train`
+            },
             "optim": {"lr": 1e-3, "l2": 1e-6},
             "train": {
                 "steps": 55_000,  # those after the stream's end change nothing
@@ -64,6 +71,8 @@ def get_config(preset: str | None = None) -> ConfigDict:
             },
         }
     )
+    if preset != "paper":
+        config.method.rivals = FAMILY
     if preset == "smoke":
         config.data.update(source="synthetic", clicks=20_000, batch=256, epochs=3)
         config.data.update(w1=1.0, bucket=1.0, pretrain_until=40.0, stream_from=70.0)

@@ -30,6 +30,7 @@ def get_config(preset: str | None = None) -> ConfigDict:
                 "categories": "first",  # genre of ml-100k; combination
                 "split": "test",  # validation: of some training users, to tune on
                 "shuffled": False,  # labels permuted: nothing can be learned
+                "item_buckets": 0,  # rows that all items share by a hash; 0: one each
                 "history": 500,  # last items of a user's past
                 "batch": 128,
                 "eval_batch": 512,

@@ -63,8 +63,8 @@ def train(
 ) -> dict[str, float]:
     """Trains a paper's preset, or continues what ``workdir`` holds.
 
-    A paper's rivals, the models that it is compared with, are trained beside it in
-    folders of their own inside the workdir.
+    The rivals, a paper's own variants and the models of its task that it is compared
+    with, are trained beside it in folders of their own inside the workdir.
 
     Args:
       target: ``name[:preset]``.
@@ -113,11 +113,11 @@ def train(
     before = papers.pretraining(name, config)
     starts: list[float] = []
 
-    def run(label, own, seed):
+    def run(label, paper_name, own, seed):
         inside = _inside(folder, label, seeds, seed)
         part = own.copy_and_resolve_references().unlock()
         part.train.seed = seed
-        first = papers.pretraining(name, own)
+        first = papers.pretraining(paper_name, own)
         if first is not None and not part.train.init_from:
             shared = _inside(folder, "", seeds, seed)
             same = papers.same_pretraining(first, before)
@@ -128,28 +128,40 @@ def train(
             if not label or not same:
                 talk.print(f"[bold]pretraining[/], seed {seed}")
                 value = fit_run(
-                    name, first, options, grid, source, quiet, profile, writers, dict
+                    paper_name,
+                    first,
+                    options,
+                    grid,
+                    source,
+                    quiet,
+                    profile,
+                    writers,
+                    dict,
                 )[1][f"validation_{task.metric}"]
                 starts.extend([] if label else [value])
         if label or seeds > 1:
             talk.print(f"[bold]{label or name}[/], seed {seed}")
+        part, needs = tasks.prepare(part) if label else (part, options)
         return fit_run(
-            name, part.lock(), options, grid, inside, quiet, profile, writers,
+            paper_name, part.lock(), needs, grid, inside, quiet, profile, writers,
             dict if label else baselines_of,
         )  # fmt: skip
 
-    state, final = run("", config, first_seed)
+    state, final = run("", name, config, first_seed)
     found = {"this model": [final]}
-    rivals = {} if alone else papers.rivals(name, config)
-    for label, own in {"": config, **rivals}.items():
+    rivals = {k: (name, v) for k, v in papers.rivals(name, config).items()}
+    rivals = {} if alone else {**rivals, **tasks.rivals(name, config)}
+    every = range(first_seed, first_seed + seeds)
+    for label, own in {"": (name, config), **rivals}.items():
         runs = found.setdefault(label or "this model", [])
-        for seed in range(first_seed + len(runs), first_seed + seeds):
-            runs.append(run(label, own, seed)[1])
+        runs.extend(run(label, *own, seed)[1] for seed in every[len(runs) :])
     baselines = dict(baselines_of())
     if starts:
         baselines["before tuning"] = _mean(starts)
     rows = {label: [x[f"validation_{task.metric}"] for x in runs]
             for label, runs in found.items()}  # fmt: skip
+    if task.family and not alone:
+        rows.update(task.family(every))
     console.print(report.comparison(task, rows, baselines))
     if config.train.sample and task.sample:
         text = _sample(task, state.params, config, config.train.prompt)
@@ -162,15 +174,14 @@ def train(
         }  # fmt: skip
         (folder / "comparison.json").write_text(json.dumps(summary) + "\n")
         try:
-            curves = [folder / f"seed{first_seed + i}" for i in range(seeds)]
+            curves = [folder / f"seed{seed}" for seed in every]
             levels = baselines if task.curve == task.metric else None
             plots.plot(curves if seeds > 1 else [folder], task.curve,
                         folder / "loss.png", levels)  # fmt: skip
             if task.against:
                 x, y, log = task.against
                 own = {
-                    label: [_inside(folder, label, seeds, first_seed + i)
-                            for i in range(seeds)]
+                    label: [_inside(folder, label, seeds, seed) for seed in every]
                     for label in ["", *({} if alone else rivals)]
                 }  # fmt: skip
                 named = {label or "this model": runs for label, runs in own.items()}

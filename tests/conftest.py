@@ -67,6 +67,12 @@ def key() -> jax.Array:
 
 
 @pytest.fixture
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
 def users_options() -> dict[str, bool]:
     """Compiler options for a program as users compile it, where the tests' matter."""
     return {"xla_cpu_use_fusion_emitters": True} if EMITTERS_CAN_BE_OFF else {}

@@ -252,14 +252,11 @@ def criteo(
     pretrain = click_ts < pretrain_days * DAY
     if not pretrain.any():
         raise ValueError(f"{path}: no click before day {pretrain_days}")
-    scaled = np.array(numbers).reshape(-1, n)[order]
-    binned = [
-        bucketize(scaled[:, i], bins, pretrain) for i, bins in enumerate(CRITEO_BINS)
-    ]
+    raw = np.array(numbers).reshape(-1, n)[order]
     categorical = np.array(hashed).reshape(-1, len(CRITEO_BUCKETS))[order]
     window = window_days * DAY
     return Conversions(
-        np.column_stack([*binned, categorical]).astype(np.int32),
+        criteo_features(raw, categorical, pretrain),
         tuple(f"number_{i}" for i in range(n))
         + tuple(f"category_{i}" for i in range(len(CRITEO_BUCKETS))),
         CRITEO_BINS + CRITEO_BUCKETS,
@@ -270,6 +267,34 @@ def criteo(
         "second",
         window,
     )
+
+
+def criteo_features(
+    numbers: np.ndarray, categories: np.ndarray, rows: np.ndarray
+) -> np.ndarray:
+    """The 17 int32 columns of Criteo's clicks: bins of numbers, buckets of categories.
+
+    Args:
+      numbers: (N, 8), a missing one -1.
+      categories: (N, 9) texts, or integers that are their buckets already.
+      rows: (N,) bool, the clicks whose range the bins divide.
+
+    Raises:
+      ValueError: other numbers of columns.
+    """
+    shape = (len(CRITEO_BINS), len(CRITEO_BUCKETS))
+    if (numbers.shape[1:], categories.shape[1:]) != ((shape[0],), (shape[1],)):
+        raise ValueError(
+            f"criteo_features needs {shape[0]} numbers and {shape[1]} categories per "
+            f"click, got shapes {numbers.shape} and {categories.shape}"
+        )
+    bins = [bucketize(x, n, rows) for x, n in zip(numbers.T, CRITEO_BINS)]
+    if not np.issubdtype(categories.dtype, np.integer):
+        categories = np.array([
+            [stable_hash(x, n, i) for i, (x, n) in enumerate(zip(row, CRITEO_BUCKETS))]
+            for row in categories
+        ]).reshape(categories.shape)  # fmt: skip
+    return np.column_stack([*bins, categories]).astype(np.int32)
 
 
 def bucketize(values: np.ndarray, bins: int, rows: np.ndarray) -> np.ndarray:

@@ -55,7 +55,7 @@ def init(key: Key[Array, ""], net: Any) -> dict[str, Float[Array, "V D"]]:
     return tables
 
 
-def read(
+def embed(
     tables: Mapping[str, Any],
     item: Int[Array, "*shape"],
     cate: Int[Array, "*shape"] | None,

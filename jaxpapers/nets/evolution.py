@@ -180,8 +180,8 @@ def read(tables: Mapping[str, Any], batch: Mapping[str, Array], *, net: Any) -> 
       ValueError: T = 0, or arrays whose shapes do not fit.
     """
     use = behaviour.fields(batch, net)
-    query = behaviour.read(tables, use["item"], use["cate"])
-    keys = behaviour.read(tables, use["hist_item"], use["hist_cate"])
+    query = behaviour.embed(tables, use["item"], use["cate"])
+    keys = behaviour.embed(tables, use["hist_item"], use["hist_cate"])
     user = embedding.lookup(tables["user"], use["user"]) if net.user_dim else None
     return Reads(query, keys, use["mask"], user)
 

@@ -76,8 +76,8 @@ def apply(
       ValueError: T = 0, or arrays whose shapes do not fit.
     """
     use, tables = behaviour.fields(batch, net), params["tables"]
-    query = behaviour.read(tables, use["item"], use["cate"])
-    keys = behaviour.read(tables, use["hist_item"], use["hist_cate"])
+    query = behaviour.embed(tables, use["item"], use["cate"])
+    keys = behaviour.embed(tables, use["hist_item"], use["hist_cate"])
     pooled, state = _pool(params, state, query, keys, use, net, train)
     pooled = _affine(params, "pooled", pooled)
     if net.project:

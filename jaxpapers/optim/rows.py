@@ -227,7 +227,7 @@ def mba_transform(lam: float, counts: Any) -> optax.GradientTransformation:
                     f"mba_transform: counts of shape {np.shape(n)} for a table of "
                     f"{table.shape[0]} rows; pad them with zeros to the table's rows"
                 )
-            return jnp.asarray(n, jnp.float32)
+            return jnp.asarray(n, jnp.promote_types(jnp.float32, table.dtype))
 
         return MbaState(jax.tree.map(check, params, counts))
 

@@ -158,7 +158,10 @@ def pretraining(name: str, config: Any) -> Any:
 
 
 def rivals(name: str, config: Any) -> dict[str, Any]:
-    """Label -> config of the models that a paper is compared with on its own task."""
+    """Label -> config of a paper's own variants that are compared with it.
+
+    Models of other papers on the same task are ``tasks.rivals``.
+    """
     others = getattr(load(name), "rivals", None)
     return others(config) if others else {}
 

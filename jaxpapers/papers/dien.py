@@ -271,7 +271,7 @@ def loss(
         use = behaviour.fields(batch, net)
         weight = batch.get("weight", jnp.ones(logit.shape, logit.dtype))
         item, cate = _negatives(batch, use, key, net)
-        neg = behaviour.read(params["tables"], item, cate)
+        neg = behaviour.embed(params["tables"], item, cate)
         given = params["aux"] if net.aux == "concat" else {}
         aux, found = aux_loss(
             given, states, keys, neg, use["mask"], aux_reduce, weight=weight

@@ -41,14 +41,14 @@ from jaxpapers.method import Method
 from jaxpapers.method.tables import row_gradient
 from jaxpapers.nets import behaviour, embedding, interest, mlp
 from jaxpapers.nets.attention import activation_unit
-from jaxpapers.nets.behaviour import check_batch, ids
+from jaxpapers.nets.behaviour import check_batch, embed, ids
 from jaxpapers.nets.mlp import DiceState, dice
 from jaxpapers.ops.attention import attention_pool
 from jaxpapers.optim import rows
 
 __all__ = [
     "RULES", "DiceState", "activation_unit", "attention_pool", "check_batch", "dice",
-    "forward", "ids", "init", "loss", "make", "mba_regularizer", "mba_transform",
+    "embed", "forward", "ids", "init", "loss", "make", "mba_regularizer", "mba_transform",
     "sampler", "score_candidates", "statistics",
 ]  # fmt: skip
 
@@ -212,18 +212,6 @@ def schedule(optim: Any) -> Any:
     if not optim.drop_at:
         return optim.lr
     return optax.piecewise_constant_schedule(optim.lr, {optim.drop_at: optim.drop})
-
-
-def rivals(config: Any) -> dict[str, Any]:
-    """The models without attention: mean pooling (Base) and logistic regression."""
-    if config.net.pooling != "attention":
-        return {}
-    base, linear = (config.copy_and_resolve_references() for _ in range(2))
-    base.net.pooling = "mean"
-    # One number per id and a linear map: the features are the ids themselves.
-    linear.net.update(pooling="sum", item_dim=1, cate_dim=1, user_dim=0, hidden=())
-    linear.net.update(product=False, project=0, affine=False)
-    return {"Base, mean pooling": base, "logistic regression": linear}
 
 
 def inference(config: Any) -> Any:

@@ -1,7 +1,7 @@
 """What a config trains on: examples, an evaluation with its baselines, a sample."""
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +24,8 @@ class Task(NamedTuple):
       curve: training metric that the plot shows.
       picture: state -> arrays to draw, see ``plots.plot_samples``; the same noise every
         time, so that two states can be compared. None: nothing to see.
+      family: seeds -> label and the metric of every seed, of models that are trained
+        beside this one, all seeds at once; None: none.
       against: metric of the evaluations, others that are drawn against it, and which of
         "xy" are logarithmic; None: nothing to draw.
     """
@@ -40,6 +42,7 @@ class Task(NamedTuple):
     rising: bool = False
     curve: str = "loss"
     picture: Callable[[Any], dict] | None = None
+    family: Callable[[Sequence[int]], dict[str, list[float]]] | None = None
     against: tuple[str, tuple[str, ...], str] | None = None
 
 
@@ -60,6 +63,12 @@ def prepare(config: Any) -> tuple[Any, dict[str, Any]]:
     """A config completed by its data, and what ``make`` takes of them besides it."""
     complete = getattr(_module(config), "prepare", None)
     return complete(config) if complete else (config, {})
+
+
+def rivals(name: str, config: Any) -> dict[str, tuple[str, Any]]:
+    """Label -> paper and config of the models of a task that every paper is beside."""
+    others = getattr(_module(config), "rivals", None)
+    return others(name, config) if others else {}
 
 
 def stand_ins(config: Any) -> dict[str, Any]:

@@ -11,7 +11,9 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxpapers import mesh as meshes
+from jaxpapers.config import load_config
 from jaxpapers.data import ctr, ctr_files, ctr_tasks, fetch, lines
+from jaxpapers.nets import embedding
 from jaxpapers.ops import ranking
 from jaxpapers.tasks import Task, named
 
@@ -47,6 +49,49 @@ def prepare(config: Any) -> tuple[Any, dict[str, Any]]:
     return config, {
         "counts": {k: v for k, v in counts.items() if k in ("item", "cate")}
     }
+
+
+def rivals(name: str, config: Any) -> dict[str, tuple[str, Any]]:
+    """Logistic regression, Base (mean pooling) and DIN, on the same rows for as long.
+
+    Those of DIN have its own sizes; beside another model they have those of DIN's preset
+    for the source, and on other sources than ml-100k that model's optimizer.
+    """
+    own = config.copy_and_resolve_references()
+    if name == "din":
+        if config.net.pooling != "attention":
+            return {}
+    else:
+        small = config.data.source == "ml-100k"
+        own = load_config(
+            "din:ml100k" if small else "din"
+        ).copy_and_resolve_references()
+        _take(own.data, config.data)
+        _take(own.train, config.train)
+        own.train.accumulate, own.train.init_from = 1, ""
+        own.net.rows_multiple = config.net.rows_multiple
+        if not small:
+            own.optim.drop_at = 0
+            _take(own.optim, config.optim)
+    base, linear = (own.copy_and_resolve_references() for _ in range(2))
+    base.net.pooling = "mean"
+    # One number per id and a linear map: the features are the ids themselves.
+    linear.net.update(pooling="sum", item_dim=1, cate_dim=1, user_dim=0, hidden=())
+    linear.net.update(product=False, project=0, affine=False)
+    found = {
+        "Base, mean pooling": ("din", base),
+        "logistic regression": ("din", linear),
+    }
+    if config.net.get("model", name) != "din":
+        found["DIN"] = ("din", own)
+    return found
+
+
+def _take(group: Any, other: Any) -> None:
+    """Sets a group's fields to those of another one that have the same name."""
+    for field in group:
+        if field in other:
+            group[field] = other[field]
 
 
 def batch_shapes(config: Any) -> dict[str, jax.ShapeDtypeStruct]:
@@ -104,8 +149,11 @@ def load(config: Any, method: Any, mesh: Any) -> Task:
         }
 
     def baselines():
-        guesses = {"popularity": ctr.popularity(clicks)}
-        guesses["item mean"] = ctr.item_mean(clicks)
+        plain = config.copy_and_resolve_references()
+        plain.data.item_buckets = 0
+        known = read(plain)
+        guesses = {"popularity": ctr.popularity(known)}
+        guesses["item mean"] = ctr.item_mean(known)
         return {k: ranking.auc(test.samples.label, v) for k, v in guesses.items()}
 
     return Task(
@@ -126,7 +174,8 @@ def load(config: Any, method: Any, mesh: Any) -> Task:
 def read(config: Any) -> ctr.Clicks:
     """The data that ``config.data`` names: source, path, target, order, split, shuffled.
 
-    Of amazon also the protocol, where the config has one; else DIN's.
+    Of amazon also the protocol, where the config has one; else DIN's. Items are hashed
+    into ``item_buckets``, if that is not 0.
 
     Raises:
       FileNotFoundError: files that are not there; says which, and where to get them.
@@ -140,7 +189,30 @@ def read(config: Any) -> ctr.Clicks:
         raise ValueError(f"config.data.split must be one of {SPLITS}, got {c.split!r}")
     if c.split == "validation":
         clicks = ctr.hold_out(clicks, seed=c.seed)
-    return ctr.shuffle_labels(clicks, c.seed) if c.shuffled else clicks
+    clicks = ctr.shuffle_labels(clicks, c.seed) if c.shuffled else clicks
+    return hash_items(clicks, c.item_buckets) if c.item_buckets else clicks
+
+
+def hash_items(clicks: ctr.Clicks, buckets: int) -> ctr.Clicks:
+    """Items share ``buckets`` rows by ``nets.embedding.hash_ids``; 0 and 1 stay.
+
+    Raises:
+      ValueError: fewer buckets than 1.
+    """
+    every = np.asarray(embedding.hash_ids(jnp.arange(clicks.rows["item"]), buckets))
+    every = np.concatenate([np.arange(ctr.FIRST, dtype=np.int32), every[ctr.FIRST :]])
+
+    def hashed(table):
+        return table._replace(item=every[table.item])
+
+    negatives = clicks.negatives
+    return clicks._replace(
+        train=hashed(clicks.train),
+        test=hashed(clicks.test),
+        log=hashed(clicks.log),
+        negatives=negatives and (every[negatives[0]], negatives[1]),
+        rows={**clicks.rows, "item": buckets + ctr.FIRST},
+    )
 
 
 @functools.lru_cache(maxsize=2)

@@ -253,15 +253,15 @@ def bind(clicks: Clicks, config: Any, method: Any, mesh: Any) -> Task:
             p = np.concatenate([np.asarray(x) for x in parts])[: len(held)]
         return {f"validation_{k}": v for k, v in defer.score(truth, p).items()}
 
-    def baselines():
-        found = {
-            "one number": defer.score(truth, np.full(len(truth), examples_rate))["nll"]
+    def family(seeds):
+        names = [x for x in config.method.rivals if x != config.method.name]
+        return {
+            name: _final_nll(clicks, with_method(config, name), held, truth, seeds)
+            for name in names
         }
-        for name in ("pretrained", "oracle"):
-            found[name] = _final_nll(clicks, with_method(config, name), held, truth)
-        return found
 
-    examples_rate = float(_truth(clicks, c.w2)[examples.pretrain].mean())
+    rate = float(_truth(clicks, c.w2)[examples.pretrain].mean())
+    one_number = defer.score(truth, np.full(len(truth), rate))["nll"]
     return Task(
         examples,
         1,
@@ -269,11 +269,12 @@ def bind(clicks: Clicks, config: Any, method: Any, mesh: Any) -> Task:
         "nll",
         f"NLL of the last clicks, nats, {clicks.name}",
         evaluate,
-        baselines,
+        lambda: {"one number": one_number},
         None,
         f"{clicks.name}: {len(examples.pretrain)} resolved clicks x {c.epochs} epochs, "
         f"then {len(examples.stream.ts)} events of {config.method.name}; "
         f"{examples.steps} steps in all",
+        family=family,
     )
 
 
@@ -418,19 +419,19 @@ def _truth(clicks: Clicks, w2: float) -> np.ndarray:
     return (defer.delays(clicks.click_ts, clicks.conv_ts) <= w2).astype(np.float64)
 
 
-def _final_nll(clicks, config, held, truth) -> float:
-    """NLL of the held-out clicks after the whole journey of another method."""
+def _final_nll(clicks, config, held, truth, seeds) -> list[float]:
+    """NLL of the held-out clicks after another method's whole journey, per seed."""
     method, examples, c = defer.make(config), Journey(clicks, config), config.data
-    state = jax.jit(lambda key: method.init(key, batch_shapes(config)))(
-        jax.random.key(config.train.seed)
-    )
-    step = jax.jit(method.update, donate_argnums=0)
+    keys = jnp.stack([jax.random.key(s) for s in seeds])
+    shapes = batch_shapes(config)
+    state = jax.jit(jax.vmap(lambda key: method.init(key, shapes)))(keys)
+    step = jax.jit(jax.vmap(method.update, (0, None)), donate_argnums=0)
     last = examples.steps
     if config.method.name == "pretrained":
         last = examples.first_event // c.batch
     for i in range(last):
         state, _ = step(state, examples.batch(i * c.batch, c.batch))
-    predict = jax.jit(functools.partial(_predict, method))
+    predict = jax.jit(jax.vmap(functools.partial(_predict, method), (0, None)))
     parts = defer.predict_rows(predict, state, clicks.features, held, c.batch)
-    p = np.concatenate([np.asarray(x) for x in parts])[: len(held)]
-    return defer.score(truth, p)["nll"]
+    p = np.concatenate([np.asarray(x) for x in parts], -1)[:, : len(held)]
+    return [defer.score(truth, x)["nll"] for x in p]

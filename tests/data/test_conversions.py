@@ -217,6 +217,24 @@ def test_hash_is_stable_and_even():
         assert abs(chi2 - buckets) < 5 * np.sqrt(2 * buckets)
 
 
+def test_criteo_features_of_texts_and_of_buckets():
+    draw = np.random.default_rng(0)
+    numbers, rows = draw.uniform(-1, 9, (6, 8)), np.arange(6) < 4
+    texts = np.array([[f"{i}{j % 2}" for j in range(9)] for i in range(6)])
+    found = conversions.criteo_features(numbers, texts, rows)
+    assert found.shape == (6, 17) and found.dtype == np.int32
+    for i, bins in enumerate(conversions.CRITEO_BINS):
+        own = conversions.bucketize(numbers[:, i], bins, rows)
+        np.testing.assert_array_equal(found[:, i], own)
+    for i, count in enumerate(conversions.CRITEO_BUCKETS):
+        own = [conversions.stable_hash(x, count, i) for x in texts[:, i]]
+        assert found[:, 8 + i].tolist() == own
+    again = conversions.criteo_features(numbers, found[:, 8:], rows)
+    np.testing.assert_array_equal(again, found)
+    with pytest.raises(ValueError, match="9 categories"):
+        conversions.criteo_features(numbers, texts[:, :8], rows)
+
+
 @pytest.mark.parametrize("w1", [0.25, 1.0, 5.0])
 def test_synthetic_probabilities(w1):
     data = conversions.synthetic(100_000, seed=1, w1=w1)

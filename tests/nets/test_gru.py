@@ -103,8 +103,10 @@ def test_attention_cells_and_their_gradients(case):
 
 
 @pytest.mark.parity("ctr", only=lambda e: is_scan(e, "augru_released"))
-def test_released_cell(case):
-    data, tol, _ = read(case)
+@pytest.mark.parametrize("double", [True, False])
+def test_released_cell(case, double):
+    data, *tols = read(case)
+    tol = tols[0 if double else 1]
     width = data["x"].shape[-1]
     kernel = np.concatenate([data["W_gates"], data["W_cand"]], 1)
     bias = np.concatenate([data["b_gates"], data["b_cand"]])
@@ -112,10 +114,10 @@ def test_released_cell(case):
         "input": {"kernel": kernel[:width], "bias": bias},
         "hidden": {"kernel": kernel[width:], "bias": np.zeros_like(bias)},
     }
-    with jax.enable_x64(True):
-        params = jax.tree.map(jnp.asarray, params)
+    given = (params, data["x"], data["att"], data["mask"])
+    with jax.enable_x64(double):
         found = jax.jit(augru_scan, static_argnums=4)(
-            params, data["x"], data["att"], data["mask"], "augru_released"
+            *(given if double else single(given)), "augru_released"
         )
     np.testing.assert_allclose(found[0], data["states"], rtol=0, atol=tol)
     np.testing.assert_allclose(found[1], data["last"], rtol=0, atol=tol)

@@ -452,6 +452,13 @@ def test_other_errors():
         defer.delayed_loss("fnw", one, 2 * one)
     with pytest.raises(ValueError, match="labels must be 0 or 1"):
         defer.dfm_loss(one, one, one / 2, one)
+    with pytest.raises(ValueError, match="dfm needs raw_lambda"):
+        defer.delayed_loss("dfm", one, one)
+    given = {"raw_lambda": 0.3 * one, "elapsed": 2 * one, "weight": jnp.array([1.0, 0])}
+    np.testing.assert_array_equal(
+        defer.delayed_loss("dfm", one, one, **given),
+        defer.dfm_loss(one, 0.3 * one, one, 2 * one, given["weight"]),
+    )
     with pytest.raises(ValueError, match="need 3 heads"):
         defer.offline_loss(jnp.ones((2, 2)), jnp.ones((2, 2)), one, (1.0, 2.0))
     with pytest.raises(ValueError, match="ascending"):

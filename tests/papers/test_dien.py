@@ -284,6 +284,7 @@ def test_attention_is_a_softmax_over_the_history():
     assert np.asarray(found).sum(1) == pytest.approx([1, 1, 0])
 
 
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize(
     "fields",
     [
@@ -307,8 +308,8 @@ def test_candidates_score_as_in_forwards_of_their_own(fields):
     assert many.shape == (B, n)
     for i in range(n):
         one = logits(params, {**x, "item": item[:, i], "cate": cate[:, i]}, **fields)
-        np.testing.assert_allclose(many[:, i], one, rtol=1e-5, atol=1e-6)
-    assert np.abs(np.diff(many)).min() > 1e-4
+        np.testing.assert_allclose(many[:, i], one, rtol=1e-10, atol=1e-12)
+    assert np.abs(np.diff(many)).min() > 1e-6
 
 
 def test_padding_changes_nothing_and_order_matters():

@@ -59,10 +59,12 @@ def toy_nets(**options):
 
 
 @pytest.mark.parity("ctr", only=lambda entry: "mimic_block_hint" in entry["arrays"])
-def test_recorded_losses_and_gradients(case):
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_recorded_losses_and_gradients(case, dtype):
     folder, _, entry = case
-    with jax.enable_x64(), np.load(folder / entry["file"]) as z:
-        z = {k: jnp.asarray(v) for k, v in z.items()}
+    tol = entry[f"tolerance_{dtype}"]
+    with jax.enable_x64(dtype == "float64"), np.load(folder / entry["file"]) as z:
+        z = {k: jnp.asarray(v, dtype) for k, v in z.items()}
         params = {
             "shared": {"W": z["W_s"], "b": z["b_s"]},
             "light": {"W": z["W_l"], "b": z["b_l"]},
@@ -83,8 +85,9 @@ def test_recorded_losses_and_gradients(case):
                     nets.loss, has_aux=True
                 )(params, state, batch, jax.random.key(0))
                 start = f"{hint}_{block}_"
-                tolerance = {"rtol": entry["tolerance_float64"], "atol": 1e-12}
-                check = functools.partial(np.testing.assert_allclose, **tolerance)
+                check = functools.partial(
+                    np.testing.assert_allclose, rtol=tol, atol=tol
+                )
                 check(value, z[start + "loss"])
                 check(metrics["hint"], z[start + "hint"])
                 check(metrics["ce_light"], z["ce_light"])

@@ -3,11 +3,13 @@
 import gzip
 import json
 
+import jax
 import numpy as np
 import pytest
 
-from jaxpapers import run
-from jaxpapers.data import ctr_files
+from jaxpapers import mesh as meshes
+from jaxpapers import papers, run, tasks
+from jaxpapers.data import ctr, ctr_files
 from jaxpapers.tasks import click
 
 SMALL = {
@@ -78,6 +80,75 @@ def test_a_run_beside_its_baselines(amazon, tmp_path):
     assert again["validation_auc"] == pytest.approx(
         found["evaluations"]["this model"][0]["validation_auc"], abs=1e-6
     )
+
+
+def test_another_papers_models_are_trained_beside(amazon, tmp_path):
+    """DIEN beside DIN and what DIN is beside, each in a folder of its own."""
+    folder = tmp_path / "run"
+    run.train("dien:smoke", fields(amazon), workdir=str(folder), quiet=True)
+    found = json.loads((folder / "comparison.json").read_text())["runs"]
+    own = {"this model", "without auxiliary loss"}
+    assert set(found) == own | {"DIN", "Base, mean pooling", "logistic regression"}
+    assert json.loads((folder / "DIN" / "config.json").read_text())["paper"] == "din"
+    alone = run.evaluate(str(folder / "DIN"))
+    assert alone["validation_auc"] == pytest.approx(found["DIN"][0], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "target, source, own",
+    [
+        ("dien:smoke", "ml-100k", True),
+        ("sim:paper", "taobao", True),
+        ("rocket:ml100k", "ml-100k", False),
+        ("rocket:dien", "ml-100k", True),
+        ("din:released", "amazon", False),
+    ],
+)
+def test_every_click_model_has_the_same_rivals(target, source, own):
+    """On the same rows, steps and seed; each is a config that its paper accepts."""
+    config = run.load_config(target)
+    found = tasks.rivals(target.split(":")[0], config)
+    names = {"Base, mean pooling", "logistic regression"} | ({"DIN"} if own else set())
+    assert set(found) == names
+    for name, rival in found.values():
+        assert name == "din"
+        assert rival.data.source == config.data.source == source
+        assert rival.data.history == config.data.history
+        assert rival.data.batch == config.data.batch
+        assert rival.train.steps == config.train.steps
+        assert rival.method.mba == config.method.get("mba", 0.0)
+        method = papers.load(name).make(rival)
+        shapes = tasks.batch_shapes(rival)
+        jax.eval_shape(method.init, jax.random.key(0), shapes)
+    linear = found["logistic regression"][1].net
+    assert linear.item_dim == 1 and not linear.hidden
+    if own:
+        assert found["DIN"][1].net.pooling == "attention"
+    assert not tasks.rivals("din", found["Base, mean pooling"][1])
+
+
+def test_items_share_rows_by_a_hash(amazon):
+    """Everywhere alike; padding and unknown stay; the table has the buckets' rows."""
+    plain = run.load_config("din:paper", fields(amazon))
+    config = run.load_config("din:paper", fields(amazon, **{"data.item_buckets": 5}))
+    a, b = click.read(plain), click.read(config)
+    pairs = set()
+    for old, new in ((a.train, b.train), (a.test, b.test), (a.log, b.log)):
+        assert not set(old.item) & {0, 1}
+        pairs |= set(zip(old.item.tolist(), new.item.tolist()))
+        np.testing.assert_array_equal(old.cate, new.cate)
+    assert len(pairs) == len({old for old, _ in pairs}) > 5  # A function of the item.
+    assert {new for _, new in pairs} <= set(range(2, 7))
+    complete, _ = click.prepare(config)
+    assert complete.net.item_vocab == 7
+    for name in ("popularity", "item_mean"):  # Of items, not of buckets.
+        assert (getattr(ctr, name)(a) != getattr(ctr, name)(b)).any()
+    mesh = meshes.make_mesh()
+    found = [
+        tasks.load(c, papers.load("din").make(c), mesh).baselines()
+        for c in (click.prepare(plain)[0], complete)
+    ]
+    assert found[0] == found[1]
 
 
 def test_missing_files_are_named():

@@ -131,7 +131,7 @@ def test_seeds_of_a_table_are_those_of_single_runs(clicks, rows):
 
 
 def test_task(clicks):
-    config = config_of()
+    config = config_of('method.rivals=("pretrained","oracle","defer")')
     method = defer.make(config)
     mesh = meshes.make_mesh({"data": 4, "model": 2})
     task = conversions.bind(clicks, config, method, mesh)
@@ -144,9 +144,26 @@ def test_task(clicks):
     expected = defer.score(truth, np.asarray(p))
     for name, value in expected.items():
         assert found[f"validation_{name}"] == pytest.approx(value, rel=1e-4)
-    names = task.baselines()
-    assert set(names) == {"one number", "pretrained", "oracle"}
-    assert names["oracle"] < names["one number"]
+    assert set(task.baselines()) == {"one number"}
+
+
+def test_family_is_trained_for_every_seed_as_a_run_is(clicks):
+    config = config_of('method.rivals=("pretrained","oracle","defer")', "optim.lr=0.01")
+    mesh = meshes.make_mesh({"data": 1}, jax.devices()[:1])
+    task = conversions.bind(clicks, config, defer.make(config), mesh)
+    found = task.family((3, 4))
+    assert set(found) == {"pretrained", "oracle"}  # Not the run's own method.
+    assert {len(x) for x in found.values()} == {2}
+    assert max(found["oracle"]) < min(found["pretrained"])
+    own = conversions.with_method(config, "oracle")
+    method, size = defer.make(own), config.data.batch
+    alone = conversions.bind(clicks, own, method, mesh)
+    state = jax.jit(method.init)(jax.random.key(4), alone.examples.batch(0, size))
+    step = jax.jit(method.update)
+    for i in range(alone.examples.steps):
+        state, _ = step(state, alone.examples.batch(i * size, size))
+    expected = alone.evaluate(state)["validation_nll"]
+    assert found["oracle"][1] == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize(

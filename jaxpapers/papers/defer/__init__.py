@@ -264,6 +264,7 @@ def sampler(
     params: Any,
     key: Key[Array, ""] | None,
     batch: Mapping[str, Any],
+    extra: Any = None,
     *,
     net: Net,
     method: str = "defer",
@@ -274,10 +275,11 @@ def sampler(
       params: of the network.
       key: unused: nothing is drawn.
       batch: features.
+      extra: ``State.extra``, unused: the auxiliary classifier serves training only.
       net: the network.
       method: see ``calibrate``.
     """
-    del key
+    del key, extra
     return calibrate(method, probabilities(params, batch, net=net)[:, 0])[0]
 
 

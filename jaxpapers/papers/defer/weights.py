@@ -91,26 +91,37 @@ def delayed_loss(
     *,
     dp: Float[Array, " B"] | None = None,
     rn: Float[Array, " B"] | None = None,
+    raw_lambda: Float[Array, " B"] | None = None,
+    elapsed: Float[Array, " B"] | None = None,
     weight: Float[Array, " B"] | None = None,
     clip: bool = True,
     variant: str = "paper",
 ) -> Float[Array, ""]:
-    """Mean of y w_pos softplus(-s) + (1 - y) w_neg softplus(s).
+    """Mean of y w_pos softplus(-s) + (1 - y) w_neg softplus(s); ``dfm_loss`` for dfm.
 
     Args:
-      method: see ``importance_weights``; p is the sigmoid of the logits.
+      method: "dfm", or see ``importance_weights``; p is the sigmoid of the logits.
       logits: s, of p(y=1|x), or of q for ``fnc`` and ``fnc_rn``.
       labels: of the events, 0 or 1.
       dp: see ``importance_weights``.
       rn: see ``importance_weights``.
+      raw_lambda: see ``dfm_losses``; of dfm only.
+      elapsed: see ``dfm_losses``; of dfm only.
       weight: of the rows, for the mean; 0 leaves a row out.
       clip: see ``importance_weights``.
       variant: see ``importance_weights``.
 
     Raises:
       ValueError: see ``importance_weights``; labels other than 0 and 1, where they are
-        known before compilation.
+        known before compilation; dfm without its two arguments.
     """
+    if method == "dfm":
+        if raw_lambda is None or elapsed is None:
+            raise ValueError(
+                "delayed_loss: dfm needs raw_lambda, the network's second output, and "
+                "elapsed, days since the click or to its conversion"
+            )
+        return dfm_loss(logits, raw_lambda, labels, elapsed, weight)
     check_labels(labels)
     w_pos, w_neg = importance_weights(
         method, jax.nn.sigmoid(logits), dp, rn, clip, variant=variant

@@ -52,11 +52,12 @@ from jaxpapers.papers.rocket.hints import (
     feature_hint,
     hint_loss,
 )
-from jaxpapers.papers.rocket.parts import PARTS, Part
+from jaxpapers.papers.rocket.parts import PARTS, Part, dien_parts, din_parts, wrn_parts
 
 __all__ = [
-    "Part", "Predictions", "Rocket", "distillation_loss", "export_light", "feature_hint",
-    "hint_loss", "make", "rocket", "rocket_loss", "sampler",
+    "Part", "Predictions", "Rocket", "dien_parts", "din_parts", "distillation_loss",
+    "export_light", "feature_hint", "hint_loss", "loss", "make", "rocket", "rocket_loss",
+    "sampler", "wrn_parts",
 ]  # fmt: skip
 
 BLOCKS = ("logits", "booster_params", "none")
@@ -268,6 +269,26 @@ def rocket(shared: Part, light: Part, booster: Part, **options: Any) -> Rocket:
     )
 
 
+def loss(
+    params: dict,
+    state: dict,
+    batch: Mapping[str, Array],
+    key: Key[Array, ""],
+    *,
+    nets: Rocket,
+) -> tuple[Float[Array, ""], tuple[dict[str, Array], dict]]:
+    """``rocket_loss`` of nets that are combined already, as ``Method.loss``.
+
+    Args:
+      params: of ``nets.init``.
+      state: of ``nets.statistics``.
+      batch: see ``rocket_loss``.
+      key: of the nets.
+      nets: see ``rocket``.
+    """
+    return nets.loss(params, state, batch, key)
+
+
 def export_light(tree: dict) -> dict:
     """Params, or state, without the booster: what is served."""
     return {name: x for name, x in tree.items() if name != "booster"}
@@ -332,6 +353,7 @@ def make(config: Any) -> Method:
             f"{c.lr}, {own.alpha} and {own.features_weight}"
         )
     nets = rocket(*PARTS[net.model](net), **own.to_dict())
+    value = functools.partial(loss, nets=nets)
 
     def init_params(key, batch):
         del batch
@@ -344,9 +366,7 @@ def make(config: Any) -> Method:
     }
     split = split_rules(net) if net.split_booster and own.nets != "light" else ()
     if net.model == "wrn":
-        return gradient(
-            init_params, nets.loss, _image_optimizer(c), rules=split, **options
-        )
+        return gradient(init_params, value, _image_optimizer(c), rules=split, **options)
     tx, table_tx = rows.by_name(c.name, c.tables, c.lr)
     if table_tx and not own.share:
         raise ValueError(
@@ -355,7 +375,7 @@ def make(config: Any) -> Method:
         )
     return row_gradient(
         init_params,
-        nets.loss,
+        value,
         tx,
         table_tx=table_tx,
         ids=functools.partial(behaviour.ids, net=net),

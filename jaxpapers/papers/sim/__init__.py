@@ -233,7 +233,7 @@ def forward(
     """
     use = units.fields(batch, net)
     tables, state = params["tables"], dict(state)
-    query = behaviour.read(tables, use["item"], use["cate"])
+    query = behaviour.embed(tables, use["item"], use["cate"])
     options = units.options(net, use, train, query.ndim == 3)
     gsu = valid = None
     if net.search == "hard":

@@ -42,7 +42,7 @@ def serve(
             "use score_candidates"
         )
     use = units.fields(batch, net)
-    query = behaviour.read(params["tables"], use["item"], use["cate"])
+    query = behaviour.embed(params["tables"], use["item"], use["cate"])
 
     def find(cates):
         user = jnp.broadcast_to(batch["user"][:, None], cates.shape)
@@ -53,7 +53,7 @@ def serve(
         if net.cate_dim:
             cate = embedding.resolve(cates, net.cate_vocab)[..., None]
             cate = jnp.where(valid, cate, 0)
-        z = behaviour.read(params["tables"], item, cate)
+        z = behaviour.embed(params["tables"], item, cate)
         return units.append_gaps(params, z, use["time"], known.times, net), valid
 
     z, valid = units.per_category(find, batch["cate"], distinct)

@@ -85,7 +85,7 @@ def soft(scores, mask, net) -> Found:
 
 def read_history(tables, use):
     """Vectors of the whole history."""
-    return behaviour.read(tables, use["hist_item"], use["hist_cate"])
+    return behaviour.embed(tables, use["hist_item"], use["hist_cate"])
 
 
 def selected(params, use, found, net):
@@ -97,7 +97,7 @@ def selected(params, use, found, net):
 def read_at(tables, use, found):
     """Embeddings of the behaviours at positions; no others are read."""
     cate = None if use["hist_cate"] is None else pick(use["hist_cate"], found)
-    return behaviour.read(tables, pick(use["hist_item"], found), cate)
+    return behaviour.embed(tables, pick(use["hist_item"], found), cate)
 
 
 def with_gaps(params, z, use, found, net):
