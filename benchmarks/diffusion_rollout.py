@@ -18,6 +18,7 @@ os.environ["XLA_FLAGS"] = (
 )
 
 import argparse  # noqa: E402
+import itertools  # noqa: E402
 import json  # noqa: E402
 import time  # noqa: E402
 from pathlib import Path  # noqa: E402
@@ -232,6 +233,25 @@ def torch_rollout(eps_fn, chain, shape):
     return torch.stack(states), torch.stack(found)
 
 
+def torch_sample(eps_fn, chain, shape):
+    """The last state of a chain, without gradients."""
+    x = torch.randn(shape)
+    with torch.no_grad():
+        for a, c, std, t in torch_chain(chain):
+            x = a * x + c * eps_fn(x, t) + std * torch.randn(shape)
+    return x
+
+
+def times(count, run):
+    """A function that runs another one ``count`` times."""
+
+    def repeated():
+        for _ in range(count):
+            run()
+
+    return repeated
+
+
 def log_prob(chain, k, x, x_next, eps):
     """Sum over coordinates of a step's log-density, up to a constant."""
     a, c, std = (
@@ -385,11 +405,18 @@ def mlp(repetitions):
     def eps_fn(z, t):
         return net(z, torch.full((len(z),), int(t)))
 
-    keys = iter(jax.random.split(jax.random.key(2), 4096))
+    # Many in turn: what a single one takes is mostly how cold it finds the caches. A
+    # list of keys: an array would be cut in the time that is measured.
+    count = 50
+    keys = itertools.cycle(list(jax.random.split(jax.random.key(2), 256)))
     found = timing.measure(
         {
-            "rollout": lambda: draw(params, next(keys)).block_until_ready(),
-            "rollout torch": lambda: torch_rollout(eps_fn, chain, (rows, 2)),
+            "rollout": times(
+                count, lambda: draw(params, next(keys)).block_until_ready()
+            ),
+            "rollout torch": times(
+                count, lambda: torch_sample(eps_fn, chain, (rows, 2))
+            ),
             "update": lambda: jax.block_until_ready(update(state, {"x": x})),
             "update torch": torch_cycle(
                 net, critic, value, config, chain, torch.tensor(np.array(x))
@@ -397,6 +424,8 @@ def mlp(repetitions):
         },
         repetitions,
     )
+    for name in ("rollout", "rollout torch"):
+        found[name] = {k: ms / count for k, ms in found[name].items()}
     return summary(found, rows, seconds)
 
 
@@ -434,13 +463,14 @@ def unet(repetitions):
         conditional, free = both.chunk(2)
         return free + config.method.guidance * (conditional - free)
 
-    keys = iter(jax.random.split(jax.random.key(2), 4096))
+    # A list: an array of keys would be cut in the time that is measured.
+    keys = iter(list(jax.random.split(jax.random.key(2), 512)))
     found = timing.measure(
         {
             "rollout": lambda: draw(
                 params, next(keys), batch["word"]
             ).block_until_ready(),
-            "rollout torch": lambda: torch_rollout(eps_fn, chain, (rows, 1, 14, 14)),
+            "rollout torch": lambda: torch_sample(eps_fn, chain, (rows, 1, 14, 14)),
             "update": lambda: jax.block_until_ready(update(state, batch)),
             "update torch": torch_round(net, frozen, value, config, chain, word),
         },

@@ -37,6 +37,12 @@ SLICES = [
     ("dion:160m", "v5e:4x4", "data:16", {"data.batch": 256}),
     ("dion:3b", "v5e:4x4", "data:4,model:4", {"data.batch": 32, "train.accumulate": 4}),
 ]
+# A click model whose table fits no chip: 128 GB of items (docs/recsys.md).
+TABLE = ("din", "v5p:8x8x8", "data:64,model:8", {
+    "net.item_vocab": 1_000_000_000, "net.item_dim": 32, "net.item_bias": False,
+    "data.batch": 65_536, "optim.name": "adagrad", "optim.tables": "row_adagrad",
+    "optim.lr": 0.01,
+})  # fmt: skip
 OPTIMIZERS = {
     "dion 1/4": {"optim.name": "dion", "optim.rank_fraction": 0.25},
     "muon (optax)": {"optim.name": "optax_muon", "optim.scalar": "adamw"},
@@ -156,6 +162,9 @@ def main() -> None:
                 if optimizer["optim.name"] == "dion":
                     row["source"] = source()
                 wanted[f"{preset} {topology} {mesh} {name}"] = row
+    preset, topology, mesh, fields = TABLE
+    name = f"{preset} {topology} {mesh} row_adagrad, 1e9 items"
+    wanted[name] = {"command": command(*TABLE)}
     rows = {key: rows[key] for key in wanted if key in rows}
     for key, asked in wanted.items():
         row = rows.get(key, {})

@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, Real
 
 from jaxpapers.nets.denoiser import check_word, time_embedding, word_embedding
-from jaxpapers.ops.convolution import conv_general_dilated
+from jaxpapers.ops.convolution import conv_general_dilated, conv_of_doubled
 
 # Out-channels of the first map of each block, in-channels of its second, so that one sum
 # per block crosses devices; whole groups of the norm between stay on one device where the
@@ -202,8 +202,11 @@ class UNet(nn.Module):
                 h = jnp.concatenate([h, skips.pop()], -1)
                 h = self._block(f"up_{level}", i, level, h, condition, train)
             if level:
-                h = jnp.repeat(jnp.repeat(h, 2, 1), 2, 2)
-                h = conv(h.shape[-1], name=f"up_{level}_conv")(h)
+                h = conv(
+                    h.shape[-1],
+                    conv_general_dilated=conv_of_doubled,
+                    name=f"up_{level}_conv",
+                )(h)
         # The output in float32, and at first 0, the mean of the noise.
         kind = jnp.promote_types(self.dtype, jnp.float32)
         h = _norm_swish(h, self.groups, self.dtype, "norm")

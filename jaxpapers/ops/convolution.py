@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import AxisType
 from jaxtyping import Array, Float
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
@@ -51,6 +52,37 @@ def conv_general_dilated(
         lhs, rhs, window_strides, padding, lhs_dilation, rhs_dilation,
         dimension_numbers, feature_group_count, **kwargs,
     )  # fmt: skip
+
+
+def conv_of_doubled(lhs: Any, rhs: Any, *args: Any, **kwargs: Any) -> Any:
+    """A 3 x 3 convolution of pictures twice the size, every pixel four times.
+
+    For ``flax.linen.Conv(conv_general_dilated=...)``; only the small pictures are given
+    and kept. Outputs at even and odd places see 2 x 2 pixels each, so that this takes
+    4/9 of the products.
+
+    Args:
+      lhs: (B, H, W, C).
+      rhs: (3, 3, C, O).
+      args, kwargs: of "SAME" without strides; not read.
+
+    Returns:
+      (B, 2 H, 2 W, O).
+    """
+    del args, kwargs
+    # Which of the three taps fall on which of the two pixels, at even and odd places.
+    taps = jnp.array([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], rhs.dtype)
+    pads = ((1, 0), (0, 1))
+
+    def at(row, column):
+        kernel = jnp.einsum(
+            "pi,qj,ijco->pqco", taps[row], taps[column], rhs, precision="highest"
+        )
+        return convolve(lhs, kernel, 1, (pads[row], pads[column]))
+
+    rows = [jnp.stack([at(row, column) for column in (0, 1)], 3) for row in (0, 1)]
+    batch, height, width = lhs.shape[:3]
+    return jnp.stack(rows, 2).reshape(batch, 2 * height, 2 * width, -1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -118,33 +150,50 @@ def _dx(x, kernel, stride, pads, dy):
 def _dkernel(x, kernel, stride, pads, dy):
     """For each place in the window, what lay there times the gradient.
 
-    The gradients of a window's row stand side by side, each moved to the column that its
-    pixel had: one product per row of the window, with many columns, instead of one per
-    place is up to twice as fast.
+    The pictures stand side by side once for each row of the window, moved by as many
+    rows, and the gradients once for each column: all places are one product. It is summed
+    over pairs of pictures, whose copies stay in the cache: 1.2 to 1.6 times as fast as
+    all of them at once. Where rows lie on several devices, a slice would move them.
     """
-    (height, width), (_, rows, columns, out) = kernel.shape[:2], dy.shape
+    (height, width), (count, rows, columns, out) = kernel.shape[:2], dy.shape
     (above, below), (left, _) = pads
     channels = x.shape[-1]
     kind, zero = jnp.promote_types(dy.dtype, jnp.float32), jnp.zeros((), dy.dtype)
 
-    def moved(j):
+    def moved(dy, j):
         before = j - left
         after = x.shape[2] - (before + stride * (columns - 1) + 1)
         beside = ((0, 0, 0), (0, 0, 0), (before, after, stride - 1), (0, 0, 0))
         return lax.pad(dy, zero, beside)
 
-    beside = jnp.concatenate([moved(j) for j in range(width)], -1)
-    beside = beside.reshape(-1, width * out)
-    padded = jnp.pad(x, ((0, 0), (above, below), (0, 0), (0, 0)))
+    def product(x, dy):
+        x = jnp.pad(x, ((0, 0), (above, below), (0, 0), (0, 0)))
+        span = stride * (rows - 1) + 1
+        seen = [x[:, i : i + span : stride] for i in range(height)]
+        seen = jnp.concatenate(seen, -1).reshape(-1, height * channels)
+        beside = jnp.concatenate([moved(dy, j) for j in range(width)], -1)
+        beside = beside.reshape(-1, width * out)
+        return jnp.matmul(seen.T, beside, preferred_element_type=kind)
 
-    def at(i):
-        seen = padded[:, i : i + stride * (rows - 1) + 1 : stride]
-        found = jnp.matmul(
-            seen.reshape(-1, channels).T, beside, preferred_element_type=kind
-        )
-        return found.reshape(channels, width, out).swapaxes(0, 1)
+    def add(i, total):
+        part = (lax.dynamic_slice_in_dim(a, i * pair, pair) for a in (x, dy))
+        return total + product(*part)
 
-    return jnp.stack([at(i) for i in range(height)]).astype(kernel.dtype)
+    pair = 2 - count % 2
+    if _on_one_device() and count > pair:
+        first = jnp.zeros((height * channels, width * out), kind)
+        found = lax.fori_loop(0, count // pair, add, first)
+    else:
+        found = product(x, dy)
+    found = found.reshape(height, channels, width, out).swapaxes(1, 2)
+    return found.astype(kernel.dtype)
+
+
+def _on_one_device() -> bool:
+    """Whether no axis of the mesh that the compiler may use has two devices."""
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = zip(mesh.axis_names, mesh.axis_types)
+    return all(mesh.shape[n] == 1 for n, kind in kinds if kind != AxisType.Manual)
 
 
 def _layout(numbers, lhs, rhs):

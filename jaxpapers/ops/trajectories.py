@@ -14,6 +14,8 @@ from jaxpapers.ops import diffusion
 from jaxpapers.ops.diffusion import Chain
 
 STORES = ("all", "last", "keys")
+# Numbers of noise that a whole chain may have for them to be drawn before it.
+AT_ONCE = 2**18
 
 
 class Trajectory(NamedTuple):
@@ -78,15 +80,16 @@ def rollout(
     first = over_data(first)
     step = functools.partial(_step, eps_fn, chain, key_noise)
 
-    def body(x, k):
-        x_next, eps = step(x, k)
+    def body(x, now):
+        k, noise = now
+        x_next, eps = step(x, k, noise)
         score = None
         if log_prob:
             score = diffusion.step_log_prob(chain, k, x, x_next, eps, reduce)
         return x_next, (*((x, eps) if store == "all" else (None, None)), score)
 
     scan: Any = lax.scan(
-        jax.checkpoint(body) if remat else body, first, jnp.arange(len(chain.std))
+        jax.checkpoint(body) if remat else body, first, _steps(chain, key_noise, first)
     )
     last, (states, eps, scores) = scan
     if store == "keys":
@@ -144,19 +147,31 @@ def replay(
         raise ValueError("replay needs a trajectory of rollout(..., store='keys')")
     step = functools.partial(_step, eps_fn, chain, trajectory.key)
 
-    def body(state, k):
-        x, carry = state
-        x_next, eps = step(x, k)
+    def body(state, now):
+        (x, carry), (k, noise) = state, now
+        x_next, eps = step(x, k, noise)
         return (x_next, visit(carry, k, x, x_next, eps)), None
 
-    steps = jnp.arange(len(chain.std))
+    steps = _steps(chain, trajectory.key, trajectory.start)
     return lax.scan(body, (trajectory.start, carry), steps)[0][1]
 
 
-def _step(eps_fn, chain, key_noise, x, k):
+def _steps(chain, key_noise, x):
+    """Numbers of the steps, and their noise if it is little: one draw instead of S."""
+    k = jnp.arange(len(chain.std))
+    if len(k) * x.size > AT_ONCE:
+        return k, None
+    return k, jax.vmap(functools.partial(_noise, key_noise, x))(k)
+
+
+def _noise(key_noise, x, k):
+    return jax.random.normal(jax.random.fold_in(key_noise, k), x.shape, x.dtype)
+
+
+def _step(eps_fn, chain, key_noise, x, k, noise=None):
     """One step and the noise that the net predicted."""
     time = jnp.broadcast_to(jnp.asarray(chain.time, jnp.float32)[k], x.shape[:1])
     eps = eps_fn(x, time)
-    noise = jax.random.normal(jax.random.fold_in(key_noise, k), x.shape, x.dtype)
+    noise = _noise(key_noise, x, k) if noise is None else noise
     std = jnp.asarray(chain.std, x.dtype)[k]
     return diffusion.step_mean(chain, k, x, eps) + std * noise, eps

@@ -13,6 +13,7 @@ from jaxpapers.nets import denoiser
 from jaxpapers.nets.denoiser import (
     MLPDenoiser,
     StepMLP,
+    softplus,
     time_embedding,
     word_embedding,
 )
@@ -38,6 +39,27 @@ def build(**options):
     net = MLPDenoiser(**{**SMALL, **options})
     word = WORD if net.words else None
     return net, jax.jit(net.init)(jax.random.key(0), X, TIME, word)["params"]
+
+
+@pytest.mark.parametrize("dtype, tol", [("float32", 3e-7), ("float64", 1e-15)])
+def test_softplus_to_the_last_digits(dtype, tol):
+    x = np.concatenate([np.linspace(-80, 80, 4001), np.linspace(-1, 1, 2001)])
+    x = x.astype(dtype)
+    with jax.enable_x64(dtype == "float64"):
+        found, slope = jax.vmap(jax.value_and_grad(softplus))(jnp.asarray(x))
+        curve = jax.vmap(jax.grad(jax.grad(softplus)))(jnp.asarray(x))
+    assert found.dtype == slope.dtype == dtype
+    wide = x.astype(np.float64)
+    sigmoid = np.exp(-np.logaddexp(0, -wide))
+    np.testing.assert_allclose(found, np.logaddexp(0, wide), rtol=tol)
+    np.testing.assert_allclose(slope, sigmoid, rtol=20 * tol)
+    np.testing.assert_allclose(curve, sigmoid * (1 - sigmoid), rtol=1e-4, atol=3e-7)
+
+
+def test_softplus_beyond_numbers():
+    x = jnp.array([-jnp.inf, jnp.inf, jnp.nan])
+    found = np.asarray(softplus(x))
+    assert found[0] == 0 and found[1] == np.inf and np.isnan(found[2])
 
 
 def test_time_embedding_against_numpy():

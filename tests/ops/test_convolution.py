@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.sharding import AxisType
 
 from jaxpapers.ops import convolution
 
@@ -60,6 +61,56 @@ def test_a_flax_layer_takes_it():
     plain, ours = (jax.grad(loss)(params, layer) for layer in layers)
     for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(ours)):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_doubled_pictures_need_not_be_made():
+    with jax.enable_x64():
+        keys = jax.random.split(jax.random.key(0), 3)
+        x = jax.random.normal(keys[0], (2, 3, 5, 4), jnp.float64)
+        layers = [
+            nn.Conv(6, (3, 3), param_dtype=jnp.float64, **extra)
+            for extra in ({}, {"conv_general_dilated": convolution.conv_of_doubled})
+        ]
+        params = layers[1].init(keys[1], x)
+
+        def plain(params, x):
+            return layers[0].apply(params, jnp.repeat(jnp.repeat(x, 2, 1), 2, 2))
+
+        expected, usual = jax.vjp(plain, params, x)
+        found, back = jax.vjp(layers[1].apply, params, x)
+        assert found.shape == (2, 6, 10, 6)
+        np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)
+        dy = jax.random.normal(keys[2], expected.shape, jnp.float64)
+        for a, b in zip(jax.tree.leaves(back(dy)), jax.tree.leaves(usual(dy))):
+            np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("count", [5, 6])
+def test_kernel_gradients_are_sums_over_pictures(count):
+    """In a loop over pairs on one device; at once where rows lie on several."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (count, 6, 5, 3))
+    kernel = jax.random.normal(keys[1], (3, 3, 3, 4))
+    weight = jax.random.normal(keys[2], (count, 6, 5, 4))
+
+    def grad(x):
+        def value(kernel):
+            y = convolution.convolve(x, kernel, 1, ((1, 1), (1, 1)))
+            return (weight * y).sum()
+
+        return jax.grad(value)(kernel)
+
+    lowered = jax.jit(grad).lower(x)
+    assert "stablehlo.while" in lowered.as_text()
+    expected = jax.grad(
+        lambda k: (weight * lax.conv_general_dilated(
+            x, k, (1, 1), "SAME", dimension_numbers=convolution.LAYOUT)).sum()
+    )(kernel)  # fmt: skip
+    np.testing.assert_allclose(lowered.compile()(x), expected, rtol=1e-5, atol=1e-4)
+    with jax.set_mesh(jax.make_mesh((2,), ("data",), (AxisType.Auto,))):
+        several = jax.jit(grad).lower(x)
+        assert "stablehlo.while" not in several.as_text()
+        np.testing.assert_allclose(several.compile()(x), expected, rtol=1e-5, atol=1e-4)
 
 
 def test_half_precision_sums_in_single():

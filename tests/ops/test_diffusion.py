@@ -253,6 +253,35 @@ def test_step_kl_is_that_of_the_gaussians():
     )
 
 
+def test_noise_drawn_at_once_is_that_of_the_steps(monkeypatch):
+    """A large chain draws step by step, a small one before it; replay does the same."""
+    chain = diffusion.ddpm_chain(diffusion.linear_betas(6))
+
+    def eps_fn(x, time):
+        return 0.1 * x + 0.01 * time[:, None]
+
+    def draw():
+        found = jax.jit(
+            lambda key: trajectories.rollout(key, eps_fn, chain, (8, 2), store="keys")
+        )(jax.random.key(0))
+        states = jax.jit(
+            lambda found: trajectories.replay(
+                found,
+                eps_fn,
+                chain,
+                lambda last, k, x, x_next, eps: x_next,
+                found.start,
+            )
+        )(found)
+        np.testing.assert_array_equal(states, found.sample)
+        return found.sample
+
+    assert len(chain.std) * 8 * 2 < trajectories.AT_ONCE
+    before = draw()
+    monkeypatch.setattr(trajectories, "AT_ONCE", 0)
+    np.testing.assert_allclose(draw(), before, rtol=1e-6, atol=1e-6)
+
+
 def test_replay_is_bitwise_the_same(users_options):
     chain = CHAINS["ddpm"]
     # As users compile: the tests' own options round differently in two programs.
