@@ -26,6 +26,7 @@ METHOD = {
     "alpha": 0.0,  # weight of a frozen teacher, whose logits the batch has to bring
     "nets": "both",  # light, booster: one alone
     "share": True,  # the lower layers
+    "remat": False,  # compute the booster's hidden layers twice instead of keeping them
 }
 
 

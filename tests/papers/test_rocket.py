@@ -101,6 +101,23 @@ def test_recorded_losses_and_gradients(case, dtype):
                     check(g["b"], z[f"{start}grad_b_{name}"])
 
 
+def test_the_boosters_layers_can_be_computed_again():
+    """The same loss and gradients, and nothing else is computed twice."""
+    x = jax.random.normal(jax.random.key(1), (B, D))
+    batch = {"x": x, "label": jnp.arange(B) % C}
+    found, counts = [], []
+    for remat in (False, True):
+        nets = toy_nets(remat=remat)
+        params = nets.init(jax.random.key(0))
+        state = nets.statistics(params)
+        step = jax.value_and_grad(nets.loss, has_aux=True)
+        args = params, state, batch, jax.random.key(0)
+        found.append(jax.jit(step)(*args))
+        counts.append(str(jax.make_jaxpr(step)(*args)).count("remat"))
+    jax.tree.map(np.testing.assert_array_equal, *found)
+    assert counts[0] == 0 and counts[1] > 0
+
+
 # Hints
 
 

@@ -107,6 +107,7 @@ def rocket_loss(
     alpha: float = 0.0,
     nets: str = "both",
     share: bool = True,
+    remat: bool = False,
 ) -> tuple[Float[Array, ""], tuple[dict[str, Array], dict]]:
     """Cross-entropies of both nets and the hint (eq 1), means over the rows.
 
@@ -129,6 +130,8 @@ def rocket_loss(
       alpha: see ``distillation_loss``; 0: no teacher.
       nets: "light" and "booster" train one net alone.
       share: False: each net has its own lower layers, in ``params["shared"][net]``.
+      remat: keep none of the booster's hidden layers for the backward pass, but compute
+        them again there.
 
     Returns:
       Nats; metrics ce_light, ce_booster, hint, acc_light, acc_booster, as far as the nets
@@ -155,9 +158,12 @@ def rocket_loss(
 
     def run(name, own):
         lower = params["shared"] if share else params["shared"][name]
-        return heads[name](
-            own, lower, state[name], inputs[name], batch, keys[name], True
-        )
+        args = own, lower, state[name], inputs[name], batch, keys[name]
+
+        def head(*args):
+            return heads[name](*args, True)
+
+        return (jax.checkpoint(head) if remat and name == "booster" else head)(*args)
 
     found, hidden, new = {}, {}, dict(state)
     mean = _mean(batch)
