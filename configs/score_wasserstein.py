@@ -3,7 +3,10 @@
     jaxpapers train score_wasserstein            four clusters, 90 s and its rivals
     jaxpapers train score_wasserstein:moons      two half circles
     jaxpapers train score_wasserstein:gaussian   one Gaussian
+    jaxpapers train score_wasserstein:line       two clusters on a line
     jaxpapers train score_wasserstein:digits     scanned digits, two principal components
+        --config.net.shape=(8,)                  eight of them
+        --config.method.start=prior              sampling from N(0, I), with its offset
     jaxpapers train score_wasserstein:smoke      four clusters, a few steps
 
 Gates: the exact W_2 of 256 points and of samples that start from them is below the bound
@@ -15,7 +18,7 @@ log-intercept by 1 at least.
 
 from ml_collections import ConfigDict
 
-PRESETS = ("paper", "moons", "gaussian", "digits", "smoke")
+PRESETS = ("paper", "moons", "gaussian", "line", "digits", "smoke")
 
 
 def get_config(preset: str | None = None) -> ConfigDict:
@@ -29,7 +32,8 @@ def get_config(preset: str | None = None) -> ConfigDict:
         {
             "data": {
                 "task": "generation",
-                "source": "four_clusters",  # moons, gaussian, digit_components
+                # In as many dimensions as net.shape; gaussian, digit_components; moons
+                "source": "clusters",
                 "path": "",
                 # Std of a cluster (the released code has 0.0125), noise of the moons,
                 # variance of the Gaussian.
@@ -76,6 +80,8 @@ def get_config(preset: str | None = None) -> ConfigDict:
     )
     if preset in ("moons", "gaussian"):
         config.data.source = preset
+    elif preset == "line":
+        config.net.shape = (1,)
     elif preset == "digits":
         config.data.source = "digit_components"
     elif preset == "smoke":

@@ -29,7 +29,7 @@ def get_config(preset: str | None = None) -> ConfigDict:
         {
             "data": {
                 "task": "generation",
-                "source": "swiss_roll",  # moons, four_clusters, gaussian, or pictures:
+                "source": "swiss_roll",  # moons, clusters, gaussian, or pictures:
                 # digits, fashion, mnist-5k, cifar-10
                 "path": "",
                 "spread": 0.05,  # noise of a synthetic source

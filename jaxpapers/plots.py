@@ -121,28 +121,28 @@ def plot_comparison(
 def plot_against(
     runs: Mapping[str, Sequence[str | Path]],
     x: str,
-    y: Sequence[str],
+    panels: Mapping[str, str],
     out: str | Path,
-    log: str = "",
 ) -> Path:
-    """Draws evaluations against each other, a panel for each ``y``, a colour a model.
+    """Draws evaluations against each other, a panel for each metric, a colour a model.
 
     Args:
       runs: model -> workdirs of its seeds; a line each, a dot per evaluation.
       x: metric on the horizontal axis, e.g. "validation_path_kl". Points that are
         infinite, or not positive on a logarithmic axis, are left out.
-      y: metrics on the vertical ones.
+      panels: metric on the vertical axis -> which axes are logarithmic, of "xy", and "="
+        for the line where both metrics are equal.
       out: picture file.
-      log: axes that are logarithmic, of "xy".
 
     Raises:
       ValueError: a run without such evaluations.
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5 * len(y), 4.2), layout="constrained")
-    row = figure.subplots(1, len(y), squeeze=False)[0]
-    for axes, name in zip(row, y):
+    figure = Figure(figsize=(5 * len(panels), 4.2), layout="constrained")
+    row = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (name, options) in zip(row, panels.items()):
+        log = options.removesuffix("=")
         for i, (label, folders) in enumerate(runs.items()):
             for j, folder in enumerate(folders):
                 records = [r for r in read_metrics(folder) if x in r and name in r]
@@ -160,6 +160,10 @@ def plot_against(
                 axes.plot(*points[-1], "D", color=f"C{i}", mec="black")
         scales = {f"{v}scale": "log" for v in log}
         axes.set(xlabel=_words(x), ylabel=_words(name), **scales)
+        if options != log:
+            ends = axes.get_xlim()
+            axes.plot(ends, ends, ":", color="grey", label="equal")
+            axes.set_xlim(ends)
         axes.grid(alpha=0.25)
     row[0].legend(frameon=False, fontsize=8)
     figure.savefig(out, dpi=150)
@@ -205,6 +209,10 @@ def plot_samples(
             shown = names if title != "data" else []
             axes.set_yticks([step * (i + 0.5) for i in range(len(shown))], shown)
             axes.set_xticks([])
+        elif np.shape(x)[1] == 1:
+            axes.hist(after["data"][:, 0], 60, density=True, color="darkgrey")
+            if title != "data":
+                axes.hist(x[:, 0], 60, density=True, color="C0", histtype="step")
         else:
             data = after["data"]
             axes.plot(data[:, 0], data[:, 1], ".", ms=2, color="darkgrey")

@@ -179,13 +179,13 @@ def train(
             plots.plot(curves if seeds > 1 else [folder], task.curve,
                         folder / "loss.png", levels)  # fmt: skip
             if task.against:
-                x, y, log = task.against
+                x, panels = task.against
                 own = {
                     label: [_inside(folder, label, seeds, seed) for seed in every]
                     for label in ["", *({} if alone else rivals)]
                 }  # fmt: skip
                 named = {label or "this model": runs for label, runs in own.items()}
-                plots.plot_against(named, x, y, folder / "against.png", log)
+                plots.plot_against(named, x, panels, folder / "against.png")
             if len(rows) > 1 or seeds > 1:
                 plots.plot_comparison(task, rows, baselines, folder / "comparison.png")
         except ModuleNotFoundError:

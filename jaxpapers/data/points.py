@@ -61,10 +61,12 @@ def moons(count: int, seed: int, noise: float = 0.1) -> np.ndarray:
     return _float32((clean + noise * rng.standard_normal(clean.shape)) / 2)
 
 
-def four_clusters(
-    count: int, seed: int, std: float = 0.1, balanced: bool = True
+def clusters(
+    count: int, seed: int, std: float = 0.1, balanced: bool = True, dim: int = 2
 ) -> np.ndarray:
-    r"""Normal clusters, N(c, std^2 I), around the four centres $(\pm 1/2, \pm 1/2)$.
+    r"""Normal clusters, N(c, std^2 I), around the corners $c \in \{\pm 1/2\}^d$.
+
+    Four in the plane, two on a line.
 
     Args:
       count: points.
@@ -72,23 +74,27 @@ def four_clusters(
       std: deviation of a cluster. The paper has 0.1 (variance 0.01), its notebook 0.0125.
       balanced: as many points of each cluster, in random order; else each point's
         cluster is drawn evenly. (In the notebook ``balanced=False`` loses a cluster.)
+      dim: d, coordinates.
 
     Raises:
-      ValueError: balanced, and the count is no multiple of 4.
+      ValueError: balanced, and the count is no multiple of 2^d.
 
     Reference:
       Kwon, Fan and Lee, 2022, arXiv 2212.06359, section 4.
     """
     rng = _rng(count, seed, std=std)
-    if balanced and count % 4:
+    if operator.index(dim) < 1:
+        raise ValueError(f"dim must be at least 1, got {dim}")
+    corners = 2**dim
+    if balanced and count % corners:
         raise ValueError(
-            f"four balanced clusters need a multiple of 4 points, got {count}; try "
-            f"{count + -count % 4}, or balanced=False"
+            f"{corners} balanced clusters need a multiple of {corners} points, got "
+            f"{count}; try {count + -count % corners}, or balanced=False"
         )
-    cluster = rng.permutation(np.arange(count) % 4)
+    cluster = rng.permutation(np.arange(count) % corners)
     if not balanced:
-        cluster = rng.integers(0, 4, count)
-    centre = np.stack([cluster % 2, cluster // 2], 1) - 0.5
+        cluster = rng.integers(0, corners, count)
+    centre = (cluster[:, None] >> np.arange(dim)) % 2 - 0.5
     return _float32(centre + std * rng.standard_normal(centre.shape))
 
 

@@ -26,8 +26,8 @@ class Task(NamedTuple):
         time, so that two states can be compared. None: nothing to see.
       family: seeds -> label and the metric of every seed, of models that are trained
         beside this one, all seeds at once; None: none.
-      against: metric of the evaluations, others that are drawn against it, and which of
-        "xy" are logarithmic; None: nothing to draw.
+      against: metric of the evaluations, and the panels of those that are drawn against
+        it, see ``plots.plot_against``; None: nothing to draw.
     """
 
     examples: Any
@@ -43,7 +43,7 @@ class Task(NamedTuple):
     curve: str = "loss"
     picture: Callable[[Any], dict] | None = None
     family: Callable[[Sequence[int]], dict[str, list[float]]] | None = None
-    against: tuple[str, tuple[str, ...], str] | None = None
+    against: tuple[str, dict[str, str]] | None = None
 
 
 def named(outputs: Any) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from jaxpapers.data import arrays, fetch, image_files, images, points
 from jaxpapers.ops import chains, distance
 from jaxpapers.tasks import Task, judges
 
-POINTS = ("swiss_roll", "moons", "four_clusters", "gaussian", "digit_components")
+POINTS = ("swiss_roll", "moons", "clusters", "gaussian", "digit_components")
 PICTURES = ("digits", "fashion", "mnist-5k", "cifar-10")
 DIRECTIONS = 100
 # Points of an exact distance: the assignment costs their cube.
@@ -82,7 +82,7 @@ def load(config: Any, method: Any, mesh: Any) -> Task:
         None,
         f"{source.name}: {len(source.train):,} to train on, "
         f"{len(source.held_out):,} held out",
-        against=("certified_w2", ("bound",), "xy") if method.diagnose else None,
+        against=("certified_w2", {"bound": "xy="}) if method.diagnose else None,
         picture=lambda state: {
             "samples": sample(state, 2, SHOWN if picture else EXACT),
             "data": source.held_out[: SHOWN if picture else EXACT],
@@ -117,8 +117,9 @@ def read(config: Any) -> Source:
     c = config.data
     if c.eval_count < 2:
         raise ValueError(f"config.data.eval_count must be >= 2, got {c.eval_count}")
-    source = _read(c.source, c.path, c.spread, c.count, c.eval_count, c.seed)
     shape = tuple(config.net.shape)
+    dim = math.prod(shape)
+    source = _read(c.source, c.path, c.spread, c.count, c.eval_count, c.seed, dim)
     if source.train.shape[1:] != shape:
         raise ValueError(
             f"config.net.shape is {shape}, but samples of {c.source} have the shape "
@@ -129,17 +130,25 @@ def read(config: Any) -> Source:
 
 @functools.lru_cache(maxsize=2)
 def _read(
-    name: str, path: str, spread: float, count: int, eval_count: int, seed: int
+    name: str,
+    path: str,
+    spread: float,
+    count: int,
+    eval_count: int,
+    seed: int,
+    dim: int,
 ) -> Source:
     if name not in POINTS + PICTURES:
         raise ValueError(
             f"config.data.source must be one of {POINTS + PICTURES}, got {name!r}"
         )
     if name == "digit_components":
-        halves = points.digit_components(path or fetch.get("digits"))
-        return Source(*halves, None, "scanned digits, 2 components")
+        halves = points.digit_components(path or fetch.get("digits"), dim)
+        return Source(*halves, None, f"scanned digits, {dim} components")
     if name in POINTS:
         make = getattr(points, name)
+        if name in ("clusters", "gaussian"):  # In as many dimensions as the net has.
+            make = functools.partial(make, dim=dim)
         # Other draws of the same law, never seen in training.
         held_out = make(eval_count, 1_000_003 + seed, spread)
         train = make(count, seed, spread)

@@ -135,8 +135,11 @@ def load(config: Any, method: Any, mesh: Any) -> Task:
         rising=True,
         against=(
             "validation_path_kl",
-            ("validation_judge_accuracy", "validation_frechet"),
-            "x",
+            {
+                "validation_reward": "x",
+                "validation_judge_accuracy": "x",
+                "validation_frechet": "x",
+            },
         )
         if method.diagnose
         else None,

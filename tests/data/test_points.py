@@ -11,7 +11,7 @@ from jaxpapers.data import points
 GENERATORS = [
     points.swiss_roll,
     points.moons,
-    points.four_clusters,
+    points.clusters,
     points.gaussian,
 ]
 
@@ -64,7 +64,7 @@ def test_moons_lie_on_two_half_circles():
 
 @pytest.mark.parametrize("std", [0.1, 0.0125])
 def test_four_clusters(std):
-    x = points.four_clusters(8000, 0, std).astype(float)
+    x = points.clusters(8000, 0, std).astype(float)
     cluster = (x[:, 0] > 0) + 2 * (x[:, 1] > 0)
     assert np.bincount(cluster).tolist() == [2000] * 4
     for c in range(4):
@@ -74,10 +74,21 @@ def test_four_clusters(std):
     assert len(set(cluster[:20])) == 4
 
 
+def test_clusters_on_a_line_and_in_space():
+    for dim in (1, 3):
+        x = points.clusters(800 * 2**dim, 0, dim=dim).astype(float)
+        assert x.shape == (800 * 2**dim, dim)
+        corner = ((x > 0) << np.arange(dim)).sum(1)
+        assert np.abs(np.bincount(corner) - 800).max() == 0
+        np.testing.assert_allclose(np.abs(x).mean(0), 0.5, atol=0.01)
+    with pytest.raises(ValueError, match="dim must be at least 1"):
+        points.clusters(8, 0, dim=0)
+
+
 def test_four_clusters_of_random_size():
     with pytest.raises(ValueError, match="multiple of 4 points, got 10; try 12"):
-        points.four_clusters(10, 0)
-    x = points.four_clusters(4002, 0, balanced=False)
+        points.clusters(10, 0)
+    x = points.clusters(4002, 0, balanced=False)
     counts = np.bincount((x[:, 0] > 0) + 2 * (x[:, 1] > 0), minlength=4)
     # Chi squared with three degrees of freedom: 16.3 has probability 0.001.
     assert 0 < np.square(counts - 4002 / 4).sum() / (4002 / 4) < 16.3
