@@ -48,7 +48,6 @@ def get_config(preset: str | None = None) -> ConfigDict:
                 "groups": 8,
                 "dropout": 0.0,
                 "dtype": "float32",
-                "critic": (64,),  # no net here, SFT-PG has one
                 "value": (256, 256, 256),
                 "value_scale_output": False,
             },

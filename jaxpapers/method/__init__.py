@@ -88,6 +88,19 @@ class Replicas(NamedTuple):
     specs: Callable
 
 
+def only_if(good: jax.Array, new: State, old: State) -> State:
+    """The new state, or the old one at the new step where ``good`` is False."""
+    kept = {
+        name: jax.tree.map(lambda a, b: jnp.where(good, a, b), *pair)
+        for name, pair in {
+            "params": (new.params, old.params),
+            "opt_state": (new.opt_state, old.opt_state),
+            "extra": (new.extra, old.extra),
+        }.items()
+    }
+    return old._replace(step=old.step + 1, **kept)
+
+
 def path_name(path: Sequence[Any]) -> str:
     """A pytree key path as "params/layers/mlp/up/kernel"."""
     return jax.tree_util.keystr(tuple(path), simple=True, separator="/")

@@ -45,10 +45,10 @@ def parts(c: Any, steps: int, timesteps: int) -> Parts:
 
     Args:
       c: ``shape`` X of a sample, ``model`` one of ``MODELS``, ``words`` of the table
-        (0: none), ``critic`` and ``value`` widths, ``value_scale_output``, and the
-        model's own fields: ``widths`` (steps), ``width``, ``blocks``, ``dtype`` (mlp),
-        ``channels``, ``multipliers``, ``blocks``, ``attention``, ``groups``,
-        ``dropout``, ``dtype`` (unet).
+        (0: none), ``value`` widths and optionally ``critic`` widths,
+        ``value_scale_output``, and the model's own fields: ``widths`` (steps);
+        ``width``, ``blocks``, ``dtype`` (mlp); ``channels``, ``multipliers``, ``blocks``,
+        ``attention``, ``groups``, ``dropout``, ``dtype`` (unet).
       steps: S of the chain; the value net has a vector for each.
       timesteps: T of training; the model "steps" has a vector for each.
 
@@ -58,7 +58,8 @@ def parts(c: Any, steps: int, timesteps: int) -> Parts:
     shape = tuple(c.shape)
     net = _denoiser(c, shape, timesteps)
     picture = c.model == "unet"
-    critic = ConvCritic(tuple(c.critic)) if picture else MLPCritic(tuple(c.critic))
+    widths = tuple(c.get("critic", (1,)))
+    critic = ConvCritic(widths) if picture else MLPCritic(widths)
     value = StepMLP(
         tuple(c.value), 1, steps, activation="relu", scale_output=c.value_scale_output
     )

@@ -35,7 +35,8 @@ def test_recorded_clipped_losses_and_gradients(case):
     (total, parts), grad = jax.value_and_grad(dpok, has_aux=True)(eps)
     np.testing.assert_allclose(parts[0], z["dpok_policy"], rtol=2e-5)
     np.testing.assert_allclose(total, z["dpok_total"], rtol=2e-5)
-    np.testing.assert_allclose(grad, z["dpok_grad_eps"], rtol=2e-5, atol=1e-6)
+    most = np.abs(z["dpok_grad_eps"]).max()
+    np.testing.assert_allclose(grad, z["dpok_grad_eps"], rtol=2e-5, atol=2e-5 * most)
     outside = np.abs(z["ratio"] - 1) > clip
     only = jax.grad(lambda e: dpok(e)[1][0])(eps)
     assert outside.any() and not np.asarray(only)[outside].any()
@@ -45,7 +46,8 @@ def test_recorded_clipped_losses_and_gradients(case):
 
     value, grad = jax.value_and_grad(ppo)(eps)
     np.testing.assert_allclose(value, z["ppo_loss"], rtol=2e-5)
-    np.testing.assert_allclose(grad, z["ppo_grad_eps"], rtol=2e-5, atol=1e-6)
+    most = np.abs(z["ppo_grad_eps"]).max()
+    np.testing.assert_allclose(grad, z["ppo_grad_eps"], rtol=2e-5, atol=2e-5 * most)
 
 
 def test_where_each_clip_lets_a_gradient_through():

@@ -11,11 +11,11 @@ import pytest
 from jaxpapers import hlo, papers, run
 from jaxpapers import mesh as meshes
 from jaxpapers import train as trainer
+from jaxpapers.method import only_if
 from jaxpapers.nets import diffusion as nets
 from jaxpapers.ops import diffusion, policy
 from jaxpapers.papers import dpok
 from jaxpapers.papers.dpok import baseline, rounds
-from jaxpapers.papers.dpok.supervised import only_if
 
 CHAIN = diffusion.ddpm_chain(np.array([0.2, 0.4, 0.6]))
 PRE, THETA = jnp.array([0.3, 0.1]), jnp.array([0.6, -0.5])
@@ -91,6 +91,59 @@ def params(theta=THETA, pre=PRE):
     return {
         "net": {"theta": theta}, "reference": {"theta": pre}, "value": {"v": 0.0},
     }  # fmt: skip
+
+
+@pytest.mark.parity("diffusion", only=lambda entry: "dpok_total" in entry["arrays"])
+def test_recorded_losses_of_the_whole_function(case):
+    """``dpok_loss`` itself, through an old policy that had the recorded ratios."""
+    folder, name, _ = case
+    with jax.enable_x64(), np.load(folder / f"{name}.npz") as file:
+        z = {n: np.asarray(v, np.float64) for n, v in file.items()}
+        chain = diffusion.ddim_chain(z["alphas_cumprod"], len(z["timesteps"]))
+        k = z["step_index"].astype(int)
+
+        def rows(v):
+            return np.asarray(v)[k].reshape(-1, *(1,) * (z["x"].ndim - 1))
+
+        a, c, std = (rows(v) for v in (chain.x_mult, chain.eps_mult, chain.std))
+        drawn = (z["x_next"] - a * z["x"] - c * z["eps"]) / std
+        # The old noise, longer or shorter: the mean square says how probable it was.
+        square = np.square(drawn).reshape(len(k), -1).mean(1)
+        scale = np.sqrt(1 + 2 * np.log(z["ratio"]) / square)
+        scale = scale.reshape(-1, *(1,) * (drawn.ndim - 1))
+        old = (z["x_next"] - std * scale * drawn - a * z["x"]) / c
+        batch = dpok.Transitions(
+            jnp.asarray(k, jnp.int32), *map(jnp.asarray, (z["x"], z["x_next"], old)),
+            jnp.zeros(len(k), jnp.int32),
+        )  # fmt: skip
+        advantage = jnp.asarray(z["reward"] - z["value"])
+
+        def loss(eps, **options):
+            return dpok.dpok_loss(
+                lambda x, time, word: eps, jnp.asarray(z["eps_ref"]), chain, batch,
+                advantage, clip_eps=float(z["clip"]), reduce="mean", **options,
+            )  # fmt: skip
+
+        grad = jax.value_and_grad(loss, has_aux=True)
+        eps = jnp.asarray(z["eps"])
+        released = {"clip": "hard", "kl": "eps_mse", "alpha": float(z["alpha"]),
+                    "beta": float(z["beta"])}  # fmt: skip
+        (total, metrics), slope = grad(eps, **released)
+        np.testing.assert_allclose(total, z["dpok_total"], rtol=2e-5)
+        np.testing.assert_allclose(metrics["ratio"], z["ratio"].mean(), rtol=1e-9)
+        policy_part = float(z["alpha"]) * metrics["policy_loss"]
+        np.testing.assert_allclose(policy_part, z["dpok_policy"], rtol=2e-5)
+        np.testing.assert_allclose(metrics["step_kl"], z["kl_step"].mean(), rtol=2e-5)
+        close(slope, z["dpok_grad_eps"])
+        (total, _), slope = grad(eps, clip="ppo", beta=0.0)
+        np.testing.assert_allclose(total, z["ppo_loss"], rtol=2e-5)
+        close(slope, z["ppo_grad_eps"])
+
+
+def close(found, expected):
+    """To 2e-5, of the largest number where others are small."""
+    most = np.abs(expected).max()
+    np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5 * most)
 
 
 def test_the_paths_kl_bounds_that_of_the_pictures(config):
@@ -437,6 +490,27 @@ def test_a_loss_with_a_host_reward_has_a_gradient(config):
     assert float(jnp.abs(found["net"]["theta"]).min()) > 0
 
 
+def test_the_reference_preset_is_the_released_code():
+    """Its clip, band, reduction, KL, weights and optimizer (dpok.md 4), and a round."""
+    c = run.load_config("dpok:reference")
+    own = {name: c.method[name] for name in ("clip", "clip_eps", "reduce", "kl")}
+    assert own == {"clip": "hard", "clip_eps": 1e-4, "reduce": "mean", "kl": "eps_mse"}
+    assert (c.method.alpha, c.method.beta, c.method.policy_steps) == (10, 0.01, 5)
+    assert (c.optim.lr, c.optim.weight_decay, c.optim.clip) == (1e-5, 0.0, 0.1)
+    assert c.optim.value_lr == 1e-4 and c.method.rounds == 2  # 1,000 transitions: 2.
+    small = {"net.width": 16, "net.blocks": 1, "net.value": (8,), "data.batch": 10,
+             "method.steps": 5}  # fmt: skip
+    c = changed(c, **small)
+    method = dpok.make(c, reward_fn=reward)
+    state = method.init(jax.random.key(0), batch_of(c))
+    after, metrics = jax.jit(method.update)(state, batch_of(c))
+    assert np.isfinite(float(metrics["loss"]))
+    moved = jax.tree.map(
+        lambda a, b: (a != b).any(), state.params["lora"], after.params["lora"]
+    )
+    assert any(jax.tree.leaves(moved))
+
+
 def test_rivals_start_from_one_pretraining():
     plain = run.load_config("dpok")
     before = papers.pretraining("dpok", plain)
@@ -486,6 +560,28 @@ def test_a_reward_from_the_host(config):
     assert seen == [((20, 1), (20,))]
     for a, b in zip(*(jax.tree.leaves(s.params) for s in (ours, theirs))):
         np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_a_host_reward_on_several_devices(config):
+    """One call, with all pictures of a round; the numbers of one device."""
+    config, ends, seen = changed(config, **{"data.batch": 80}), [], []
+
+    def score(x, prompt):
+        seen.append(len(x))
+        return x.reshape(len(x), -1).mean(1) + 0.1 * prompt
+
+    method = dpok.make(config, reward_fn=dpok.host_reward(score))
+    batch = batch_of(config)
+    for count in (1, 8):
+        mesh = meshes.make_mesh({"data": count}, jax.devices()[:count])
+        compiled = trainer.compile(method, mesh, batch)
+        state = compiled.init(jax.random.key(0))
+        placed = meshes.put_batch(batch, mesh, config.data.batch)
+        state, metrics = compiled.executable(state, placed)
+        ends.append(jax.device_get((state.params, metrics["reward"])))
+    assert seen == [80, 80]
+    for a, b in zip(*map(jax.tree.leaves, ends)):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,14 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, Key
 
-from jaxpapers.method import Method, State, averaged, from_average, gradient
+from jaxpapers.method import (
+    Method,
+    State,
+    averaged,
+    from_average,
+    gradient,
+    only_if,
+)
 from jaxpapers.nets import diffusion as nets
 from jaxpapers.nets.lora import lora_init
 from jaxpapers.ops import chains, diffusion, policy, trajectories
@@ -69,7 +76,7 @@ from jaxpapers.papers.dpok.rounds import (
     take_round,
     transitions,
 )
-from jaxpapers.papers.dpok.supervised import only_if, sft_loss, supervised_round
+from jaxpapers.papers.dpok.supervised import sft_loss, supervised_round
 
 __all__ = [
     "Bound", "Round", "Transitions", "dpok_loss", "host_reward", "later_kl", "make",

@@ -10,7 +10,7 @@ import optax
 from jax import lax
 from jaxtyping import Array, Float, Int, Key
 
-from jaxpapers.method import State
+from jaxpapers.method import State, only_if
 from jaxpapers.ops import chains, diffusion, trajectories
 from jaxpapers.papers.dpok.rounds import (
     Bound,
@@ -138,19 +138,6 @@ def supervised_round(
         "least_weight": jnp.where(good, reward.min(), jnp.nan),
     }
     return only_if(good, new, state), metrics
-
-
-def only_if(good: Array, new: State, old: State) -> State:
-    """The new state, or the old one at the new step where ``good`` is False."""
-    kept = {
-        name: jax.tree.map(lambda a, b: jnp.where(good, a, b), *pair)
-        for name, pair in {
-            "params": (new.params, old.params),
-            "opt_state": (new.opt_state, old.opt_state),
-            "extra": (new.extra, old.extra),
-        }.items()
-    }
-    return old._replace(step=old.step + 1, **kept)
 
 
 def _square(x):

@@ -90,15 +90,21 @@ def integrating_factor(
     else:
         parts = 0.5 * (rate[1:] + rate[:-1]) * jnp.diff(t)
         log = jnp.append(jnp.zeros(1, rate.dtype), jnp.cumsum(parts))
-    largest = None if _traced(log) else float(jnp.abs(log).max())
-    if largest and largest > INEXACT and log.dtype != jnp.float64:
+    if not _traced(log) and log.dtype != jnp.float64:
+        warn_inexact(jnp.abs(log).max())
+    return Factor(log, _exp(log), (log > LARGEST).any())
+
+
+def warn_inexact(largest: Any) -> None:
+    """Warns, once, of a |log I| in float32 that is above ``INEXACT``."""
+    if largest > INEXACT:
         warnings.warn(
-            f"|log I| reaches {largest:.3g} in {log.dtype}; a bound of that size needs "
+            # Without the number: the same text is shown once.
+            f"|log I| is above {INEXACT:g} in float32; a bound of that size needs "
             "float64: jax.enable_x64(True)",
             RuntimeWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
-    return Factor(log, _exp(log), (log > LARGEST).any())
 
 
 def w2_bound_theorem1(

@@ -14,6 +14,7 @@ from jaxpapers.papers.score_wasserstein.bound import (
     Factor,
     w2_bound_cor1,
     w2_bound_theorem1,
+    warn_inexact,
 )
 from jaxpapers.papers.score_wasserstein.chain import (
     STARTS,
@@ -142,6 +143,10 @@ def diagnose(
     bound, parts = certificate(
         params, data, key, model=net, starts=starts, points=drawn
     )
+    log = parts.factor.log
+    if log.dtype != jnp.float64:
+        # Under jit the number is known only when it runs.
+        jax.debug.callback(warn_inexact, jnp.abs(log).max())
     return {
         "log_J": jnp.log(parts.J),
         "log_intercept": parts.corollary1.log_intercept,

@@ -40,7 +40,14 @@ import optax
 from jax import lax
 from jaxtyping import Array, Float, Key
 
-from jaxpapers.method import Method, State, averaged, from_average, gradient
+from jaxpapers.method import (
+    Method,
+    State,
+    averaged,
+    from_average,
+    gradient,
+    only_if,
+)
 from jaxpapers.nets import diffusion as nets
 from jaxpapers.nets.critic import clip_weights, spectral_normalize
 from jaxpapers.ops import chains, diffusion, policy, trajectories
@@ -119,6 +126,9 @@ def update(
       batch: x (n_critic B, *X), the data of all rounds.
       parts, chain, options: see ``loss``.
       txs: an optimizer for each net.
+
+    A cycle whose numbers are not finite (a critic that gives NaN) leaves the state as it
+    was but for its step; the metric ``loss`` is then not finite, which stops the trainer.
 
     Returns:
       The state, and means of ``critic_loss``'s metrics over the rounds and of
@@ -200,12 +210,9 @@ def update(
         + options.value_weight * metrics["value_loss"]
         + options.penalty * metrics.get("gradient_penalty", 0.0)
     )
-    state = state._replace(
-        step=state.step + 1,
-        params={**net, **critics},
-        opt_state={**net_opt, **critic_opt},
-    )
-    return state, metrics
+    new = state._replace(params={**net, **critics}, opt_state={**net_opt, **critic_opt})
+    good = jnp.isfinite(metrics["loss"] + metrics["grad_norm"])
+    return only_if(good, new, state), metrics
 
 
 def sampler(

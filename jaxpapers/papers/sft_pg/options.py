@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Array
 
@@ -13,11 +14,22 @@ STAGES = ("pretrain", "tune")
 
 
 def check_batch(x: Array, shape: tuple[int, ...], rounds: int) -> None:
-    """Refuses data of another shape than the samples', or that rounds do not divide."""
+    """Refuses data of another shape than the samples', or that rounds do not divide.
+
+    Nor does it take a round that the mesh axis ``data`` does not divide, which every
+    device would compute whole.
+    """
     if x.shape[1:] != shape or len(x) % rounds:
         raise ValueError(
             f"a cycle needs x of shape (n, {', '.join(map(str, shape))}) with n a "
             f"multiple of method.n_critic={rounds}, got {x.shape}"
+        )
+    devices = dict(jax.sharding.get_abstract_mesh().shape).get("data", 1)
+    if len(x) // rounds % devices:
+        raise ValueError(
+            f"config.data.batch={len(x)} makes rounds of {len(x) // rounds} chains, one "
+            f"of method.n_critic={rounds} parts: they must be a multiple of the "
+            f"{devices} devices of the mesh axis data"
         )
 
 
