@@ -86,7 +86,8 @@ def plot_comparison(
 ) -> Path:
     """Draws the metric of every seed of every model, baselines as lines.
 
-    A baseline that is far from all of them is named in the legend only.
+    A baseline that is far from all of them is named in the legend only, and of a model
+    that is far from most its mean is written where the axis ends.
 
     Args:
       task, runs, baselines: see ``comparison``.
@@ -96,10 +97,22 @@ def plot_comparison(
 
     figure = Figure(figsize=(7, 1.2 + 0.5 * len(runs)), layout="constrained")
     axes = figure.subplots()
+    means = np.array([sum(values) / len(values) for values in runs.values()])
+    apart = np.abs(means - np.median(means))
+    far = apart > 8 * np.median(apart) if len(means) > 4 else np.zeros(len(means), bool)
+    found = []
     for i, values in enumerate(runs.values()):
+        if far[i]:
+            right = means[i] > np.median(means)
+            text = f"{means[i]:.3g} →" if right else f"← {means[i]:.3g}"
+            axes.text(
+                0.99 if right else 0.01, i, text, va="center",
+                ha="right" if right else "left", transform=axes.get_yaxis_transform(),
+            )  # fmt: skip
+            continue
+        found += values
         axes.plot(values, [i] * len(values), "o", color="C0", alpha=0.6)
-        axes.plot(sum(values) / len(values), i, "|", color="black", ms=18)
-    found = [x for values in runs.values() for x in values]
+        axes.plot(means[i], i, "|", color="black", ms=18)
     low, high = min(found), max(found)
     room = 3 * (high - low or abs(high) or 1.0)
     for (name, value), style in zip(baselines.items(), (":", "--", "-.", "-") * 9):
