@@ -16,7 +16,7 @@ help:
 	@echo "make test-slow  run the learning tests too (minutes)"
 	@echo "make test-other run the tests on another supported Python, if there is one"
 	@echo "make lint       ruff format --check, ruff check, pyrefly"
-	@echo "make bench      write benchmarks/results/*.json (two hours; installs PyTorch)"
+	@echo "make bench      measure again what fits two hours (installs PyTorch); benchmarks/ has more"
 
 # Reinstalls only when the dependencies change, so a second run works offline.
 $(READY): pyproject.toml
@@ -53,8 +53,8 @@ bench: $(READY)
 	$(BIN)/python benchmarks/dion_vs_adamw_muon.py
 	$(BIN)/python benchmarks/delayed_feedback.py
 	$(BIN)/python benchmarks/ctr_step.py
-	$(BIN)/python benchmarks/click_models.py
 	$(BIN)/python benchmarks/diffusion_rollout.py
+	$(BIN)/python benchmarks/click_models.py
 
 clean:
 	rm -rf .venv .venv-* .pytest_cache .ruff_cache .jax_cache

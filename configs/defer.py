@@ -71,8 +71,6 @@ def get_config(preset: str | None = None) -> ConfigDict:
             },
         }
     )
-    if preset != "paper":
-        config.method.rivals = FAMILY
     if preset == "smoke":
         config.data.update(source="synthetic", clicks=20_000, batch=256, epochs=3)
         config.data.update(w1=1.0, bucket=1.0, pretrain_until=40.0, stream_from=70.0)
@@ -82,6 +80,7 @@ def get_config(preset: str | None = None) -> ConfigDict:
         config.net.update(slope=0.01, batch_norm=False)
     elif preset == "cdnow":
         config.data.update(source="cdnow", batch=256, w1=3.0, bucket=1.0)
+        config.method.rivals = FAMILY
         config.data.update(pretrain_until=151.0, stream_from=180.0)
         config.data.update(stream_until=516.0, holdout=30.0)
         config.net.update(features=18, bins=(), buckets=(), widths=(64, 32))

@@ -5,7 +5,7 @@
     jaxpapers train score_wasserstein:gaussian   one Gaussian
     jaxpapers train score_wasserstein:line       two clusters on a line
     jaxpapers train score_wasserstein:digits     scanned digits, two principal components
-        --config.net.shape=(8,)                  eight of them
+        '--config.net.shape=(8,)'                eight of them
         --config.method.start=prior              sampling from N(0, I), with its offset
     jaxpapers train score_wasserstein:smoke      four clusters, a few steps
 

@@ -98,8 +98,7 @@ def plot_comparison(
     figure = Figure(figsize=(7, 1.2 + 0.5 * len(runs)), layout="constrained")
     axes = figure.subplots()
     means = np.array([sum(values) / len(values) for values in runs.values()])
-    apart = np.abs(means - np.median(means))
-    far = apart > 8 * np.median(apart) if len(means) > 4 else np.zeros(len(means), bool)
+    far = _far(means)
     found = []
     for i, values in enumerate(runs.values()):
         if far[i]:
@@ -129,6 +128,15 @@ def plot_comparison(
         figure.legend(frameon=False, fontsize=8, loc="outside upper center", ncols=3)
     figure.savefig(out, dpi=150)
     return Path(out)
+
+
+def _far(means):
+    """Which models would squeeze the others into a fifth of the axis; never the first."""
+    apart = np.abs(means - np.median(means))
+    far = apart > 8 * np.median(apart)
+    far[:1] = False
+    near = np.ptp(means[~far])
+    return far & (0 < near < np.ptp(means) / 5)
 
 
 def plot_against(

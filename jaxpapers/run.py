@@ -64,7 +64,8 @@ def train(
     """Trains a paper's preset, or continues what ``workdir`` holds.
 
     The rivals, a paper's own variants and the models of its task that it is compared
-    with, are trained beside it in folders of their own inside the workdir.
+    with, are trained beside it in folders of their own inside the workdir. What a task
+    trains for all seeds at once (``Task.family``) is only reported.
 
     Args:
       target: ``name[:preset]``.
@@ -111,7 +112,14 @@ def train(
     first_seed = config.train.seed
     baselines_of = functools.cache(task.baselines)
     before = papers.pretraining(name, config)
+    if before is not None:  # What the second stage refuses is refused before the first.
+        _trace(method, grid, tasks.batch_shapes(config))
     starts: list[float] = []
+    rivals = {k: (name, v) for k, v in papers.rivals(name, config).items()}
+    rivals = {} if alone else {**rivals, **tasks.rivals(name, config)}
+    for paper_name, own in rivals.values():
+        complete, needs = tasks.prepare(own)
+        papers.load(paper_name).make(complete, **needs)
 
     def run(label, paper_name, own, seed):
         inside = _inside(folder, label, seeds, seed)
@@ -149,8 +157,6 @@ def train(
 
     state, final = run("", name, config, first_seed)
     found = {"this model": [final]}
-    rivals = {k: (name, v) for k, v in papers.rivals(name, config).items()}
-    rivals = {} if alone else {**rivals, **tasks.rivals(name, config)}
     every = range(first_seed, first_seed + seeds)
     for label, own in {"": (name, config), **rivals}.items():
         runs = found.setdefault(label or "this model", [])
@@ -160,8 +166,9 @@ def train(
         baselines["before tuning"] = _mean(starts)
     rows = {label: [x[f"validation_{task.metric}"] for x in runs]
             for label, runs in found.items()}  # fmt: skip
-    if task.family and not alone:
-        rows.update(task.family(every))
+    for label, fit_all in ({} if alone else task.family).items():
+        talk.print(f"[bold]{label}[/], all seeds")
+        rows[label] = fit_all(every)
     console.print(report.comparison(task, rows, baselines))
     if config.train.sample and task.sample:
         text = _sample(task, state.params, config, config.train.prompt)
@@ -304,6 +311,13 @@ def _method(
 ):
     grid = meshes.make_mesh(meshes.parse_mesh(mesh) if mesh else None)
     return papers.load(name).make(config, **(options or {})), grid
+
+
+def _trace(method, grid, shapes) -> None:
+    """Runs what a step's functions check of their shapes, and nothing else."""
+    with jax.set_mesh(grid):
+        state = jax.eval_shape(method.init, jax.random.key(0), shapes)
+        jax.eval_shape(method.update, state, shapes)
 
 
 def _dry_run(config, method, grid, task, console) -> dict[str, float]:

@@ -58,7 +58,7 @@ def parts(c: Any, steps: int, timesteps: int) -> Parts:
     shape = tuple(c.shape)
     net = _denoiser(c, shape, timesteps)
     picture = c.model == "unet"
-    widths = tuple(c.get("critic", (1,)))
+    widths = tuple(c.get("critic", ()))
     critic = ConvCritic(widths) if picture else MLPCritic(widths)
     value = StepMLP(
         tuple(c.value), 1, steps, activation="relu", scale_output=c.value_scale_output

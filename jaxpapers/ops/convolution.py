@@ -54,7 +54,17 @@ def conv_general_dilated(
     )  # fmt: skip
 
 
-def conv_of_doubled(lhs: Any, rhs: Any, *args: Any, **kwargs: Any) -> Any:
+def conv_of_doubled(
+    lhs: Any,
+    rhs: Any,
+    window_strides: Any,
+    padding: Any,
+    lhs_dilation: Any = None,
+    rhs_dilation: Any = None,
+    dimension_numbers: Any = None,
+    feature_group_count: int = 1,
+    **kwargs: Any,
+) -> Any:
     """A 3 x 3 convolution of pictures twice the size, every pixel four times.
 
     For ``flax.linen.Conv(conv_general_dilated=...)``; only the small pictures are given
@@ -64,12 +74,32 @@ def conv_of_doubled(lhs: Any, rhs: Any, *args: Any, **kwargs: Any) -> Any:
     Args:
       lhs: (B, H, W, C).
       rhs: (3, 3, C, O).
-      args, kwargs: of "SAME" without strides; not read.
+      window_strides, padding, lhs_dilation, rhs_dilation, feature_group_count: those of a
+        plain convolution, 1 and "SAME".
+      dimension_numbers: channels last.
+      kwargs: precision and the like, not read.
 
     Returns:
       (B, 2 H, 2 W, O).
+
+    Raises:
+      ValueError: another convolution.
     """
-    del args, kwargs
+    del kwargs
+    ones = {1, *window_strides, *(lhs_dilation or ()), *(rhs_dilation or ())}
+    plain = ones == {1} and feature_group_count == 1 and padding == "SAME"
+    if (
+        lhs.ndim != 4
+        or rhs.shape[:2] != (3, 3)
+        or not plain
+        or (_layout(dimension_numbers, lhs, rhs) != _layout(LAYOUT, lhs, rhs))
+    ):
+        raise ValueError(
+            "conv_of_doubled is a 3 x 3 convolution, channels last, with padding 'SAME', "
+            f"without strides, dilation and groups; got a kernel {rhs.shape}, strides "
+            f"{window_strides}, padding {padding!r}, dilations {lhs_dilation} and "
+            f"{rhs_dilation}, groups {feature_group_count}"
+        )
     # Which of the three taps fall on which of the two pixels, at even and odd places.
     taps = jnp.array([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], rhs.dtype)
     pads = ((1, 0), (0, 1))
@@ -93,6 +123,9 @@ def convolve(
     pads: tuple[tuple[int, int], tuple[int, int]],
 ) -> Float[Array, "B I J O"]:
     """A convolution of pictures.
+
+    On several CPU devices call it under ``jax.set_mesh``: what it does about a kernel's
+    gradient depends on whether pictures lie on one device.
 
     Args:
       x: pictures.

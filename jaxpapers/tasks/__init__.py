@@ -1,7 +1,7 @@
 """What a config trains on: examples, an evaluation with its baselines, a sample."""
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,8 +24,8 @@ class Task(NamedTuple):
       curve: training metric that the plot shows.
       picture: state -> arrays to draw, see ``plots.plot_samples``; the same noise every
         time, so that two states can be compared. None: nothing to see.
-      family: seeds -> label and the metric of every seed, of models that are trained
-        beside this one, all seeds at once; None: none.
+      family: label -> (seeds -> the metric of every seed) of models that are trained
+        beside this one, all seeds at once; nothing of them is kept.
       against: metric of the evaluations, and the panels of those that are drawn against
         it, see ``plots.plot_against``; None: nothing to draw.
     """
@@ -42,7 +42,7 @@ class Task(NamedTuple):
     rising: bool = False
     curve: str = "loss"
     picture: Callable[[Any], dict] | None = None
-    family: Callable[[Sequence[int]], dict[str, list[float]]] | None = None
+    family: Mapping[str, Callable[[Sequence[int]], list[float]]] = {}
     against: tuple[str, dict[str, str]] | None = None
 
 

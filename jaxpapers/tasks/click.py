@@ -54,13 +54,14 @@ def prepare(config: Any) -> tuple[Any, dict[str, Any]]:
 def rivals(name: str, config: Any) -> dict[str, tuple[str, Any]]:
     """Logistic regression, Base (mean pooling) and DIN, on the same rows for as long.
 
-    Those of DIN have its own sizes; beside another model they have those of DIN's preset
-    for the source, and on other sources than ml-100k that model's optimizer.
+    Those of DIN have its own sizes. Beside another model they have those of DIN's preset
+    for the source, and on other sources than ml-100k the optimizer and the constant part
+    of the learning rate of that model: its schedule is made for its own number of steps.
     """
-    own = config.copy_and_resolve_references()
     if name == "din":
         if config.net.pooling != "attention":
             return {}
+        own = config
     else:
         small = config.data.source == "ml-100k"
         own = load_config(
@@ -68,11 +69,14 @@ def rivals(name: str, config: Any) -> dict[str, tuple[str, Any]]:
         ).copy_and_resolve_references()
         _take(own.data, config.data)
         _take(own.train, config.train)
+        # DIN's steps need no cutting where the other model's do, nor its first stage.
         own.train.accumulate, own.train.init_from = 1, ""
         own.net.rows_multiple = config.net.rows_multiple
         if not small:
             own.optim.drop_at = 0
             _take(own.optim, config.optim)
+        if own.net.unit_chunk and own.data.batch % own.net.unit_chunk:
+            own.net.unit_chunk = 0
     base, linear = (own.copy_and_resolve_references() for _ in range(2))
     base.net.pooling = "mean"
     # One number per id and a linear map: the features are the ids themselves.
@@ -149,9 +153,7 @@ def load(config: Any, method: Any, mesh: Any) -> Task:
         }
 
     def baselines():
-        plain = config.copy_and_resolve_references()
-        plain.data.item_buckets = 0
-        known = read(plain)
+        known = _plain(config)  # Of items, not of the buckets that they share.
         guesses = {"popularity": ctr.popularity(known)}
         guesses["item mean"] = ctr.item_mean(known)
         return {k: ranking.auc(test.samples.label, v) for k, v in guesses.items()}
@@ -174,13 +176,19 @@ def load(config: Any, method: Any, mesh: Any) -> Task:
 def read(config: Any) -> ctr.Clicks:
     """The data that ``config.data`` names: source, path, target, order, split, shuffled.
 
-    Of amazon also the protocol, where the config has one; else DIN's. Items are hashed
-    into ``item_buckets``, if that is not 0.
+    Of amazon also the protocol, where the config has one; else DIN's. Items share
+    ``item_buckets`` rows, where the config has some.
 
     Raises:
       FileNotFoundError: files that are not there; says which, and where to get them.
       ValueError: unknown names.
     """
+    clicks, buckets = _plain(config), config.data.get("item_buckets", 0)
+    return hash_items(clicks, buckets) if buckets else clicks
+
+
+def _plain(config: Any) -> ctr.Clicks:
+    """The data with an id for every item."""
     c = config.data
     clicks = _read(
         c.source, c.path, c.target, c.order, c.categories, c.get("protocol", "din")
@@ -189,8 +197,7 @@ def read(config: Any) -> ctr.Clicks:
         raise ValueError(f"config.data.split must be one of {SPLITS}, got {c.split!r}")
     if c.split == "validation":
         clicks = ctr.hold_out(clicks, seed=c.seed)
-    clicks = ctr.shuffle_labels(clicks, c.seed) if c.shuffled else clicks
-    return hash_items(clicks, c.item_buckets) if c.item_buckets else clicks
+    return ctr.shuffle_labels(clicks, c.seed) if c.shuffled else clicks
 
 
 def hash_items(clicks: ctr.Clicks, buckets: int) -> ctr.Clicks:

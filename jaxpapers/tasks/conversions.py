@@ -253,12 +253,19 @@ def bind(clicks: Clicks, config: Any, method: Any, mesh: Any) -> Task:
             p = np.concatenate([np.asarray(x) for x in parts])[: len(held)]
         return {f"validation_{k}": v for k, v in defer.score(truth, p).items()}
 
-    def family(seeds):
-        names = [x for x in config.method.rivals if x != config.method.name]
-        return {
-            name: _final_nll(clicks, with_method(config, name), held, truth, seeds)
-            for name in names
-        }
+    rivals = config.method.get("rivals", ())
+    unknown = set(rivals) - set(defer.NAMES)
+    if unknown:
+        raise ValueError(
+            f"config.method.rivals must be of {defer.NAMES}, got {sorted(unknown)}"
+        )
+    family = {
+        name: functools.partial(
+            _final_nll, clicks, with_method(config, name), held, truth
+        )
+        for name in rivals
+        if name != config.method.name
+    }
 
     rate = float(_truth(clicks, c.w2)[examples.pretrain].mean())
     one_number = defer.score(truth, np.full(len(truth), rate))["nll"]

@@ -5,7 +5,8 @@ pretrained model is misaligned. The reward is the probability of the prompted di
 a classifier; accuracy is counted by another one, trained on other scans, so that
 over-optimisation shows as a gap. ``colours``: the same scans in four inks, with
 combinations that are never captioned rightly. ``emoji``: glyphs and their Unicode names;
-the reward is how near the ink is to the colour that the name says.
+the reward is how near the ink is to the colour that the name says, the judge asks for the
+colour that the name of the nearest real emoji says.
 """
 
 import functools
@@ -41,8 +42,7 @@ class Source(NamedTuple):
       unseen: (P,) bool, prompts that no picture was rightly captioned with.
       reward: (pictures, prompt ids) -> (B,), jits.
       agrees: (pictures, prompt ids) -> (B,) bool, by the classifiers of the reward.
-      correct: the same by those that the reward never saw (emoji: the reward's own rule,
-        there is no other).
+      correct: the same by those that the reward never saw.
       chance: share that guessing gets right.
       features: pictures -> (n, F), for the Frechet distance.
       held_out: pictures that the model and the features' classifier did not see.
@@ -271,6 +271,13 @@ def _emoji(path):
         gap = np.asarray(_ink(jnp.asarray(x)))[:, None] - np.array(list(INKS.values()))
         return np.square(gap).sum(-1).argmin(1) == ink[prompt]
 
+    real = images.to_signed(pairs.image[[len(found) == 1 for found in said]])
+
+    def nearest(x, prompt):
+        own, known = pooled(np.asarray(x)), pooled(real)
+        gap = np.square(known).sum(1)[None] - 2 * own @ known.T
+        return ink[gap.argmin(1)] == ink[prompt]
+
     def pooled(x):
         side = x.shape[1] // 4
         return x.reshape(len(x), 4, side, 4, side, 3).mean((2, 4)).reshape(len(x), -1)
@@ -283,7 +290,7 @@ def _emoji(path):
         np.isin(prompts, held.caption),
         reward,
         agrees,
-        agrees,
+        nearest,
         1 / len(INKS),
         pooled,
         images.to_signed(held.image),

@@ -85,6 +85,21 @@ def test_doubled_pictures_need_not_be_made():
             np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"strides": 2}, {"kernel_dilation": 2}, {"padding": "VALID"}, {"size": (5, 5)},
+     {"feature_group_count": 2}],
+    ids=str,
+)  # fmt: skip
+def test_only_plain_convolutions_of_doubled_pictures(options):
+    size = options.pop("size", (3, 3))
+    layer = nn.Conv(
+        4, size, conv_general_dilated=convolution.conv_of_doubled, **options
+    )
+    with pytest.raises(ValueError, match="conv_of_doubled is a 3 x 3"):
+        layer.init(jax.random.key(0), jnp.ones((1, 4, 4, 2)))
+
+
 @pytest.mark.parametrize("count", [5, 6])
 def test_kernel_gradients_are_sums_over_pictures(count):
     """In a loop over pairs on one device; at once where rows lie on several."""

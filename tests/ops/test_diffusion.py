@@ -260,10 +260,13 @@ def test_noise_drawn_at_once_is_that_of_the_steps(monkeypatch):
     def eps_fn(x, time):
         return 0.1 * x + 0.01 * time[:, None]
 
-    def draw():
-        found = jax.jit(
+    def draw(at_once):
+        program = jax.jit(
             lambda key: trajectories.rollout(key, eps_fn, chain, (8, 2), store="keys")
-        )(jax.random.key(0))
+        )
+        # All noise is there before the loop, or none of it.
+        assert ("6x8x2xf32" in program.lower(jax.random.key(0)).as_text()) == at_once
+        found = program(jax.random.key(0))
         states = jax.jit(
             lambda found: trajectories.replay(
                 found,
@@ -277,9 +280,9 @@ def test_noise_drawn_at_once_is_that_of_the_steps(monkeypatch):
         return found.sample
 
     assert len(chain.std) * 8 * 2 < trajectories.AT_ONCE
-    before = draw()
+    before = draw(True)
     monkeypatch.setattr(trajectories, "AT_ONCE", 0)
-    np.testing.assert_allclose(draw(), before, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(draw(False), before, rtol=1e-6, atol=1e-6)
 
 
 def test_replay_is_bitwise_the_same(users_options):

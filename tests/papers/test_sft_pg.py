@@ -246,7 +246,7 @@ def test_a_critic_that_gives_nan_leaves_the_nets_alone(config):
 
 @pytest.mark.slow
 def test_a_unet_is_tuned(config):
-    """A cycle on pictures, with the convolutional critic: every parameter moves."""
+    """A cycle on pictures: the convolutional critic, value net and policy move."""
     before, after, metrics = cycle(
         config,
         **{

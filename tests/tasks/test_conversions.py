@@ -151,8 +151,8 @@ def test_family_is_trained_for_every_seed_as_a_run_is(clicks):
     config = config_of('method.rivals=("pretrained","oracle","defer")', "optim.lr=0.01")
     mesh = meshes.make_mesh({"data": 1}, jax.devices()[:1])
     task = conversions.bind(clicks, config, defer.make(config), mesh)
-    found = task.family((3, 4))
-    assert set(found) == {"pretrained", "oracle"}  # Not the run's own method.
+    assert set(task.family) == {"pretrained", "oracle"}  # Not the run's own method.
+    found = {name: fit((3, 4)) for name, fit in task.family.items()}
     assert {len(x) for x in found.values()} == {2}
     assert max(found["oracle"]) < min(found["pretrained"])
     own = conversions.with_method(config, "oracle")
@@ -164,6 +164,18 @@ def test_family_is_trained_for_every_seed_as_a_run_is(clicks):
         state, _ = step(state, alone.examples.batch(i * size, size))
     expected = alone.evaluate(state)["validation_nll"]
     assert found["oracle"][1] == pytest.approx(expected, rel=1e-5)
+    wrong = config_of('method.rivals=("orcale",)')
+    with pytest.raises(ValueError, match="rivals must be of .*'orcale'"):
+        conversions.bind(clicks, wrong, defer.make(wrong), mesh)
+
+
+@pytest.mark.parametrize("name", ["dfm", "es_dfm"])
+def test_families_with_more_state_are_trained_too(clicks, name):
+    config = config_of(f'method.rivals=("{name}",)')
+    mesh = meshes.make_mesh({"data": 1}, jax.devices()[:1])
+    task = conversions.bind(clicks, config, defer.make(config), mesh)
+    found = task.family[name]((0, 1))
+    assert np.isfinite(found).all() and found[0] != found[1]
 
 
 @pytest.mark.parametrize(

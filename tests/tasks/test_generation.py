@@ -71,6 +71,72 @@ def test_what_a_method_diagnoses_is_in_its_evaluation():
     assert tasks.load(c, method, grid()).evaluate(STATE)["size"] == 100
 
 
+def test_large_logarithms_of_a_certificate_warn():
+    c = config("sft_pg:smoke", **{"data.count": 100, "data.eval_count": 50})
+    for size in (19.0, 21.0):
+        method = sampling(
+            lambda params, key, shape, extra: jnp.zeros(shape),
+            diagnose=lambda *args, size=size: {"log_factor": size},
+        )
+        task = tasks.load(c, method, grid())
+        if size < 20:
+            assert task.evaluate(STATE)["log_factor"] == 19
+        else:
+            with pytest.warns(RuntimeWarning, match="float64"):
+                task.evaluate(STATE)
+
+
+@pytest.mark.parametrize("dim, target", [(1, "line"), (3, "digits"), (5, "gaussian")])
+def test_a_score_model_in_other_dimensions_than_two(folder, tmp_path, dim, target):
+    """Data, a step, the certificate and the picture, on a line and in more than a plane."""
+    c = config(
+        f"score_wasserstein:{target}",
+        **{"net.shape": (dim,), "net.widths": (8,), "data.eval_count": 100,
+           "data.count": 200, "data.path": folder if target == "digits" else ""},
+    )  # fmt: skip
+    source = generation.read(c)
+    assert source.train.shape[1:] == source.held_out.shape[1:] == (dim,)
+    if target == "line":
+        assert ((source.train > 0).sum(), np.abs(source.train).min() > 0.05) == (
+            100,
+            True,
+        )
+    method = papers.load("score_wasserstein").make(c)
+    task = tasks.load(c, method, grid())
+    batch = task.examples.batch(0, c.data.batch)
+    state = jax.jit(method.init)(jax.random.key(0), batch)
+    state, _ = jax.jit(method.update)(state, batch)
+    found = task.evaluate(state)
+    assert found["certified_w2"] <= found["bound"]
+    plots.plot_samples(None, task.picture(state), tmp_path / "samples.png")
+    assert (tmp_path / "samples.png").stat().st_size > 5000
+
+
+def test_panels_against_a_metric_have_their_own_axes(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    drawn = []
+    save = Figure.savefig
+    monkeypatch.setattr(
+        Figure,
+        "savefig",
+        lambda self, *a, **k: (drawn.append(self), save(self, *a, **k)),
+    )
+    (tmp_path / "run").mkdir()
+    rows = [{"step": i, "time": 0, "w": 0.1 * i, "bound": i, "log": -i} for i in (1, 2)]
+    text = "".join(json.dumps(r) + "\n" for r in rows)
+    (tmp_path / "run" / "metrics.jsonl").write_text(text)
+    plots.plot_against(
+        {"a": [tmp_path / "run"]}, "w", {"bound": "xy=", "log": "x"}, tmp_path / "a.png"
+    )
+    left, right = drawn[0].axes
+    assert (left.get_xscale(), left.get_yscale()) == ("log", "log")
+    assert (right.get_xscale(), right.get_yscale()) == ("log", "linear")
+    (line,) = [x for x in left.lines if x.get_label() == "equal"]
+    np.testing.assert_array_equal(line.get_xdata(), line.get_ydata())
+    assert not [x for x in right.lines if x.get_label() == "equal"]
+
+
 def test_pictures_are_measured_by_a_judge_of_other_pictures(folder):
     c = config("sft_pg:digits", **{"data.path": folder, "data.eval_count": 160})
     source = generation.read(c)

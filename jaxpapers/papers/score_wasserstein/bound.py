@@ -91,15 +91,14 @@ def integrating_factor(
         parts = 0.5 * (rate[1:] + rate[:-1]) * jnp.diff(t)
         log = jnp.append(jnp.zeros(1, rate.dtype), jnp.cumsum(parts))
     if not _traced(log) and log.dtype != jnp.float64:
-        warn_inexact(jnp.abs(log).max())
+        warn_inexact(float(jnp.abs(log).max()))
     return Factor(log, _exp(log), (log > LARGEST).any())
 
 
-def warn_inexact(largest: Any) -> None:
-    """Warns, once, of a |log I| in float32 that is above ``INEXACT``."""
+def warn_inexact(largest: float) -> None:
+    """Warns of a |log I| in float32 above ``INEXACT``, always in the same words."""
     if largest > INEXACT:
         warnings.warn(
-            # Without the number: the same text is shown once.
             f"|log I| is above {INEXACT:g} in float32; a bound of that size needs "
             "float64: jax.enable_x64(True)",
             RuntimeWarning,

@@ -14,7 +14,6 @@ from jaxpapers.papers.score_wasserstein.bound import (
     Factor,
     w2_bound_cor1,
     w2_bound_theorem1,
-    warn_inexact,
 )
 from jaxpapers.papers.score_wasserstein.chain import (
     STARTS,
@@ -134,7 +133,8 @@ def diagnose(
     Returns:
       ``log_J`` and ``log_intercept``, point and line of eq 16; ``bound`` (eq 14) and
       ``bound_line`` (eq 16), infinite if they overflow, with ``log_bound``; ``offset``,
-      their second term; ``lipschitz``, the largest L_s of all steps.
+      their second term; ``lipschitz``, the largest L_s of all steps; ``log_factor``, the
+      largest |log I|: above 20 (``INEXACT``) float32 is not enough.
     """
     del extra
     net, starts = chain_model(config), config.method.start
@@ -143,10 +143,6 @@ def diagnose(
     bound, parts = certificate(
         params, data, key, model=net, starts=starts, points=drawn
     )
-    log = parts.factor.log
-    if log.dtype != jnp.float64:
-        # Under jit the number is known only when it runs.
-        jax.debug.callback(warn_inexact, jnp.abs(log).max())
     return {
         "log_J": jnp.log(parts.J),
         "log_intercept": parts.corollary1.log_intercept,
@@ -155,4 +151,5 @@ def diagnose(
         "log_bound": parts.theorem1.log_total,
         "offset": parts.theorem1.offset_term,
         "lipschitz": parts.lipschitz.value.max(),
+        "log_factor": jnp.abs(parts.factor.log).max(),
     }
