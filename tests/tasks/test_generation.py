@@ -88,7 +88,7 @@ def test_large_logarithms_of_a_certificate_warn():
 
 @pytest.mark.parametrize("dim, target", [(1, "line"), (3, "digits"), (5, "gaussian")])
 def test_a_score_model_in_other_dimensions_than_two(folder, tmp_path, dim, target):
-    """Data, a step, the certificate and the picture, on a line and in more than a plane."""
+    """Data, a step, certificate and picture: on a line, and beyond a plane."""
     c = config(
         f"score_wasserstein:{target}",
         **{"net.shape": (dim,), "net.widths": (8,), "data.eval_count": 100,
