@@ -54,10 +54,13 @@ def prepare(config: Any) -> tuple[Any, dict[str, Any]]:
 def rivals(name: str, config: Any) -> dict[str, tuple[str, Any]]:
     """Logistic regression, Base (mean pooling) and DIN, on the same rows for as long.
 
+    None where ``data.rivals`` says so, and beside those models themselves.
     Those of DIN have its own sizes. Beside another model they have those of DIN's preset
     for the source, and on other sources than ml-100k the optimizer and the constant part
     of the learning rate of that model: its schedule is made for its own number of steps.
     """
+    if not config.data.get("rivals", True):
+        return {}
     if name == "din":
         if config.net.pooling != "attention":
             return {}

@@ -63,9 +63,8 @@ def test_each_paper_reads_its_own_protocol(amazon, name):
 def test_a_run_beside_its_baselines(amazon, tmp_path):
     """Two seeds of DIN and its rivals, then the evaluation of what was saved."""
     workdir = str(tmp_path / "run")
-    result = run.train(
-        "din:smoke", fields(amazon), workdir=workdir, seeds=2, quiet=True
-    )
+    given = fields(amazon, **{"data.rivals": True})
+    result = run.train("din:smoke", given, workdir=workdir, seeds=2, quiet=True)
     found = json.loads((tmp_path / "run" / "comparison.json").read_text())
     assert set(found["baselines"]) == {"popularity", "item mean"}
     names = {"this model", "Base, mean pooling", "logistic regression"}
@@ -85,7 +84,8 @@ def test_a_run_beside_its_baselines(amazon, tmp_path):
 def test_another_papers_models_are_trained_beside(amazon, tmp_path):
     """DIEN beside DIN and what DIN is beside, each in a folder of its own."""
     folder = tmp_path / "run"
-    run.train("dien:smoke", fields(amazon), workdir=str(folder), quiet=True)
+    given = fields(amazon, **{"data.rivals": True})
+    run.train("dien:smoke", given, workdir=str(folder), quiet=True)
     found = json.loads((folder / "comparison.json").read_text())["runs"]
     own = {"this model", "without auxiliary loss"}
     assert set(found) == own | {"DIN", "Base, mean pooling", "logistic regression"}
@@ -106,7 +106,8 @@ def test_another_papers_models_are_trained_beside(amazon, tmp_path):
 )
 def test_every_click_model_has_the_same_rivals(target, source, own):
     """On the same rows, steps and seed; each is a config that its paper accepts."""
-    config = run.load_config(target, ["--config.data.batch=100"])
+    given = ["--config.data.batch=100", "--config.data.rivals=True"]
+    config = run.load_config(target, given)
     found = tasks.rivals(target.split(":")[0], config)
     names = {"Base, mean pooling", "logistic regression"} | ({"DIN"} if own else set())
     assert set(found) == names
