@@ -186,7 +186,10 @@ def plot_against(
             axes.plot(ends, ends, ":", color="grey", label="equal")
             axes.set_xlim(ends)
         axes.grid(alpha=0.25)
-    row[0].legend(frameon=False, fontsize=8)
+    handles, labels = row[0].get_legend_handles_labels()
+    figure.legend(
+        handles, labels, frameon=False, fontsize=8, loc="outside upper center", ncols=5
+    )
     figure.savefig(out, dpi=150)
     return Path(out)
 
