@@ -28,9 +28,12 @@ def scale_and_var(t):
     return scale, var
 
 
-@functools.partial(jax.jit, static_argnums=(5, 6))
-def gaussians(m0, v0, mh, vh, prior, points=100_001, steps=2000):
-    """W_2 in closed form and the bounds, for N(m0, v0) and the score of N(mh, vh)."""
+@functools.partial(jax.jit, static_argnums=(5, 6, 7))
+def gaussians(m0, v0, mh, vh, prior, points=100_001, steps=2000, dim=1):
+    """W_2 in closed form and the bounds, for N(m0, v0) and the score of N(mh, vh).
+
+    Of ``dim`` independent coordinates, all alike.
+    """
 
     def model(t):
         a, var = scale_and_var(t)
@@ -41,17 +44,21 @@ def gaussians(m0, v0, mh, vh, prior, points=100_001, steps=2000):
     A, c = model(t)
     P, m = 1 / (v0 * a**2 + var), m0 * a
     # Of -P (x - m) + A (x - c) for x ~ N(m, 1 / P).
-    b = (A - P) ** 2 / P + A**2 * (m - c) ** 2
+    b = dim * ((A - P) ** 2 / P + A**2 * (m - c) ** 2)
     g2 = VP.diffusion(t) ** 2
     factor = sw.integrating_factor(VP.L_f(t), -A, g2, t)
     start = jnp.where(prior, 0.0, m[-1]), jnp.where(prior, 1.0, 1 / P[-1])
     offset = jnp.hypot(m[-1] - start[0], jnp.sqrt(1 / P[-1]) - jnp.sqrt(start[1]))
+    offset = dim**0.5 * offset
+    one, eye = jnp.ones(dim), jnp.eye(dim)
     J = 0.5 * jnp.trapezoid(g2 * b, t)
     end_mean, end_cov = sde.gaussian_reverse_moments(
-        VP, start[0][None], start[1][None, None],
-        lambda t: model(t)[0][None, None], lambda t: model(t)[1][None], steps,
+        VP, start[0] * one, start[1] * eye,
+        lambda t: model(t)[0] * eye, lambda t: model(t)[1] * one, steps,
     )  # fmt: skip
-    w2 = jnp.hypot(end_mean[0] - m0, jnp.sqrt(end_cov[0, 0]) - jnp.sqrt(v0))
+    w2 = jnp.linalg.norm(
+        jnp.append(end_mean - m0, jnp.sqrt(jnp.diag(end_cov)) - jnp.sqrt(v0))
+    )
     return {
         "w2": w2,
         "theorem1": sw.w2_bound_theorem1(g2, factor.log, b, t, offset).total,
@@ -98,6 +105,17 @@ def test_table(row):
     else:
         assert found["w2"] + 1e-5 < found["theorem1"] <= found["corollary1"] + 1e-7
     assert found["corollary1"] >= found["theorem1"] - 1e-12
+
+
+@pytest.mark.parametrize("row", [0, 2, 3])
+def test_distance_and_bounds_grow_with_the_root_of_the_dimension(row):
+    *case, prior, _, _, _, _, _ = TABLE[row]
+    case = [jnp.float64(v) for v in case]
+    one, three = (gaussians(*case, prior, 20_001, 2000, dim) for dim in (1, 3))
+    for name in ("w2", "theorem1", "corollary1"):
+        np.testing.assert_allclose(three[name], 3**0.5 * one[name], rtol=1e-9)
+    np.testing.assert_allclose(three["J"], 3 * one["J"], rtol=1e-12)
+    np.testing.assert_array_equal(three["I"], one["I"])
 
 
 @pytest.mark.parametrize("row", [0, 1])
