@@ -143,6 +143,11 @@ def test_items_share_rows_by_a_hash(amazon):
         np.testing.assert_array_equal(old.cate, new.cate)
     assert len(pairs) == len({old for old, _ in pairs}) > 5  # A function of the item.
     assert {new for _, new in pairs} <= set(range(2, 7))
+    # Negatives that a source brings are items too; their categories stay.
+    brought = a._replace(negatives=(a.log.item[::-1], a.log.cate[::-1]))
+    item, cate = click.hash_items(brought, 5).negatives
+    np.testing.assert_array_equal(item, b.log.item[::-1])
+    np.testing.assert_array_equal(cate, a.log.cate[::-1])
     complete, _ = click.prepare(config)
     assert complete.net.item_vocab == 7
     for name in ("popularity", "item_mean"):  # Of items, not of buckets.
