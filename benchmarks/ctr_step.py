@@ -4,6 +4,8 @@
     python benchmarks/ctr_step.py                one thread (ten minutes)
     python benchmarks/ctr_step.py --threads 2
     python benchmarks/ctr_step.py --quick        one repetition
+    python benchmarks/ctr_step.py --fuxictr PATH SIM's step beside that of a checkout of
+                                                 reczoo/FuxiCTR, with what it imports
 
 Ours and the peer's run in turn in one process that is bound to so many cores: medians
 of process CPU time and wall time. Sizes: 1,024 rows, histories of 50, tables of 192,403
@@ -24,6 +26,7 @@ _parser = argparse.ArgumentParser()
 _parser.add_argument("--threads", type=int, default=1)
 _parser.add_argument("--quick", action="store_true")
 _parser.add_argument("--only", default="", help="a part's name")
+_parser.add_argument("--fuxictr", metavar="PATH", help="checkout with model_zoo/")
 OPTIONS = _parser.parse_args()
 # Before XLA and torch count the cores.
 if hasattr(os, "sched_setaffinity"):
@@ -176,6 +179,76 @@ def training() -> dict:
         "times": times,
         "compile_seconds": compiled,
         "speedup_over_peer_cpu": {x: speedup(x) for x in compiled},
+    }
+
+
+def fuxictr(slots: int):
+    """A training step of FuxiCTR's SIM, its own class."""
+    import importlib.util
+    from collections import OrderedDict
+
+    import torch
+
+    torch.set_num_threads(OPTIONS.threads)
+    sys.path.insert(0, OPTIONS.fuxictr)
+    from fuxictr.features import FeatureMap  # type: ignore[import-not-found]
+
+    path = Path(OPTIONS.fuxictr) / "model_zoo" / "LongCTR" / "SIM" / "SIM.py"
+    spec = importlib.util.spec_from_file_location("fuxictr_sim", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    features = FeatureMap("bench", "")
+    features.labels, features.default_emb_dim, features.num_fields = ["label"], DIM, 3
+    features.features = OrderedDict(
+        (name, {"type": "categorical", "source": source, "vocab_size": size + 1})
+        for name, source, size in (
+            ("user", "user", USERS), ("item", "item", ITEMS), ("cate", "item", CATES)
+        )
+    )  # fmt: skip
+    model = module.SIM(
+        features, dnn_hidden_units=list(HIDDEN), attention_dim=64, num_heads=2,
+        short_seq_len=50, topk=50, embedding_dim=DIM, learning_rate=1e-3,
+        optimizer="adam", loss="binary_crossentropy", metrics=["AUC"], model_root="",
+        verbose=0,
+    )  # fmt: skip
+    model._batch_index, model._max_gradient_norm = 0, 10.0
+    draw = np.random.default_rng(0)
+
+    def ids(count, size):
+        return torch.from_numpy(draw.integers(1, count, size))
+
+    label = torch.from_numpy(draw.integers(0, 2, BATCH).astype(np.float32))
+    batch = (
+        {"user": ids(USERS, BATCH), "label": label},
+        # The candidate is the last of its row.
+        {
+            "item": ids(ITEMS, BATCH * (slots + 1)),
+            "cate": ids(CATES, BATCH * (slots + 1)),
+        },
+        torch.ones(BATCH, slots),
+    )
+    return lambda: model.train_step(batch)
+
+
+def lifelong() -> dict:
+    """SIM with soft search in 500 behaviours, 50 of them found, beside FuxiCTR's.
+
+    Attention of 2 x 32, both losses, the last 50 behaviours apart: FuxiCTR attends to
+    them as to those that were found, ours has DIN's unit (80-40) there.
+    """
+    slots = 500
+    step, seconds = ours(
+        "sim", batch(slots), data__history=slots, net__search="soft", net__k=50,
+        net__skip=0, net__chunk=0, net__gsu_dim=64, net__gsu_hidden=HIDDEN,
+        net__gsu_pool="sum", net__heads=2, net__head_dim=32, net__time_dim=0,
+        net__short=50, method__alpha=1.0, method__beta=1.0,
+    )  # fmt: skip
+    times = measure({"sim": step, "peer sim": fuxictr(slots)}, REPETITIONS)
+    return {
+        "times": times,
+        "compile_seconds": seconds,
+        "speedup_over_peer_cpu": times["peer sim"]["cpu_ms"] / times["sim"]["cpu_ms"],
     }
 
 
@@ -332,7 +405,8 @@ def evaluation() -> dict:
 
 
 PARTS = {
-    "training": training, "vocabulary": vocabulary, "length": length,
+    "training": training, "lifelong": lifelong, "vocabulary": vocabulary,
+    "length": length,
     "serving": serving, "searching": searching, "evaluation": evaluation,
 }  # fmt: skip
 
@@ -344,7 +418,7 @@ def main() -> None:
     result = json.loads(OUT.read_text()) if OUT.exists() else {}
     result |= {**header(command, *packages), "threads": OPTIONS.threads}
     for name, part in PARTS.items():
-        if OPTIONS.only not in name:
+        if OPTIONS.only not in name or (name == "lifelong" and not OPTIONS.fuxictr):
             continue
         result[name] = part()
         print(name)
