@@ -22,7 +22,7 @@ ALLOWED = {
     "checkpoint": {"method"},
     "report": {"method"},
     "train": {"mesh", "checkpoint", "method", "report"},
-    "tasks": {"tasks", "data", "mesh", "method", "nets", "ops", "papers"},
+    "tasks": {"tasks", "config", "data", "mesh", "method", "nets", "ops", "papers"},
     "config": {"checkpoint", "papers"},
     "job": {
         "checkpoint",
