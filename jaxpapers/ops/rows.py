@@ -71,13 +71,16 @@ def unique(ids: Int[Array, "*shape"], vocab: int) -> Int[Array, " U"]:
       True
     """
     flat = resolve(replicate(ids).reshape(-1), vocab)
-    if vocab <= flat.size:
+    size = min(flat.size, vocab)
+    # Sorting is most of the work: of a small table the rows are marked instead.
+    if vocab <= 4 * flat.size:
         seen = jnp.zeros((vocab,), bool).at[flat].set(True).at[PADDING].set(False)
-        found = jnp.nonzero(seen, size=vocab, fill_value=FILL)[0]
+        found = jnp.nonzero(seen, size=size, fill_value=FILL)[0]
         return found.astype(jnp.int32)
     ordered = jnp.sort(jnp.where(flat == PADDING, FILL, flat))
     first = jnp.append(True, ordered[1:] != ordered[:-1])
-    return jnp.sort(jnp.where(first, ordered, FILL))
+    place = jnp.where(first, jnp.cumsum(first) - 1, size)
+    return jnp.full((size,), FILL, jnp.int32).at[place].set(ordered, mode="drop")
 
 
 def select(rows: Rows, ids: Int[Array, "*shape"]) -> Shaped[Array, "*shape D"]:
