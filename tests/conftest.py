@@ -73,6 +73,20 @@ def float64():
 
 
 @pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list:
+    """The figures that are saved, for a look at their axes."""
+    from matplotlib.figure import Figure
+
+    drawn, save = [], Figure.savefig
+    monkeypatch.setattr(
+        Figure,
+        "savefig",
+        lambda self, *a, **k: (drawn.append(self), save(self, *a, **k)),
+    )
+    return drawn
+
+
+@pytest.fixture
 def users_options() -> dict[str, bool]:
     """Compiler options for a program as users compile it, where the tests' matter."""
     return {"xla_cpu_use_fusion_emitters": True} if EMITTERS_CAN_BE_OFF else {}

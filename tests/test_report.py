@@ -158,46 +158,28 @@ def test_records_are_plain_json(tmp_path):
     assert list(json.loads(line)) == ["step", "time", "loss"]
 
 
-def test_a_far_baseline_does_not_squeeze_the_models(tmp_path, monkeypatch):
+def test_a_far_baseline_does_not_squeeze_the_models(tmp_path, figures):
     from types import SimpleNamespace
 
-    from matplotlib.figure import Figure
-
-    drawn = []
-    save = Figure.savefig
-    monkeypatch.setattr(
-        Figure,
-        "savefig",
-        lambda self, *a, **k: (drawn.append(self), save(self, *a, **k)),
-    )
     runs = {"a": [0.010, 0.012], "b": [0.011, 0.013]}
     baselines = {"near": 0.015, "far": 0.9}
     out = tmp_path / "comparison.png"
     plots.plot_comparison(SimpleNamespace(title="error"), runs, baselines, out)
     assert out.stat().st_size > 1000
-    low, high = drawn[0].axes[0].get_xlim()
+    low, high = figures[0].axes[0].get_xlim()
     assert low < 0.010 and 0.015 < high < 0.03
-    texts = [t.get_text() for t in drawn[0].legends[0].get_texts()]
+    texts = [t.get_text() for t in figures[0].legends[0].get_texts()]
     assert texts == ["near 0.015", "far 0.900 (beyond the axis)"]
 
 
-def test_a_far_model_does_not_squeeze_the_others(tmp_path, monkeypatch):
+def test_a_far_model_does_not_squeeze_the_others(tmp_path, figures):
     from types import SimpleNamespace
 
-    from matplotlib.figure import Figure
-
-    drawn = []
-    save = Figure.savefig
-    monkeypatch.setattr(
-        Figure,
-        "savefig",
-        lambda self, *a, **k: (drawn.append(self), save(self, *a, **k)),
-    )
     runs = {name: [0.5 + i / 100] for i, name in enumerate("abcd")}
     title = SimpleNamespace(title="loss")
     out = tmp_path / "comparison.png"
     plots.plot_comparison(title, {**runs, "far": [5.0], "low": [-4.0]}, {}, out)
-    axes = drawn[0].axes[0]
+    axes = figures[0].axes[0]
     low, high = axes.get_xlim()
     assert 0.4 < low < 0.5 and 0.53 < high < 0.6
     assert {t.get_text() for t in axes.texts} == {"5 →", "← -4"}

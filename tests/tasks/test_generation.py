@@ -112,16 +112,7 @@ def test_a_score_model_in_other_dimensions_than_two(folder, tmp_path, dim, targe
     assert (tmp_path / "samples.png").stat().st_size > 5000
 
 
-def test_panels_against_a_metric_have_their_own_axes(tmp_path, monkeypatch):
-    from matplotlib.figure import Figure
-
-    drawn = []
-    save = Figure.savefig
-    monkeypatch.setattr(
-        Figure,
-        "savefig",
-        lambda self, *a, **k: (drawn.append(self), save(self, *a, **k)),
-    )
+def test_panels_against_a_metric_have_their_own_axes(tmp_path, figures):
     (tmp_path / "run").mkdir()
     rows = [{"step": i, "time": 0, "w": 0.1 * i, "bound": i, "log": -i} for i in (1, 2)]
     text = "".join(json.dumps(r) + "\n" for r in rows)
@@ -129,7 +120,7 @@ def test_panels_against_a_metric_have_their_own_axes(tmp_path, monkeypatch):
     plots.plot_against(
         {"a": [tmp_path / "run"]}, "w", {"bound": "xy=", "log": "x"}, tmp_path / "a.png"
     )
-    left, right = drawn[0].axes
+    left, right = figures[0].axes
     assert (left.get_xscale(), left.get_yscale()) == ("log", "log")
     assert (right.get_xscale(), right.get_yscale()) == ("log", "linear")
     (line,) = [x for x in left.lines if x.get_label() == "equal"]
