@@ -62,6 +62,8 @@ class Method(NamedTuple):
       warm_start: how ``init_from`` starts a run; None: all parameters are taken.
       diagnose: (params, extra, batch, key) -> dict of scalars that cost more than a
         step's metrics, for evaluations.
+      predict: (params, extra, batch) -> scores of the batch's rows, or a NamedTuple of
+        scores whose first field is the one compared; None for models that score nothing.
     """
 
     init: Callable[..., State]
@@ -73,6 +75,7 @@ class Method(NamedTuple):
     resize: Callable | None = None
     warm_start: WarmStart | None = None
     diagnose: Callable | None = None
+    predict: Callable | None = None
 
 
 class Replicas(NamedTuple):
@@ -120,6 +123,7 @@ def gradient(
     tx: optax.GradientTransformation,
     *,
     sampler: Callable | None = None,
+    predict: Callable | None = None,
     rules: Sequence[tuple[str, Any]] = (),
     labels: Callable | None = None,
     resize: Callable | None = None,
@@ -135,7 +139,7 @@ def gradient(
         a weighted mean: micro-batches are then combined by their weights, and so are
         the other metrics, which must be means too.
       tx: optimizer.
-      sampler: see ``Method``.
+      sampler, predict: see ``Method``.
       rules: see ``Method``.
       labels: see ``Method``.
       accumulate: micro-batches that the batch is cut into, along its leading axis, to
@@ -209,7 +213,7 @@ def gradient(
         metrics["param_norm"] = optax.tree.norm(params)
         return State(state.step + 1, params, opt_state, extra, state.key), metrics
 
-    return Method(init, plain, update, sampler, rules, labels, resize)
+    return Method(init, plain, update, sampler, rules, labels, resize, predict=predict)
 
 
 def averaged(method: Method, decay: float) -> Method:

@@ -23,6 +23,7 @@ def row_gradient(
     tables: str = "tables",
     clip: float = 0.0,
     sampler: Callable | None = None,
+    predict: Callable | None = None,
     rules: Sequence[tuple[str, Any]] = (),
     labels: Callable | None = None,
     accumulate: int = 1,
@@ -37,8 +38,8 @@ def row_gradient(
 
     Args:
       init_params: (key, batch) -> params, a dict with a dict of tables in it.
-      loss, sampler, rules, labels, accumulate, init_extra: see ``gradient``. Rules:
-        ``optim.rows.STATE_RULES`` before the tables' own.
+      loss, sampler, predict, rules, labels, accumulate, init_extra: see ``gradient``.
+        Rules: ``optim.rows.STATE_RULES`` before the tables' own.
       tx: optimizer of all but the tables.
       table_tx: optimizer made for ``Rows``, e.g. ``optim.rows.lazy_adam``; the params
         that it sees are the ``Rows`` that the step read. None: ``tx`` updates the tables
@@ -54,8 +55,8 @@ def row_gradient(
     if table_tx is None:
         clipped = optax.chain(optax.clip_by_global_norm(clip), tx) if clip else tx
         return gradient(
-            init_params, loss, clipped, sampler=sampler, rules=rules, labels=labels,
-            accumulate=accumulate, init_extra=init_extra,
+            init_params, loss, clipped, sampler=sampler, predict=predict, rules=rules,
+            labels=labels, accumulate=accumulate, init_extra=init_extra,
         )  # fmt: skip
     stateful, plain = with_extra(loss, init_extra)
     value_and_grad(stateful, accumulate)  # Refuses bad values before any step.
@@ -104,7 +105,7 @@ def row_gradient(
         )
         return State(state.step + 1, params, opt_state, extra, state.key), metrics
 
-    return Method(init, plain, update, sampler, rules, labels)
+    return Method(init, plain, update, sampler, rules, labels, predict=predict)
 
 
 def _take(tree: dict, path: Sequence[str]) -> tuple[Any, dict]:
