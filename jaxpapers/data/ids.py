@@ -1,12 +1,11 @@
 """Ids of embedding tables: by frequency, by name, from the papers' vocabularies."""
 
 import json
-import pickle
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from jaxpapers.data import pickles
 from jaxpapers.data.ctr import FIRST, OOV, Clicks
 
 
@@ -100,25 +99,17 @@ def vocabulary(path: str | Path) -> dict[str, int]:
     """
     path = Path(path).expanduser()
     try:
-        with open(path, "rb") as f:
-            loaded = json.load(f) if path.suffix == ".json" else _Plain(f).load()
-    except (ValueError, pickle.UnpicklingError, EOFError, IndexError, KeyError) as e:
-        raise ValueError(f"{path}: not a plain vocabulary: {e}") from e
+        if path.suffix == ".json":
+            loaded = json.loads(path.read_text())
+        else:  # DIEN's are of Python 2.
+            loaded = pickles.load(path, encoding="utf-8")
+    except ValueError as e:
+        raise ValueError(
+            f"{path}: not a plain vocabulary: {e}; convert the vocabulary to a .json "
+            "file of name -> number"
+        ) from e
     if not isinstance(loaded, dict) or not all(
         isinstance(k, str) and type(v) is int and v >= 0 for k, v in loaded.items()
     ):
         raise ValueError(f"{path}: expected a dict of names to numbers >= 0")
     return loaded
-
-
-class _Plain(pickle.Unpickler):
-    """Unpickles builtin containers, texts and numbers, which need no class."""
-
-    def __init__(self, file: Any):
-        super().__init__(file, encoding="utf-8")  # DIEN's are of Python 2.
-
-    def find_class(self, module_name: str, global_name: str, /) -> Any:
-        raise pickle.UnpicklingError(
-            f"it asks for {module_name}.{global_name}, which is not loaded for safety; "
-            "convert the vocabulary to a .json file of name -> number"
-        )

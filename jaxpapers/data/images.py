@@ -5,23 +5,13 @@ take them in [-1, 1], see ``to_signed``. More file formats are read by ``image_f
 """
 
 import gzip
-import io
-import pickle
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from jaxpapers.data import arrays
+from jaxpapers.data import arrays, pickles
 
-# What the pickles of CIFAR are made of; anything else in one is refused.
-_PICKLED = {
-    ("numpy.core.multiarray", "_reconstruct"),
-    ("numpy._core.multiarray", "_reconstruct"),
-    ("numpy", "ndarray"),
-    ("numpy", "dtype"),
-    ("_codecs", "encode"),
-}
 DIGITS_TRAIN = 1348
 
 
@@ -214,21 +204,11 @@ def _digit(path, number, line):
     return values
 
 
-class _Unpickler(pickle.Unpickler):
-    """Reads arrays, lists and dicts and calls nothing else."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _PICKLED:
-            raise pickle.UnpicklingError(f"{module}.{name} is not allowed")
-        return super().find_class(module, name)
-
-
 def _cifar_file(path: Path, key: bytes, classes: int) -> Split:
-    data = io.BytesIO(path.read_bytes())
     try:
-        found = _Unpickler(data, encoding="bytes").load()
-        image, label = np.asarray(found[b"data"]), np.asarray(found[key], np.int32)
-    except (pickle.UnpicklingError, EOFError, KeyError, TypeError) as e:
+        batch = pickles.load(path, allowed=pickles.ARRAYS, encoding="bytes")
+        image, label = np.asarray(batch[b"data"]), np.asarray(batch[key], np.int32)
+    except (ValueError, KeyError, TypeError) as e:
         raise ValueError(
             f"{path}: not a batch of CIFAR-{classes} ({e}); expected a pickled dict with "
             f"{key.decode()} and data of n x 3072 bytes"
