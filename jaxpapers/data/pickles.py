@@ -111,5 +111,7 @@ def _check_sizes(data: bytes) -> None:
     The unpickler allocates both before it reads what they are for.
     """
     for code, argument, _ in pickletools.genops(data):
-        if code.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > len(data):
+        if code.name in ("PUT", "BINPUT", "LONG_BINPUT") and (argument or 0) > len(
+            data
+        ):
             raise pickle.UnpicklingError(f"memo slot {argument} of {len(data)} bytes")
