@@ -12,12 +12,14 @@ PACKAGE = ROOT / "jaxpapers"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # First part of a module inside jaxpapers -> what it may import from jaxpapers.
 ALLOWED = {
+    "options": set(),
+    "blocks": set(),
     "ops": {"ops"},
     "optim": {"optim", "ops"},
-    "nets": {"nets", "ops"},
+    "nets": {"nets", "ops", "options"},
     "data": {"data"},
     "method": {"method", "ops"},
-    "papers": {"papers", "ops", "nets", "optim", "method"},
+    "papers": {"papers", "ops", "nets", "optim", "method", "options"},
     "mesh": {"method"},
     "checkpoint": {"method"},
     "report": {"method"},
@@ -72,6 +74,8 @@ OWNERS = {
 }
 # What the modules of pure arrays may import at all, besides the standard library.
 OUTSIDE = {
+    "options": set(),
+    "blocks": set(),
     "method": {"jax", "optax"},
     "data": {"PIL", "fontTools", "numpy", "scipy"},
     "ops": {"jax", "jaxtyping", "numpy", "scipy"},
