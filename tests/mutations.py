@@ -1,0 +1,128 @@
+"""One-line mistakes in the equations of each paper, which the default tests must catch.
+
+``python tests/mutations.py [paper ...]`` makes each in a copy of the tree and runs the
+tests named beside it; it exits with 1 if they pass, or if a line is no longer there.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Mutation(NamedTuple):
+    """``before`` occurs once in ``file``; with ``after`` one of ``tests`` must fail."""
+
+    paper: str
+    file: str
+    before: str
+    after: str
+    tests: list[str]
+
+
+# Rows are (file, before, after, tests).
+DION = [
+    (
+        "jaxpapers/optim/power_iteration.py",
+        'b - (1 - mu) * _dot(f"lr,sr->{o}", p, r)',
+        'b - mu * _dot(f"lr,sr->{o}", p, r)',
+        ["tests/optim/test_parity.py"],
+    ),
+]
+
+SFT_PG = []
+
+DPOK = []
+
+SCORE_WASSERSTEIN = []
+
+DIN = []
+
+DIEN = []
+
+SIM = []
+
+ROCKET = []
+
+DEFER = []
+
+DNW = []
+
+MUTATIONS = [
+    Mutation(paper, *row)
+    for paper, rows in {
+        "dion": DION,
+        "sft_pg": SFT_PG,
+        "dpok": DPOK,
+        "score_wasserstein": SCORE_WASSERSTEIN,
+        "din": DIN,
+        "dien": DIEN,
+        "sim": SIM,
+        "rocket": ROCKET,
+        "defer": DEFER,
+        "dnw": DNW,
+    }.items()
+    for row in rows
+]
+
+
+def text(mutation: Mutation, root: Path = ROOT) -> str:
+    """The source with the mutation's line, which must be there exactly once."""
+    source = (root / mutation.file).read_text()
+    count = source.count(mutation.before)
+    if count != 1:
+        raise ValueError(
+            f"{mutation.file} has {count} times {mutation.before!r}, expected once"
+        )
+    return source
+
+
+def survives(mutation: Mutation) -> bool:
+    """Whether the tests pass with the mistake in a copy of the tree."""
+    mutated = text(mutation).replace(mutation.before, mutation.after)
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "tree"
+        for name in ("jaxpapers", "configs", "tests"):
+            ignored = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(ROOT / name, copy / name, ignore=ignored)
+        shutil.copy(ROOT / "pyproject.toml", copy)
+        (copy / mutation.file).write_text(mutated)
+        cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
+        env = os.environ | {
+            "PYTHONPATH": str(copy),
+            "JAX_COMPILATION_CACHE_DIR": cache,
+        }
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+        command += ["-m", "not slow and not matrix", *mutation.tests]
+        result = subprocess.run(command, cwd=copy, env=env, capture_output=True)
+    # 1: a test failed. Others (no test collected, a usage error) say nothing of them.
+    if result.returncode not in (0, 1):
+        raise RuntimeError(result.stdout.decode() + result.stderr.decode())
+    return result.returncode == 0
+
+
+def main(papers: list[str]) -> int:
+    """Runs the mutations of these papers, of all without a name."""
+    unknown = set(papers) - {m.paper for m in MUTATIONS}
+    if unknown:
+        raise SystemExit(f"no mutations of {', '.join(sorted(unknown))}")
+    survivors = 0
+    for mutation in MUTATIONS:
+        if papers and mutation.paper not in papers:
+            continue
+        survived = survives(mutation)
+        survivors += survived
+        verdict = "SURVIVED" if survived else "killed  "
+        print(
+            verdict, mutation.paper, mutation.file, mutation.after.strip(), flush=True
+        )
+    return int(survivors > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,15 @@
+"""The table of mutations names lines and tests that are there."""
+
+import pytest
+
+from tests.mutations import MUTATIONS, ROOT, text
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: f"{m.paper}-{m.after}")
+def test_lines_and_tests_exist(mutation):
+    assert mutation.before in text(mutation)
+    assert mutation.before != mutation.after
+    for test in mutation.tests:
+        path, *names = test.split("::")
+        source = (ROOT / path).read_text()
+        assert all(f"def {name.split('[')[0]}(" in source for name in names)
