@@ -1,4 +1,4 @@
-"""A method whose update touches only the rows of large tables that a batch reads."""
+"""Gradient descent that updates only the table rows that a batch looks up."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -29,25 +29,25 @@ def row_gradient(
     accumulate: int = 1,
     init_extra: Callable | None = None,
 ) -> Method:
-    """``gradient`` for models with large tables: a step costs what its batch reads.
+    """``gradient`` for models with large embedding tables.
 
-    The step gathers the rows of the batch once, differentiates with respect to them
-    instead of the tables, and updates those rows alone. While it does, the tables are
-    ``Rows`` instead of arrays; ``nets.embedding.lookup`` reads both. ``opt_state`` has
-    the parts ``dense`` and ``rows``; ``param_norm`` is that of the dense parameters.
+    The cost of a step depends on its batch, not on the size of the tables: it gathers the
+    rows of the batch once, differentiates with respect to these rows, and updates them
+    alone. During the step the tables are ``Rows`` instead of arrays;
+    ``nets.embedding.lookup`` reads both. ``opt_state`` is a dict of ``dense`` and
+    ``rows``; ``param_norm`` is the norm of the dense parameters.
 
     Args:
       init_params: (key, batch) -> params, a dict with a dict of tables in it.
       loss, sampler, predict, rules, labels, accumulate, init_extra: see ``gradient``.
         Rules: ``optim.rows.STATE_RULES`` before the tables' own.
-      tx: optimizer of all but the tables.
-      table_tx: optimizer made for ``Rows``, e.g. ``optim.rows.lazy_adam``; the params
-        that it sees are the ``Rows`` that the step read. None: ``tx`` updates the tables
-        too, every row of them.
-      ids: batch -> dict with all ids, 0 for padding, that the loss looks up, per table.
+      tx: optimizer of the dense parameters.
+      table_tx: optimizer of the ``Rows`` of a step, e.g. ``optim.rows.lazy_adam``. None:
+        ``tx`` updates every row of the tables too.
+      ids: batch -> dict of table name -> all ids that the loss looks up, 0 for padding.
         An id that is missing there reads zeros.
-      tables: path of the dict of tables in ``params``, "/" between its parts.
-      clip: bound of the norm of all gradients together, rows included; 0: none.
+      tables: path of the dict of tables in ``params``, separated by "/".
+      clip: global norm that gradients are clipped to, those of rows included; 0: none.
 
     Raises:
       ValueError: ``accumulate`` below 1, or a batch that it does not divide.
@@ -59,24 +59,24 @@ def row_gradient(
             labels=labels, accumulate=accumulate, init_extra=init_extra,
         )  # fmt: skip
     stateful, plain = with_extra(loss, init_extra)
-    value_and_grad(stateful, accumulate)  # Refuses bad values before any step.
+    value_and_grad(stateful, accumulate)  # Raises before any step.
     path = tables.split("/")
 
     def init_opt(params):
-        own, rest = _take(params, path)
-        return {"dense": tx.init(rest), "rows": table_tx.init(_put({}, path, own))}
+        arrays, rest = _take(params, path)
+        return {"dense": tx.init(rest), "rows": table_tx.init(_put({}, path, arrays))}
 
     def init(key, batch):
         return start(init_params, init_opt, init_extra, key, batch)
 
     def update(state, batch):
         key = jax.random.fold_in(state.key, state.step)
-        own, rest = _take(state.params, path)
-        found = {n: rows.unique(x, len(own[n])) for n, x in ids(batch).items()}
-        values = {n: rows.take(own[n], x) for n, x in found.items()}
+        arrays, rest = _take(state.params, path)
+        unique = {n: rows.unique(x, len(arrays[n])) for n, x in ids(batch).items()}
+        values = {n: rows.take(arrays[n], x) for n, x in unique.items()}
 
         def with_ids(values):
-            return {n: Rows(found[n], value) for n, value in values.items()}
+            return {n: Rows(unique[n], value) for n, value in values.items()}
 
         def row_loss(part, extra, batch, key):
             values, rest = part
@@ -98,28 +98,26 @@ def row_gradient(
         rest: dict = cast(dict, optax.apply_updates(rest, dense))
         metrics["param_norm"] = optax.tree.norm(rest)
         changed = _take(cast(dict, changes), path)[0]
-        own = {n: rows.add(table, *changed[n]) for n, table in own.items()}
-        params, opt_state = (
-            _put(rest, path, own),
-            {"dense": dense_state, "rows": row_state},
-        )
+        arrays = {n: rows.add(table, *changed[n]) for n, table in arrays.items()}
+        params = _put(rest, path, arrays)
+        opt_state = {"dense": dense_state, "rows": row_state}
         return State(state.step + 1, params, opt_state, extra, state.key), metrics
 
     return Method(init, plain, update, sampler, rules, labels, predict=predict)
 
 
 def _take(tree: dict, path: Sequence[str]) -> tuple[Any, dict]:
-    """What lies at a path of nested dicts, and the tree without it."""
+    """Subtree at a path of nested dicts, and the tree without it."""
     first, *further = path
     rest = {k: v for k, v in tree.items() if k != first}
     if not further:
         return tree[first], rest
-    found, rest[first] = _take(tree[first], further)
-    return found, rest
+    subtree, rest[first] = _take(tree[first], further)
+    return subtree, rest
 
 
 def _put(tree: dict, path: Sequence[str], value: Any) -> dict:
-    """The tree with a value at a path of nested dicts."""
+    """The tree with ``value`` at a path of nested dicts."""
     first, *further = path
     value = _put(tree.get(first, {}), further, value) if further else value
     return {**tree, first: value}
