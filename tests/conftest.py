@@ -3,6 +3,7 @@
 import os
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 # Before SciPy is imported: OpenBLAS threads spin against XLA's and the other workers'.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -22,7 +23,7 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 from tests.parity import Case, cases  # noqa: E402
-from tests.programs import Programs  # noqa: E402
+from tests.programs import ProgramGuard, group  # noqa: E402
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
@@ -38,17 +39,25 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 REFERENCE = Path(
     os.environ.get("JAXPAPERS_REFERENCE") or Path(__file__).parent / "reference"
 )
-PROGRAMS = Programs()
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    help = "compiled programs that a test may cost without a programs mark"
-    parser.addini("max_programs", help, default="12")
-    help = "whether a test with more programs fails or is only listed"
-    parser.addini("enforce_programs", help, type="bool", default=True)
+def pytest_configure(config: pytest.Config) -> None:
+    # As a plugin: hooks of this file do not see the doctests of the package.
+    config.pluginmanager.register(ProgramGuard())
 
 
-# Parity with recorded runs
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """``--dist loadgroup``: a worker gets a whole file, of the contract one case."""
+    if config.getoption("dist") != "loadgroup":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduler(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group(nodeid)
+
+    return Scheduler(config, log)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -71,93 +80,15 @@ def case(request: pytest.FixtureRequest) -> Case:
     return Case(*request.param)
 
 
-# Groups of tests that one worker runs, and compiled programs
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A worker gets a whole file, of the contract the tests of one paper."""
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(_group(item)))
-
-
-def _group(item: pytest.Item) -> str:
-    group = str(item.path.relative_to(item.config.rootpath))
-    if item.path.name != "test_contract.py" or not hasattr(item, "callspec"):
-        return group
-    return f"{group}:{item.callspec.params.get('case', '')}"
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item: pytest.Item):
-    PROGRAMS.owners.append(item.nodeid)
-    try:
-        return (yield)
-    finally:
-        PROGRAMS.owners.pop()
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_fixture_setup(fixturedef: pytest.FixtureDef):
-    """A fixture of many tests counts for itself, not for the test that comes first."""
-    if fixturedef.scope == "function":
-        return (yield)
-    PROGRAMS.owners.append(f"fixture {fixturedef.argname} ({fixturedef.baseid})")
-    try:
-        return (yield)
-    finally:
-        PROGRAMS.owners.pop()
-
-
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item):
-    """Fails a test that passes but costs too many programs or skips parts of a case."""
+    """Fails a parity test that passes but skips parts of its entry."""
     result = yield
     recorded = getattr(item, "funcargs", {}).get("case")
     if isinstance(recorded, Case) and recorded.unread():
         left = ", ".join(recorded.unread())
-        pytest.fail(f"the test reads nothing of the entry's {left}", pytrace=False)
-    marker = item.get_closest_marker("programs")
-    limit = marker.args[0] if marker else int(item.config.getini("max_programs"))
-    count = PROGRAMS.counts[item.nodeid]
-    if count > limit and item.config.getini("enforce_programs"):
-        pytest.fail(
-            f"{count} programs compiled, expected at most {limit}: "
-            "jit the body (tests.programs.together) or mark it programs(n) and say why",
-            pytrace=False,
-        )
+        pytest.fail(f"the test does not use the entry's {left}", pytrace=False)
     return result
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None):
-    """Sends the counts with the report; frees the programs after a group."""
-    result = yield
-    item.user_properties.append(("programs", dict(PROGRAMS.counts)))
-    PROGRAMS.counts.clear()
-    if nextitem is None or _group(nextitem) != _group(item):
-        jax.clear_caches()
-    return result
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """The tests that cost the most programs, and the sum of all."""
-    counts: dict[str, int] = {}
-    for reports in terminalreporter.stats.values():
-        for report in reports:
-            if getattr(report, "when", None) == "teardown":
-                for name, count in dict(report.user_properties)["programs"].items():
-                    counts[name] = counts.get(name, 0) + count
-    if not counts:
-        return
-    terminalreporter.section("compiled programs")
-    for name in sorted(counts, key=lambda name: -counts[name])[:15]:
-        terminalreporter.write_line(f"{counts[name]:5d} {name}")
-    terminalreporter.write_line(f"{sum(counts.values()):5d} in all")
-
-
-# Fixtures
 
 
 @pytest.fixture

@@ -5,17 +5,22 @@ the compiler's time. So tests compute inputs and expected values with NumPy and 
 what they test inside one jitted function.
 """
 
+import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import jax
 import numpy as np
+import pytest
 
 # A key without data, for init functions of which only the shapes are wanted.
 KEY = jax.eval_shape(lambda: jax.random.key(0))
 # Fires for every executable that is compiled or read from the cache on disk.
 COMPILED = "/jax/core/compile/backend_compile_duration"
+MAX_PROGRAMS = 12
+ENFORCED = False
 
 
 def together(f: Callable, *args: Any) -> Any:
@@ -67,14 +72,86 @@ def params_like(init: Callable, *args: Any, seed: int = 0) -> Any:
     return jax.tree_util.tree_map_with_path(draw, jax.eval_shape(init, *args))
 
 
-class Programs:
-    """Counts compiled programs for whoever is at the top of the stack of owners."""
+def group(nodeid: str) -> str:
+    """Tests that share programs: those of a file, of the contract those of a case."""
+    path, _, name = nodeid.partition("::")
+    if not path.endswith("test_contract.py") or "[" not in name:
+        return path
+    # "din pretrain-4x2": the paper, its stage, another parameter of the test.
+    return f"{path}[{re.split('[ -]', name.partition('[')[2].rstrip(']'))[0]}]"
+
+
+class ProgramGuard:
+    """A pytest plugin: counts the programs that each test compiles.
+
+    A test with more than `MAX_PROGRAMS` fails unless ``@pytest.mark.programs(n)`` allows
+    them. Fixtures of a wider scope than one test count for themselves.
+    """
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
+        # Who pays: at the top of the stack, below it who waits for its result.
         self.owners = ["collection"]
         jax.monitoring.register_event_duration_secs_listener(self._listen)
 
     def _listen(self, event: str, seconds: float, **kwargs: Any) -> None:
         if event == COMPILED:
             self.counts[self.owners[-1]] += 1
+
+    @contextmanager
+    def _paid_by(self, owner: str) -> Iterator[None]:
+        self.owners.append(owner)
+        try:
+            yield
+        finally:
+            self.owners.pop()
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item):
+        with self._paid_by(item.nodeid):
+            return (yield)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_fixture_setup(self, fixturedef: pytest.FixtureDef):
+        if fixturedef.scope == "function":
+            return (yield)
+        with self._paid_by(f"fixture {fixturedef.argname} of {fixturedef.baseid}"):
+            return (yield)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_call(self, item: pytest.Item):
+        result = yield
+        marker = item.get_closest_marker("programs")
+        limit = marker.args[0] if marker else MAX_PROGRAMS
+        count = self.counts[item.nodeid]
+        if count > limit and ENFORCED:
+            pytest.fail(
+                f"{count} programs compiled, expected at most {limit}: jit the body "
+                "(tests.programs.together), or mark it programs(n) and say why",
+                pytrace=False,
+            )
+        return result
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_teardown(self, item: pytest.Item, nextitem: pytest.Item | None):
+        """Sends the counts with the report; frees the programs after a group."""
+        result = yield
+        item.user_properties.append(("programs", dict(self.counts)))
+        self.counts.clear()
+        if nextitem is None or group(nextitem.nodeid) != group(item.nodeid):
+            jax.clear_caches()
+        return result
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter):
+        """The 15 tests that cost the most programs, and the sum of all."""
+        counts: Counter[str] = Counter()
+        for reports in terminalreporter.stats.values():
+            for report in reports:
+                if getattr(report, "when", None) == "teardown":
+                    counts.update(dict(report.user_properties).get("programs", {}))
+        if not counts:
+            return
+        terminalreporter.section("compiled programs")
+        for name, count in counts.most_common(15):
+            terminalreporter.write_line(f"{count:5d} {name}")
+        terminalreporter.write_line(f"{counts.total():5d} in all")
