@@ -1,0 +1,103 @@
+"""Python functions on the host as JAX operations."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax import lax
+from jax.experimental import io_callback
+
+
+def on_host(f: Callable, shapes: Any, *, finite: bool = False) -> Callable:
+    """A Python function as an operation that may be used under ``jax.jit``.
+
+    Each execution calls ``f`` once, on the host, with whole arrays: an array that is
+    sharded over several devices is gathered first. The operation has no derivative;
+    gradients of its inputs are zero.
+
+    Args:
+      f: function of NumPy arrays. They are copies, which it may write to.
+      shapes: ``jax.ShapeDtypeStruct`` of the result or a pytree of them, or a function
+        of the arguments that returns it.
+      finite: whether NaN and infinity in the result are errors.
+
+    Returns:
+      A function of arrays that returns arrays of ``shapes``. A result with another
+      structure, shape or kind of dtype stops the program: JAX raises its own runtime
+      error, which contains the message. Numbers are cast to the dtype within their kind
+      (float64 to float32).
+
+    Raises:
+      TypeError: ``shapes`` has leaves without shape and dtype.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> total = on_host(lambda x: x.sum(1), jax.ShapeDtypeStruct((2,), jnp.float32))
+      >>> jax.jit(total)(jnp.ones((2, 3))).tolist()
+      [3.0, 3.0]
+    """
+
+    def operation(*args: Any) -> Any:
+        expected = shapes(*args) if callable(shapes) else shapes
+        leaves, structure = jax.tree.flatten(expected)
+        for leaf in leaves:
+            if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
+                raise TypeError(
+                    "on_host: shapes must be jax.ShapeDtypeStruct or a pytree of them, "
+                    f"got a leaf {leaf!r}"
+                )
+
+        def call(*args: Any) -> Any:
+            result = f(*jax.tree.map(np.array, args))
+            return _checked(result, leaves, structure, finite)
+
+        return io_callback(call, expected, *lax.stop_gradient(args), ordered=False)
+
+    return operation
+
+
+def _checked(result: Any, leaves: list, structure: Any, finite: bool) -> Any:
+    """The result as arrays of the declared shapes and dtypes."""
+    try:
+        parts = structure.flatten_up_to(result)
+    except ValueError:
+        raise ValueError(
+            f"the host function returned {_describe(result)}, expected the structure "
+            f"{structure}"
+        ) from None
+    arrays = [_array(part, leaf, finite) for part, leaf in zip(parts, leaves)]
+    return jax.tree.unflatten(structure, arrays)
+
+
+def _array(part: Any, leaf: Any, finite: bool) -> np.ndarray:
+    if isinstance(part, tuple):
+        raise ValueError(
+            f"the host function returned {_describe(part)}, expected one array of "
+            f"shape {leaf.shape}"
+        )
+    array = np.asarray(part)
+    if array.shape != leaf.shape:
+        raise ValueError(
+            f"the host function returned an array of shape {array.shape}, expected "
+            f"{leaf.shape}"
+        )
+    if not np.can_cast(array.dtype, leaf.dtype, "same_kind"):
+        raise ValueError(
+            f"the host function returned {array.dtype}, expected {leaf.dtype}"
+        )
+    array = array.astype(leaf.dtype)
+    if finite and not np.isfinite(array).all():
+        rows = np.flatnonzero(~np.isfinite(array).reshape(len(np.atleast_1d(array)), -1)
+                              .all(1))  # fmt: skip
+        raise ValueError(
+            f"the host function returned values that are not finite in rows "
+            f"{rows[:10].tolist()} of {len(np.atleast_1d(array))}"
+        )
+    return array
+
+
+def _describe(result: Any) -> str:
+    if isinstance(result, tuple | list):
+        return f"a {type(result).__name__} of {len(result)}"
+    return f"a {type(result).__name__}"
