@@ -68,7 +68,6 @@ from jaxpapers.papers.dpok.rounds import (
     Round,
     Transitions,
     guided_eps,
-    host_reward,
     later_kl,
     path_kl,
     policy_params,
@@ -79,7 +78,7 @@ from jaxpapers.papers.dpok.rounds import (
 from jaxpapers.papers.dpok.supervised import sft_loss, supervised_round
 
 __all__ = [
-    "Bound", "Round", "Transitions", "dpok_loss", "host_reward", "later_kl", "make",
+    "Bound", "Round", "Transitions", "dpok_loss", "later_kl", "make",
     "path_kl", "sampler", "sft_loss", "take_round", "transitions", "value_loss",
 ]  # fmt: skip
 
@@ -299,8 +298,8 @@ def make(config: Any, *, reward_fn: Callable | None = None) -> Method:
     Args:
       config: groups ``data``, ``net``, ``pretrain``, ``optim``, ``method``, ``train``.
       reward_fn: (pictures (B, H, W, C), about [-1, 1] but not clipped, prompt ids (B,))
-        -> (B,) float, of JAX operations, or ``host_reward`` of any function. The task
-        gives the one that ``config.method.reward`` names.
+        -> (B,) float, of JAX operations, or any function by ``ops.host.on_host``. The
+        task gives the one that ``config.method.reward`` names.
 
     Raises:
       ValueError: unknown names, values out of range, no reward.

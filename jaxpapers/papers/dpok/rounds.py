@@ -4,11 +4,8 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
-from jax.experimental import io_callback
 from jaxtyping import Array, Float, Int, Key
 
 from jaxpapers.nets import diffusion as nets
@@ -98,40 +95,6 @@ def reward_of(
             "number for each picture"
         )
     return lax.stop_gradient(found.astype(jnp.float32))
-
-
-def host_reward(score: Callable[[np.ndarray, np.ndarray], Any]) -> Callable:
-    """A reward that is computed outside JAX: any Python function, in one call per round.
-
-    Args:
-      score: (pictures (B, ...), not clipped, prompt ids (B,)) -> B numbers, as numpy.
-
-    Returns:
-      A function for ``make(config, reward_fn=)``. A result of another shape, or with NaN
-      or infinity, stops the step before the policy has changed; JAX wraps the message,
-      which has the prompt ids, in its own runtime error.
-    """
-
-    def checked(x, prompt):
-        found = np.asarray(score(np.asarray(x), np.asarray(prompt)), np.float32)
-        if found.shape != prompt.shape:
-            raise ValueError(
-                f"the reward has shape {found.shape}, expected {prompt.shape}: one "
-                "number for each picture"
-            )
-        bad = ~np.isfinite(found)
-        if bad.any():
-            raise ValueError(
-                f"the reward is {found[bad][:5]} for the prompt ids "
-                f"{np.unique(np.asarray(prompt)[bad]).tolist()}; it must be finite"
-            )
-        return found
-
-    def reward_fn(x, prompt):
-        shape = jax.ShapeDtypeStruct(prompt.shape, jnp.float32)
-        return io_callback(checked, shape, x, prompt, ordered=False)
-
-    return reward_fn
 
 
 def take_round(key: Key[Array, ""], params: dict, batch: dict, bound: Bound) -> Round:
