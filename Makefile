@@ -6,15 +6,21 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 WORKDIR ?= runs/dion
 TESTS ?=
+PYTEST := $(BIN)/python -m pytest --durations=15
+PARALLEL := -n 2 --dist loadgroup
+# What depends on the version of JAX: for a second Python.
+ON_JAX := tests/test_contract.py tests/test_train.py tests/test_checkpoint.py \
+	tests/optim/test_optimizer_contract.py jaxpapers
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-slow test-other lint format bench clean
+.PHONY: help run test test-all test-ci test-slow test-other lint format bench clean
 
 help:
 	@echo "make run        train the language model with Dion on this Python's sources"
 	@echo "make test       run the tests (PYTHON=python3.12 for another interpreter)"
-	@echo "make test-slow  run the learning tests too (minutes)"
-	@echo "make test-other run the tests on another supported Python, if there is one"
+	@echo "make test-all   run the whole matrix of meshes, methods and dtypes too"
+	@echo "make test-slow  run the learning tests (minutes)"
+	@echo "make test-other run what depends on JAX on another supported Python, if there is one"
 	@echo "make lint       ruff format --check, ruff check, pyrefly"
 	@echo "make bench      measure again what fits two hours (installs PyTorch); benchmarks/ has more"
 
@@ -29,15 +35,22 @@ run: $(READY)
 	$(BIN)/jaxpapers train dion --workdir=$(WORKDIR)
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" --durations=15 $(TESTS)
+	$(PYTEST) $(PARALLEL) -m "not slow and not matrix" $(TESTS)
+
+test-all: $(READY)
+	$(PYTEST) $(PARALLEL) -m "not slow" $(TESTS)
 
 test-slow: $(READY)
-	$(BIN)/python -m pytest -m slow --durations=15 $(TESTS)
+	$(PYTEST) -m slow $(TESTS)
+
+# The default tests and the part of the matrix that this commit has: see .ci/matrix.
+test-ci: $(READY)
+	$(PYTEST) $(PARALLEL) -m "not slow" $$(sh .ci/matrix)
 
 test-other:
 	@other="$$(sh .ci/other-python $(PYTHON))"; \
 	if [ -z "$$other" ]; then echo "test-other: skipped, no other supported Python found"; \
-	else echo "test-other: testing on $$other"; $(MAKE) test PYTHON="$$other"; fi
+	else echo "test-other: testing on $$other"; $(MAKE) test PYTHON="$$other" TESTS="$(ON_JAX)"; fi
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

@@ -1,6 +1,7 @@
 """Eight fake devices, strict ranks, a compile cache on disk: before any device use."""
 
 import os
+import zlib
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,30 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 REFERENCE = Path(
     os.environ.get("JAXPAPERS_REFERENCE") or Path(__file__).parent / "reference"
 )
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    help = "run only this eighth (0 to 7) of the matrix tests"
+    parser.addoption("--eighth", type=int, help=help)
+    help = "all matrix tests of these files too, separated by commas"
+    parser.addoption("--covering", default="", help=help)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]):
+    """``--eighth``: a commit runs a part of the matrix, eight in a row run all."""
+    eighth = config.getoption("--eighth")
+    if eighth is None:
+        return
+    covering = set(config.getoption("--covering").split(","))
+
+    def chosen(item: pytest.Item) -> bool:
+        if item.get_closest_marker("matrix") is None:
+            return True
+        path = item.nodeid.partition("::")[0]
+        return path in covering or zlib.crc32(item.nodeid.encode()) % 8 == eighth
+
+    config.hook.pytest_deselected(items=[x for x in items if not chosen(x)])
+    items[:] = filter(chosen, items)
 
 
 def pytest_configure(config: pytest.Config) -> None:
