@@ -57,7 +57,7 @@ def get_config(preset: str | None = None) -> ConfigDict:
                 "clip": True,
                 "rivals": ("pretrained", "oracle"),  # trained beside it by `train`
             },
-            "optim": {"lr": 1e-3, "l2": 1e-6},
+            "optim": {"name": "adam", "lr": 1e-3, "l2": 1e-6},
             "train": {
                 "steps": 55_000,  # those after the stream's end change nothing
                 "accumulate": 1,

@@ -71,7 +71,9 @@ def get_config(preset: str | None = None) -> ConfigDict:
                 "name": "adam",  # adagrad, sgd
                 "tables": "lazy_adam",  # row_adagrad, row_sgd, dense: as the others
                 "lr": 1e-3,
-                "halve_every": 2706,  # steps; 0: never
+                "schedule": "drop",  # constant, cosine
+                "drop_every": 2706,  # steps after which lr is multiplied by drop_by
+                "drop_by": 0.5,
                 "clip": 0.0,  # global gradient norm; 0: none
             },
             "method": {
@@ -98,7 +100,7 @@ def get_config(preset: str | None = None) -> ConfigDict:
         config.net.update(std=0.05, item_bias=True, state=24, pooled="mean")
         config.net.update(product=False, hidden=(64, 32), aux_hidden=(50,))
         # The rate is the best of 2, 4 and 8e-3 on held-out training users.
-        config.optim.update(tables="dense", lr=8e-3, halve_every=0)
+        config.optim.update(tables="dense", lr=8e-3, schedule="constant")
         config.method.aux_weight = 0.0
         # 2 epochs of 179,254 rows.
         config.train.update(steps=700, eval_every=350, save_minutes=1.0)

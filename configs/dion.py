@@ -51,10 +51,11 @@ def get_config(preset: str | None = None) -> ConfigDict:
                 "unroll": 4,
             },
             "optim": {
-                "name": "dion",  # dion2, muon, normuon; rivals: optax_muon, adamw
+                "name": "dion",  # dion2, muon, normuon; baselines: optax_muon, adamw
                 "lr": 0.01,
-                "scalar_lr": 0.01,  # of what is no hidden matrix; 0: as lr
+                "scalar_lr": 0.01,  # for all other parameters; 0 uses lr
                 "weight_decay": 0.01,
+                "schedule": "trapezoid",  # constant, cosine
                 "warmup": 0.0,  # shares of the run
                 "cooldown": 0.4,
                 "clip": 1.0,  # global gradient norm; 0: none

@@ -54,17 +54,19 @@ def get_config(preset: str | None = None) -> ConfigDict:
             "pretrain": {
                 "batch": 128,
                 "steps": 4000,
-                "optimizer": "adam",
-                "lr": 2e-3,
-                "weight_decay": 0.0,  # adamw
-                "schedule": "cosine",
-                "clip": 1.0,
+                "optim": {
+                    "name": "adam",
+                    "lr": 2e-3,
+                    "weight_decay": 0.0,
+                    "schedule": "cosine",
+                    "clip": 1.0,
+                },
                 "ema": 0.998,
                 "drop": 0.1,  # share of captions left out, for guidance
                 "eval_every": 0,
             },
             "optim": {
-                "optimizer": "adamw",
+                "name": "adamw",
                 "lr": 2e-3,
                 "weight_decay": 1e-4,  # the released code has 0
                 "schedule": "constant",
@@ -139,7 +141,8 @@ def get_config(preset: str | None = None) -> ConfigDict:
         config.method.update(prompts=38, steps=50, guidance=4.0, transitions=5)
         # The last convolution has fewer channels than the adapters' rank.
         config.method.lora_match = "^(?!last/).*kernel$"
-        config.pretrain.update(batch=64, steps=60_000, lr=2e-4, ema=0.999)
+        config.pretrain.update(batch=64, steps=60_000, ema=0.999)
+        config.pretrain.optim.lr = 2e-4
         config.optim.update(lr=3e-4)
         config.train.update(steps=200, eval_every=50)
     return config.lock()

@@ -67,9 +67,10 @@ def get_config(preset: str | None = None) -> ConfigDict:
                 "lr": 0.1,
                 "momentum": 0.9,
                 "weight_decay": 5e-4,
-                # Steps after which the rate is multiplied by drop: epochs 60, 120, 160.
-                "drops": (23_460, 46_920, 62_560),
-                "drop": 0.2,
+                "schedule": "drop",  # constant, cosine
+                # Steps after which lr is multiplied by drop_by: epochs 60, 120, 160.
+                "drop_at": (23_460, 46_920, 62_560),
+                "drop_by": 0.2,
             },
             "method": METHOD,
             "train": {
@@ -90,14 +91,14 @@ def get_config(preset: str | None = None) -> ConfigDict:
         config.net.update(dropout=0.2, augment=False)
         # Epochs 20, 40 and 60 of 73,257.
         config.optim.update(name="adam", lr=1e-3, weight_decay=0.0)
-        config.optim.drops = (11_440, 22_880, 34_320)
+        config.optim.drop_at = (11_440, 22_880, 34_320)
         config.train.steps = 45_760
     elif preset == "digits":
         config.data.update(source="digits", batch=64)
         config.net.update(size=8, channels=1, base=8, augment=False)
         config.net.update(light_blocks=1, booster_blocks=3)
         # 10 epochs of 1,348.
-        config.optim.drops = (126, 168)
+        config.optim.drop_at = (126, 168)
         config.train.update(steps=210, eval_every=0, save_minutes=1.0)
     return config.lock()
 

@@ -58,15 +58,23 @@ def get_config(preset: str | None = None) -> ConfigDict:
             "pretrain": {
                 "batch": 128,
                 "steps": 23_700,  # 300 epochs of 10,000
-                "optimizer": "rmsprop",
-                "lr": 1e-3,
-                "weight_decay": 0.0,  # adamw
-                "schedule": "constant",
-                "clip": 1.0,
+                "optim": {
+                    "name": "rmsprop",
+                    "lr": 1e-3,
+                    "weight_decay": 0.0,
+                    "schedule": "constant",
+                    "clip": 1.0,
+                },
                 "ema": 0.0,
                 "eval_every": 0,
             },
-            "optim": {"lr": 5e-5, "critic_lr": 1e-3, "value_lr": 1e-3, "clip": 0.0},
+            "optim": {
+                "name": "adam",
+                "lr": 5e-5,
+                "clip": 0.0,
+                "critic_lr": 1e-3,
+                "value_lr": 1e-3,
+            },
             "method": {
                 "stage": "tune",  # pretrain
                 "betas": "sigmoid",  # linear, scaled_linear, cosine
@@ -114,21 +122,24 @@ def get_config(preset: str | None = None) -> ConfigDict:
         config.data.update(source="digits", eval_count=1000)
         config.net.update(model="mlp", shape=(8, 8, 1), blocks=3)
         config.net.update(critic=(256, 256), value=(256, 256))
-        config.pretrain.update(steps=4000, lr=2e-3, schedule="cosine", ema=0.998)
+        config.pretrain.update(steps=4000, ema=0.998)
+        config.pretrain.optim.update(lr=2e-3, schedule="cosine")
         config.optim.update(lr=1e-5, critic_lr=1e-4, value_lr=1e-4)
         config.train.update(steps=300, eval_every=100)
     elif preset == "fashion":
         config.data.update(source="fashion", eval_count=1000)
         config.net.update(model="unet", shape=(14, 14, 1), channels=32)
         config.net.update(multipliers=(1, 2), blocks=1, groups=8, critic=(64, 128))
-        config.pretrain.update(steps=10_000, lr=2e-4, ema=0.999)
+        config.pretrain.update(steps=10_000, ema=0.999)
+        config.pretrain.optim.lr = 2e-4
         config.optim.update(lr=1e-6, critic_lr=1e-4, value_lr=1e-4)
         config.train.update(steps=500, eval_every=100)
     elif preset == "cifar":
         config.data.update(source="cifar-10")
         config.net.update(model="unet", shape=(32, 32, 3), dropout=0.1)
         config.net.update(critic=(128, 256, 512), value=(1024, 1024, 256))
-        config.pretrain.update(steps=800_000, lr=2e-4, ema=0.9999, eval_every=50_000)
+        config.pretrain.update(steps=800_000, ema=0.9999, eval_every=50_000)
+        config.pretrain.optim.lr = 2e-4
         config.optim.update(lr=1e-6, critic_lr=1e-4, value_lr=1e-4)
         config.train.update(steps=78, eval_every=0)
     return config.lock()
@@ -139,5 +150,6 @@ def _pictures(config: ConfigDict) -> None:
     config.method.update(betas="linear", timesteps=1000, beta_start=1e-4, beta_end=0.02)
     config.method.update(sampler="fastdpm", steps=10, reduce="mean", value_weight=10.0)
     config.net.value_scale_output = False
-    config.pretrain.update(batch=128, optimizer="adam")
+    config.pretrain.batch = 128
+    config.pretrain.optim.name = "adam"
     config.optim.clip = 0.1

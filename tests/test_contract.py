@@ -47,14 +47,14 @@ SMALL = {
         "data.batch": 32, "data.count": 200, "data.eval_count": 64, "net.model": "mlp",
         "net.width": 16, "net.blocks": 1, "net.critic": (16,), "net.value": (8,),
         "method.n_critic": 2, "method.n_generator": 2, "optim.lr": 1e-3,
-        "method.beta_end": 0.9, "pretrain.lr": 0.01,
+        "method.beta_end": 0.9, "pretrain.optim.lr": 0.01,
     },
     "dpok": {
         "data.batch": 40, "data.eval_each": 2, "net.width": 16, "net.blocks": 1,
         "net.value": (16,), "method.steps": 4, "method.timesteps": 40,
         "method.transitions": 2, "method.value_transitions": 2,
         "method.policy_steps": 2, "method.value_steps": 4, "method.lora_rank": 2,
-        "method.beta_end": 0.3, "pretrain.lr": 0.02,
+        "method.beta_end": 0.3, "pretrain.optim.lr": 0.02,
     },
 }  # fmt: skip
 # Stages of a run that are methods of their own.
@@ -65,7 +65,7 @@ BAD = {
     "dion": {
         "net.heads": (5, "multiple of heads"),
         "net.dtype": ("float64", "bfloat16"),
-        "optim.name": ("sgd", "dion, dion2, muon"),
+        "optim.name": ("lion", "dion, dion2, muon"),
         "optim.rank_fraction": (1.5, "rank_fraction"),
         "optim.mu": (-0.5, "mu"),
         "optim.orthogonalize": ("lu", "orthogonalize"),
@@ -128,7 +128,7 @@ SGD = {
     "optim.lr": 0.1,
 }  # fmt: skip
 PLAIN = {
-    "score_wasserstein": {"optim.name": "sgd"},
+    "score_wasserstein": {"optim.name": "sgd", "optim.weight_decay": 0.0},
     "din": SGD, "dien": {**SGD, "method.aux_weight": 0.0}, "sim": SGD, "rocket": SGD,
 }  # fmt: skip
 # Those whose loss draws noise for each row: micro-batches draw other noise.

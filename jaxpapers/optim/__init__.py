@@ -1,5 +1,6 @@
-"""Optax transformations: Dion and what it is made of."""
+"""Optax transformations: Dion, its relatives, and optimizers by config."""
 
+from jaxpapers.optim.config import Options, from_config, trapezoid
 from jaxpapers.optim.cost import DionPlan, plan_dion
 from jaxpapers.optim.dion import DionState, dion, scale_by_dion
 from jaxpapers.optim.dion2 import Dion2State, dion2, scale_by_dion2
@@ -22,9 +23,11 @@ __all__ = [
     "DionPlan",
     "DionState",
     "MuonState",
+    "Options",
     "dion",
     "dion2",
     "dion_state_sharding",
+    "from_config",
     "muon",
     "newton_schulz",
     "normuon",
@@ -40,4 +43,5 @@ __all__ = [
     "scale_by_muon",
     "state_rules",
     "sync_for_checkpoint",
+    "trapezoid",
 ]

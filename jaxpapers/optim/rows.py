@@ -19,11 +19,12 @@ from jax.sharding import PartitionSpec as P
 
 from jaxpapers.ops import rows
 from jaxpapers.ops.rows import FILL, Rows, is_rows
+from jaxpapers.optim.config import read, schedule, unclipped
 
 __all__ = [
     "FILL", "STATE_RULES", "LazyAdamState", "MbaState", "RowAdagradState", "Rows",
-    "apply_rows", "by_name", "lazy_adam", "mba_transform", "row_adagrad", "row_sgd",
-    "rows_of",
+    "apply_rows", "from_config", "lazy_adam", "mba_transform", "row_adagrad",
+    "row_sgd", "rows_of",
 ]  # fmt: skip
 
 
@@ -247,28 +248,33 @@ def mba_transform(lam: float, counts: Any) -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
-def by_name(
-    name: str, tables: str, learning_rate: optax.ScalarOrSchedule
+def from_config(
+    config: Any, steps: int
 ) -> tuple[optax.GradientTransformation, optax.GradientTransformation | None]:
     """Optimizers of ``method.tables.row_gradient``: ``tx`` and ``table_tx``.
 
+    Neither clips: ``row_gradient`` clips the gradients of both together.
+
     Args:
-      name: adam, adagrad or sgd, of all but the tables.
-      tables: lazy_adam, row_adagrad or row_sgd; dense: None, tables as the others.
-      learning_rate: of both.
+      config: a config's group ``optim``: the fields of ``optim.Options`` and
+        ``tables``, the tables' optimizer: lazy_adam, row_adagrad or row_sgd; dense: that
+        of all other parameters (``table_tx`` is None).
+      steps: optimizer steps of the run.
 
     Raises:
-      ValueError: other names.
+      ValueError: see ``optim.Options``; unknown ``tables``.
     """
-    dense = {"adam": optax.adam, "adagrad": optax.adagrad, "sgd": optax.sgd}
     sparse = {"lazy_adam": lazy_adam, "row_adagrad": row_adagrad, "row_sgd": row_sgd}
-    if name not in dense or tables not in (*sparse, "dense"):
+    if config["tables"] not in (*sparse, "dense"):
         raise ValueError(
-            f"config.optim.name must be one of {tuple(dense)} and optim.tables of "
-            f"{(*sparse, 'dense')}, got {name!r} and {tables!r}"
+            f"optim.tables must be one of {', '.join(sparse)}, dense, got "
+            f"{config['tables']!r}"
         )
-    table_tx = None if tables == "dense" else sparse[tables](learning_rate)
-    return dense[name](learning_rate), table_tx
+    dense = read(config)
+    tx = unclipped(dense, steps)
+    if config["tables"] == "dense":
+        return tx, None
+    return tx, sparse[config["tables"]](schedule(dense, steps))
 
 
 def _rate(learning_rate: Any, count: jax.Array) -> Any:

@@ -41,7 +41,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxpapers.method import Method
@@ -385,14 +384,6 @@ def make(config: Any) -> Method:
             f"config.method: aux_weight must be >= 0 and aux_reduce one of {REDUCE}, got "
             f"{own.aux_weight} and {own.aux_reduce!r}"
         )
-    if c.lr <= 0 or c.clip < 0 or c.halve_every < 0:
-        raise ValueError(
-            "config.optim: lr must be > 0, clip and halve_every >= 0, got "
-            f"{c.lr}, {c.clip} and {c.halve_every}"
-        )
-    rate = c.lr
-    if c.halve_every:
-        rate = optax.exponential_decay(c.lr, c.halve_every, 0.5, staircase=True)
 
     def init_params(key, batch):
         del batch
@@ -401,7 +392,7 @@ def make(config: Any) -> Method:
     value = functools.partial(
         loss, net=net, aux_weight=own.aux_weight, aux_reduce=own.aux_reduce
     )
-    tx, table_tx = rows.by_name(c.name, c.tables, rate)
+    tx, table_tx = rows.from_config(c, config.train.steps)
     return row_gradient(
         init_params,
         value,

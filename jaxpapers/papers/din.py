@@ -207,13 +207,6 @@ def sampler(
     return score_candidates(params, extra, batch, net=net)
 
 
-def schedule(optim: Any) -> Any:
-    """Learning rate of ``config.optim``: constant, or one drop at a step."""
-    if not optim.drop_at:
-        return optim.lr
-    return optax.piecewise_constant_schedule(optim.lr, {optim.drop_at: optim.drop})
-
-
 def inference(config: Any) -> Any:
     """The config without what needs the training set's counts."""
     config = config.copy_and_resolve_references()
@@ -234,11 +227,8 @@ def make(config: Any, counts: Mapping[str, Any] | None = None) -> Method:
     """
     net, c, lam = config.net, config.optim, config.method.mba
     interest.check(net)
-    if lam < 0 or c.lr <= 0 or c.clip < 0:
-        raise ValueError(
-            "config.method.mba and optim.clip must be >= 0 and optim.lr > 0, got "
-            f"{lam}, {c.clip} and {c.lr}"
-        )
+    if lam < 0:
+        raise ValueError(f"method.mba must be >= 0, got {lam}")
     if lam and counts is None:
         raise ValueError(
             f"config.method.mba={lam} needs the number of training samples of every id: "
@@ -251,7 +241,7 @@ def make(config: Any, counts: Mapping[str, Any] | None = None) -> Method:
         )
     if counts:
         counts = {n: _padded(x, n, net) for n, x in counts.items()}
-    tx, table_tx = rows.by_name(c.name, c.tables, schedule(c))
+    tx, table_tx = rows.from_config(c, config.train.steps)
 
     def init_params(key, batch):
         del batch

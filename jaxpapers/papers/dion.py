@@ -133,26 +133,6 @@ def sampler(
     return tokens.T.astype(jnp.int32)
 
 
-def schedule(peak: float, steps: int, warmup: float, cooldown: float) -> optax.Schedule:
-    """Linear rise over the first part of the steps, constant, linear fall to 0.
-
-    Args:
-      peak: learning rate of the middle part.
-      steps: of the run.
-      warmup: share of the steps.
-      cooldown: share of the steps (the paper's configuration: 0.2, no warm-up).
-    """
-    rise, fall = int(warmup * steps), int(cooldown * steps)
-    return optax.join_schedules(
-        [
-            optax.linear_schedule(peak / max(rise, 1), peak, max(rise - 1, 1)),
-            optax.constant_schedule(peak),
-            optax.linear_schedule(peak, peak / max(fall, 1), max(fall - 1, 1)),
-        ],
-        [rise, steps - fall],
-    )
-
-
 def phases(config: Any) -> list[tuple[int, Any]]:
     """``config.optim.rank_schedule`` as (last step, config) of each part of the run.
 
@@ -207,91 +187,33 @@ def inference(config: Any) -> Any:
 
 
 def optimizer(config: Any) -> optax.GradientTransformation:
-    """The optimizer of ``config.optim``.
+    """``optim.from_config`` with the transformer's matrices and sharding.
 
     ``dion``, ``dion2``, ``muon`` and ``normuon`` are this package's, on sharded matrices;
-    ``optax_muon`` (optax.contrib) and ``adamw`` are what they are compared with. All
-    share clipping, schedule and betas; embedding and head do not decay. Norm gains decay,
-    but not under optax_muon, whose AdamW part has one decay for all of its leaves.
+    ``optax_muon`` (optax.contrib) and ``adamw`` are baselines. Embedding and head do not
+    decay; norm gains do, except under optax_muon, which does not decay its Adam part.
 
     Raises:
-      ValueError: unknown name, shares of the schedule that exceed the run, or
-        ``train.replica_sync`` with what it excludes.
+      ValueError: see ``optim.from_config``; ``train.replica_sync=lowrank`` with another
+        optimizer or with gradient clipping.
     """
-    c = config.optim
-    sync = config.train.replica_sync
+    c, sync = config.optim, config.train.replica_sync
     if sync not in ("gradient", "lowrank"):
         raise ValueError(
-            f"config.train.replica_sync must be gradient or lowrank, got {sync!r}"
+            f"train.replica_sync must be gradient or lowrank, got {sync!r}"
         )
     if sync == "lowrank" and (c.name != "dion" or c.clip):
         raise ValueError(
-            "config.train.replica_sync=lowrank never forms the averaged gradient: it "
-            "needs optim.name=dion and optim.clip=0, got "
-            f"{c.name!r} and {c.clip}"
+            "train.replica_sync=lowrank never forms the averaged gradient: it "
+            f"needs optim.name=dion and optim.clip=0, got {c.name!r} and {c.clip}"
         )
-    if c.warmup < 0 or c.cooldown < 0 or c.warmup + c.cooldown > 1:
-        raise ValueError(
-            "config.optim: warmup and cooldown are shares of the run and at most 1 "
-            f"together, got {c.warmup} and {c.cooldown}"
-        )
-    rate = schedule(c.lr, config.train.steps, c.warmup, c.cooldown)
-    scalar_rate = schedule(
-        c.scalar_lr or c.lr, config.train.steps, c.warmup, c.cooldown
-    )
-    decays = functools.partial(jax.tree.map, lambda label: label in ("dion", "scalar"))
-    family: dict[str, Any] = dict(
+    return optim.from_config(
+        c,
+        config.train.steps,
         weight_dimension_numbers=dimensions,
-        momentum_dtype=c.momentum_dtype or None,
         sharding=lambda path, leaf: param_spec(transformer.RULES, path),
-        weight_decay=c.weight_decay,
-        scalar=c.scalar,
-        scalar_learning_rate=scalar_rate,
-        scalar_b1=c.b1,
-        scalar_b2=c.b2,
+        replicate_axis="replica" if sync == "lowrank" else None,
     )
-    if c.name == "dion":
-        tx = optim.dion(
-            rate,
-            c.rank_fraction,
-            c.rank_multiple_of,
-            c.mu,
-            orthogonalize=c.orthogonalize,
-            right_factor=c.right_factor,
-            q_dtype=c.q_dtype or None,
-            communication_dtype=c.communication_dtype or None,
-            replicate_axis="replica" if sync == "lowrank" else None,
-            **family,
-        )
-    elif c.name == "dion2":
-        tx = optim.dion2(rate, c.rank_fraction, c.mu, **family)
-    elif c.name in ("muon", "normuon"):
-        make_muon = optim.muon if c.name == "muon" else optim.normuon
-        tx = make_muon(rate, c.mu, **family)
-    elif c.name == "optax_muon":
-        tx = optax.contrib.muon(
-            rate,
-            weight_decay=c.weight_decay,
-            adam_b1=c.b1,
-            adam_b2=c.b2,
-            beta=c.mu,
-            adam_learning_rate=scalar_rate,
-            muon_weight_dimension_numbers=_muon_dimensions,
-        )
-    elif c.name == "adamw":
-        tx = optax.adamw(
-            rate,
-            c.b1,
-            c.b2,
-            weight_decay=c.weight_decay,
-            mask=lambda params: decays(routing.route(params, dimensions)),
-        )
-    else:
-        raise ValueError(
-            "config.optim.name must be dion, dion2, muon, normuon, optax_muon or adamw, "
-            f"got {c.name!r}"
-        )
-    return optax.chain(optax.clip_by_global_norm(c.clip), tx) if c.clip else tx
 
 
 def network(config: Any) -> transformer.Transformer:
@@ -368,14 +290,8 @@ def resize(state: State, target: State) -> State:
 
 def _labels(params, *, name, scalar):
     labels = routing.route(params, dimensions)
-    scalar = "adamw" if name in ("optax_muon", "adamw") else scalar
+    if name == "optax_muon":
+        scalar = "adamw"
+    elif name not in ("dion", "dion2", "muon", "normuon"):
+        scalar = name
     return jax.tree.map(lambda x: name if x == "dion" else scalar, labels)
-
-
-def _muon_dimensions(params):
-    def of(leaf, label):
-        n = leaf.ndim
-        return optax.contrib.MuonDimensionNumbers(n - 2, n - 1) if label else None
-
-    is_matrix = jax.tree.map(lambda x: x == "dion", routing.route(params, dimensions))
-    return jax.tree.map(of, params, is_matrix)

@@ -76,7 +76,7 @@ def rivals(name: str, config: Any) -> dict[str, tuple[str, Any]]:
         own.train.accumulate, own.train.init_from = 1, ""
         own.net.rows_multiple = config.net.rows_multiple
         if not small:
-            own.optim.drop_at = 0
+            own.optim.schedule = "constant"
             _take(own.optim, config.optim)
         if own.net.unit_chunk and own.data.batch % own.net.unit_chunk:
             own.net.unit_chunk = 0

@@ -663,7 +663,7 @@ def test_method_of_another_stream_shares_no_state(key):
         ("method.name=defr", "config.method.name"),
         ("method.variant=x", "config.method.variant"),
         ("optim.lr=0.0", "lr must be > 0"),
-        ("optim.l2=-1.0", "l2 >= 0"),
+        ("optim.l2=-1.0", "l2 must be >= 0"),
         ("net.widths=(0, 4)", "positive sizes"),
         ("net.bins=(4, 4)", "2 bins and 0 buckets"),
         ("train.accumulate=0", "accumulate"),

@@ -75,16 +75,6 @@ def test_sampler_refuses_bad_arguments(params, key):
         dion.sampler(params, key, TOKENS[:, :0], net=NET, length=2)
 
 
-def test_schedule_rises_stays_and_falls():
-    rate = dion.schedule(1.0, 100, 0.1, 0.2)
-    values = np.array([float(rate(i)) for i in range(100)])
-    np.testing.assert_allclose(values[:10], np.linspace(0.1, 1.0, 10), rtol=1e-5)
-    np.testing.assert_allclose(values[10:80], 1.0)
-    np.testing.assert_allclose(values[80:], np.linspace(1.0, 0.05, 20), rtol=1e-5)
-    constant = dion.schedule(2.0, 10, 0.0, 0.0)
-    assert {float(constant(i)) for i in range(10)} == {2.0}
-
-
 @pytest.mark.parametrize("preset", ["default", "smoke", "standard", "160m"])
 def test_presets_route_every_leaf(preset):
     """Hidden matrices to Dion; embedding, head and norms to AdamW."""
@@ -107,7 +97,7 @@ def test_presets_route_every_leaf(preset):
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("name", "sgd", "must be dion, dion2, muon"),
+        ("name", "lion", "dion, dion2, muon"),
         ("warmup", 0.8, "at most 1 together"),
         ("rank_fraction", 1.5, r"rank_fraction must be in \(0, 1\]"),
         ("mu", -0.1, "mu must be in"),

@@ -369,7 +369,7 @@ def test_a_unet_is_a_policy(config):
             "net.multipliers": (1,), "net.attention": (0,), "net.groups": 4,
             "method.steps": 2, "method.policy_steps": 1, "method.transitions": 1,
             "method.value_steps": 1, "method.value_transitions": 1,
-            "method.lora_rank": 0, "optim.optimizer": "sgd", "optim.lr": 0.1,
+            "method.lora_rank": 0, "optim.name": "sgd", "optim.lr": 0.1,
             "optim.weight_decay": 0.0,
         },
     )  # fmt: skip

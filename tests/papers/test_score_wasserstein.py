@@ -159,7 +159,9 @@ def test_samples():
 
 
 def test_the_first_steps_maximise():
-    c, method, state = started(method__ascend_steps=1, optim__name="sgd")
+    c, method, state = started(
+        method__ascend_steps=1, optim__name="sgd", optim__weight_decay=0.0
+    )
     batch = {"x": data()}
     update = jax.jit(method.update)
 

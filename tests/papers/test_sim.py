@@ -436,9 +436,9 @@ def test_make_refuses_nets(changes, message):
 @pytest.mark.parametrize(
     "group, field, value, message",
     [
-        ("optim", "name", "lion", "config.optim.name"),
+        ("optim", "name", "lion", "optim.name"),
         ("optim", "tables", "hash", "optim.tables"),
-        ("optim", "lr", 0.0, "config.optim.lr"),
+        ("optim", "lr", 0.0, "optim.lr"),
         ("method", "alpha", -1.0, "method.alpha"),
         ("train", "accumulate", 0, "train.accumulate"),
     ],

@@ -52,6 +52,7 @@ import optax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Key
 
+from jaxpapers import optim
 from jaxpapers.method import Method, State, gradient
 from jaxpapers.papers.defer.metrics import (
     METRICS,
@@ -294,7 +295,7 @@ def make(
       config: groups ``net``, ``method``, ``optim``, ``train``.
       net: another network with the same call, instead of ``config.net``; the auxiliary
         classifier is a copy of it with two outputs.
-      tx: another optimizer, instead of Adam.
+      tx: another optimizer, instead of ``config.optim``.
 
     Raises:
       ValueError: unknown method or variant, rates out of range; see ``network``.
@@ -306,12 +307,10 @@ def make(
         raise ValueError(
             f"config.method.variant must be paper or released, got {variant!r}"
         )
-    if not c.lr > 0 or c.l2 < 0:
-        raise ValueError(
-            f"config.optim: lr must be > 0 and l2 >= 0, got {c.lr}, {c.l2}"
-        )
+    if c.l2 < 0:
+        raise ValueError(f"optim.l2 must be >= 0, got {c.l2}")
     net = net or network(config, 2 if name == "dfm" else 1)
-    tx = tx or optax.adam(c.lr)
+    tx = tx or optim.from_config(c, config.train.steps)
     bind: dict[str, Any] = dict(method=name, variant=variant, clip=config.method.clip)
     accumulate = config.train.accumulate
 

@@ -40,6 +40,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, Key
 
+from jaxpapers import optim
 from jaxpapers.method import (
     Method,
     State,
@@ -52,7 +53,6 @@ from jaxpapers.nets import diffusion as nets
 from jaxpapers.nets.lora import lora_init
 from jaxpapers.ops import chains, diffusion, policy, trajectories
 from jaxpapers.ops.diffusion import Chain
-from jaxpapers.optim import named
 from jaxpapers.papers.dpok.baseline import (
     advantages,
     fit_value,
@@ -322,13 +322,13 @@ def make(config: Any, *, reward_fn: Callable | None = None) -> Method:
                 nets.denoising_loss, parts=parts, drop=config.pretrain.drop,
                 alpha_bar=diffusion.alpha_bars(chains.betas(c)),
             ),
-            named.by_name(config.pretrain, config.train.steps),
+            optim.from_config(config.pretrain.optim, config.train.steps),
             sampler=sample, rules=rules, accumulate=config.train.accumulate,
         )  # fmt: skip
         return averaged(method, config.pretrain.ema)
     diffusion.check_density(chain)
     txs = {
-        "policy": named.by_name(config.optim, config.train.steps * c.policy_steps),
+        "policy": optim.from_config(config.optim, config.train.steps * c.policy_steps),
         "value": optax.adam(config.optim.value_lr),
     }
 

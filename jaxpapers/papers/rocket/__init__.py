@@ -41,6 +41,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, Key
 
+from jaxpapers import optim
 from jaxpapers.method import Method, gradient
 from jaxpapers.method.tables import row_gradient
 from jaxpapers.nets import behaviour, embedding
@@ -353,10 +354,10 @@ def make(config: Any) -> Method:
     """
     net, c, own = config.net, config.optim, config.method
     behaviour.check_choices(net, model=tuple(PARTS))
-    if c.lr <= 0 or own.alpha < 0 or own.features_weight < 0:
+    if own.alpha < 0 or own.features_weight < 0:
         raise ValueError(
-            "config.optim.lr must be > 0, method.alpha and features_weight >= 0, got "
-            f"{c.lr}, {own.alpha} and {own.features_weight}"
+            "config.method.alpha and method.features_weight must be >= 0, got "
+            f"{own.alpha} and {own.features_weight}"
         )
     nets = rocket(*PARTS[net.model](net), **own.to_dict())
     value = functools.partial(loss, nets=nets)
@@ -372,8 +373,9 @@ def make(config: Any) -> Method:
     }
     split = split_rules(net) if net.split_booster and own.nets != "light" else ()
     if net.model == "wrn":
-        return gradient(init_params, value, _image_optimizer(c), rules=split, **options)
-    tx, table_tx = rows.by_name(c.name, c.tables, c.lr)
+        tx = optim.from_config(c, config.train.steps)
+        return gradient(init_params, value, tx, rules=split, **options)
+    tx, table_tx = rows.from_config(c, config.train.steps)
     if table_tx and not own.share:
         raise ValueError(
             "config.method.share=False gives each net its own tables: set "
@@ -407,18 +409,6 @@ def split_rules(net: Any) -> tuple[tuple[str, P], ...]:
         elif i < len(net.booster.hidden):
             rules.append((rf"booster/mlp/layer_{i}/kernel", P(None, "model")))
     return tuple(rules)
-
-
-def _image_optimizer(c) -> optax.GradientTransformation:
-    """Momentum SGD or Adam with L2 in the gradient; the rate drops at given steps."""
-    rate = optax.piecewise_constant_schedule(c.lr, dict.fromkeys(c.drops, c.drop))
-    if c.name == "sgd":
-        inner = optax.sgd(rate, momentum=c.momentum)
-    elif c.name == "adam":
-        inner = optax.adam(rate)
-    else:
-        raise ValueError(f"config.optim.name must be sgd or adam, got {c.name!r}")
-    return optax.chain(optax.add_decayed_weights(c.weight_decay), inner)
 
 
 def _lower(shared, params, state, batch, key, share, names, *, train=True):

@@ -40,6 +40,7 @@ import optax
 from jax import lax
 from jaxtyping import Array, Float, Key
 
+from jaxpapers import optim
 from jaxpapers.method import Method, gradient
 from jaxpapers.nets.critic import clip_weights
 from jaxpapers.ops import diffusion
@@ -220,20 +221,11 @@ def clipped_weights(bound: float) -> optax.GradientTransformation:
 
 
 def _optimizer(config) -> optax.GradientTransformation:
-    c, own = config.optim, config.method
-    choose("optim.name", c.name, ("adamw", "sgd"))
-    if c.lr <= 0 or c.clip < 0 or c.weight_decay < 0 or own.ascend_steps < 0:
-        raise ValueError(
-            "config.optim.lr must be > 0, optim.clip, optim.weight_decay and "
-            f"method.ascend_steps >= 0, got {c.lr}, {c.clip}, {c.weight_decay} and "
-            f"{own.ascend_steps}"
-        )
-    parts = [ascend_first(own.ascend_steps)] if own.ascend_steps else []
-    parts += [optax.clip_by_global_norm(c.clip)] if c.clip else []
-    if c.name == "sgd":
-        parts.append(optax.sgd(c.lr))
-    else:
-        parts.append(optax.adamw(c.lr, weight_decay=c.weight_decay))
+    ascend = config.method.ascend_steps
+    if ascend < 0:
+        raise ValueError(f"method.ascend_steps must be >= 0, got {ascend}")
+    parts = [ascend_first(ascend)] if ascend else []
+    parts.append(optim.from_config(config.optim, config.train.steps))
     if config.net.regularizer == "clip":
         parts.append(clipped_weights(config.net.clip))
     return optax.chain(*parts)

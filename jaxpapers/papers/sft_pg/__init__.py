@@ -40,6 +40,7 @@ import optax
 from jax import lax
 from jaxtyping import Array, Float, Key
 
+from jaxpapers import optim
 from jaxpapers.method import (
     Method,
     State,
@@ -53,7 +54,6 @@ from jaxpapers.nets.critic import clip_weights, spectral_normalize
 from jaxpapers.ops import chains, diffusion, policy, trajectories
 from jaxpapers.ops.diffusion import Chain
 from jaxpapers.ops.trajectories import over_data
-from jaxpapers.optim import named
 from jaxpapers.papers.sft_pg.objectives import (
     advantage,
     critic_loss,
@@ -257,12 +257,7 @@ def make(config: Any) -> Method:
         return _pretrain(config, parts, sample)
     check_options(config, chain)
     txs = {
-        "net": optax.chain(
-            optax.clip_by_global_norm(config.optim.clip)
-            if config.optim.clip
-            else optax.identity(),
-            optax.adam(config.optim.lr),
-        ),
+        "net": optim.from_config(config.optim, config.train.steps),
         "critic": optax.adam(config.optim.critic_lr),
         "value": optax.adam(config.optim.value_lr),
     }
@@ -296,7 +291,7 @@ def _pretrain(config, parts, sample):
     method = gradient(
         lambda key, batch: {"net": parts.init_net(key)},
         functools.partial(nets.denoising_loss, parts=parts, alpha_bar=alpha_bar),
-        named.by_name(config.pretrain, config.train.steps),
+        optim.from_config(config.pretrain.optim, config.train.steps),
         sampler=sample,
         rules=nets.RULES[config.net.model],
         accumulate=config.train.accumulate,

@@ -77,11 +77,9 @@ def check_options(config: Any, chain: Chain) -> None:
     for name in ("penalty", "value_weight", "ratio_clip", "cost_clip", "weight_bound"):
         if c[name] < 0:
             raise ValueError(f"config.method.{name} must be >= 0, got {c[name]}")
-    for name in ("lr", "critic_lr", "value_lr"):
+    for name in ("critic_lr", "value_lr"):
         if optim[name] <= 0:
             raise ValueError(f"config.optim.{name} must be > 0, got {optim[name]}")
-    if optim.clip < 0:
-        raise ValueError(f"config.optim.clip must be >= 0, got {optim.clip}")
     if config.train.accumulate != 1:
         raise ValueError(
             "config.train.accumulate must be 1: a cycle's rounds are its parts, got "

@@ -431,13 +431,13 @@ def make(config: Any) -> Method:
     """
     net, c, weights = config.net, config.optim, config.method
     _check_net(net)
-    if c.lr <= 0 or c.clip < 0 or weights.alpha < 0 or weights.beta <= 0:
+    if weights.alpha < 0 or weights.beta <= 0:
         raise ValueError(
-            "config.optim.lr and method.beta must be > 0, optim.clip and method.alpha "
-            f">= 0, got {c.lr}, {weights.beta}, {c.clip} and {weights.alpha}"
+            "config.method.beta must be > 0 and method.alpha >= 0, got "
+            f"{weights.beta} and {weights.alpha}"
         )
 
-    tx, table_tx = rows.by_name(c.name, c.tables, c.lr)
+    tx, table_tx = rows.from_config(c, config.train.steps)
 
     def init_params(key, batch):
         del batch

@@ -1,0 +1,284 @@
+"""Optimizers and learning-rate schedules by the config group ``optim``."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+from jaxpapers.optim import routing
+from jaxpapers.optim.dion import dion
+from jaxpapers.optim.dion2 import dion2
+from jaxpapers.optim.layout import DimensionNumbers, named_leaves, per_leaf
+from jaxpapers.optim.muon import muon, normuon
+
+NAMES = (
+    "adagrad", "adam", "adamw", "dion", "dion2", "muon", "normuon", "optax_muon",
+    "rmsprop", "sgd",
+)  # fmt: skip
+SCHEDULES = ("constant", "cosine", "drop", "trapezoid")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Fields of a config's group ``optim``; an optimizer reads those that it has.
+
+    Attributes:
+      name: one of ``NAMES``.
+      lr: learning rate, the peak of its schedule.
+      clip: bound of the gradient's global norm; 0: none.
+      weight_decay: decoupled for adamw and the matrix optimizers; for the others added
+        to the (clipped) gradient, as PyTorch does.
+      schedule: one of ``SCHEDULES``, see ``schedule``.
+      warmup: trapezoid: share of the run.
+      cooldown: trapezoid: share of the run.
+      drop_at: drop: steps after which the rate is multiplied by ``drop_by``.
+      drop_every: drop: the same every so many steps, instead of ``drop_at``.
+      drop_by: drop: factor.
+      momentum: of sgd; 0: none.
+      b1: of Adam, AdamW and Lion.
+      b2: of Adam, AdamW and Lion.
+      scalar: dion, dion2, muon and normuon: optimizer of all but the hidden matrices,
+        adamw or lion.
+      scalar_lr: matrix optimizers: learning rate of all but the hidden matrices; 0 uses
+        ``lr``.
+      mu: matrix optimizers: decay of the momentum.
+      momentum_dtype: dion, dion2, muon and normuon; "": that of the parameters.
+      rank_fraction: dion: rank / shorter side; dion2: share of the rows.
+      rank_multiple_of: dion.
+      orthogonalize: dion.
+      right_factor: dion.
+      q_dtype: dion; "": that of the parameters.
+      communication_dtype: dion; "": float32.
+
+    Raises:
+      ValueError: unknown names, or values out of range.
+    """
+
+    name: str
+    lr: float
+    clip: float = 0.0
+    weight_decay: float = 0.0
+    schedule: str = "constant"
+    warmup: float = 0.0
+    cooldown: float = 0.0
+    drop_at: tuple[int, ...] = ()
+    drop_every: int = 0
+    drop_by: float = 0.1
+    momentum: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.999
+    scalar: str = "adamw"
+    scalar_lr: float = 0.0
+    mu: float = 0.95
+    momentum_dtype: str = ""
+    rank_fraction: float = 1.0
+    rank_multiple_of: int = 1
+    orthogonalize: str = "scqr"
+    right_factor: str = "colnorm"
+    q_dtype: str = ""
+    communication_dtype: str = ""
+
+    def __post_init__(self):
+        for field, names in {"name": NAMES, "schedule": SCHEDULES}.items():
+            value = getattr(self, field)
+            if value not in names:
+                raise ValueError(
+                    f"optim.{field} must be one of {', '.join(names)}, got {value!r}"
+                )
+        if not self.lr > 0:
+            raise ValueError(f"optim.lr must be > 0, got {self.lr}")
+        for field in (
+            "clip", "weight_decay", "warmup", "cooldown", "drop_every", "drop_by",
+            "momentum", "scalar_lr",
+        ):  # fmt: skip
+            if not getattr(self, field) >= 0:
+                raise ValueError(
+                    f"optim.{field} must be >= 0, got {getattr(self, field)}"
+                )
+        if self.warmup + self.cooldown > 1:
+            raise ValueError(
+                "optim.warmup and optim.cooldown are shares of the run and at most 1 "
+                f"together, got {self.warmup} and {self.cooldown}"
+            )
+        if self.schedule == "drop" and bool(self.drop_at) == bool(self.drop_every):
+            raise ValueError(
+                "optim.schedule=drop needs optim.drop_at or optim.drop_every, got "
+                f"{self.drop_at} and {self.drop_every}"
+            )
+
+
+def from_config(
+    config: Any,
+    steps: int,
+    *,
+    weight_dimension_numbers: Any = None,
+    sharding: Any = None,
+    replicate_axis: str | None = None,
+) -> optax.GradientTransformation:
+    """The optimizer of a config's group ``optim``, gradient clipping included.
+
+    Args:
+      config: mapping with the fields of ``Options``; other fields are the caller's.
+      steps: optimizer steps of the run, for schedules that are shares of it.
+      weight_dimension_numbers: axes of the hidden matrices, see ``scale_by_dion``. With
+        it, adamw does not decay embeddings and heads.
+      sharding: of the matrix optimizers, see ``scale_by_dion``.
+      replicate_axis: of dion, see ``scale_by_dion``.
+
+    Raises:
+      ValueError: see ``Options`` and the optimizer's own arguments.
+    """
+    options = read(config)
+    tx = unclipped(
+        options,
+        steps,
+        weight_dimension_numbers=weight_dimension_numbers,
+        sharding=sharding,
+        replicate_axis=replicate_axis,
+    )
+    if not options.clip:
+        return tx
+    return optax.chain(optax.clip_by_global_norm(options.clip), tx)
+
+
+def read(config: Any) -> Options:
+    """``Options`` of a config's group; fields that it lacks have their defaults."""
+    fields = {f.name for f in dataclasses.fields(Options)}
+    return Options(**{k: v for k, v in dict(config).items() if k in fields})
+
+
+def unclipped(
+    options: Options, steps: int, *, replicate_axis: str | None = None, **matrices: Any
+) -> optax.GradientTransformation:
+    """``from_config`` without gradient clipping, for callers that clip themselves."""
+    o, rate = options, schedule(options, steps)
+    if o.name in ("dion", "dion2", "muon", "normuon"):
+        return _matrix_optimizer(o, steps, replicate_axis, **matrices)
+    numbers = matrices.get("weight_dimension_numbers")
+    if o.name == "optax_muon":
+        return optax.contrib.muon(
+            rate,
+            weight_decay=o.weight_decay,
+            adam_b1=o.b1,
+            adam_b2=o.b2,
+            beta=o.mu,
+            adam_learning_rate=schedule(o, steps, o.scalar_lr or o.lr),
+            muon_weight_dimension_numbers=functools.partial(_optax_numbers, numbers),
+        )
+    if o.name == "adamw":
+        mask = functools.partial(_decays, numbers) if numbers else None
+        return optax.adamw(rate, o.b1, o.b2, weight_decay=o.weight_decay, mask=mask)
+    makers: dict[str, Callable] = {
+        "adagrad": optax.adagrad,
+        "adam": functools.partial(optax.adam, b1=o.b1, b2=o.b2),
+        "rmsprop": functools.partial(optax.rmsprop, decay=0.99),  # PyTorch's default.
+        "sgd": functools.partial(optax.sgd, momentum=o.momentum or None),
+    }
+    tx = makers[o.name](rate)
+    if not o.weight_decay:
+        return tx
+    return optax.chain(optax.add_decayed_weights(o.weight_decay), tx)
+
+
+def schedule(
+    options: Options, steps: int, lr: float | None = None
+) -> optax.ScalarOrSchedule:
+    """Learning rate of the options.
+
+    constant; cosine: half a cosine to 0 over the run; drop: multiplied by ``drop_by`` at
+    ``drop_at`` or every ``drop_every`` steps; trapezoid: see ``trapezoid``.
+
+    Args:
+      options: see ``Options``.
+      steps: of the run.
+      lr: instead of ``options.lr``.
+    """
+    lr = options.lr if lr is None else lr
+    if options.schedule == "cosine":
+        return optax.cosine_decay_schedule(lr, steps)
+    if options.schedule == "trapezoid":
+        return trapezoid(lr, steps, options.warmup, options.cooldown)
+    if options.schedule == "drop" and options.drop_every:
+        return optax.exponential_decay(
+            lr, options.drop_every, options.drop_by, staircase=True
+        )
+    if options.schedule == "drop":
+        drops = dict.fromkeys(options.drop_at, options.drop_by)
+        return optax.piecewise_constant_schedule(lr, drops)
+    return lr
+
+
+def trapezoid(
+    peak: float, steps: int, warmup: float = 0.0, cooldown: float = 0.0
+) -> optax.Schedule:
+    """Linear warm-up, constant rate, linear cool-down to 0.
+
+    Args:
+      peak: learning rate between the two.
+      steps: of the run.
+      warmup: share of the steps.
+      cooldown: share of the steps (Dion's paper: 0.2, no warm-up).
+    """
+    rise, fall = int(warmup * steps), int(cooldown * steps)
+    return optax.join_schedules(
+        [
+            optax.linear_schedule(peak / max(rise, 1), peak, max(rise - 1, 1)),
+            optax.constant_schedule(peak),
+            optax.linear_schedule(peak, peak / max(fall, 1), max(fall - 1, 1)),
+        ],
+        [rise, steps - fall],
+    )
+
+
+def _matrix_optimizer(o, steps, replicate_axis, **matrices):
+    shared: dict[str, Any] = dict(
+        matrices,
+        mu=o.mu,
+        momentum_dtype=o.momentum_dtype or None,
+        weight_decay=o.weight_decay,
+        scalar=o.scalar,
+        scalar_learning_rate=schedule(o, steps, o.scalar_lr or o.lr),
+        scalar_b1=o.b1,
+        scalar_b2=o.b2,
+    )
+    rate = schedule(o, steps)
+    if o.name == "dion":
+        return dion(
+            rate,
+            rank_fraction=o.rank_fraction,
+            rank_multiple_of=o.rank_multiple_of,
+            orthogonalize=o.orthogonalize,
+            right_factor=o.right_factor,
+            q_dtype=o.q_dtype or None,
+            communication_dtype=o.communication_dtype or None,
+            replicate_axis=replicate_axis,
+            **shared,
+        )
+    if o.name == "dion2":
+        return dion2(rate, fraction=o.rank_fraction, **shared)
+    return (muon if o.name == "muon" else normuon)(rate, **shared)
+
+
+def _decays(numbers, params):
+    """True for the leaves with weight decay: all but embeddings and heads."""
+    labels = routing.route(params, numbers)
+    return jax.tree.map(lambda label: label in ("dion", "scalar"), labels)
+
+
+def _optax_numbers(numbers, params):
+    """optax's dimension numbers of the hidden matrices, None for all other leaves."""
+    named, treedef = named_leaves(params)
+    axes = per_leaf(
+        numbers or DimensionNumbers(),
+        named,
+        lambda x: x is None or isinstance(x, DimensionNumbers),
+        "weight_dimension_numbers",
+    )
+    labels = treedef.flatten_up_to(routing.route(params, numbers))
+    return treedef.unflatten(
+        optax.contrib.MuonDimensionNumbers(*a) if label == "dion" else None
+        for a, label in zip(axes, labels)
+    )
