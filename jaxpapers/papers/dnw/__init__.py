@@ -23,10 +23,10 @@ Departures. The paper's body was not at hand; what follows from its abstract and
 authors' published table is the measure. Reconstructed: b = 0.35, the own cost of a
 compound (its number of components, 1 for a primitive), ties (frequency, then code point)
 and that components of a target are paid for but not learned with it (``transient``).
-Under the other reading (``learn``) frequency and W order do not differ by 0.1 percent, and
-the paper's claim could not have been observed. Added: one pass over the levels instead of
-a fixpoint, the density greedy order and Smith's bound, Plackett-Luce sampling, b per
-level by gradient descent (``fit``).
+Under the other reading (``learn``) the frequency and the W order differ by less than 0.1
+percent, and the paper's claim could not have been observed. Added: one pass over the
+levels instead of a fixpoint, the density greedy order and Smith's bound, Plackett-Luce
+sampling, b per level by gradient descent (``fit``).
 """
 
 from jaxpapers.papers.dnw.fit import fit, level_b, level_scores, loss

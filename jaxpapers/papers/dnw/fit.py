@@ -17,12 +17,12 @@ from jaxpapers.papers.dnw.measure import dnw
 from jaxpapers.papers.dnw.network import CharNet, Closures, weights
 
 
-def level_b(params: Float[Array, "L"]) -> Float[Array, "L"]:
+def level_b(params: Float[Array, " L"]) -> Float[Array, " L"]:
     """b of each level in (0, 1), from unconstrained parameters."""
     return jax.nn.sigmoid(params)
 
 
-def level_scores(b: Float[Array, "L"], net: CharNet) -> Float[Array, "n"]:
+def level_scores(b: Float[Array, " L"], net: CharNet) -> Float[Array, " n"]:
     """W_v = f_v + b_l(v) sum W_w: the level of the component says what it inherits.
 
     Args:
@@ -35,7 +35,7 @@ def level_scores(b: Float[Array, "L"], net: CharNet) -> Float[Array, "n"]:
 
 
 def loss(
-    params: Float[Array, "L"],
+    params: Float[Array, " L"],
     net: CharNet,
     closures: Closures,
     *,
@@ -84,7 +84,7 @@ def fit(
     b: float = 0.35,
     tau: float = 0.1,
     top: int = 1000,
-) -> tuple[Float[Array, "L"], Float[Array, "steps"]]:
+) -> tuple[Float[Array, " L"], Float[Array, " steps"]]:
     """b per level after some steps of an optax transformation, and the losses.
 
     Args:

@@ -30,12 +30,12 @@ class Curve(NamedTuple):
       known: N, number of known nodes.
     """
 
-    cost: Float[Array, "n"]
-    usage: Float[Array, "n"]
-    known: Int[Array, "n"]
+    cost: Float[Array, " n"]
+    usage: Float[Array, " n"]
+    known: Int[Array, " n"]
 
 
-def simulate_learn(order: Int[Array, "n"], net: CharNet) -> Curve:
+def simulate_learn(order: Int[Array, " n"], net: CharNet) -> Curve:
     """Components of a target are learned with it; a point per target.
 
     Where n targets include components that are known by then, nothing is added. See
@@ -51,7 +51,7 @@ def simulate_learn(order: Int[Array, "n"], net: CharNet) -> Curve:
 
 
 def simulate_transient(
-    order: Int[Array, "n"], net: CharNet, closures: Closures, chunk: int = 1024
+    order: Int[Array, " n"], net: CharNet, closures: Closures, chunk: int = 1024
 ) -> Curve:
     """Components of a target are paid for but not learned; a point per target.
 
@@ -68,8 +68,8 @@ def simulate_transient(
 
 
 def target_costs(
-    place: Int[Array, "n"], net: CharNet, closures: Closures, chunk: int = 1024
-) -> Float[Array, "m"]:
+    place: Int[Array, " n"], net: CharNet, closures: Closures, chunk: int = 1024
+) -> Float[Array, " m"]:
     """What each target costs at its turn under ``transient``.
 
     Args:
@@ -98,7 +98,7 @@ def target_costs(
 
 
 def simulate(
-    order: Int[Array, "n"], net: CharNet, closures: Closures, credit: str = "transient"
+    order: Int[Array, " n"], net: CharNet, closures: Closures, credit: str = "transient"
 ) -> Curve:
     """The course of learning with a point per learned node, for either credit.
 
@@ -128,8 +128,8 @@ class Metrics(NamedTuple):
       completion: S, the frequency-weighted mean cost at which nodes become known.
     """
 
-    cost: Float[Array, "shares"]
-    known: Float[Array, "shares"]
+    cost: Float[Array, " shares"]
+    known: Float[Array, " shares"]
     area: Float[Array, ""]
     completion: Float[Array, ""]
 
@@ -168,9 +168,9 @@ def completion(curve: Curve) -> Float[Array, ""]:
 
 
 def weighted_completion(
-    order: Int[Array, "n"], net: CharNet, closures: Closures, credit: str = "transient"
+    order: Int[Array, " n"], net: CharNet, closures: Closures, credit: str = "transient"
 ) -> Float[Array, ""]:
-    """S = sum_v f_v C(time at which v becomes known), the objective 1|prec|sum w_j C_j."""
+    """S = sum_v f_v C(v known), the scheduling objective 1|prec|sum w_j C_j."""
     return completion(simulate(order, net, closures, credit))
 
 

@@ -19,15 +19,15 @@ from jaxpapers.papers.dnw.network import CharNet, bottom_up, padded, weights, wh
 
 
 def dnw(
-    freq: Float[Array, "n"],
-    comp: Int[Array, "E"],
-    whole: Int[Array, "E"],
-    weight: Float[Array, "E"],
+    freq: Float[Array, " n"],
+    comp: Int[Array, " E"],
+    whole: Int[Array, " E"],
+    weight: Float[Array, " E"],
     b: Float[Array, ""] | float,
     *,
     n_levels: int,
     axis: str | None = None,
-) -> Float[Array, "n"]:
+) -> Float[Array, " n"]:
     """W by n_levels - 1 steps of W <- f + b A W, after which it is exact.
 
     Args:
@@ -86,12 +86,12 @@ def level_links(net: CharNet, use_multiplicity: bool = False) -> LevelLinks:
 
 
 def dnw_levels(
-    freq: Float[Array, "n"],
+    freq: Float[Array, " n"],
     comp: Int[Array, "steps M"],
     whole: Int[Array, "steps M"],
     weight: Float[Array, "steps M"],
     b: Float[Array, ""] | float,
-) -> Float[Array, "n"]:
+) -> Float[Array, " n"]:
     """W in one pass from the top level down, O(E) instead of O(E L).
 
     When the links into a level are added, all wholes of that level are final.

@@ -5,6 +5,7 @@ its tie-break: nodes are numbered by decreasing frequency, then code point.
 """
 
 import heapq
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,25 +21,25 @@ from jaxpapers.papers.dnw.network import (
 
 
 def order_from_score(
-    score: Float[Array, "n"], *ties: Float[Array, "n"]
-) -> Int[Array, "n"]:
+    score: Float[Array, " n"], *ties: Float[Array, " n"]
+) -> Int[Array, " n"]:
     """Nodes by decreasing score, equal ones by decreasing ``ties``, then by index."""
     index = jnp.arange(len(score))
     return jnp.lexsort((index, *(-t for t in reversed(ties)), -score)).astype(jnp.int32)
 
 
-def rank_of(order: Int[Array, "n"]) -> Int[Array, "n"]:
+def rank_of(order: Int[Array, " n"]) -> Int[Array, " n"]:
     """Position of every node in an order."""
     places = jnp.arange(len(order), dtype=order.dtype)
     return jnp.zeros_like(order).at[order].set(places)
 
 
-def ufo(net: CharNet) -> Float[Array, "n"]:
+def ufo(net: CharNet) -> Float[Array, " n"]:
     """Score of the usage frequency order."""
     return jnp.asarray(net.freq)
 
 
-def noo_direct(net: CharNet) -> Float[Array, "n"]:
+def noo_direct(net: CharNet) -> Float[Array, " n"]:
     """Score of the node-offspring order: nodes that directly use a node."""
     comp = jnp.asarray(net.comp)
     return jax.ops.segment_sum(jnp.asarray(weights(net)), comp, len(net.chars))
@@ -53,17 +54,17 @@ def noo_all(net: CharNet) -> np.ndarray:
     return np.array([bits.bit_count() for bits in above], float)
 
 
-def by_level(net: CharNet) -> Float[Array, "n"]:
+def by_level(net: CharNet) -> Float[Array, " n"]:
     """Score of the order by level, primitives first."""
     return -jnp.asarray(net.level, float)
 
 
-def frequency_per_cost(net: CharNet) -> Float[Array, "n"]:
+def frequency_per_cost(net: CharNet) -> Float[Array, " n"]:
     """Score f / c, Smith's rule without precedence."""
     return jnp.asarray(net.freq) / jnp.asarray(net.own_cost)
 
 
-def first_needed(order: Int[Array, "n"], net: CharNet) -> Int[Array, "n"]:
+def first_needed(order: Int[Array, " n"], net: CharNet) -> Int[Array, " n"]:
     """T: the step of an order at which each node is first needed.
 
     That of itself or of the first node that is made of it.
@@ -79,7 +80,7 @@ def first_needed(order: Int[Array, "n"], net: CharNet) -> Int[Array, "n"]:
     return jax.lax.fori_loop(0, net.n_levels - 1, step, rank_of(order))
 
 
-def components_first(order: Int[Array, "n"], net: CharNet) -> Int[Array, "n"]:
+def components_first(order: Int[Array, " n"], net: CharNet) -> Int[Array, " n"]:
     """An order in which every node has its components moved to just before it.
 
     Components that come before it anyway stay; the result is topological.
@@ -89,7 +90,7 @@ def components_first(order: Int[Array, "n"], net: CharNet) -> Int[Array, "n"]:
     return jnp.lexsort((index, net.level, time)).astype(jnp.int32)
 
 
-def loach_order(net: CharNet) -> Int[Array, "n"]:
+def loach_order(net: CharNet) -> Int[Array, " n"]:
     """The order of Loach & Wang 2016 (arXiv 1602.08742), as its abstract reads.
 
     By decreasing frequency / own cost, from the last node to the first each one's
@@ -153,8 +154,8 @@ def _above(nodes, users, known):
 
 
 def sample_order(
-    key: Key[Array, ""], score: Float[Array, "n"], temperature: float = 1.0
-) -> Int[Array, "n"]:
+    key: Key[Array, ""], score: Float[Array, " n"], temperature: float = 1.0
+) -> Int[Array, " n"]:
     """A Plackett-Luce order: the next node with probability ~ score^(1 / temperature).
 
     Drawn by Gumbel noise on log(score) / temperature; nodes of score 0 come last, by
@@ -177,7 +178,7 @@ def sample_order(
 
 
 def log_prob(
-    order: Int[Array, "n"], score: Float[Array, "n"], temperature: float = 1.0
+    order: Int[Array, " n"], score: Float[Array, " n"], temperature: float = 1.0
 ) -> Float[Array, ""]:
     """Log-probability of ``sample_order`` drawing an order, for positive scores."""
     logit = jnp.log(score[order]) / temperature
