@@ -39,7 +39,7 @@ def loss(
     net: CharNet,
     closures: Closures,
     *,
-    tau: float = 0.1,
+    tau: Float[Array, ""] | float = 0.1,
     top: int = 1000,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Smoothed S of the order by W under ``transient`` credit.
@@ -117,7 +117,7 @@ def _soft_costs(nodes, score, net: CharNet, closures: Closures, tau: Any):
 
     def one(nodes, part, whole):
         later = jax.nn.sigmoid((score[nodes[0]] - score[nodes]) / tau)
-        first = jnp.arange(len(nodes)) == 0
+        first = nodes == nodes[0]
 
         def step(_, need):
             share = need[whole] * later[part]

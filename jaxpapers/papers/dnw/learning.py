@@ -6,12 +6,16 @@ at known nodes. Under ``learn`` these components are then known, under ``transie
 are paid for again until their own turn comes.
 """
 
+import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from jaxpapers.papers.dnw.network import CharNet, Closures
@@ -51,7 +55,12 @@ def simulate_learn(order: Int[Array, " n"], net: CharNet) -> Curve:
 
 
 def simulate_transient(
-    order: Int[Array, " n"], net: CharNet, closures: Closures, chunk: int = 1024
+    order: Int[Array, " n"],
+    net: CharNet,
+    closures: Closures,
+    *,
+    chunk: int = 1024,
+    mesh: Mesh | None = None,
 ) -> Curve:
     """Components of a target are paid for but not learned; a point per target.
 
@@ -59,9 +68,15 @@ def simulate_transient(
       order: permutation of the nodes.
       net: the network.
       closures: ``network.closures(net)``.
-      chunk: targets at a time, which bounds memory.
+      chunk: targets at a time on a device, which bounds memory.
+      mesh: targets over its axis ``data``; None: one device.
     """
-    cost = target_costs(rank_of(order), net, closures, chunk)[order]
+    costs = functools.partial(target_costs, chunk=chunk)
+    if mesh is not None:
+        closures = _divided(closures, mesh.shape["data"])
+        specs = (P(), P(), P("data"))
+        costs = jax.shard_map(costs, mesh=mesh, in_specs=specs, out_specs=P("data"))
+    cost = costs(rank_of(order), net, closures)[order]
     known = 1 + jnp.arange(len(order), dtype=order.dtype)
     usage = jnp.cumsum(jnp.asarray(net.freq)[order])
     return Curve(jnp.cumsum(cost), usage, known)
@@ -88,13 +103,27 @@ def target_costs(
         def step(_, need):
             return need.at[part].max(need[whole] & later[part])
 
-        need = jnp.arange(len(nodes)) == 0
-        need = lax.fori_loop(0, closures.rounds, step, need)
+        need = lax.fori_loop(0, closures.rounds, step, nodes == nodes[0])
         return jnp.where(need, own_cost[nodes], 0).sum()
 
     tables = (closures.nodes, closures.part, closures.whole)
     tables = jax.tree.map(jnp.asarray, tables)
     return lax.map(lambda x: one(*x), tables, batch_size=chunk)
+
+
+def _divided(closures: Closures, size: int) -> Closures:
+    """Closures of a number of targets that ``size`` divides; those added cost nothing."""
+    n = len(closures.nodes)
+
+    def fill(table, value):
+        return jnp.pad(table, ((0, -n % size), (0, 0)), constant_values=value)
+
+    return dataclasses.replace(
+        closures,
+        nodes=fill(closures.nodes, n),
+        part=fill(closures.part, 0),
+        whole=fill(closures.whole, 0),
+    )
 
 
 def simulate(

@@ -164,6 +164,7 @@ def _sharded(mesh: Mesh, n_levels: int) -> Any:
     def local(freq, comp, whole, weight, b):
         one = functools.partial(dnw, n_levels=n_levels, axis="data")
         weight, b = weight.astype(freq.dtype), b.astype(freq.dtype)
+        freq = lax.pcast(freq, ("model",), to="varying")
         return jax.vmap(lambda x: one(freq, comp, whole, weight, x))(b)
 
     links = P("data")

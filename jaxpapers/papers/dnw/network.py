@@ -47,12 +47,12 @@ class CharNet:
 
 def build_network(
     decomposition: Mapping[str, Sequence[str]],
-    freq: Mapping[str, float],
+    freq: Mapping[str, float | int],
     seeds: Iterable[str] | None = None,
     *,
     close: bool = True,
     cost: str = "parts",
-    costs: Mapping[str, float] | None = None,
+    costs: Mapping[str, float | int] | None = None,
 ) -> CharNet:
     """The network of some characters and everything that they are made of.
 
