@@ -10,8 +10,12 @@ Expected on CDNOW, mean of 3 seeds: NLL .570 for DEFER (RI 71), .563 for ES-DFM 
 the best of the family there), .558 for the oracle, .608 for the pretrained model.
 """
 
+import dataclasses
+
 from ml_collections import ConfigDict
 
+from jaxpapers import blocks
+from jaxpapers.papers import defer
 from jaxpapers.tasks.conversions import FAMILY
 
 PRESETS = ("paper", "smoke", "cdnow")
@@ -41,34 +45,14 @@ def get_config(preset: str | None = None) -> ConfigDict:
                 "holdout": 1.0,  # days at the end that `train` keeps for evaluation
                 "seed": 0,
             },
-            "net": {
-                "features": 17,  # columns; of these
-                "bins": (64, 16, 128, 64, 128, 64, 512, 512),  # one-hot
-                "buckets": (512, 128, 256, 256, 64, 256, 256, 16, 256),  # embedded
-                "embedding": 8,
-                "widths": (256, 256, 128),
-                "slope": 0.2,
-                "init": "glorot",  # fan_in: narrower
-                "batch_norm": True,
-            },
+            "net": dataclasses.asdict(defer.Net()),
             "method": {
-                "name": "defer",
-                "variant": "paper",
-                "clip": True,
+                **dataclasses.asdict(defer.Options()),
                 "rivals": ("pretrained", "oracle"),  # trained beside it by `train`
             },
-            "optim": {"name": "adam", "lr": 1e-3, "l2": 1e-6},
-            "train": {
-                "steps": 55_000,  # those after the stream's end change nothing
-                "accumulate": 1,
-                "seed": 0,
-                "eval_every": 0,
-                "save_every": 0,
-                "save_minutes": 10.0,
-                "keep": 2,
-                "init_from": "",
-                "sample": 0,
-            },
+            "optim": {"name": "adam", "lr": 1e-3},
+            # Steps after the stream's end change nothing.
+            "train": blocks.train(55_000, save_minutes=10.0),
         }
     )
     if preset == "smoke":
@@ -85,6 +69,6 @@ def get_config(preset: str | None = None) -> ConfigDict:
         config.data.update(stream_until=516.0, holdout=30.0)
         config.net.update(features=18, bins=(), buckets=(), widths=(64, 32))
         config.net.update(slope=0.01, batch_norm=False, init="fan_in")
-        config.optim.update(l2=0.0)
+        config.method.update(l2=0.0)
         config.train.update(steps=926)
     return config.lock()

@@ -235,17 +235,16 @@ def bind(clicks: Clicks, config: Any, method: Any, mesh: Any) -> Task:
                 f"[{clicks.click_ts.min():.2f}, {clicks.click_ts.max():.2f}]"
             )
     truth = _truth(clicks, c.w2)[held]
-    predict = jax.jit(functools.partial(method.sampler, key=None))
+    predict = jax.jit(method.predict)
 
     def evaluate(state, quick=False):
         del quick
-        params = state.params
         with jax.set_mesh(mesh):
             parts = defer.predict_rows(
-                lambda params, rows: predict(
-                    params, batch=meshes.put_batch(rows, mesh, c.batch)
+                lambda state, rows: predict(
+                    state.params, state.extra, meshes.put_batch(rows, mesh, c.batch)
                 ),
-                params,
+                state,
                 clicks.features,
                 held,
                 c.batch,
@@ -413,8 +412,8 @@ def with_method(config: Any, name: str) -> Any:
 
 
 def _predict(method: Method, state: Any, rows: Mapping) -> jax.Array:
-    assert method.sampler is not None
-    return method.sampler(state.params, None, rows)
+    assert method.predict is not None
+    return method.predict(state.params, state.extra, rows)
 
 
 def _stay(state: Any, batch: Mapping) -> tuple[Any, dict]:

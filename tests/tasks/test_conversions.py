@@ -139,7 +139,7 @@ def test_task(clicks):
     with jax.set_mesh(mesh):
         state = jax.jit(method.init)(jax.random.key(0), task.examples.batch(0, 64))
     found = task.evaluate(state)
-    p = method.sampler(state.params, None, {"x": clicks.features["x"][held]})
+    p = method.predict(state.params, state.extra, {"x": clicks.features["x"][held]})
     truth = np.isfinite(clicks.conv_ts[held]) * 1.0
     expected = defer.score(truth, np.asarray(p))
     for name, value in expected.items():

@@ -1,17 +1,19 @@
-r"""DEFER: conversions that come late, learnt from real negatives.
+r"""DEFER: click models with delayed conversions, trained on real negatives.
 
 Siyu Gu, Xiang-Rong Sheng, Ying Fan, Guorui Zhou, Xiaoqiang Zhu. "Real Negatives Matter:
 Continuous Training with Real Negatives for Delayed Feedback Modeling", arXiv 2104.14121,
 KDD 2021.
 
-A model trained on fresh clicks must label "not yet converted" as negative, and re-inserts
-a click as positive once it converts; so converting clicks are too frequent in its stream.
-DEFER re-inserts EVERY click once its label is final, which makes the stream's features
-those of the clicks. The bias of the labels that remains is removed by importance weights,
-for which one more classifier estimates how many conversions are late.
+A model trained on fresh clicks labels clicks that have not converted yet as negatives and
+inserts a click again, as a positive, once it converts; converting clicks are then too
+frequent in its stream. DEFER inserts EVERY click again once its label is final, so the
+feature distribution of the stream is that of the clicks. Importance weights remove the
+remaining bias of the labels; an auxiliary classifier estimates the probability of a
+delayed conversion for them.
 
-A click x at t_c converts after z; y = 1[z <= w2]; p = p(y=1|x), p_dp = p(y=1, z > w1|x).
-Events by method (``make_stream``):
+A click x at time t_c converts after a delay z; w1 is the waiting window, w2 the
+attribution window; y = 1[z <= w2], p = p(y=1|x), p_dp = p(y=1, z > w1|x). Events of each
+method (``make_stream``):
 
 | method | first event | later events |
 |---|---|---|
@@ -29,23 +31,25 @@ $$ w_+ = \frac{p}{p - p_{dp}/2}, \qquad w_- = \frac{1 - p}{1 - p + p_{dp}/2}, $$
 $$ L = \frac{1}{B} \sum_i y_i w_+ \mathrm{softplus}(-s_i)
      + (1 - y_i) w_- \mathrm{softplus}(s_i) \qquad (s, y, w: (B,)) $$
 
-with p the sigmoid of the current model, p_dp the output of a classifier trained on clicks
-whose label is final and frozen after that, and no gradient through the weights. A batch
-has either such clicks (``resolved`` 1: pretraining with plain cross-entropy) or events
-of the stream.
+where p is the sigmoid of the current model and p_dp the output of the auxiliary
+classifier, which is trained on clicks with final labels and then frozen; no gradient
+flows through the weights. A batch has either clicks with final labels (``resolved`` 1:
+pretraining with unweighted cross-entropy) or events of the stream.
 
-Departures. The equations are reconstructed from accounts of the paper that agree; w_+ is
-clipped to [1, 2], its range for true probabilities, and denominators to 1e-6, because the
-paper does not say what to do when estimates violate p_dp <= p. ``variant="released"`` is
-what the authors' repository runs, not the paper: its stream lacks the second copy of
-immediate positives, and its weights are others. DFM counts days, not seconds. Running
-statistics of batch norm lie beside the parameters, so that these alone give predictions.
+Departures. The equations are reconstructed from secondary accounts that agree with each
+other. w_+ is clipped to [1, 2], its range for true probabilities, and denominators to
+1e-6: the paper does not say what to do when estimates violate p_dp <= p.
+``variant="released"`` is the authors' repository, which differs from the paper: its
+stream lacks the second copy of immediate positives, and its weights differ accordingly.
+DFM counts days, not seconds. ``params`` includes the running statistics of batch norm.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -54,6 +58,8 @@ from jaxtyping import Array, Float, Key
 
 from jaxpapers import optim
 from jaxpapers.method import Method, State, gradient
+from jaxpapers.ops.means import weighted_mean
+from jaxpapers.options import check_choices, check_least, from_config
 from jaxpapers.papers.defer.metrics import (
     METRICS,
     relative_improvement,
@@ -83,27 +89,57 @@ from jaxpapers.papers.defer.weights import (
     event_losses,
     importance_weights,
     offline_loss,
-    weighted_mean,
 )
 
 __all__ = [
-    "METRICS", "NAMES", "RULES", "STREAMS", "Bucket", "Net", "Stream", "aux_loss",
-    "calibrate", "check_labels", "delayed_loss", "delays", "dfm_loss", "dfm_losses",
-    "event_losses", "event_rows", "importance_weights", "loss", "make",
-    "make_buckets", "make_stream", "network", "offline_loss", "pad_rows",
-    "predict_rows", "probabilities", "relative_improvement", "run_stream", "sampler",
-    "score", "streaming_score", "update", "weighted_mean",
+    "METRICS", "NAMES", "RULES", "STREAMS", "Bucket", "Net", "Options", "Stream",
+    "aux_loss", "calibrate", "check_labels", "delayed_loss", "delays", "dfm_loss",
+    "dfm_losses", "event_losses", "event_rows", "importance_weights", "loss", "make",
+    "make_buckets", "make_stream", "network", "offline_loss", "pad_rows", "predict",
+    "predict_rows", "probabilities", "relative_improvement", "run_stream", "score",
+    "streaming_score", "update",
 ]  # fmt: skip
 
-# Columns of the first layer, rows of the second; tables here are small.
+# Column-parallel first layer, row-parallel second layer; the embedding table is small.
 RULES = (
     (r"dense_0/kernel", P(None, "model")),
     (r"dense_0/bias", P("model")),
     (r"dense_1/kernel", P("model", None)),
 )
-# Methods of ``make``. "pretrained" is the baseline that never sees the stream.
+# Names of methods. "pretrained" is the baseline without training on the stream.
 NAMES = ("pretrained", *STREAMS)
+# Methods whose weights need the auxiliary classifier.
 _AUXILIARY = ("es_dfm", "defer")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Which method of the family, and its hyper-parameters.
+
+    Attributes:
+      name: one of ``NAMES``.
+      variant: "paper", or "released" for the authors' repository, see
+        ``importance_weights``.
+      clip: see ``importance_weights``.
+      l2: coefficient of the sum of squares of all kernels.
+    """
+
+    name: str = "defer"
+    variant: str = "paper"
+    clip: bool = True
+    l2: float = 1e-6
+
+    def __post_init__(self):
+        check_choices(self, "method", name=NAMES, variant=("paper", "released"))
+        check_least(self, "method", l2=0)
+
+    @property
+    def outputs(self) -> int:
+        """Logits per click: DFM has one more, of the rate of conversion."""
+        return 2 if self.name == "dfm" else 1
+
+
+PAPER = Options()
 
 
 def loss(
@@ -111,61 +147,56 @@ def loss(
     batch: Mapping[str, Any],
     key: Key[Array, ""] | None = None,
     *,
-    net: Net,
-    method: str = "defer",
-    variant: str = "paper",
-    clip: bool = True,
-    l2: float = 1e-6,
+    net: Net | nn.Module,
+    options: Options = PAPER,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """Weighted cross-entropy of events, plain cross-entropy of resolved clicks.
+    """Weighted cross-entropy of events, unweighted where labels are final.
 
     Args:
-      params: variables of the network.
-      batch: features; ``label`` and ``weight`` (B,), weight 0 for padding; for ``dfm``
-        ``elapsed``, days; optional ``resolved``, 1 where the label is final; optional
-        ``aux`` (B, 2): p_dp and p_rn. Without it no conversion is taken to be late:
-        p_dp = 0 and p_rn = 1.
-      key: unused, the model has no noise.
-      net: the network.
-      method: one of ``NAMES``.
-      variant: see ``importance_weights``.
-      clip: see ``importance_weights``.
-      l2: times the sum of squares of all kernels.
+      params: variables of ``network(net, options.outputs)``.
+      batch: ``x`` (B, F); ``label`` and ``weight`` (B,), weight 0 for padding; for
+        ``dfm`` ``elapsed`` (B,), days; optional ``resolved`` (B,), 1 where the label is
+        final; optional ``aux`` (B, 2), p_dp and p_rn of the auxiliary classifier. Without
+        ``aux`` no conversion is delayed: p_dp = 0, p_rn = 1.
+      key: unused, the loss is deterministic.
+      net: options of the network, or a module (see ``network``).
+      options: the method and its hyper-parameters.
 
     Returns:
-      The loss, and ``nll``: it without L2; ``mean_p``: mean prediction; ``weight``: sum
-      of the batch's.
+      The loss; metrics ``nll``, the loss without L2, ``mean_p``, the mean prediction, and
+      ``weight``, the sum of the batch's weights.
 
     Raises:
       ValueError: ``fsiw`` without ``aux``.
     """
     del key
-    value, metrics = _loss(
-        params, batch, net=net, method=method, variant=variant, clip=clip, l2=l2
-    )
-    metrics.pop("batch_stats")
-    return value, metrics
+    value, metrics = _loss(params, batch, net=net, options=options)
+    return value, {k: v for k, v in metrics.items() if k != "batch_stats"}
 
 
-def _loss(params, batch, key=None, *, net, method, variant, clip, l2):
-    """``loss``, with the new running statistics among the metrics."""
+def _loss(params, batch, key=None, *, net, options):
+    """``loss`` with the updated running statistics among the metrics."""
     del key
-    logits, changed = net.apply(params, batch, True, mutable=["batch_stats"])
+    name = options.name
+    module: Any = network(net, options.outputs)
+    logits, changed = module.apply(params, batch, True, mutable=["batch_stats"])
     logits, y, weight = logits.astype(jnp.float32), batch["label"], batch["weight"]
     s, p = logits[:, 0], jax.nn.sigmoid(logits[:, 0])
-    if method == "dfm":
+    if name == "dfm":
         rows = dfm_losses(s, logits[:, 1], y, batch["elapsed"])
     else:
-        name = "vanilla" if method == "pretrained" else method
         aux = batch.get("aux")
-        if aux is None and method == "fsiw":
+        if aux is None and name == "fsiw":
             raise ValueError(
                 "fsiw needs batch['aux'] (B, 2): p(observed | converts) and p(real "
-                "negative | negative), of two classifiers that see the elapsed time"
+                "negative | negative), of two classifiers with the elapsed time as input"
             )
         dp = jnp.zeros_like(s) if aux is None else aux[:, 0]
         rn = jnp.ones_like(s) if aux is None else aux[:, 1]
-        w_pos, w_neg = importance_weights(name, p, dp, rn, clip, variant=variant)
+        stream = "vanilla" if name == "pretrained" else name
+        w_pos, w_neg = importance_weights(
+            stream, p, dp, rn, options.clip, variant=options.variant
+        )
         if "resolved" in batch:
             final = batch["resolved"] > 0
             w_pos, w_neg = (jnp.where(final, 1, w) for w in (w_pos, w_neg))
@@ -173,11 +204,11 @@ def _loss(params, batch, key=None, *, net, method, variant, clip, l2):
     nll = weighted_mean(rows, weight)
     metrics = {
         "nll": nll,
-        "mean_p": weighted_mean(calibrate(method, p)[0], weight),
+        "mean_p": weighted_mean(calibrate(name, p)[0], weight),
         "weight": weight.sum(),
         "batch_stats": changed.get("batch_stats", {}),
     }
-    return nll + l2 * _squares(params["params"]), metrics
+    return nll + options.l2 * _squares(params["params"]), metrics
 
 
 def _squares(params):
@@ -185,17 +216,18 @@ def _squares(params):
     return sum(jnp.sum(x**2) for path, x in leaves if path[-1].key == "kernel")
 
 
-def _auxiliary_loss(params, batch, key=None, *, net, l2):
+def _auxiliary_loss(params, batch, key=None, *, net, options):
     """``aux_loss`` of a network with two logits, on the resolved clicks of a batch."""
     del key
-    logits, changed = net.apply(params, batch, True, mutable=["batch_stats"])
+    module: Any = network(net, 2)
+    logits, changed = module.apply(params, batch, True, mutable=["batch_stats"])
     weight = batch["weight"] * batch["resolved"]
     value, metrics = aux_loss(
         logits[:, 1], logits[:, 0], batch["label"], batch["delayed"], weight
     )
     stats = changed.get("batch_stats", {})
     metrics = {**metrics, "weight": weight.sum(), "batch_stats": stats}
-    return value + l2 * _squares(params["params"]), metrics
+    return value + options.l2 * _squares(params["params"]), metrics
 
 
 def update(
@@ -203,25 +235,25 @@ def update(
 ) -> tuple[State, dict[str, Array]]:
     """One step on a batch of events or of resolved clicks.
 
-    The auxiliary classifier, a ``State`` of its own in ``state.extra``, is trained while
-    the batch has resolved clicks, and weighs the events after that without changing. A
-    batch without weight, after the stream's end, changes nothing but ``step``.
+    The auxiliary classifier, whose ``State`` is ``state.extra``, is trained on batches of
+    resolved clicks and frozen on batches of events. A batch of weight 0, after the end of
+    the stream, advances ``step`` only.
 
     Args:
       state: of the model.
-      batch: see ``loss``. Without a column ``resolved`` nothing of the auxiliary
-        classifier's training is compiled. With ``resolved`` also ``delayed``.
-      model: of the main network.
-      auxiliary: of the classifier, with a sampler that gives (p_dp, p_rn); None if the
-        method has none.
+      batch: see ``loss``. A batch with a column ``resolved`` needs ``delayed`` too;
+        without one, no training of the auxiliary classifier is compiled.
+      model: the method of the main network.
+      auxiliary: the method of the classifier, whose ``predict`` returns (p_dp, p_rn);
+        None for methods without one.
     """
     metrics = {}
     extra = state.extra
     if auxiliary is not None:
         if "aux" not in batch:
-            assert auxiliary.sampler is not None
-            known = auxiliary.sampler(extra.params, batch)
-            batch = {**batch, "aux": jax.lax.stop_gradient(known)}
+            assert auxiliary.predict is not None
+            aux = auxiliary.predict(extra.params, (), batch)
+            batch = {**batch, "aux": jax.lax.stop_gradient(aux)}
         if "resolved" in batch:
             extra, metrics = _train_auxiliary(extra, batch, auxiliary)
     after, main = _with_statistics(*model.update(state, batch))
@@ -238,14 +270,14 @@ def _train_auxiliary(extra, batch, auxiliary):
         extra, metrics = _with_statistics(*auxiliary.update(extra, batch))
         return extra, metrics["loss"]
 
-    # Not merely a zero gradient: Adam's momentum would go on changing a frozen net.
+    # A zero gradient would not freeze it: Adam's momentum moves parameters on.
     due = (batch["weight"] * batch["resolved"]).sum() > 0
     extra, value = jax.lax.cond(due, train, lambda x: (x, jnp.zeros(())), extra)
     return extra, {"aux_loss": value}
 
 
 def _with_statistics(state, metrics):
-    """Moves new running statistics from the metrics into the parameters."""
+    """Moves the updated running statistics from the metrics into the parameters."""
     metrics = dict(metrics)
     stats = metrics.pop("batch_stats")
     if stats:
@@ -254,86 +286,84 @@ def _with_statistics(state, metrics):
 
 
 def probabilities(
-    params: Any, batch: Mapping[str, Any], *, net: Net
+    params: Any, batch: Mapping[str, Any], *, net: Net | nn.Module, outputs: int = 1
 ) -> Float[Array, "B K"]:
-    """Sigmoid of every logit of the network, with running statistics."""
-    logits: Any = net.apply(params, batch)
+    """Sigmoid of the K logits of the network, with running statistics.
+
+    Args:
+      params: variables of ``network(net, outputs)``.
+      batch: ``x`` (B, F).
+      net: options of the network, or a module.
+      outputs: K.
+    """
+    logits: Any = network(net, outputs).apply(params, batch)
     return jax.nn.sigmoid(logits.astype(jnp.float32))
 
 
-def sampler(
+def predict(
     params: Any,
-    key: Key[Array, ""] | None,
+    extra: Any,
     batch: Mapping[str, Any],
-    extra: Any = None,
     *,
-    net: Net,
-    method: str = "defer",
+    net: Net | nn.Module,
+    options: Options = PAPER,
 ) -> Float[Array, " B"]:
-    """p(y=1|x) of N clicks or candidates, calibrated.
+    """Conversion probabilities p(y=1|x) of clicks, calibrated.
 
     Args:
-      params: of the network.
-      key: unused: nothing is drawn.
-      batch: features.
-      extra: ``State.extra``, unused: the auxiliary classifier serves training only.
-      net: the network.
-      method: see ``calibrate``.
+      params: variables of the network.
+      extra: ``State.extra``, unused: the auxiliary classifier serves training alone.
+      batch: ``x`` (B, F).
+      net: options of the network, or a module.
+      options: see ``calibrate`` for the methods with a calibration.
     """
-    del key, extra
-    return calibrate(method, probabilities(params, batch, net=net)[:, 0])[0]
+    del extra
+    p = probabilities(params, batch, net=net, outputs=options.outputs)
+    return calibrate(options.name, p[:, 0])[0]
 
 
 def make(
     config: Any,
-    net: Net | None = None,
+    net: Net | nn.Module | None = None,
     tx: optax.GradientTransformation | None = None,
 ) -> Method:
-    """Binds ``config`` (see configs/defer.py).
+    """The method of a config (see configs/defer.py).
 
     Args:
-      config: groups ``net``, ``method``, ``optim``, ``train``.
-      net: another network with the same call, instead of ``config.net``; the auxiliary
-        classifier is a copy of it with two outputs.
-      tx: another optimizer, instead of ``config.optim``.
+      config: groups ``net`` (``Net``), ``method`` (``Options``), ``optim``, ``train``.
+      net: options or a module in place of ``config.net``, see ``network``.
+      tx: an optimizer in place of ``config.optim``.
 
     Raises:
-      ValueError: unknown method or variant, rates out of range; see ``network``.
+      ValueError: an option out of its range, or of another name.
     """
-    name, variant, c = config.method.name, config.method.variant, config.optim
-    if name not in NAMES:
-        raise ValueError(f"config.method.name must be one of {NAMES}, got {name!r}")
-    if variant not in ("paper", "released"):
-        raise ValueError(
-            f"config.method.variant must be paper or released, got {variant!r}"
-        )
-    if c.l2 < 0:
-        raise ValueError(f"optim.l2 must be >= 0, got {c.l2}")
-    net = net or network(config, 2 if name == "dfm" else 1)
-    tx = tx or optim.from_config(c, config.train.steps)
-    bind: dict[str, Any] = dict(method=name, variant=variant, clip=config.method.clip)
-    accumulate = config.train.accumulate
+    # The other methods of a comparison are options of the task.
+    group = {k: v for k, v in config.method.items() if k not in ("rivals", "baselines")}
+    options = from_config(Options, group, "method")
+    layers: Any = net or from_config(Net, config.net, "net")
+    tx = tx or optim.from_config(config.optim, config.train.steps)
 
-    def learner(net: Net, loss: Callable, sampler: Callable) -> Method:
+    def learner(loss: Callable, predict: Callable, outputs: int) -> Method:
+        module = network(layers, outputs)
         return gradient(
-            lambda key, batch: net.init(key, _zeros(batch)),
-            functools.partial(loss, net=net, l2=c.l2),
+            lambda key, batch: module.init(key, _zeros(batch)),
+            functools.partial(loss, net=layers, options=options),
             tx,
-            sampler=sampler,
-            accumulate=accumulate,
+            predict=predict,
+            accumulate=config.train.accumulate,
         )
 
     model = learner(
-        net,
-        functools.partial(_loss, **bind),
-        functools.partial(sampler, net=net, method=name),
+        _loss, functools.partial(predict, net=layers, options=options), options.outputs
     )
     auxiliary = None
-    if name in _AUXILIARY:
-        second = net.clone(outputs=2, name=None)
-        auxiliary = learner(
-            second, _auxiliary_loss, functools.partial(probabilities, net=second)
-        )
+    if options.name in _AUXILIARY:
+
+        def auxiliary_probabilities(params, extra, batch):
+            del extra
+            return probabilities(params, batch, net=layers, outputs=2)
+
+        auxiliary = learner(_auxiliary_loss, auxiliary_probabilities, 2)
 
     def init(key, batch):
         state = model.init(key, batch)
@@ -343,10 +373,10 @@ def make(
             extra=auxiliary.init(jax.random.fold_in(state.key, 0xA0), batch)
         )
 
-    deep = len(net.widths) > 1
+    deep = len(layers.widths) > 1
     return model._replace(
         init=init,
-        loss=functools.partial(loss, net=net, l2=c.l2, **bind),
+        loss=functools.partial(loss, net=layers, options=options),
         update=functools.partial(update, model=model, auxiliary=auxiliary),
         rules=RULES if deep else RULES[:2],
     )

@@ -1,4 +1,4 @@
-"""Metrics of a stream of predictions, in float64 on the host."""
+"""Metrics of predictions along a stream, in float64 on the host."""
 
 import math
 from collections.abc import Sequence
@@ -11,11 +11,11 @@ METRICS = ("auc", "pr_auc", "nll", "mean_p")
 
 
 def score(truth: np.ndarray, p: np.ndarray) -> dict[str, float]:
-    """AUC, PR-AUC (NaN with one class only), NLL and mean of predictions.
+    """AUC and PR-AUC (NaN with one class only), NLL in nats, mean prediction.
 
     Args:
-      truth: true labels.
-      p: probabilities; NLL takes them within [1e-7, 1 - 1e-7].
+      truth: final labels.
+      p: probabilities; clipped to [1e-7, 1 - 1e-7] for NLL.
     """
     p = np.asarray(p, np.float64)
     inside = np.clip(p, 1e-7, 1 - 1e-7)
@@ -32,32 +32,35 @@ def score(truth: np.ndarray, p: np.ndarray) -> dict[str, float]:
 def streaming_score(
     truths: Sequence[np.ndarray], predictions: Sequence[np.ndarray]
 ) -> dict[str, float]:
-    """Mean of each bucket's metrics, weighted by its clicks.
+    """Mean over the buckets of ``score``, weighted by their numbers of clicks.
 
-    Buckets without clicks count for nothing; those with one class only are left out of
-    AUC and PR-AUC.
+    AUC and PR-AUC are means over the buckets with both classes.
+
+    Args:
+      truths: final labels of each bucket's clicks.
+      predictions: their probabilities.
     """
     pairs = [(y, p) for y, p in zip(truths, predictions) if len(y)]
     weight = np.array([len(y) for y, _ in pairs], np.float64)
     scores = [score(y, p) for y, p in pairs]
-    found = {}
+    means = {}
     for name in METRICS:
         values = np.array([s[name] for s in scores])
-        known = ~np.isnan(values)
-        total = weight[known].sum()
-        found[name] = (
-            float((values * weight)[known].sum() / total) if total else math.nan
+        defined = ~np.isnan(values)
+        total = weight[defined].sum()
+        means[name] = (
+            float((values * weight)[defined].sum() / total) if total else math.nan
         )
-    return found
+    return means
 
 
 def relative_improvement(
     value: float, pretrained: float, oracle: float, *, min_gap: float = 1e-6
 ) -> float:
-    """Per cent of the way from the pretrained model to the oracle.
+    """Improvement over the pretrained model, in per cent of the oracle's.
 
-    RI = 100 (M - M_pretrained) / (M_oracle - M_pretrained); not a number where the two
-    are less than ``min_gap`` apart, for then it says nothing.
+    RI = 100 (M - M_pretrained) / (M_oracle - M_pretrained), NaN where the denominator is
+    below ``min_gap``.
 
     Example:
       >>> round(relative_improvement(0.57, 0.58, 0.56), 6)

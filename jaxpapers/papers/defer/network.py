@@ -1,5 +1,6 @@
-"""The network: a perceptron on numbers, or on one-hot bins and embedded categories."""
+"""Network of the delayed-feedback models: a perceptron on numbers or on categories."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,36 +9,64 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxpapers.options import check_choices, check_least
+
 INITS = {
     "glorot": nn.initializers.glorot_uniform(),
     "fan_in": nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
 }
 
 
-class Net(nn.Module):
+@dataclasses.dataclass(frozen=True)
+class Net:
+    """Options of the network; the defaults are those for Criteo's conversion logs.
+
+    Attributes:
+      features: columns of ``x``.
+      bins: sizes of its first columns, which are one-hot encoded; () if ``x`` holds
+        numbers.
+      buckets: sizes of its other columns, which are embedded.
+      embedding: width of an embedding.
+      widths: of the hidden layers.
+      slope: of the leaky ReLU for negative inputs.
+      init: of the kernels: "glorot", or "fan_in", uniform in ±1/sqrt(fan-in), which
+        extrapolates better to features that drift.
+      batch_norm: after each activation; rows of weight 0 do not enter its statistics.
+    """
+
+    features: int = 17
+    bins: tuple[int, ...] = (64, 16, 128, 64, 128, 64, 512, 512)
+    buckets: tuple[int, ...] = (512, 128, 256, 256, 64, 256, 256, 16, 256)
+    embedding: int = 8
+    widths: tuple[int, ...] = (256, 256, 128)
+    slope: float = 0.2
+    init: str = "glorot"
+    batch_norm: bool = True
+
+    def __post_init__(self):
+        check_least(self, "net", features=1, bins=2, buckets=1, embedding=1, widths=1)
+        check_choices(self, "net", init=(*INITS,))
+        if not self.widths:
+            raise ValueError("net.widths must have at least one hidden layer, got ()")
+        if bool(self.bins) != bool(self.buckets) or (
+            self.bins and len(self.bins) + len(self.buckets) != self.features
+        ):
+            raise ValueError(
+                f"net: {len(self.bins)} bins and {len(self.buckets)} buckets must make "
+                f"features={self.features} columns, or both be empty for numbers"
+            )
+
+
+class Perceptron(nn.Module):
     """Leaky-ReLU layers, optionally batch-normalised after the activation.
 
     Attributes:
-      widths: of the hidden layers.
+      options: of the layers.
       outputs: logits per click.
-      slope: of the leaky ReLU.
-      batch_norm: after each activation; rows of weight 0 do not enter its statistics.
-      bins: sizes of the one-hot features, the first columns of ``x``; () if ``x`` holds
-        numbers.
-      buckets: sizes of the embedded features, its other columns.
-      embedding: their width.
-      init_scheme: of the kernels: "glorot", or the narrower "fan_in", uniform in
-        ±1/sqrt(fan in), which extrapolates more calmly to features that drift.
     """
 
-    widths: tuple[int, ...] = (64, 32)
+    options: Net
     outputs: int = 1
-    slope: float = 0.01
-    batch_norm: bool = False
-    bins: tuple[int, ...] = ()
-    buckets: tuple[int, ...] = ()
-    embedding: int = 8
-    init_scheme: str = "glorot"
 
     @nn.compact
     def __call__(
@@ -46,20 +75,21 @@ class Net(nn.Module):
         """Logits of the features ``x``, (B, F) float32 numbers or int32 categories.
 
         Args:
-          batch: ``x``; to train with batch norm also ``weight``.
-          train: normalise by the batch's statistics.
+          batch: ``x``; for training with batch norm also ``weight``.
+          train: normalise by the statistics of the batch.
         """
-        h, init = jnp.asarray(batch["x"]), INITS[self.init_scheme]
-        for i, width in enumerate(self.widths):
-            name, count = f"dense_{i}", len(self.bins)
+        c = self.options
+        h, init = jnp.asarray(batch["x"]), INITS[c.init]
+        for i, width in enumerate(c.widths):
+            name, count = f"dense_{i}", len(c.bins)
             if i == 0 and count:
-                table = HashedEmbedding(self.buckets, self.embedding, name="hashed")
-                first = OneHotDense(width, self.bins, init, name=name)
+                table = HashedEmbedding(c.buckets, c.embedding, name="hashed")
+                first = OneHotDense(width, c.bins, init, name=name)
                 h = first(h[:, :count], table(h[:, count:]))
             else:
                 h = nn.Dense(width, kernel_init=init, name=name)(h)
-            h = nn.leaky_relu(h, self.slope)
-            if self.batch_norm:
+            h = nn.leaky_relu(h, c.slope)
+            if c.batch_norm:
                 norm = nn.BatchNorm(
                     not train, momentum=0.99, epsilon=1e-3, name=f"norm_{i}"
                 )
@@ -69,7 +99,7 @@ class Net(nn.Module):
 
 
 class OneHotDense(nn.Module):
-    """A dense layer on one-hot features and others: rows are looked up, not multiplied.
+    """Dense layer on one-hot features and others, by look-up of the kernel's rows.
 
     Attributes:
       width: of the output.
@@ -95,7 +125,7 @@ class OneHotDense(nn.Module):
 
 
 class HashedEmbedding(nn.Module):
-    """One table for all categorical features, each with rows of its own.
+    """Embedding table whose rows are divided among the categorical features.
 
     Attributes:
       buckets: rows of each feature.
@@ -107,43 +137,21 @@ class HashedEmbedding(nn.Module):
 
     @nn.compact
     def __call__(self, hashed: Int[Array, "B F"]) -> Float[Array, "B D"]:
-        """The features' embeddings, side by side."""
+        """The features' embeddings, concatenated."""
         init = nn.initializers.truncated_normal(self.width**-0.5)
         table = self.param("embedding", init, (sum(self.buckets), self.width))
         start = np.cumsum((0, *self.buckets[:-1]))[None]
         return table[hashed + start].reshape(len(hashed), -1)
 
 
-def network(config: Any, outputs: int = 1) -> Net:
-    """The network of ``config.net``.
+def network(net: Net | nn.Module, outputs: int = 1) -> nn.Module:
+    """The flax module of the options.
 
     Args:
-      config: group ``net``.
+      net: options, or another module with the call of ``Perceptron`` and a field
+        ``outputs``, of which a copy is returned.
       outputs: logits per click.
-
-    Raises:
-      ValueError: no hidden layer, unknown init, or sizes that do not make
-        ``features`` columns.
     """
-    c = config.net
-    if not c.widths or min(c.widths) < 1:
-        raise ValueError(f"config.net.widths must be positive sizes, got {c.widths}")
-    if bool(c.bins) != bool(c.buckets) or (
-        c.bins and len(c.bins) + len(c.buckets) != c.features
-    ):
-        raise ValueError(
-            f"config.net: {len(c.bins)} bins and {len(c.buckets)} buckets must make "
-            f"features={c.features} columns, or both be empty for numbers"
-        )
-    if c.init not in INITS:
-        raise ValueError(f"config.net.init must be one of {(*INITS,)}, got {c.init!r}")
-    return Net(
-        tuple(c.widths),
-        outputs,
-        c.slope,
-        c.batch_norm,
-        tuple(c.bins),
-        tuple(c.buckets),
-        c.embedding,
-        c.init,
-    )
+    if isinstance(net, nn.Module):
+        return net.clone(outputs=outputs, name=None)
+    return Perceptron(net, outputs)

@@ -1,8 +1,8 @@
-"""What a continuously trained model sees of its clicks, and when (NumPy, on the host).
+"""Event streams of continuous training (NumPy, on the host).
 
-A click at ``t_c`` converts after a delay ``z`` (infinite if never). It is an immediate
-positive if z <= w1, a delayed positive if w1 < z <= w2, a real negative if z > w2. Times
-are in any one unit.
+A click at ``t_c`` converts after a delay ``z``, infinite without conversion. It is an
+immediate positive if z <= w1, a delayed positive if w1 < z <= w2, a real negative if
+z > w2. All times have one unit, any.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -10,23 +10,23 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-# What an event is, as in ``Stream.kind``.
+# Values of ``Stream.kind``.
 FIRST, DELAYED, AGAIN, REAL = range(4)
-# Methods that observe a click at once, with label 0, instead of waiting for w1.
+# Methods whose first event is at the click, with label 0, instead of at t_c + w1.
 _NO_WAIT = ("fnw", "fnc", "fnw_rn", "fnc_rn")
 _WAIT = ("vanilla", "es_dfm", "dfm", "fsiw", "defer", "vanilla_defer")
 STREAMS = ("oracle", "vanilla_win", *_NO_WAIT, *_WAIT)
 
 
 class Stream(NamedTuple):
-    """Training events in the order of (ts, index); every array has one entry per event.
+    """Training events sorted by (ts, index); arrays of one length.
 
     Attributes:
       index: int32, row of the click.
-      ts: float64, time at which the event becomes known.
+      ts: float64, time of the event.
       label: int8, 0 or 1.
-      kind: int8: FIRST observation of the click, DELAYED positive, immediate positive
-        AGAIN, REAL negative.
+      kind: int8: FIRST event of the click, DELAYED positive, second copy of an immediate
+        positive (AGAIN), REAL negative.
     """
 
     index: np.ndarray
@@ -36,7 +36,7 @@ class Stream(NamedTuple):
 
 
 def delays(click_ts: np.ndarray, conv_ts: np.ndarray) -> np.ndarray:
-    """Delay of each conversion, infinite where there is none.
+    """Delay of each conversion, infinite without one.
 
     Args:
       click_ts: times of the clicks, >= 0.
@@ -76,23 +76,23 @@ def make_stream(
     *,
     variant: str = "paper",
 ) -> Stream:
-    """The events that a method trains on (the table of the module ``defer``).
+    """Training events of a method (table in ``jaxpapers.papers.defer``).
 
     Args:
       click_ts: times of the clicks.
       conv_ts: times of their conversions; -1 or inf for none.
-      w1: waiting window. ``fnw``, ``fnc``, ``fnw_rn`` and ``fnc_rn`` do not wait.
-      w2: attribution window: later conversions do not count.
+      w1: waiting window; ``fnw``, ``fnc``, ``fnw_rn`` and ``fnc_rn`` do not wait.
+      w2: attribution window; later conversions do not count.
       method: one of ``STREAMS``.
-      w3: long windows: what has not converted at t_c + w3 counts as a real negative
-        already. Who converts between w3 and w2 is then a wrong negative and a later
-        positive. The released code's ``rnwin``. Only for ``defer``, ``vanilla_defer``,
-        ``fnw_rn`` and ``fnc_rn``.
-      variant: "released": ``defer`` without the second copy of immediate positives, as
-        ES-DFM10 of the authors' repository. The other methods' streams are the same.
+      w3: time until a click without conversion is inserted as a real negative, for
+        ``defer``, ``vanilla_defer``, ``fnw_rn`` and ``fnc_rn``; None: w2. A conversion
+        between w3 and w2 makes it a false negative and a later positive. ``rnwin`` of
+        the released code.
+      variant: "released" for ``defer`` without the second copy of immediate positives,
+        as ES-DFM10 of the authors' repository; no other method's stream differs.
 
     Returns:
-      Events in the order of (ts, index).
+      Events sorted by (ts, index).
 
     Raises:
       ValueError: unknown method or variant, windows out of order, bad times.
@@ -135,7 +135,7 @@ def make_stream(
         parts.append((rows, click[rows] + after, np.full(len(rows), label), kind))
 
     if method not in ("oracle", "vanilla_win"):
-        # Without waiting no positive is immediate, not even one with z = 0.
+        # Without waiting no positive is immediate, not even at z = 0.
         late = z <= w2 if method in _NO_WAIT else (z > w1) & (z <= w2)
         add(late, z, True, DELAYED)
     if method in ("defer", "vanilla_defer", "fnw_rn", "fnc_rn"):
@@ -149,18 +149,18 @@ def make_stream(
     label = np.concatenate([p[2] for p in parts]).astype(np.int8)
     kind = np.repeat(np.arange(4, dtype=np.int8)[[p[3] for p in parts]],
                      [len(p[0]) for p in parts])  # fmt: skip
-    # Ties of both keys keep the order above: a click's first event stays first.
+    # The sort is stable: among ties a click's first event stays first.
     order = np.lexsort((index, ts))
     return Stream(index[order], ts[order], label[order], kind[order])
 
 
 class Bucket(NamedTuple):
-    """One hour (or day) of the protocol.
+    """One interval (hour, day) of the streaming protocol.
 
     Attributes:
-      start: its time.
-      events: to train on.
-      clicks: rows of the clicks of the NEXT bucket, to evaluate on.
+      start: time.
+      events: training events of the interval.
+      clicks: rows of the clicks of the NEXT interval, for evaluation.
     """
 
     start: float
@@ -175,13 +175,13 @@ def make_buckets(
     stop: int | float,
     width: int | float,
 ) -> list[Bucket]:
-    """Cuts events and clicks into buckets of equal width.
+    """Divides events and clicks into buckets of equal width.
 
     Args:
       stream: sorted by time.
       click_ts: time of every click.
       start: of the first bucket.
-      stop: end of the last one that is evaluated; its events are not trained on.
+      stop: end of the last interval that is evaluated; its events are not used.
       width: of a bucket.
 
     Raises:
@@ -214,7 +214,7 @@ def make_buckets(
 def event_rows(
     events: Stream, features: Mapping[str, np.ndarray], click_ts: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """A training batch's columns: features, label, elapsed time, weight 1."""
+    """Columns of a training batch: features, label, elapsed time, weight 1."""
     elapsed = events.ts - np.asarray(click_ts, np.float64)[events.index]
     return {
         **{k: v[events.index] for k, v in features.items()},
@@ -225,7 +225,7 @@ def event_rows(
 
 
 def pad_rows(rows: Mapping[str, np.ndarray], size: int) -> dict[str, np.ndarray]:
-    """Appends zeros, so also of ``weight``, up to a multiple of ``size`` rows.
+    """Pads all columns, ``weight`` included, with zeros to a multiple of ``size``.
 
     Example:
       >>> pad_rows({"weight": np.ones(3)}, 2)["weight"]
@@ -248,22 +248,22 @@ def run_stream(
     *,
     batch: int,
 ) -> tuple[Any, list[np.ndarray]]:
-    """One pass: train on the events of a bucket, then predict the next bucket's clicks.
+    """Streaming protocol: train on a bucket's events, predict the next one's clicks.
 
-    Every batch has the same shape (the last of a bucket has rows of weight 0), so that
-    one compiled step serves the whole stream.
+    All batches have one shape, the last of a bucket padded with rows of weight 0, so the
+    step is compiled once.
 
     Args:
       step: (state, batch) -> (state, metrics); may donate the state.
       predict: (state, batch of features) -> probabilities, last axis over the batch.
       state: of the pretrained model.
-      buckets: in the order of time.
+      buckets: sorted by time.
       features: columns, one row per click.
       click_ts: time of every click.
       batch: rows of a step.
 
     Returns:
-      The last state, and for each bucket the probabilities of its ``clicks``.
+      The final state, and for each bucket the probabilities of its ``clicks``.
 
     Raises:
       ValueError: buckets out of order.
@@ -271,22 +271,22 @@ def run_stream(
     starts = [b.start for b in buckets]
     if any(b <= a for a, b in zip(starts, starts[1:])):
         raise ValueError("buckets: expected ascending start times; sort them")
-    found = []
+    predictions = []
     for bucket in buckets:
         rows = pad_rows(event_rows(bucket.events, features, click_ts), batch)
         for i in range(0, len(rows["weight"]), batch):
             state, _ = step(state, {k: v[i : i + batch] for k, v in rows.items()})
-        found.append(predict_rows(predict, state, features, bucket.clicks, batch))
+        predictions.append(predict_rows(predict, state, features, bucket.clicks, batch))
     return state, [
         np.concatenate([np.asarray(x) for x in parts], -1)[..., : len(b.clicks)]
-        for parts, b in zip(found, buckets)
+        for parts, b in zip(predictions, buckets)
     ]
 
 
 def predict_rows(
     predict: Callable, state: Any, features: Mapping, index: np.ndarray, batch: int
 ) -> list:
-    """Probabilities of the rows ``index``, in padded batches of one shape."""
+    """Probabilities of the clicks ``index``, in padded batches of one shape."""
     rows = pad_rows({k: v[index] for k, v in features.items()}, batch)
     count = max(len(index), 1)
     if not len(index):

@@ -1,4 +1,4 @@
-"""Importance weights, calibrations and losses of the delayed-feedback family."""
+"""Importance weights, calibration and losses of the delayed-feedback methods."""
 
 from typing import Any
 
@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
+
+from jaxpapers.ops.means import weighted_mean
 
 UNWEIGHTED = ("oracle", "vanilla_win", "vanilla", "vanilla_defer", "fnc", "fnc_rn")
 WEIGHTED = ("fnw", "fnw_rn", "es_dfm", "defer", "fsiw")
@@ -20,25 +22,26 @@ def importance_weights(
     *,
     variant: str = "paper",
 ) -> tuple[Float[Array, "*B"], Float[Array, "*B"]]:
-    """w(x, v) = p(y=v|x) / q(v|x) for v = 1 and 0; no gradient flows through them.
+    """w(v) = p(y=v|x) / q(v|x) of events with label v = 1 and v = 0, without gradient.
 
-    They make q(1) w_pos = p and q(0) w_neg = 1 - p, with q(v) the share of label v among
-    the events of a click. That is unbiased if the stream's clicks are distributed as the
-    clicks themselves, which they are for DEFER and FNW-RN only.
+    q(v|x) is the share of label v among the events of a click x. With these weights the
+    expected loss of an event is that of a click with its final label, so the loss is
+    unbiased if the features of the stream are distributed as those of the clicks: true of
+    DEFER and FNW-RN only.
 
     Args:
-      method: of ``UNWEIGHTED`` (ones) or ``WEIGHTED``.
-      p: p(y=1|x), of the current model.
-      dp: p(y=1, z > w1|x), a joint probability (``defer``, ``es_dfm``). For ``fsiw``:
-        p(already observed | converts).
-      rn: p(y=0 | no conversion within w1, x) (``es_dfm``). For ``fsiw``: the same at
-        the event's elapsed time.
-      clip: ``defer`` of the paper only: its positive weight, in [1, 2] for true
-        probabilities, is kept there when estimates violate dp <= p, and denominators
-        are at least 1e-6. The paper does not say what it does.
-      variant: "released": the weights of the authors' repository. ``defer``: those of
-        its ES-DFM10, for the stream without the second copy of immediate positives;
-        ``fnw_rn``: half the paper's.
+      method: one of ``UNWEIGHTED`` (weights 1) or ``WEIGHTED``.
+      p: p(y=1|x) of the current model.
+      dp: for ``defer`` and ``es_dfm`` the joint probability p(y=1, z > w1|x); for
+        ``fsiw`` p(already observed | converts).
+      rn: for ``es_dfm`` p(y=0 | no conversion within w1, x); for ``fsiw`` the same at the
+        elapsed time of the event.
+      clip: clip the positive weight of ``defer`` to [1, 2], its range where dp <= p,
+        which estimates can violate. Its denominators are at least 1e-6 in any case. The
+        paper does not say what it does.
+      variant: "released" for the weights of the authors' repository: ``defer`` has those
+        of its ES-DFM10, for the stream without the second copy of immediate positives,
+        ``fnw_rn`` half the paper's.
 
     Returns:
       Weights of positive and of negative events.
@@ -65,22 +68,20 @@ def importance_weights(
         scale = 1.0 if released else 2.0
         return jnp.full_like(p, scale), scale * (1 - p) / (2 - p)
     if method == "fsiw":
-        seen, real = _given(method, "dp", dp), _given(method, "rn", rn)
-        return 1 / (seen + 1e-8), real
+        observed, real = _required(method, "dp", dp), _required(method, "rn", rn)
+        return 1 / (observed + 1e-8), real
     if method == "es_dfm":
-        late, real = _given(method, "dp", dp), _given(method, "rn", rn)
+        late, real = _required(method, "dp", dp), _required(method, "rn", rn)
         return 1 + late, (1 + late) * real
     if method == "defer":
-        late = _given(method, "dp", dp)
+        late = _required(method, "dp", dp)
         if released:
             z = p + 2 * (1 - p) + late
-            # At least 1e-6 as below: p = 1 and p_dp = 0 can both be rounded.
+            # p = 1 and p_dp = 0 can both be rounded.
             return z, z * (1 - p) / jnp.maximum(2 * (1 - p) + late, 1e-6)
-        positive, negative = p - late / 2, (1 - p) + late / 2
-        if not clip:
-            return p / positive, (1 - p) / negative
-        w_pos = p / jnp.maximum(positive, 1e-6)
-        return jnp.clip(w_pos, 1, 2), (1 - p) / jnp.maximum(negative, 1e-6)
+        w_pos = p / jnp.maximum(p - late / 2, 1e-6)
+        w_neg = (1 - p) / jnp.maximum((1 - p) + late / 2, 1e-6)
+        return jnp.clip(w_pos, 1, 2) if clip else w_pos, w_neg
     raise ValueError(f"method must be one of {UNWEIGHTED + WEIGHTED}, got {method!r}")
 
 
@@ -100,20 +101,17 @@ def delayed_loss(
     """Mean of y w_pos softplus(-s) + (1 - y) w_neg softplus(s); ``dfm_loss`` for dfm.
 
     Args:
-      method: "dfm", or see ``importance_weights``; p is the sigmoid of the logits.
+      method: "dfm" or a method of ``importance_weights``, with p the sigmoid of the
+        logits.
       logits: s, of p(y=1|x), or of q for ``fnc`` and ``fnc_rn``.
       labels: of the events, 0 or 1.
-      dp: see ``importance_weights``.
-      rn: see ``importance_weights``.
-      raw_lambda: see ``dfm_losses``; of dfm only.
-      elapsed: see ``dfm_losses``; of dfm only.
-      weight: of the rows, for the mean; 0 leaves a row out.
-      clip: see ``importance_weights``.
-      variant: see ``importance_weights``.
+      dp, rn, clip, variant: see ``importance_weights``.
+      raw_lambda, elapsed: for dfm, see ``dfm_losses``.
+      weight: of the rows in the mean, 0 for padding.
 
     Raises:
-      ValueError: see ``importance_weights``; labels other than 0 and 1, where they are
-        known before compilation; dfm without its two arguments.
+      ValueError: see ``importance_weights``; labels other than 0 and 1, if they are
+        concrete; dfm without its two arguments.
     """
     if method == "dfm":
         if raw_lambda is None or elapsed is None:
@@ -135,7 +133,7 @@ def event_losses(
     w_pos: Float[Array, "*B"],
     w_neg: Float[Array, "*B"],
 ) -> Float[Array, "*B"]:
-    """Weighted cross-entropy of each event."""
+    """Weighted binary cross-entropy of each event."""
     positive = labels * w_pos * jax.nn.softplus(-logits)
     return positive + (1 - labels) * w_neg * jax.nn.softplus(logits)
 
@@ -148,16 +146,15 @@ def dfm_losses(
 ) -> Float[Array, " B"]:
     """Negative log-likelihood of each click under exponentially distributed delays.
 
-    With lambda = softplus(raw_lambda), a conversion after a delay d costs
-    -[log p + log lambda - lambda d]; none until e costs
-    -log(1 - p + p exp(-lambda e)).
+    With lambda = softplus(raw_lambda): -[log p + log lambda - lambda d] for a conversion
+    after a delay d, -log(1 - p + p exp(-lambda e)) for none within e.
 
     Args:
       logits: of p(y=1|x).
       raw_lambda: of the rate, per unit of ``elapsed``.
-      labels: 1 converted, 0 not yet.
-      elapsed: the delay of a conversion, else the time since the click. In days: the
-        released code's seconds make lambda d overflow at once.
+      labels: 1 for a conversion, 0 for none yet.
+      elapsed: delay of the conversion, else time since the click. In days: in seconds,
+        as in the released code, lambda d overflows.
 
     Reference: Chapelle, "Modeling Delayed Feedback in Display Advertising", KDD 2014.
     """
@@ -181,7 +178,7 @@ def dfm_loss(
     """Mean of ``dfm_losses``.
 
     Raises:
-      ValueError: labels other than 0 and 1, where they are known before compilation.
+      ValueError: labels other than 0 and 1, if they are concrete.
     """
     check_labels(labels)
     return weighted_mean(dfm_losses(logits, raw_lambda, labels, elapsed), weight)
@@ -190,17 +187,17 @@ def dfm_loss(
 def calibrate(
     method: str, prob: Float[Array, "*B"], *, clip: bool = True
 ) -> tuple[Float[Array, "*B"], Int[Array, ""]]:
-    """p(y=1|x) from the probability that a method's network gives.
+    """p(y=1|x) from the output q of a method's network.
 
-    ``fnc``: q / (1 - q); ``fnc_rn``: 2 q; the others: the probability itself.
+    ``fnc``: q / (1 - q); ``fnc_rn``: 2 q; all others: q.
 
     Args:
-      method: any.
-      prob: sigmoid of the logits.
-      clip: results above 1, which ``fnc`` and ``fnc_rn`` can give, become 1.
+      method: any of the family.
+      prob: q, sigmoid of the logits.
+      clip: at 1, which ``fnc`` and ``fnc_rn`` can exceed.
 
     Returns:
-      Probabilities, and how many of them were above 1.
+      Probabilities, and the number of them above 1 before clipping.
 
     Example:
       >>> p, count = calibrate("fnc", jnp.array([0.2, 0.75]))
@@ -208,7 +205,7 @@ def calibrate(
       ([0.25, 1.0], 1)
     """
     if method == "fnc":
-        prob = prob / (1 - prob + 1e-8)  # As the code: q = 1 has a number, too.
+        prob = prob / (1 - prob + 1e-8)  # As in the released code: finite at q = 1.
     elif method == "fnc_rn":
         prob = 2 * prob
     count = (prob > 1).sum()
@@ -222,25 +219,25 @@ def aux_loss(
     delayed: Shaped[Array, " B"],
     weight: Float[Array, " B"] | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """Cross-entropies of the two classifiers that ES-DFM and DEFER weigh with.
+    """Cross-entropies of the two classifiers in the weights of ES-DFM and DEFER.
 
-    f_dp is trained on all clicks, with target 1[w1 < z <= w2]. f_rn is trained on those
-    that looked negative at w1: real negatives 1, delayed positives 0.
+    f_dp predicts a delayed conversion, 1[w1 < z <= w2], of all clicks. f_rn predicts a
+    real negative among the clicks without conversion within w1.
 
     Args:
       rn_logit: of f_rn.
       dp_logit: of f_dp.
-      label: true y.
+      label: final label y.
       delayed: 1[w1 < z <= w2].
       weight: of the rows.
 
     Returns:
-      The sum of both means, and each of them.
+      The sum of both mean cross-entropies, and each of them as a metric.
     """
     weight = jnp.ones_like(dp_logit) if weight is None else weight
-    looked_negative = weight * (1 - label + delayed)
+    unconverted = weight * (1 - label + delayed)
     ones = jnp.ones_like(dp_logit)
-    rn = weighted_mean(event_losses(rn_logit, 1 - label, ones, ones), looked_negative)
+    rn = weighted_mean(event_losses(rn_logit, 1 - label, ones, ones), unconverted)
     dp = weighted_mean(event_losses(dp_logit, delayed, ones, ones), weight)
     return rn + dp, {"aux_rn": rn, "aux_dp": dp}
 
@@ -252,24 +249,25 @@ def offline_loss(
     windows: tuple[float, ...],
     weight: Float[Array, " B"] | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """Multi-task DEFER: each head learns from the clicks that are old enough for it.
+    """Multi-task DEFER: each head is trained on the clicks older than its window.
 
-    Head n < N gives the joint p(z < w_n, y=1|x) and is trained by clicks older than w_n;
-    the last head gives p(y=1|x) and is trained by all. Their cross-entropies are summed
-    per click and averaged over the batch.
+    Head n <= N predicts the joint p(z < w_n, y=1|x), on clicks older than w_n; the last
+    head predicts p(y=1|x), on all. Cross-entropies are summed over the heads and averaged
+    over the batch.
 
     Args:
-      head_logits: H = N + 1 of a shared bottom.
-      labels: 1[z < w_n] for each window, then y as known now.
+      head_logits: of H = N + 1 heads.
+      labels: 1[z < w_n] for each window, then the current y.
       elapsed: time since the click, in the unit of the windows.
       windows: w_1 < ... < w_N.
       weight: of the rows.
 
     Returns:
-      The loss, and ``coverage``: the share of (click, head) pairs that it trains on.
+      The loss, and ``coverage``: the share of (click, head) pairs in it.
 
     Raises:
-      ValueError: as many heads as windows, or windows not ascending.
+      ValueError: the number of heads is not that of windows plus one, or windows do not
+        ascend.
     """
     if head_logits.shape[-1] != len(windows) + 1:
         raise ValueError(
@@ -286,29 +284,19 @@ def offline_loss(
     return loss, {"coverage": weighted_mean(known.mean(-1), weight)}
 
 
-def weighted_mean(
-    values: Float[Array, " B"], weight: Float[Array, " B"] | None = None
-) -> Float[Array, ""]:
-    """Mean with weights; 0 if all of them are."""
-    if weight is None:
-        return values.mean()
-    total = weight.sum()
-    # A row left out may hold anything.
-    kept = jnp.where(weight == 0, 0, values * weight).sum()
-    return kept / jnp.where(total == 0, 1, total)
-
-
 def check_labels(labels: Any) -> None:
-    """ValueError unless all labels are 0 or 1; traced values cannot be looked at."""
+    """Raises ValueError for labels other than 0 and 1; traced ones are not checked."""
     if isinstance(labels, jax.core.Tracer):
         return
     values = np.asarray(labels)
     bad = values[(values != 0) & (values != 1)]
     if bad.size:
-        raise ValueError(f"labels must be 0 or 1, got {bad[0]}; NaN marks nothing here")
+        raise ValueError(
+            f"labels must be 0 or 1, got {bad[0]}; drop rows without a label"
+        )
 
 
-def _given(method: str, name: str, value: Any) -> Any:
+def _required(method: str, name: str, value: Any) -> Any:
     if value is None:
         raise ValueError(
             f"importance_weights: {method} needs {name}, got None; it is the output of "
