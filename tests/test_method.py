@@ -8,6 +8,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from jaxpapers.method import gradient, param_spec
+from tests.programs import together
 
 
 def loss(params, batch, key):
@@ -29,77 +30,82 @@ def method(accumulate=1, loss=loss):
 
 
 def batch(weighted, size=8):
-    keys = jax.random.split(jax.random.key(3), 3)
+    rng = np.random.default_rng(3)
     values = {
-        "x": jax.random.normal(keys[0], (size, 5)),
-        "y": jax.random.normal(keys[1], (size,)),
+        "x": rng.normal(size=(size, 5)).astype(np.float32),
+        "y": rng.normal(size=size).astype(np.float32),
     }
-    if weighted:
-        values["weight"] = jnp.arange(
-            size, dtype=jnp.float32
-        )  # Cut in 8, one part weighs 0.
+    if weighted:  # Cut in 8, the first part weighs 0.
+        values["weight"] = np.arange(size, dtype=np.float32)
     return values
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("accumulate", [2, 4, 8])
-def test_accumulation_is_the_whole_batch(key, weighted, accumulate):
+def test_accumulation_is_the_whole_batch(key, weighted):
     values = batch(weighted)
-    state = method().init(key, values)
-    whole, expected = jax.jit(method().update)(state, values)
-    parts, metrics = jax.jit(method(accumulate).update)(state, values)
-    np.testing.assert_allclose(parts.params["w"], whole.params["w"], 1e-6, 1e-7)
-    assert metrics.keys() == expected.keys()
-    for name in metrics:
-        np.testing.assert_allclose(metrics[name], expected[name], rtol=1e-6)
-    assert not np.allclose(whole.params["w"], state.params["w"])
+
+    def steps(key, values):
+        state = method().init(key, values)
+        updates = [method(n).update(state, values) for n in (1, 2, 4, 8)]
+        return state.params, [(new.params, metrics) for new, metrics in updates]
+
+    start, ((whole, expected), *others) = together(steps, key, values)
+    assert not np.allclose(whole["w"], start["w"])
+    for params, metrics in others:
+        np.testing.assert_allclose(params["w"], whole["w"], 1e-6, 1e-7)
+        assert metrics.keys() == expected.keys()
+        for name in metrics:
+            np.testing.assert_allclose(metrics[name], expected[name], rtol=1e-6)
     if weighted:  # A plain mean over micro-batches would be another number.
-        plain = [loss(state.params, jax.tree.map(lambda x, i=i: x[i::2], values), key)
-                 for i in range(2)]  # fmt: skip
-        assert abs(np.mean([v for v, _ in plain]) - expected["loss"]) > 1e-3
+        error = np.square(values["x"] @ start["w"] - values["y"])
+        halves = [
+            np.average(error[i::2], weights=values["weight"][i::2]) for i in (0, 1)
+        ]
+        assert abs(np.mean(halves) - expected["loss"]) > 1e-3
 
 
 def test_errors(key):
     with pytest.raises(ValueError, match="accumulate must be >= 1, got 0"):
         method(0)
     values = batch(False)
-    state = method().init(key, values)
+    state = jax.eval_shape(method().init, key, values)
     with pytest.raises(ValueError, match="=3 does not divide the batch of 8.*: 9"):
-        method(3).update(state, values)
+        jax.eval_shape(method(3).update, state, values)
     with pytest.raises(ValueError, match="=32 does not divide the batch of 8.*: 32"):
-        method(32).update(state, values)
+        jax.eval_shape(method(32).update, state, values)
 
 
-def test_the_key_of_a_step(key):
+def test_every_step_and_micro_batch_has_a_key_of_its_own(key):
     def noise(params, batch, key):
         return params["w"].sum() + jax.random.normal(key), {}
 
-    values = batch(False)
-    state = method(loss=noise).init(key, values)
-    for step in range(3):
-        total = state.params["w"].sum()
-        draw = jax.random.normal(jax.random.fold_in(state.key, step))
-        new, metrics = method(loss=noise).update(state, values)
-        np.testing.assert_allclose(metrics["loss"], total + draw, rtol=1e-6)
-        assert jnp.array_equal(
-            jax.random.key_data(new.key), jax.random.key_data(state.key)
-        )
-        assert int(new.step) == step + 1
-        state = new
-    # Micro-batches draw differently from each other.
-    seen = []
-    draws = method(2, lambda p, b, k: (p["w"].sum(), {"u": jax.random.uniform(k)}))
-    _, metrics = draws.update(state, values)
-    step_key = jax.random.fold_in(state.key, 3)
-    seen = [jax.random.uniform(jax.random.fold_in(step_key, i)) for i in range(2)]
-    np.testing.assert_allclose(metrics["u"], np.mean(seen), rtol=1e-6)
+    def run(key, values):
+        steps = []
+        first = state = method(loss=noise).init(key, values)
+        for _ in range(3):
+            old = state
+            state, metrics = method(loss=noise).update(old, values)
+            total = old.params["w"].sum()
+            draw = jax.random.normal(jax.random.fold_in(first.key, old.step))
+            steps.append((metrics["loss"], total + draw, state.step))
+        draws = method(2, lambda p, b, k: (p["w"].sum(), {"u": jax.random.uniform(k)}))
+        _, metrics = draws.update(state, values)
+        step_key = jax.random.fold_in(first.key, 3)
+        seen = [jax.random.uniform(jax.random.fold_in(step_key, i)) for i in range(2)]
+        keys = [jax.random.key_data(k) for k in (key, first.key, state.key)]
+        again = method(loss=noise).init(key, values).params
+        return steps, (metrics["u"], seen), keys, (first.params, again)
 
-
-def test_parameters_and_steps_have_keys_of_their_own(key):
-    state = method().init(key, batch(False))
-    again = method().init(key, batch(False))
-    np.testing.assert_array_equal(state.params["w"], again.params["w"])
-    assert (jax.random.key_data(state.key) != jax.random.key_data(key)).any()
+    steps, (u, seen), keys, (params, again) = together(run, key, batch(False))
+    for i, (loss, expected, step) in enumerate(steps):
+        np.testing.assert_allclose(loss, expected, rtol=1e-6)
+        assert step == i + 1
+    np.testing.assert_allclose(u, np.mean(seen), rtol=1e-6)
+    assert seen[0] != seen[1]
+    # The state keeps its key, which is not the one that drew the parameters.
+    np.testing.assert_array_equal(keys[1], keys[2])
+    assert (keys[0] != keys[1]).any()
+    np.testing.assert_array_equal(params["w"], again["w"])
 
 
 def test_param_spec():

@@ -130,6 +130,7 @@ def test_two_processes_agree_with_one(tmp_path):
                 )
 
 
+@pytest.mark.matrix
 def test_a_signal_to_one_process_stops_both(tmp_path):
     processes = pair(LINE, tmp_path)
     try:
@@ -246,6 +247,7 @@ def test_four_processes_resumed_by_two_and_by_one(tmp_path):
     np.testing.assert_allclose(list(got.values()), list(want.values()), rtol=1e-4)
 
 
+@pytest.mark.matrix
 def test_a_killed_process_ends_the_others(tmp_path):
     processes = pair(LINE, tmp_path)
     for line in processes[1].stdout:

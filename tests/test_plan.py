@@ -8,6 +8,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -29,12 +30,14 @@ def sent(rows, part):
     return sum(row["wire_bytes"] for row in rows if row["part"] == part)
 
 
-def test_optimizer_sends_what_the_closed_form_says():
-    config = run.load_config("dion:smoke", SMALL)
-    grid = meshes.make_mesh({"data": 4, "model": 2})
-    batch = {"tokens": jax.ShapeDtypeStruct((8, 17), jnp.int32)}
-    found = plan.plan(dion.make(config), grid, batch)
+@pytest.fixture(scope="module")
+def planned():
+    """A plan of the smallest model on 4 x 2 devices."""
+    return run.plan("dion:smoke", SMALL, mesh="data:4,model:2")
 
+
+def test_optimizer_sends_what_the_closed_form_says(planned):
+    grid = meshes.make_mesh({"data": 4, "model": 2})
     into, out = P(None, "data", "model"), P(None, "model", "data")
     expected = {}
     for shape, spec, count in (
@@ -47,30 +50,33 @@ def test_optimizer_sends_what_the_closed_form_says():
         for (kind, axes), size in leaf.bytes_per_step.items():
             key = (kind, ",".join(axes))
             expected[key] = expected.get(key, 0) + size
-    rows = [r for r in found.collectives if r["part"] == "optimizer"]
+    rows = [r for r in planned.collectives if r["part"] == "optimizer"]
     got = {(r["kind"], r["axes"]): r["wire_bytes"] for r in rows}
     assert set(got) == set(expected)
     for key, size in expected.items():
         # The compiler merges all-reduces of the optimizer into the backward pass's.
         assert got[key] <= size + 1 if key[0] == "all-reduce" else got[key] == size
-    assert sent(found.collectives, "forward/backward") > 0
+    assert sent(planned.collectives, "forward/backward") > 0
     assert (
-        found.parameters
+        planned.parameters
         == 4 * (4 * 64 * 64 + 3 * 64 * 192 + 2 * 64) + 64 + 2 * 264 * 64
     )
-    assert found.fits is None and found.devices == 8
-    lines = plan.format_plan(found)
+    assert planned.fits is None and planned.devices == 8
+    lines = plan.format_plan(planned)
     assert "nothing was run" in lines[0] and "optimizer" in lines[-1]
 
 
 def test_product_flops_of_loops_gradients_and_shards():
-    a, b = jnp.ones((3, 4)), jnp.ones((4, 5))
+    def ones(*shape):
+        return np.ones(shape, np.float32)
+
+    a, b = ones(3, 4), ones(4, 5)
 
     def flops(f, *args):
         return plan.product_flops(jax.make_jaxpr(f)(*args).jaxpr)
 
     assert flops(jnp.matmul, a, b) == 2 * 3 * 4 * 5
-    batched = jnp.ones((7, 3, 4)), jnp.ones((7, 4, 5))
+    batched = ones(7, 3, 4), ones(7, 4, 5)
     assert flops(jnp.matmul, *batched) == 7 * 120
     # Both gradients of a product cost as much as it did.
     assert flops(jax.grad(lambda a, b: (a @ b).sum(), (0, 1)), a, b) == 3 * 120
@@ -78,19 +84,19 @@ def test_product_flops_of_loops_gradients_and_shards():
     def loop(w):
         return jax.lax.scan(lambda x, _: (x @ w, None), jnp.ones((2, 4)), length=6)[0]
 
-    assert flops(loop, jnp.ones((4, 4))) == 6 * 2 * 2 * 4 * 4
+    assert flops(loop, ones(4, 4)) == 6 * 2 * 2 * 4 * 4
     mesh = meshes.make_mesh({"data": 8})
     split = jax.shard_map(
         lambda x, y: x @ y, mesh=mesh, in_specs=(P("data"), P()), out_specs=P("data")
     )
-    assert flops(split, jnp.ones((16, 4)), b) == 2 * 16 * 4 * 5
+    assert flops(split, ones(16, 4), b) == 2 * 16 * 4 * 5
     choice = lambda a, b: jax.lax.cond(True, lambda: a @ b, lambda: a @ b * 2)  # noqa: E731
     assert flops(choice, a, b) == 120
     # A Dion step's are those of well-conditioned factors, as in the closed form, which
     # also counts the factorisations.
-    tx, g = optim.scale_by_dion(1 / 4), {"w": jnp.ones((64, 256))}
+    tx, g = optim.scale_by_dion(1 / 4), {"w": ones(64, 256)}
     pieces = optim.plan_dion((64, 256), P(), {}, 1 / 4).flops - 2 * 4 * 16**3 / 3
-    assert flops(tx.update, g, tx.init(g)) == pytest.approx(pieces)
+    assert flops(tx.update, g, jax.eval_shape(tx.init, g)) == pytest.approx(pieces)
 
 
 @pytest.fixture
@@ -106,6 +112,7 @@ def optimizer_rows(found):
     return [r for r in found.collectives if r["part"].startswith("optimizer")]
 
 
+@pytest.mark.matrix
 def test_compiles_for_a_tpu_slice(libtpu):
     found = run.plan("dion:smoke", SMALL, topology="v5e:4x4", mesh="data:8,model:2")
     assert found.devices == 16 and found.fits and found.hbm_bytes == 16e9
@@ -117,7 +124,9 @@ def test_compiles_for_a_tpu_slice(libtpu):
     assert all(r["largest"] < 4 * 64 * 192 for r in optimizer)
 
 
-@pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(None, marks=pytest.mark.matrix), jnp.bfloat16]
+)
 def test_a_tpu_sends_the_closed_form_to_the_byte(libtpu, dtype):
     """P in bfloat16 too: a CPU's compiler would promote that sum to float32."""
     grid = meshes.make_mesh({"data": 8, "model": 2}, plan.topology_devices("v5e:4x4"))
@@ -155,14 +164,22 @@ def test_3b_fits_and_sends_no_whole_matrix(libtpu, topology, mesh, fields):
     assert max(r["matrix"] for r in optimizer_rows(found)) < smallest
 
 
-def test_command_line(capsys):
-    arguments = ["plan", "dion:smoke", *SMALL, "--mesh", "data:8"]
-    assert cli.main(arguments) == 0
-    assert "forward/backward" in capsys.readouterr().out
+def test_command_line(planned, capsys, monkeypatch):
+    """The text and the JSON of a plan; a topology that does not exist."""
+    arguments = ["plan", "dion:smoke", *SMALL, "--mesh", "data:4,model:2"]
     assert cli.main([*arguments, "--topology", "v9:1"]) == 1
     assert "cannot describe 'v9:1'" in capsys.readouterr().err
+    monkeypatch.setattr(plan, "plan", lambda *args, **kwargs: planned)
+    assert cli.main(arguments) == 0
+    assert "forward/backward" in capsys.readouterr().out
+    assert cli.main([*arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["devices"] == 8 and found["mesh"] == {"data": 4, "model": 2}
+    parts = {row["part"] for row in found["collectives"]}
+    assert parts >= {"forward/backward", "optimizer"} and found["flops"] > 0
 
 
+@pytest.mark.matrix
 def test_fake_devices_and_json(tmp_path):
     """As a user calls it: nothing but the JSON on standard output."""
     done = subprocess.run(
