@@ -112,7 +112,8 @@ def chaizi(path: str | Path) -> dict[str, tuple[str, ...]]:
     table = pickles.load(path, encoding="utf-8", max_bytes=1 << 26)
     components: dict[str, tuple[str, ...]] = {}
     for character, alternatives in table.items() if isinstance(table, dict) else ():
-        parts = alternatives[0] if isinstance(alternatives, list) else None
+        listed = isinstance(alternatives, list) and alternatives
+        parts = alternatives[0] if listed else None
         if not isinstance(parts, list) or not all(isinstance(c, str) for c in parts):
             raise ValueError(f"{path}: {character!r} has no list of components")
         proper = len(parts) > 1 and character not in parts

@@ -105,7 +105,7 @@ def test_against_katz_centrality(float64):
 
 def test_a_sweep_is_its_rows_on_any_mesh_and_grows_with_b():
     net = random_net(0, n=40, share=0.1)
-    b = np.linspace(0, 1, 6)
+    b = np.linspace(0, 1, 7)  # Which 2 does not divide.
     rows = sweep(net, b)
     single = together(fixpoint, net, np.float32(b[3]))
     np.testing.assert_allclose(rows[3], single, rtol=1e-5)
@@ -192,8 +192,6 @@ def test_bad_arguments(key):
             sweep(net, b)
     w = sweep(net, [-2.0], allow_any_b=True)[0]
     assert by_name(net, w) == {"a": 4, "b": -2, "c": 1}
-    with pytest.raises(ValueError, match="3 values of b do not divide .* size 2"):
-        sweep(net, [0, 0.5, 1], mesh=make_mesh({"data": 4, "model": 2}))
     with pytest.raises(ValueError, match="'x' is not a node"):
         dnw.explain(net, "x")
     with pytest.raises(ValueError, match="temperature must be >= 0"):

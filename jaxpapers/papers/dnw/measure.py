@@ -130,8 +130,7 @@ def sweep(
       allow_any_b: b may be any real number; W exists, as A is nilpotent.
 
     Raises:
-      ValueError: b is not a vector, lies outside [0, 1], or does not divide over
-        ``model``.
+      ValueError: b is not a vector of numbers or lies outside [0, 1].
     """
     b = np.atleast_1d(np.asarray(b, float))
     if b.ndim != 1 or not np.isfinite(b).all():
@@ -143,14 +142,11 @@ def sweep(
     if mesh is None:
         links = level_links(net, use_multiplicity)
         return _levels_of_each(jnp.asarray(net.freq), *map(jnp.asarray, links), b)
-    if len(b) % mesh.shape["model"]:
-        raise ValueError(
-            f"{len(b)} values of b do not divide over mesh axis 'model' of size "
-            f"{mesh.shape['model']}; give a multiple of it"
-        )
     net = padded(net, mesh.shape["data"])
     links = (net.comp, net.whole, weights(net, use_multiplicity))
-    return _sharded(mesh, net.n_levels)(jnp.asarray(net.freq), *links, b)
+    every = np.pad(b, (0, -len(b) % mesh.shape["model"]), mode="edge")
+    w = _sharded(mesh, net.n_levels)(jnp.asarray(net.freq), *links, every)
+    return w[: len(b)]
 
 
 @jax.jit

@@ -187,7 +187,7 @@ def _parts(decomposition, wanted, close):
         if outside and not close:
             raise ValueError(
                 f"component {outside[0]!r} of {node!r} is not among the nodes; add it, "
-                "or add all missing components with close=True"
+                "or all missing ones with close=True (data.close of the config)"
             )
         todo += components
     return parts
