@@ -20,7 +20,10 @@ MAY_CHANGE = {
 
 
 def load_config(
-    target: str, overrides: Sequence[str] = (), file: str | None = None
+    target: str,
+    overrides: Sequence[str] = (),
+    file: str | None = None,
+    inputs: Sequence[str] = (),
 ) -> Any:
     """The locked config of ``name[:preset]`` or of a file, with typed overrides.
 
@@ -28,6 +31,8 @@ def load_config(
       target: paper and preset, ``dion:smoke``.
       overrides: ``--config.group.field=value``.
       file: ``my.py`` or ``my.py:preset`` instead of the package's config.
+      inputs: files of the user's own: ``config.data.path``, a tuple where the config has
+        one.
 
     Raises:
       ValueError: unknown paper, preset, field (with a suggestion) or type.
@@ -70,7 +75,19 @@ def load_config(
             f"unknown argument {rest[0]!r}; config fields are set as "
             "--config.group.field=value, see --help"
         )
-    return values.config
+    return _with_inputs(values.config, inputs) if inputs else values.config
+
+
+def _with_inputs(config: Any, inputs: Sequence[str]) -> Any:
+    if "path" not in config.get("data", {}):
+        raise ValueError(f"this config reads no files (no data.path), got {inputs[0]!r}")
+    if isinstance(config.data.path, tuple):
+        config.data.path = tuple(inputs)
+    elif len(inputs) == 1:
+        config.data.path = inputs[0]
+    else:
+        raise ValueError(f"one file or folder expected, got {list(inputs)}")
+    return config
 
 
 def config_file(name: str) -> Path:

@@ -7,17 +7,37 @@ from typing import Any
 
 import jax
 
+from jaxpapers import __version__, papers, report, tasks
 from jaxpapers import checkpoint as ckpt
 from jaxpapers import mesh as meshes
-from jaxpapers import papers, report, tasks
 
 
-def write_config(folder: Path, name: str, config: dict) -> None:
-    """Writes config.json: the paper's name and the resolved config."""
+def write_config(folder: Path, name: str, config: dict, label: str = "") -> None:
+    """Writes config.json: paper, resolved config, the row's label, our version."""
     if jax.process_index() == 0:
-        (folder / "config.json").write_text(
-            json.dumps({"paper": name, "config": config}, indent=1) + "\n"
+        stored = {
+            "version": __version__, "paper": name, "label": label, "config": config,
+        }  # fmt: skip
+        (folder / "config.json").write_text(json.dumps(stored, indent=1) + "\n")
+
+
+def read_stored(workdir: str | Path) -> dict[str, Any]:
+    """What ``write_config`` wrote.
+
+    Raises:
+      FileNotFoundError: ``workdir`` holds no run.
+      ValueError: another version wrote it.
+    """
+    path = Path(workdir) / "config.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{workdir} holds no run (no config.json); train first")
+    stored = json.loads(path.read_text())
+    if "version" not in stored:
+        raise ValueError(
+            f"{workdir} was written by jaxpapers 0.1, whose runs {__version__} does not "
+            "read: use that version, or another --workdir"
         )
+    return stored
 
 
 def open_writers(folder: Path, config: dict, names: Sequence[str]) -> list:
@@ -35,25 +55,24 @@ def open_writers(folder: Path, config: dict, names: Sequence[str]) -> list:
 def load_run(workdir: str, mesh: str | None = None) -> tuple:
     """(name, config, method, mesh, state) of a run's latest checkpoint.
 
-    The state has the parameters and ``extra``; its optimizer state is ().
+    The state has the parameters and ``extra``; its optimizer state is (). The method is
+    built without reading data, see ``tasks.abstract``.
 
     Raises:
       FileNotFoundError: ``workdir`` holds no run.
+      ValueError: another version wrote it.
     """
     from ml_collections import ConfigDict
 
-    path = Path(workdir) / "config.json"
-    if not path.exists():
-        raise FileNotFoundError(f"{workdir} holds no run (no config.json); train first")
-    stored = json.loads(path.read_text())
-    name = stored["paper"]
-    config = papers.inference(name, ConfigDict(stored["config"]))
-    config.lock()
-    grid = meshes.make_mesh(meshes.parse_mesh(mesh) if mesh else None)
-    method = papers.load(name).make(config)
-    batch = tasks.batch_shapes(config)
+    stored = read_stored(workdir)
+    name, config = stored["paper"], ConfigDict(stored["config"]).lock()
+    data = tasks.abstract(config)
+    method = papers.load(name).make(config, **data.facts)
+    shape = meshes.parse_mesh(mesh) if mesh else {"data": jax.device_count()}
+    # Methods with replicas build their state on a mesh that has the axis.
+    grid = meshes.make_mesh({"replica": 1, **shape})
     with jax.set_mesh(grid):
-        state = jax.eval_shape(method.init, jax.random.key(0), batch)
+        state = jax.eval_shape(method.init, jax.random.key(0), data.shapes)
     shardings = meshes.state_shardings(state, method.rules, grid)
     target = ckpt.abstract(state, shardings)
     parts = ckpt.restore_parts(

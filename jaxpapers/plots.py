@@ -1,4 +1,4 @@
-"""Pictures of runs: metrics over steps, models beside their baselines."""
+"""Figures of runs and studies: metrics over steps, rows beside their baselines."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -38,7 +38,7 @@ def plot(
     Args:
       runs: workdirs.
       metric: name in ``metrics.jsonl``.
-      out: picture file.
+      out: image file.
       levels: name -> value of baselines.
 
     Raises:
@@ -78,28 +78,29 @@ def plot(
     return Path(out)
 
 
-def plot_comparison(
-    task: Any,
-    runs: dict[str, list[float]],
-    baselines: dict[str, float],
-    out: str | Path,
-) -> Path:
-    """Draws the metric of every seed of every model, baselines as lines.
+def plot_comparison(study: Any, results: Sequence[Any], out: str | Path) -> Path:
+    """Draws the metric of every seed of every trained row, the others as lines.
 
     A baseline that is far from all of them is named in the legend only, and of a model
-    that is far from most its mean is written where the axis ends.
+    that is far from most its mean is written where the axis ends. Where nothing was
+    trained, every row is drawn as a point.
 
     Args:
-      task, runs, baselines: see ``comparison``.
-      out: picture file.
+      study, results: see ``study.Study`` and ``study.Results``.
+      out: image file.
     """
     from matplotlib.figure import Figure
 
+    trained = [r for r in results if r.row.stage] or list(results)
+    runs = {_label(r): r.values(study.metric) for r in trained}
+    runs = {k: [x for x in v if np.isfinite(x)] for k, v in runs.items()}
+    runs = {label: values for label, values in runs.items() if values}
+    levels = _levels(study, [r for r in results if r not in trained])
     figure = Figure(figsize=(7, 1.2 + 0.5 * len(runs)), layout="constrained")
     axes = figure.subplots()
     means = np.array([sum(values) / len(values) for values in runs.values()])
     far = _far(means)
-    found = []
+    shown: list[float] = []
     for i, values in enumerate(runs.values()):
         if far[i]:
             right = means[i] > np.median(means)
@@ -109,12 +110,12 @@ def plot_comparison(
                 ha="right" if right else "left", transform=axes.get_yaxis_transform(),
             )  # fmt: skip
             continue
-        found += values
+        shown += values
         axes.plot(values, [i] * len(values), "o", color="C0", alpha=0.6)
         axes.plot(means[i], i, "|", color="black", ms=18)
-    low, high = min(found), max(found)
+    low, high = min(shown), max(shown)
     room = 3 * (high - low or abs(high) or 1.0)
-    for (name, value), style in zip(baselines.items(), (":", "--", "-.", "-") * 9):
+    for (name, value), style in zip(levels.items(), (":", "--", "-.", "-") * 9):
         label = f"{name} {value:.3f}"
         if low - room <= value <= high + room:
             axes.axvline(value, color="grey", ls=style, lw=1, label=label)
@@ -122,12 +123,95 @@ def plot_comparison(
             axes.plot([], [], " ", label=f"{label} (beyond the axis)")
     axes.set_yticks(range(len(runs)), list(runs))
     axes.set_ylim(-0.6, len(runs) - 0.4)
-    axes.set_xlabel(task.title)
+    axes.set_xlabel(study.title)
     axes.grid(alpha=0.25, axis="x")
-    if baselines:
+    if levels:
         figure.legend(frameon=False, fontsize=8, loc="outside upper center", ncols=3)
     figure.savefig(out, dpi=150)
     return Path(out)
+
+
+def plot_curves(results: Sequence[Any], out: str | Path) -> Path:
+    """Draws the curves of all rows: a panel a name, a line a row, the mean over seeds.
+
+    The band is the range of the seeds. Seeds whose x differ are drawn one by one.
+
+    Args:
+      results: with ``Finding.curves``, whose names read "y against x".
+      out: image file.
+    """
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys(k for r in results for k in r.findings[0].curves))
+    figure = Figure(figsize=(6 * len(names), 4.2), layout="constrained")
+    row = figure.subplots(1, len(names), squeeze=False)[0]
+    for axes, name in zip(row, names):
+        drawn = [r for r in results if name in r.findings[0].curves]
+        for i, r in enumerate(drawn):
+            curves = [np.asarray(f.curves[name], float) for f in r.findings]
+            style = {"color": f"C{i % 10}", "ls": ("-", "--", ":")[i // 10 % 3], "lw": 1.2}
+            same = all(np.array_equal(c[0], curves[0][0]) for c in curves)
+            if not same:
+                for j, (x, y) in enumerate(curves):
+                    axes.plot(x, y, label=None if j else _label(r), **style)
+                continue
+            x, y = curves[0][0], np.stack([c[1] for c in curves])
+            axes.plot(x, y.mean(0), label=_label(r), **style)
+            if len(y) > 1:
+                axes.fill_between(x, y.min(0), y.max(0), color=style["color"], alpha=0.2)
+        vertical, _, horizontal = name.partition(" against ")
+        axes.set(xlabel=horizontal, ylabel=vertical)
+        axes.grid(alpha=0.25)
+    handles, labels = row[0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, fontsize=8, loc="outside right")
+    figure.savefig(out, dpi=150)
+    return Path(out)
+
+
+def plot_study_samples(results: Sequence[Any], out: str | Path) -> None:
+    """Draws every trained row's samples beside those of the stage that it started from.
+
+    The paper's own go to ``out``, the others into their folders.
+
+    Args:
+      results: with a file ``samples.npz``, see ``plot_samples``.
+      out: image file.
+    """
+    for i, r in enumerate(results):
+        arrays = r.findings[0].files.get("samples.npz")
+        if arrays is None:
+            continue
+        start = r.row.stage.after
+        before = [x for x in results if start and x.row.stage == start]
+        plot_samples(
+            before[0].findings[0].files["samples.npz"] if before else None,
+            arrays,
+            out if i == 0 else r.folders[0] / Path(out).name,
+        )
+
+
+def plot_study_against(
+    results: Sequence[Any], out: str | Path, *, x: str, panels: Mapping[str, str]
+) -> None:
+    """``plot_against`` for the trained rows whose evaluations have the metrics."""
+    runs = {}
+    for r in results:
+        names = {k for f in r.folders for record in read_metrics(f) for k in record}
+        if {x, *panels} <= names:
+            runs[_label(r)] = r.folders
+    if runs:
+        plot_against(runs, x, panels, out)
+
+
+def _label(result: Any) -> str:
+    row = result.row
+    return f"{row.label}, {row.column}" if row.column else row.label
+
+
+def _levels(study: Any, results: Sequence[Any]) -> dict[str, float]:
+    """Means of rows that nothing was trained for."""
+    values = {_label(r): r.values(study.metric) for r in results}
+    return {label: sum(v) / len(v) for label, v in values.items() if v}
 
 
 def _far(means):
@@ -153,7 +237,7 @@ def plot_against(
         infinite, or not positive on a logarithmic axis, are left out.
       panels: metric on the vertical axis -> which axes are logarithmic, of "xy", and "="
         for the line where both metrics are equal.
-      out: picture file.
+      out: image file.
 
     Raises:
       ValueError: a run without such evaluations.
@@ -211,9 +295,9 @@ def plot_samples(
 
     Args:
       before: as ``after``, of the earlier model, drawn with the same noise; or None.
-      after: ``samples`` (n, d) or pictures (n, H, W, C) in [-1, 1], ``data`` of the same
-        kind, and for pictures optionally ``rows``, one name for each row of them.
-      out: picture file.
+      after: ``samples`` (n, d) or images (n, H, W, C) in [-1, 1], ``data`` of the same
+        kind, and for images optionally ``rows``, one name for each row of them.
+      out: image file.
     """
     from matplotlib.figure import Figure
 
@@ -229,7 +313,7 @@ def plot_samples(
             sheet = contact_sheet(x, len(names) or round(len(x) ** 0.5))
             axes.imshow(sheet, cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
             step = sheet.shape[0] / max(len(names), 1)
-            # Real pictures are not in the rows of the prompts.
+            # Real images are not in the rows of the prompts.
             shown = names if title != "data" else []
             axes.set_yticks([step * (i + 0.5) for i in range(len(shown))], shown)
             axes.set_xticks([])
@@ -247,13 +331,13 @@ def plot_samples(
     return Path(out)
 
 
-def contact_sheet(pictures: Any, rows: int) -> np.ndarray:
-    """Pictures (n, H, W, C) in [-1, 1] side by side, with a gap of a pixel, in [0, 1].
+def contact_sheet(images: Any, rows: int) -> np.ndarray:
+    """Images (n, H, W, C) in [-1, 1] side by side, with a gap of a pixel, in [0, 1].
 
-    Grey ones become (height, width), colours (height, width, 3). What does not fill the
-    last column is left out.
+    Grey images become (height, width), colour images (height, width, 3). Images that do
+    not fill the last column are left out.
     """
-    x = np.clip((np.asarray(pictures) + 1) / 2, 0, 1)
+    x = np.clip((np.asarray(images) + 1) / 2, 0, 1)
     columns = len(x) // rows
     x = np.pad(
         x[: rows * columns], ((0, 0), (0, 1), (0, 1), (0, 0)), constant_values=0.5

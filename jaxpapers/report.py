@@ -9,10 +9,12 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from jaxpapers.method import path_name
+from jaxpapers.study import Result, Results, Study
 
 
 @runtime_checkable
@@ -203,31 +205,71 @@ def parameter_table(params: Any, labels: Any = None) -> Table:
     return table
 
 
-def comparison(
-    task: Any, runs: dict[str, list[float]], baselines: dict[str, float]
-) -> Table:
-    """The metric of models, mean and spread over seeds, beside that of baselines.
+def comparison(study: Study, results: Results) -> Table:
+    """The study's metric, mean and spread over seeds; best rows first.
+
+    Rows of several columns (test domains, folds) have a cell for each and their mean.
 
     Args:
-      task: has ``title`` and ``rising``, see ``tasks.Task``.
-      runs: model -> its metric for every seed.
-      baselines: name -> metric.
+      study: title, metric, direction, further metrics.
+      results: of its rows.
     """
-    several = max(map(len, runs.values())) > 1
+    several = any(len(r.findings) > 1 for r in results if r.row.stage)
+    columns = [c for c in dict.fromkeys(r.row.column for r in results) if c]
+    extra = [c for c in study.columns if any(r.values(c) for r in results)]
     table = Table(box=None, pad_edge=False)
-    table.add_column(task.title)
-    for column in ("mean", "max - min") if several else ("",):
-        table.add_column(column, justify="right")
-    rows = {**{k: [v] for k, v in baselines.items()}, **runs}
-    means = {name: sum(values) / len(values) for name, values in rows.items()}
-    for name in sorted(rows, key=lambda n: means[n], reverse=not task.rising):
-        bold = "[bold]" if name == "this model" else ""
-        spread = max(rows[name]) - min(rows[name])
-        cells = [f"{means[name]:.3f}" if not task.rising else f"{means[name]:.4f}"]
-        if several:
-            cells.append(f"{spread:.4f}" if len(rows[name]) > 1 else "")
-        table.add_row(*(f"{bold}{x}" for x in (name, *cells)))
+    table.add_column(study.title)
+    headers = [*columns, "mean"] if columns else [study.metric if extra else ""]
+    headers += ["max - min"] if several and not columns else []
+    for header in (*headers, *extra):
+        table.add_column(header.replace("_", " "), justify="right")
+    cells: dict[str, dict[str, Result]] = {}
+    for r in results:
+        cells.setdefault(r.row.label, {})[r.row.column] = r
+    means = {
+        label: [_mean(r.values(study.metric)) for r in row.values()]
+        for label, row in cells.items()
+    }
+
+    def rank(label: str) -> float:
+        value = _mean(means[label])
+        return math.inf if math.isnan(value) else -value if study.rising else value
+
+    for label in sorted(cells, key=rank):
+        row = cells[label]
+        texts = [_cell(row[c].values(study.metric)) if c in row else "" for c in columns]
+        texts += [_cell(means[label])]
+        first = next(iter(row.values()))
+        if several and not columns:
+            values = first.values(study.metric)
+            spread = max(values) - min(values)
+            trained = first.row.stage is not None and len(values) > 1
+            texts.append(f"{spread:.4f}" if trained else "")
+        texts += [_cell(first.values(c)) for c in extra]
+        bold = "[bold]" if first is results[0] else ""
+        table.add_row(*(f"{bold}{escape(x)}" for x in (label, *texts)))
     return table
+
+
+def small_table(table: Any) -> Table:
+    """A ``study.Table`` for the console."""
+    shown = Table(title=table.title, box=None, pad_edge=False, title_justify="left")
+    for i, column in enumerate(table.columns):
+        shown.add_column(str(column), justify="right" if i else "left")
+    for row in table.rows:
+        shown.add_row(*(escape(f"{x:.4g}" if isinstance(x, float) else str(x)) for x in row))
+    return shown
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan
+
+
+def _cell(values: Sequence[float]) -> str:
+    """Mean to four significant digits; empty where a row does not have the metric."""
+    return f"{_mean(values):.4f}" if values and abs(_mean(values)) < 100 else (
+        f"{_mean(values):.1f}" if values else ""
+    )
 
 
 def memory_line(compiled: Any) -> str:

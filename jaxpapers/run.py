@@ -1,28 +1,28 @@
 """Every action of the command line as one function, for scripts and notebooks."""
 
-import functools
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from jaxpapers import mesh as meshes
 from jaxpapers import papers, plots, report, tasks
 from jaxpapers import plan as plans
-from jaxpapers import train as trainer
+from jaxpapers import study as studies
 from jaxpapers.config import load_config
 from jaxpapers.folder import load_run
-from jaxpapers.job import fit_run
 from jaxpapers.method import path_name
+from jaxpapers.stages import Stages, measure, same, unique
 
 
 def list_papers() -> Table:
-    """Table of the methods that are here."""
+    """Table of the papers that are here."""
     table = Table(box=None, pad_edge=False)
     for column in ("name", "title", "year", "field", "smoke preset"):
         table.add_column(column, no_wrap=column not in ("title", "smoke preset"))
@@ -32,24 +32,27 @@ def list_papers() -> Table:
 
 
 def show(name: str, preset: str = "") -> str:
-    """A paper's docstring, reference and parameter table."""
+    """A paper's docstring, and the parameter table of what it trains."""
     module = papers.load(name)
-    config = load_config(f"{name}:{preset}" if preset else name)
-    method, _ = _method(name, papers.inference(name, config))
-    batch = tasks.batch_shapes(config)
-    state = jax.eval_shape(method.init, jax.random.key(0), batch)
-    labels = method.labels(state.params) if method.labels else None
     console = Console(width=110, highlight=False, file=None)
     with console.capture() as capture:
         console.print(module.__doc__, markup=False)
-        console.print(report.parameter_table(state.params, labels))
+        if papers.NAMES[name].trained:
+            config = load_config(f"{name}:{preset}" if preset else name)
+            data = tasks.abstract(config)
+            method = module.make(config, **data.facts)
+            with jax.set_mesh(_any_mesh()):
+                state = jax.eval_shape(method.init, jax.random.key(0), data.shapes)
+            labels = method.labels(state.params) if method.labels else None
+            console.print(report.parameter_table(state.params, labels))
     return capture.get()
 
 
-def train(
+def run(
     target: str,
     overrides: Sequence[str] = (),
     *,
+    files: Sequence[str] = (),
     workdir: str | None = None,
     config_path: str | None = None,
     mesh: str | None = None,
@@ -60,22 +63,23 @@ def train(
     quiet: bool = False,
     profile: tuple[int, int] | None = None,
     writers: Sequence[str] = (),
-) -> dict[str, float]:
-    """Trains a paper's preset, or continues what ``workdir`` holds.
+) -> dict[str, Any]:
+    """Runs the study of a paper's preset: trains what has to be trained, compares.
 
-    The rivals, a paper's own variants and the models of its task that it is compared
-    with, are trained beside it in folders of their own inside the workdir. What a task
-    trains for all seeds at once (``Task.family``) is only reported.
+    The same call continues what ``workdir`` holds. The paper's own run lies in the workdir
+    (with several seeds in ``seed<n>``), the other rows' in ``stages/``; ``comparison.json``
+    says which is where.
 
     Args:
       target: ``name[:preset]``.
       overrides: ``--config.group.field=value``.
+      files: input of the user's own, instead of ``config.data.path``.
       workdir: default ``runs/<name>-<preset>``.
       config_path: see ``load_config``.
       mesh: "data:4,model:2"; default all devices on ``data``.
-      seeds: runs with ``train.seed``, ``train.seed + 1``, ..., in folders ``seed<n>`` if
-        there are several; their mean and spread are reported.
-      alone: without the rivals.
+      seeds: runs with ``train.seed``, ``train.seed + 1``, ...; their mean and spread are
+        reported.
+      alone: the paper's own row, and those that need no training beside it.
       fresh: start anew; refuses a workdir that holds checkpoints.
       dry_run: check, compile, print memory and cost; write nothing.
       quiet: print results only.
@@ -83,7 +87,7 @@ def train(
       writers: further writers, of "tensorboard", "wandb".
 
     Returns:
-      The final evaluation, means over the seeds, and the baselines.
+      What ``comparison.json`` holds, see ``study.summary``, and ``seconds``.
 
     Raises:
       ValueError and the exceptions of ``train.fit``.
@@ -92,121 +96,52 @@ def train(
     name, _, preset = target.partition(":")
     if seeds < 1:
         raise ValueError(f"--seeds must be >= 1, got {seeds}")
-    config, options = tasks.prepare(load_config(target, overrides, config_path))
+    config = load_config(target, overrides, config_path, files)
     folder = Path(workdir or f"runs/{name}{'-' + preset if preset else ''}")
-    console = report.make_console()
-    talk = report.make_console(quiet=quiet)
-    method, grid = _method(name, config, mesh, options)
-    meshes.batch_rows(grid, config.data.batch, parts=config.train.accumulate)
-    papers.phases(name, config)
-    task = tasks.load(config, method, grid)
+    console, talk = report.make_console(), report.make_console(quiet=quiet)
+    grid = meshes.make_mesh(meshes.parse_mesh(mesh) if mesh else None)
+    data = tasks.read(config)
+    study = tasks.study(name, config, data, grid)
     paper = papers.NAMES[name]
-    talk.print(f"[bold]{paper.title}[/], arXiv {paper.arxiv}")
-    talk.print(task.describe)
+    talk.print(f"[bold]{paper.title}[/], {paper.reference}")
+    talk.print(data.summary, markup=False)
+    first = config.get("train", {}).get("seed", 0)
+    every = range(first, first + seeds)
+    others = [study.rows(seed) for seed in every]
+    studies.check_rows(others)
+    rows = [_alone(r) if alone else r for r in others]
+    stages = Stages(folder, grid, quiet=quiet, profile=profile, writers=writers)
+    for seed, own in zip(every, rows):
+        if own[0].stage:
+            stages.place(own[0].stage, folder / f"seed{seed}" if seeds > 1 else folder)
+    stages.check(unique([row.stage for row in rows[0]]))
     if dry_run:
-        return _dry_run(config, method, grid, task, console)
+        _dry_run(stages, rows[0], console)
+        return {}
     if fresh and any(folder.glob("**/checkpoints")):
         raise ValueError(
             f"--fresh: {folder} holds checkpoints; choose another --workdir or remove it"
         )
-    first_seed = config.train.seed
-    baselines_of = functools.cache(task.baselines)
-    before = papers.pretraining(name, config)
-    if before is not None:  # What the second stage refuses is refused before the first.
-        _trace(method, grid, tasks.batch_shapes(config))
-    starts: list[float] = []
-    rivals = {k: (name, v) for k, v in papers.rivals(name, config).items()}
-    rivals = {} if alone else {**rivals, **tasks.rivals(name, config)}
-    for paper_name, own in rivals.values():
-        complete, needs = tasks.prepare(own)
-        papers.load(paper_name).make(complete, **needs)
-
-    def run(label, paper_name, own, seed):
-        inside = _inside(folder, label, seeds, seed)
-        part = own.copy_and_resolve_references().unlock()
-        part.train.seed = seed
-        first = papers.pretraining(paper_name, own)
-        if first is not None and not part.train.init_from:
-            shared = _inside(folder, "", seeds, seed)
-            same = papers.same_pretraining(first, before)
-            source = (shared if same else inside) / "pretrain"
-            part.train.init_from = str(source)
-            first = first.copy_and_resolve_references()
-            first.train.seed = seed
-            if not label or not same:
-                talk.print(f"[bold]pretraining[/], seed {seed}")
-                value = fit_run(
-                    paper_name,
-                    first,
-                    options,
-                    grid,
-                    source,
-                    quiet,
-                    profile,
-                    writers,
-                    dict,
-                )[1][f"validation_{task.metric}"]
-                starts.extend([] if label else [value])
-        if label or seeds > 1:
-            talk.print(f"[bold]{label or name}[/], seed {seed}")
-        part, needs = tasks.prepare(part) if label else (part, options)
-        return fit_run(
-            paper_name, part.lock(), needs, grid, inside, quiet, profile, writers,
-            dict if label else baselines_of,
-        )  # fmt: skip
-
-    state, final = run("", name, config, first_seed)
-    found = {"this model": [final]}
-    every = range(first_seed, first_seed + seeds)
-    for label, own in {"": (name, config), **rivals}.items():
-        runs = found.setdefault(label or "this model", [])
-        runs.extend(run(label, *own, seed)[1] for seed in every[len(runs) :])
-    baselines = dict(baselines_of())
-    if starts:
-        baselines["before tuning"] = _mean(starts)
-    rows = {label: [x[f"validation_{task.metric}"] for x in runs]
-            for label, runs in found.items()}  # fmt: skip
-    for label, fit_all in ({} if alone else task.family).items():
-        talk.print(f"[bold]{label}[/], all seeds")
-        rows[label] = fit_all(every)
-    console.print(report.comparison(task, rows, baselines))
-    if config.train.sample and task.sample:
-        text = _sample(task, state.params, config, config.train.prompt)
+    results, state = measure(
+        stages, rows, others, every, study.metric,
+        lambda text: talk.print(f"[bold]{text}[/]"),
+    )  # fmt: skip
+    console.print(report.comparison(study, results))
+    for table in results[0].findings[0].tables:
+        console.print(report.small_table(table))
+    if state is not None and study.sample and config.train.sample:
+        c, method = config.train, stages.method(rows[0][0].stage)
+        key = jax.random.key(c.seed)
+        text = study.sample(method, state, key, c.prompt, c.sample, c.temperature)
         console.print("[bold]sample[/]")
-        console.print(config.train.prompt + text, markup=False, soft_wrap=True)
+        console.print(c.prompt + text, markup=False, soft_wrap=True)
+    summary = studies.summary(study, results, every, folder)
     if jax.process_index() == 0:
-        summary = {
-            "metric": task.metric, "runs": rows, "baselines": baselines,
-            "evaluations": found,
-        }  # fmt: skip
-        (folder / "comparison.json").write_text(json.dumps(summary) + "\n")
-        try:
-            curves = [folder / f"seed{seed}" for seed in every]
-            levels = baselines if task.curve == task.metric else None
-            plots.plot(curves if seeds > 1 else [folder], task.curve,
-                        folder / "loss.png", levels)  # fmt: skip
-            if task.against:
-                x, panels = task.against
-                own = {
-                    label: [_inside(folder, label, seeds, seed) for seed in every]
-                    for label in ["", *({} if alone else rivals)]
-                }  # fmt: skip
-                named = {label or "this model": runs for label, runs in own.items()}
-                plots.plot_against(named, x, panels, folder / "against.png")
-            if len(rows) > 1 or seeds > 1:
-                plots.plot_comparison(task, rows, baselines, folder / "comparison.png")
-        except ModuleNotFoundError:
-            console.print("loss.png not drawn: pip install 'jaxpapers[plot]'")
+        _write(summary, results, folder)
+        _draw(study, results, folder, console)
     seconds = time.monotonic() - began
     talk.print(f"{seconds:.0f} s in all; wrote {folder}/")
-    means = {k: _mean([x[k] for x in found["this model"]]) for k in final}
-    return {**means, **baselines, "seconds": seconds}
-
-
-def _inside(folder: Path, label: str, seeds: int, seed: int) -> Path:
-    """Folder of one run of a model, "" for the paper's own."""
-    own = folder / label.replace(" ", "-") if label else folder
-    return own / f"seed{seed}" if seeds > 1 else own
+    return {**summary, "seconds": seconds}
 
 
 def plan(
@@ -227,28 +162,34 @@ def plan(
       config_path: see ``load_config``.
 
     Raises:
-      ValueError: unknown topology, or what ``train.compile`` raises.
+      ValueError: unknown topology, a paper without a training step, or what
+        ``train.compile`` raises.
       ModuleNotFoundError: libtpu is missing.
     """
     name, _, _ = target.partition(":")
     config = load_config(target, overrides, config_path)
-    papers.phases(name, config)  # Refuses a bad schedule; the first part is compiled.
+    if not papers.NAMES[name].trained:
+        raise ValueError(f"{name} trains nothing: there is no step to plan")
     devices = plans.topology_devices(topology) if topology else None
     grid = meshes.make_mesh(meshes.parse_mesh(mesh) if mesh else None, devices)
-    method = papers.load(name).make(config, **tasks.stand_ins(config))
-    meshes.batch_rows(grid, config.data.batch, parts=config.train.accumulate)
-    shapes = tasks.batch_shapes(config)
-    return plans.plan(method, grid, shapes, topology or jax.default_backend())
+    data = tasks.abstract(config)
+    method = papers.load(name).make(config, **data.facts)
+    if data.shapes:
+        meshes.batch_rows(grid, config.data.batch, parts=config.train.accumulate)
+    return plans.plan(method, grid, data.shapes, topology or jax.default_backend())
 
 
 def evaluate(workdir: str, *, mesh: str | None = None) -> dict[str, float]:
-    """Evaluates the latest checkpoint of a run on all of its validation data."""
+    """Measures the latest checkpoint of a run, beside the rows that train nothing."""
     name, config, method, grid, state = load_run(workdir, mesh)
-    task = tasks.load(config, method, grid)
-    final, baselines = task.evaluate(state), task.baselines()
-    rows = {"this model": [final[f"validation_{task.metric}"]]}
-    report.make_console().print(report.comparison(task, rows, baselines))
-    return {**final, **baselines}
+    study = tasks.study(name, config, tasks.read(config), grid)
+    own, *others = study.rows(config.train.seed)
+    results = [studies.Result(own, [own.measure(method, state)], [Path(workdir)])]
+    results += [
+        studies.Result(row, [row.measure()], []) for row in others if row.stage is None
+    ]
+    report.make_console().print(report.comparison(study, results))
+    return dict(results[0].findings[0].numbers)
 
 
 def sample(
@@ -262,10 +203,11 @@ def sample(
 ) -> str:
     """Continues a prompt with the latest checkpoint of a run."""
     name, config, method, grid, state = load_run(workdir, mesh)
-    task = tasks.load(config, method, grid)
-    if task.sample is None:
-        raise ValueError(f"{workdir}: what it was trained on has no text to continue")
-    return task.sample(state.params, jax.random.key(seed), prompt, length, temperature)
+    study = tasks.study(name, config, tasks.read(config), grid)
+    if study.sample is None:
+        raise ValueError(f"{workdir}: its model continues no text")
+    key = jax.random.key(seed)
+    return study.sample(method, state, key, prompt, length, temperature)
 
 
 def data(name: str, cache: str | None = None) -> Path:
@@ -290,14 +232,16 @@ def export(workdir: str, out: str) -> Path:
 
     Names are the "/"-joined paths; layers stay stacked on the leading axis. What a model
     has besides parameters (moving statistics) is named ``extra/...``. What only training
-    needs (the booster of Rocket Launching) is left out.
+    needs (``Method.served``) is left out.
     """
     from safetensors.flax import save_file
 
-    name, _, _, _, state = load_run(workdir)
-    params, extra = (papers.served(name, x) for x in (state.params, state.extra))
-    named = {**params, **({"extra": extra} if extra else {})}
-    flat = jax.tree_util.tree_flatten_with_path(named)[0]
+    name, _, method, _, state = load_run(workdir)
+    params, extra = state.params, state.extra
+    if method.served:
+        params, extra = method.served(params), method.served(extra)
+    tree = {**params, **({"extra": extra} if extra else {})}
+    flat = jax.tree_util.tree_flatten_with_path(tree)[0]
     save_file(
         {path_name(k): v for k, v in flat},
         out,
@@ -306,44 +250,74 @@ def export(workdir: str, out: str) -> Path:
     return Path(out)
 
 
-def _method(
-    name: str, config: Any, mesh: str | None = None, options: dict | None = None
-):
-    grid = meshes.make_mesh(meshes.parse_mesh(mesh) if mesh else None)
-    return papers.load(name).make(config, **(options or {})), grid
+def _any_mesh() -> jax.sharding.Mesh:
+    """A mesh that has every axis, for shapes that depend on none."""
+    return meshes.make_mesh({"replica": 1, "data": jax.device_count()})
 
 
-def _trace(method, grid, shapes) -> None:
-    """Runs what a step's functions check of their shapes, and nothing else."""
-    with jax.set_mesh(grid):
-        state = jax.eval_shape(method.init, jax.random.key(0), shapes)
-        jax.eval_shape(method.update, state, shapes)
+def _alone(rows: Sequence[studies.Row]) -> list[studies.Row]:
+    """The paper's own row, those of stages on its way, and those that train nothing."""
+    needed = unique([rows[0].stage])
+    return [
+        row
+        for row in rows
+        if row.stage is None or any(same(row.stage, stage) for stage in needed)
+    ]
 
 
-def _dry_run(config, method, grid, task, console) -> dict[str, float]:
-    rows = meshes.batch_rows(grid, config.data.batch)
-    local = task.examples.batch(0, config.data.batch, rows)
-    shapes = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct((config.data.batch, *x.shape[1:]), x.dtype),
-        local,
-    )
+def _dry_run(stages: Stages, rows: Sequence[studies.Row], console: Console) -> None:
+    """Compiles the paper's own step and prints its parameters, memory and cost."""
+    stage = rows[0].stage
+    if stage is None:
+        console.print(f"{len(rows)} rows, nothing to train; dry run: nothing written")
+        return
     began = time.monotonic()
-    compiled = trainer.compile(method, grid, shapes)
+    compiled, method = stages.compiled(stage), stages.method(stage)
     labels = method.labels(compiled.shapes.params) if method.labels else None
     console.print(report.parameter_table(compiled.shapes.params, labels))
     console.print(report.memory_line(compiled))
     console.print(
-        f"compiled for mesh {dict(grid.shape)} in {time.monotonic() - began:.1f} s; "
-        "dry run: nothing written"
+        f"compiled for mesh {dict(stages.grid.shape)} in {time.monotonic() - began:.1f} "
+        "s; dry run: nothing written"
     )
-    return {}
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+def _write(summary: dict, results: studies.Results, folder: Path) -> None:
+    """``comparison.json``, and the files of the findings in the folders of their rows."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "comparison.json").write_text(json.dumps(summary) + "\n")
+    for i, result in enumerate(results):
+        places: list[Path] = list(result.folders)
+        if not places:
+            label = result.row.label.replace("/", "-").replace(" ", "-")
+            places = [folder if i == 0 else folder / "rows" / label]
+        for finding, place in zip(result.findings, places):
+            for name, content in finding.files.items():
+                place.mkdir(parents=True, exist_ok=True)
+                if isinstance(content, Mapping):
+                    np.savez(place / name, **content)
+                elif isinstance(content, bytes):
+                    (place / name).write_bytes(content)
+                else:
+                    (place / name).write_text(content, encoding="utf-8")
 
 
-def _sample(task, params, config, prompt: str) -> str:
-    key = jax.random.key(config.train.seed)
-    c = config.train
-    return task.sample(params, key, prompt, c.sample, c.temperature)
+def _draw(study, results: studies.Results, folder: Path, console: Console) -> None:
+    """The study's figures; says so where matplotlib is missing."""
+    own = results[0]
+    try:
+        if own.folders:
+            untrained = [r for r in results if r.row.stage is None]
+            levels = {r.row.label: r.values(study.metric)[0] for r in untrained
+                      if r.values(study.metric)}  # fmt: skip
+            plots.plot(own.folders, study.curve, folder / "loss.png",
+                       levels if study.curve == study.metric else None)  # fmt: skip
+        several = len(own.findings) > 1 or len([r for r in results if r.row.stage]) > 1
+        if several or not own.folders:
+            plots.plot_comparison(study, results, folder / "comparison.png")
+        if any(finding.curves for r in results for finding in r.findings):
+            plots.plot_curves(results, folder / "curves.png")
+        for name, draw in study.pictures.items():
+            draw(results, folder / name)
+    except ModuleNotFoundError:
+        console.print("figures not drawn: pip install 'jaxpapers[plot]'", markup=False)

@@ -82,11 +82,10 @@ def compile(
         traced = step.trace(shapes, batch)
         executable = traced.lower().compile(compiler_options)
 
+    build = jax.jit(lambda key: method.init(key, batch), out_shardings=shardings)
+
     def init(key):
         with jax.set_mesh(mesh):
-            build = jax.jit(
-                lambda key: method.init(key, batch), out_shardings=shardings
-            )
             return build(key)
 
     return Compiled(init, executable, shapes, executable, traced.jaxpr)
@@ -99,6 +98,8 @@ def fit(
     steps: int,
     batch: int,
     mesh: jax.sharding.Mesh | None = None,
+    compiled: Compiled | Callable[[], Compiled] | None = None,
+    refresh: tuple[int, Callable[[State], State]] | None = None,
     seed: int = 0,
     workdir: str | Path | None = None,
     config: dict | None = None,
@@ -118,10 +119,14 @@ def fit(
 
     Args:
       method: see ``Method``.
-      examples: has ``batch(start, size, rows)``, e.g. ``data.text.Windows``.
+      examples: has ``batch(start, size, rows)``, e.g. ``data.text.Windows``; a function
+        of the State or None, see ``study.Data``.
       steps: optimizer steps of the whole run.
       batch: examples per step, over all devices and hosts.
       mesh: default all devices on ``data``.
+      compiled: the method's step on this mesh, or a function that gives it; needed where
+        ``examples`` alone do not give the shapes of a batch.
+      refresh: (k, State -> State), called before steps 0, k, 2k, ...; see ``study.Data``.
       seed: of the parameters and of the steps' keys.
       workdir: checkpoints go to its folder ``checkpoints``; None saves nothing.
       config: plain values, stored in every checkpoint.
@@ -144,14 +149,25 @@ def fit(
       ValueError: shapes that do not fit the mesh or the checkpoint.
     """
     mesh = mesh or meshes.make_mesh()
-    rows = meshes.batch_rows(mesh, batch)
-    local = examples.batch(0, batch, rows)
-    shapes = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype), local
-    )
+    if compiled is None and (examples is None or callable(examples)):
+        raise ValueError(
+            "examples that depend on the state give no shapes: pass compiled="
+            "train.compile(method, mesh, shapes)"
+        )
+    if refresh and refresh[0] < 1:
+        raise ValueError(f"refresh needs at least 1 step between, got {refresh[0]}")
+    rows = slice(0) if examples is None else meshes.batch_rows(mesh, batch)
     # From here on SIGTERM waits for the next step's end, also during compilation.
     with _SignalFlag() as stop:
-        compiled = compile(method, mesh, shapes)
+        if compiled is None:
+            local = examples.batch(0, batch, rows)
+            shapes = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype), local
+            )
+            compiled = compile(method, mesh, shapes)
+        elif not isinstance(compiled, Compiled):
+            compiled = compiled()
+        read = _reader(examples, refresh is not None, batch, rows)
         manager = (
             ckpt.open_manager(Path(workdir) / "checkpoints", keep=keep)
             if workdir
@@ -164,8 +180,8 @@ def fit(
                 report.start(compiled, method, int(state.step), steps)
             with jax.set_mesh(mesh):
                 return _loop(
-                    compiled, state, position, examples, rows, mesh, batch, steps,
-                    manager, config or {}, evaluate, eval_every, save_every,
+                    compiled, state, position, read, refresh, mesh, batch, steps, manager,
+                    config or {}, evaluate, eval_every, save_every,
                     save_minutes, report, profile, workdir, stop,
                 )  # fmt: skip
         finally:
@@ -196,19 +212,13 @@ def _start(compiled: Compiled, manager, seed: int, init_from: str | None, method
 
 
 def _loop(
-    compiled, state, position, examples, rows, mesh, batch, steps, manager, config,
+    compiled, state, position, read, refresh, mesh, batch, steps, manager, config,
     evaluate, eval_every, save_every, save_minutes, report, profile, workdir, stop,
 ) -> State:  # fmt: skip
     first = int(state.step)
     saved_at = time.monotonic()
     pending: dict | None = None
     tracing = False
-
-    @jax.jit
-    def finite(state):
-        leaves = jax.tree.leaves((state.params, state.opt_state, state.extra))
-        floats = [x for x in leaves if jnp.issubdtype(x.dtype, jnp.inexact)]
-        return jnp.array([jnp.isfinite(x).all() for x in floats]).all()
 
     def flush(step: int) -> None:
         """Reads the metrics of a step that was dispatched before the newest one."""
@@ -236,7 +246,10 @@ def _loop(
         if profile and step == profile[0]:
             jax.profiler.start_trace(str(Path(workdir or ".") / "profile"))
             tracing = True
-        local = examples.batch(position, batch, rows)
+        due_refresh = refresh and step % refresh[0] == 0
+        if refresh and due_refresh:
+            state = _refreshed(state, refresh[1], compiled.shapes)
+        local = read(state, position, bool(due_refresh))
         previous = pending
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
             state, metrics = compiled.step(state, meshes.put_batch(local, mesh, batch))
@@ -259,7 +272,7 @@ def _loop(
         if due or save or preempted:
             flush(done)
         if manager and (save or preempted):
-            if not bool(finite(state)):
+            if not bool(_finite((state.params, state.opt_state, state.extra))):
                 raise NonFiniteError(
                     f"non-finite optimizer state after step {done}; last good "
                     f"checkpoint: step {manager.latest_step()}; lower config.optim.lr"
@@ -268,7 +281,7 @@ def _loop(
             saved_at = time.monotonic()
         if due and not preempted:
             values = evaluate(state)
-            if report:
+            if report and values:
                 report.evaluation(done, values)
         if preempted:
             if manager:
@@ -280,6 +293,46 @@ def _loop(
     if stop.raised:
         raise Preempted(f"stopped after the last step, {steps}")
     return state
+
+
+def _reader(examples: Any, refreshed: bool, batch: int, rows: slice) -> Callable:
+    """(state, position, just refreshed) -> this process's rows of the next batch."""
+    if examples is None:
+        return lambda state, position, new: {}
+    if not callable(examples):
+        return lambda state, position, new: examples.batch(position, batch, rows)
+    known: list[Any] = []
+
+    def read(state, position, new):
+        if not known or new or not refreshed:
+            known[:] = [examples(state)]
+        return known[0].batch(position, batch, rows)
+
+    return read
+
+
+def _refreshed(state: State, change: Callable, shapes: State) -> State:
+    """The state after a refresh, laid out as before.
+
+    Raises:
+      ValueError: the refresh changed a shape, a dtype, or the step, which only
+        ``update`` counts.
+    """
+    new = change(state)
+    forms = [jax.tree.map(lambda x: (np.shape(x), x.dtype), x) for x in (new, shapes)]
+    if forms[0] != forms[1] or new.step is not state.step:
+        raise ValueError(
+            "a refresh may change the values of State.params, opt_state and extra, not "
+            f"their shapes, dtypes or the step; got {forms[0]}, expected {forms[1]}"
+        )
+    return jax.tree.map(lambda x, s: jax.device_put(x, s.sharding), new, shapes)
+
+
+@jax.jit
+def _finite(tree: Any) -> jax.Array:
+    """Whether all floating point leaves are finite."""
+    floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    return jnp.array([jnp.isfinite(x).all() for x in floats]).all()
 
 
 def _agreed(seconds: int | float, step: int) -> float:

@@ -61,6 +61,7 @@ class Method(NamedTuple):
         expensive for every step.
       predict: (params, extra, batch) -> scores, one per row of the batch, or a NamedTuple
         of scores whose first field is evaluated; None for models without scores.
+      served: params or ``extra`` -> the part that predicting needs; None: all of it.
     """
 
     init: Callable[..., State]
@@ -73,6 +74,7 @@ class Method(NamedTuple):
     warm_start: WarmStart | None = None
     diagnose: Callable | None = None
     predict: Callable | None = None
+    served: Callable | None = None
 
 
 class Replicas(NamedTuple):

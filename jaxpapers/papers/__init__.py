@@ -1,4 +1,4 @@
-"""The methods: name -> what it is. Modules are imported when asked for."""
+"""The papers: name -> what it is. Modules are imported when asked for."""
 
 import difflib
 import importlib
@@ -13,9 +13,11 @@ class Paper(NamedTuple):
       title: of the paper.
       authors: first author and others.
       year: of the arXiv version or publication.
-      arxiv: id on arXiv.
+      arxiv: id on arXiv; "" for none.
       field: a tag.
       smoke: what the smoke preset shows, and its cost on 2 cores.
+      trained: whether the module has ``make``; False for papers that train nothing.
+      venue: where it was published, for papers that are not on arXiv.
     """
 
     title: str
@@ -24,6 +26,13 @@ class Paper(NamedTuple):
     arxiv: str
     field: str
     smoke: str
+    trained: bool = True
+    venue: str = ""
+
+    @property
+    def reference(self) -> str:
+        """arXiv id, or venue and year."""
+        return f"arXiv {self.arxiv}" if self.arxiv else f"{self.venue} {self.year}"
 
 
 NAMES: dict[str, Paper] = {
@@ -123,61 +132,6 @@ def load(name: str) -> ModuleType:
     return importlib.import_module(f"jaxpapers.papers.{name}")
 
 
-def phases(name: str, config: Any) -> list[tuple[int, Any]]:
-    """(last step, config) of the parts of a run: one, unless the paper has ``phases``."""
-    split = getattr(load(name), "phases", None)
-    return split(config) if split else [(config.train.steps, config)]
-
-
-def same_pretraining(one: Any, other: Any) -> bool:
-    """Whether two pretrainings read the same: all but what only tuning has."""
-    process = ("betas", "timesteps", "beta_start", "beta_end")
-
-    def read(config):
-        groups = ("data", "net", "pretrain", "train")
-        own = {name: config[name].to_dict() for name in groups}
-        return own | {name: config.method[name] for name in process}
-
-    return one is not None and other is not None and read(one) == read(other)
-
-
-def pretraining(name: str, config: Any) -> Any:
-    """Config of the run whose checkpoint this one starts from; None if there is none.
-
-    A paper with stages has the group ``pretrain``, with its own batch and steps.
-    """
-    if "pretrain" not in config or config.method.stage == "pretrain":
-        return None
-    before = config.copy_and_resolve_references().unlock()
-    before.method.stage = "pretrain"
-    before.data.batch = config.pretrain.batch
-    before.train.update(
-        steps=config.pretrain.steps, eval_every=config.pretrain.eval_every, init_from=""
-    )
-    return before.lock()
-
-
-def rivals(name: str, config: Any) -> dict[str, Any]:
-    """Label -> config of a paper's own variants that are compared with it.
-
-    Models of other papers on the same task are ``tasks.rivals``.
-    """
-    others = getattr(load(name), "rivals", None)
-    return others(config) if others else {}
-
-
-def inference(name: str, config: Any) -> Any:
-    """A config without what only training needs."""
-    plain = getattr(load(name), "inference", None)
-    return plain(config) if plain else config
-
-
-def served(name: str, tree: Any) -> Any:
-    """Params, or state beside them, without what only training needs."""
-    light = getattr(load(name), "export_light", None)
-    return light(tree) if light else tree
-
-
 def check(name: str) -> Paper:
     """The list's row of a paper; ValueError with a suggestion if there is none."""
     if name not in NAMES:
@@ -193,11 +147,14 @@ def bibtex(name: str) -> str:
     """BibTeX entry of a paper."""
     paper = check(name)
     first = paper.authors.split(",")[0].lower()
+    source = (
+        f"  eprint = {{{paper.arxiv}}},\n  archivePrefix = {{arXiv}}\n"
+        if paper.arxiv
+        else f"  howpublished = {{{paper.venue}}}\n"
+    )
     return (
         f"@misc{{{first}{paper.year}{name},\n"
         f"  title = {{{{{paper.title}}}}},\n"
         f"  author = {{{paper.authors}}},\n"
-        f"  year = {{{paper.year}}},\n"
-        f"  eprint = {{{paper.arxiv}}},\n"
-        "  archivePrefix = {arXiv}\n}"
+        f"  year = {{{paper.year}}},\n{source}}}"
     )

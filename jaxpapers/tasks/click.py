@@ -8,14 +8,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxpapers import mesh as meshes
 from jaxpapers.config import load_config
 from jaxpapers.data import ctr, ctr_files, ctr_tasks, fetch, lines
 from jaxpapers.nets import embedding
 from jaxpapers.ops import ranking
-from jaxpapers.tasks import Task, named
+from jaxpapers.papers import dien, rocket
+from jaxpapers.study import Data, Finding, Row, Stage, Study, with_fields, with_seed
+from jaxpapers.tasks.scores import named, scorer
 
 # Files that a source's folder has to hold, as patterns.
 FILES = {
@@ -37,146 +38,176 @@ SPLITS = ("test", "validation")
 _VOCABULARIES = {"item": "item_vocab", "cate": "cate_vocab", "user": "user_vocab"}
 
 
-def prepare(config: Any) -> tuple[Any, dict[str, Any]]:
-    """The config with the data's vocabularies; counts of ids if the method wants them."""
-    clicks = read(config)
-    config = config.copy_and_resolve_references()
-    for name, field in _VOCABULARIES.items():
-        config.net[field] = clicks.rows[name]
-    if not config.method.get("mba", 0.0):
-        return config, {}
-    counts = ctr.occurrences(clicks, config.data.history)
-    return config, {
-        "counts": {k: v for k, v in counts.items() if k in ("item", "cate")}
+def abstract(config: Any) -> Data:
+    """Shapes of a global training batch; equal counts of all ids for ``method.mba``."""
+    n, slots = config.data.batch, config.data.history
+    times, negatives = _reads(config)
+    single = ["user", "item", "cate", "length"] + (["time"] if times else [])
+    lists = ["hist_item", "hist_cate"] + (["hist_time"] if times else [])
+    lists += ["neg_hist_item", "neg_hist_cate"] if negatives else []
+    shapes = {
+        **{k: jax.ShapeDtypeStruct((n,), jnp.int32) for k in single},
+        **{k: jax.ShapeDtypeStruct((n, slots), jnp.int32) for k in lists},
+        "label": jax.ShapeDtypeStruct((n,), jnp.float32),
     }
+    if not config.method.get("mba", 0.0):
+        return Data(None, shapes)
+    sizes = {"item": config.net.item_vocab, "cate": config.net.cate_vocab}
+    return Data(None, shapes, {"counts": {k: np.ones(n) for k, n in sizes.items()}})
 
 
-def rivals(name: str, config: Any) -> dict[str, tuple[str, Any]]:
-    """Logistic regression, Base (mean pooling) and DIN, on the same rows for as long.
+def read(config: Any) -> Data:
+    """Training rows of the source that ``config.data`` names, and counts of their ids."""
+    clicks, c = load(config), config.data
+    times, negatives = _reads(config)
+    examples = ctr.Examples(
+        clicks, c.history, seed=c.seed, times=times, negatives=negatives
+    )
+    data = abstract(config)
+    if data.facts:
+        counts = ctr.occurrences(clicks, c.history)
+        data = data._replace(facts={"counts": {k: counts[k] for k in ("item", "cate")}})
+    return data._replace(
+        examples=examples,
+        summary=f"{c.source}, {clicks.name}: {len(examples):,} rows to train on, "
+        f"{len(clicks.test.label):,} to test; {clicks.rows['item']:,} items",
+    )
 
-    None where ``data.rivals`` says so, and beside those models themselves.
-    Those of DIN have its own sizes. Beside another model they have those of DIN's preset
-    for the source, and on other sources than ml-100k the optimizer and the constant part
-    of the learning rate of that model: its schedule is made for its own number of steps.
+
+def study(name: str, config: Any, data: Data, mesh: Any) -> Study:
+    """The model, its ablations and the baselines of the task, on the same test rows."""
+    del data  # Of this config; the rows' stages read their own.
+    clicks, c = load(config), config.data
+    label = clicks.test.label
+
+    def trained(title, paper, config):
+        config = _with_vocabularies(config, clicks)
+        measure = functools.partial(_evaluate, config, clicks, mesh)
+        return Row(title, Stage(paper, config), lambda *run: Finding(measure(*run)))
+
+    def constant(title, score):
+        # Of items, not of the buckets that they share.
+        return Row(title, None, lambda: Finding({"auc": ranking.auc(label, score())}))
+
+    def rows(seed):
+        models = {"this model": (name, config)}
+        models |= {k: (name, v) for k, v in ablations(name, config).items()}
+        models |= baselines(name, config)
+        known = functools.partial(_load_unhashed, config)
+        return [
+            *(
+                trained(k, paper, with_seed(v, seed))
+                for k, (paper, v) in models.items()
+            ),
+            constant("popularity", lambda: ctr.popularity(known())),
+            constant("item mean", lambda: ctr.item_mean(known())),
+        ]
+
+    return Study(
+        title=f"AUC of {len(label):,} test rows, {c.source} ({clicks.name})",
+        metric="auc",
+        rising=True,
+        rows=rows,
+        columns=("gauc",),
+    )
+
+
+def ablations(name: str, config: Any) -> dict[str, Any]:
+    """Label -> config of the paper's own variants."""
+    variants = {"dien": dien.ablations, "rocket": rocket.ablations}
+    fields = variants[name](config) if name in variants else {}
+    return {label: with_fields(config, values) for label, values in fields.items()}
+
+
+def baselines(name: str, config: Any) -> dict[str, tuple[str, Any]]:
+    """Label -> paper and config of logistic regression, Base and DIN, trained as long.
+
+    None where ``data.baselines`` says so, and beside those models themselves. Those of
+    DIN have its own sizes. Beside another model they have those of DIN's preset for the
+    source, and on other sources than ml-100k the optimizer and the constant part of the
+    learning rate of that model: its schedule is made for its own number of steps.
     """
-    if not config.data.get("rivals", True):
+    if not config.data.get("baselines", True):
         return {}
     if name == "din":
         if config.net.pooling != "attention":
             return {}
-        own = config
+        attention = config
     else:
-        small = config.data.source == "ml-100k"
-        own = load_config(
-            "din:ml100k" if small else "din"
-        ).copy_and_resolve_references()
-        _take(own.data, config.data)
-        _take(own.train, config.train)
-        # DIN's steps need no cutting where the other model's do, nor its first stage.
-        own.train.accumulate, own.train.init_from = 1, ""
-        own.net.rows_multiple = config.net.rows_multiple
-        if not small:
-            own.optim.schedule = "constant"
-            _take(own.optim, config.optim)
-        if own.net.unit_chunk and own.data.batch % own.net.unit_chunk:
-            own.net.unit_chunk = 0
-    base, linear = (own.copy_and_resolve_references() for _ in range(2))
-    base.net.pooling = "mean"
+        attention = _din_beside(config)
     # One number per id and a linear map: the features are the ids themselves.
-    linear.net.update(pooling="sum", item_dim=1, cate_dim=1, user_dim=0, hidden=())
-    linear.net.update(product=False, project=0, affine=False)
-    found = {
-        "Base, mean pooling": ("din", base),
-        "logistic regression": ("din", linear),
+    linear = {
+        "net.pooling": "sum", "net.item_dim": 1, "net.cate_dim": 1, "net.user_dim": 0,
+        "net.hidden": (), "net.product": False, "net.project": 0, "net.affine": False,
+    }  # fmt: skip
+    models = {
+        "Base, mean pooling": with_fields(attention, {"net.pooling": "mean"}),
+        "logistic regression": with_fields(attention, linear),
     }
     if config.net.get("model", name) != "din":
-        found["DIN"] = ("din", own)
-    return found
+        models["DIN"] = attention
+    return {label: ("din", model) for label, model in models.items()}
 
 
-def _take(group: Any, other: Any) -> None:
+def _din_beside(config: Any) -> Any:
+    """DIN's config on the data and for the steps of another model's."""
+    small = config.data.source == "ml-100k"
+    din = load_config("din:ml100k" if small else "din")
+    din = din.copy_and_resolve_references().unlock()
+    _copy_shared(din.data, config.data)
+    _copy_shared(din.train, config.train)
+    # DIN's steps need no cutting where the other model's do, nor its first stage.
+    din.train.accumulate, din.train.init_from = 1, ""
+    din.net.rows_multiple = config.net.rows_multiple
+    if not small:
+        _copy_shared(din.optim, config.optim)
+        din.optim.schedule = "constant"
+    if din.net.unit_chunk and din.data.batch % din.net.unit_chunk:
+        din.net.unit_chunk = 0
+    return din.lock()
+
+
+def _copy_shared(group: Any, other: Any) -> None:
     """Sets a group's fields to those of another one that have the same name."""
     for field in group:
         if field in other:
             group[field] = other[field]
 
 
-def batch_shapes(config: Any) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of a global training batch."""
-    n, slots = config.data.batch, config.data.history
-    times, negatives = _needs(config)
-    single = ["user", "item", "cate", "length"] + (["time"] if times else [])
-    lists = ["hist_item", "hist_cate"] + (["hist_time"] if times else [])
-    lists += ["neg_hist_item", "neg_hist_cate"] if negatives else []
+def _evaluate(config, clicks, mesh, method, state) -> dict[str, float]:
+    """AUC and GAUC of the test rows, of each net's scores."""
+    times, _ = _reads(config)
+    test = ctr.Examples(
+        clicks, config.data.history, split="test", shuffle=False, seed=config.data.seed,
+        times=times,
+    )  # fmt: skip
+    size = config.data.eval_batch
+    rows = meshes.batch_rows(mesh, size, name="data.eval_batch")
+    score, scores, newest = scorer(method.predict, mesh), [], None
+    with jax.set_mesh(mesh):
+        for batch in test.score_batches(size):
+            local = jax.tree.map(lambda x: x[rows], batch)
+            placed = meshes.put_batch(local, mesh, size)
+            # Two in flight: see tasks.language_model.
+            last, newest = newest, score(state.params, state.extra, placed)
+            if last is not None:
+                scores.append(jax.tree.map(np.asarray, named(last)))
+    scores.append(jax.tree.map(np.asarray, named(newest)))
     return {
-        **{k: jax.ShapeDtypeStruct((n,), jnp.int32) for k in single},
-        **{k: jax.ShapeDtypeStruct((n, slots), jnp.int32) for k in lists},
-        "label": jax.ShapeDtypeStruct((n,), jnp.float32),
+        f"{net}{metric}": value
+        for net in scores[0]
+        for metric, value in _measure(
+            test.samples, np.concatenate([x[net] for x in scores])[: len(test)]
+        ).items()
     }
 
 
-def load(config: Any, method: Any, mesh: Any) -> Task:
-    """Reads ``config.data`` and binds the evaluation to a method and mesh.
-
-    The test rows are those of the source's protocol. Scores are the method's sampler's,
-    one candidate to a row.
-    """
-    clicks, c = read(config), config.data
-    times, negatives = _needs(config)
-    make = functools.partial(ctr.Examples, clicks, c.history, seed=c.seed, times=times)
-    examples = make(negatives=negatives)
-    test = make(split="test", shuffle=False)
-    size = c.eval_batch
-    rows = meshes.batch_rows(mesh, size, name="data.eval_batch")
-    score = jax.jit(
-        lambda state, batch: method.sampler(
-            state.params, jax.random.key(0), batch, state.extra
-        ),
-        out_shardings=NamedSharding(mesh, PartitionSpec()),
-    )
-
-    def evaluate(state, quick=False):
-        del quick
-        state = state._replace(opt_state=(), step=(), key=())
-        scores, newest = [], None
-        with jax.set_mesh(mesh):
-            for batch in test.score_batches(size):
-                local = jax.tree.map(lambda x: x[rows], batch)
-                # Two in flight: see tasks.language_model.
-                last, newest = newest, score(state, meshes.put_batch(local, mesh, size))
-                if last is not None:
-                    scores.append(jax.tree.map(np.asarray, named(last)))
-        scores.append(jax.tree.map(np.asarray, named(newest)))
-        return {
-            f"validation_{name}{metric}": value
-            for name in scores[0]
-            for metric, value in _measure(
-                test.samples, np.concatenate([x[name] for x in scores])[: len(test)]
-            ).items()
-        }
-
-    def baselines():
-        known = _plain(config)  # Of items, not of the buckets that they share.
-        guesses = {"popularity": ctr.popularity(known)}
-        guesses["item mean"] = ctr.item_mean(known)
-        return {k: ranking.auc(test.samples.label, v) for k, v in guesses.items()}
-
-    return Task(
-        examples,
-        1,
-        "rows",
-        "auc",
-        f"AUC of {len(test):,} test rows, {c.source} ({clicks.name})",
-        evaluate,
-        baselines,
-        None,
-        f"{c.source}, {clicks.name}: {len(examples):,} rows to train on, {len(test):,} "
-        f"to test; {clicks.rows['item']:,} items",
-        rising=True,
-    )
+def _with_vocabularies(config: Any, clicks: ctr.Clicks) -> Any:
+    sizes = {f"net.{_VOCABULARIES[k]}": clicks.rows[k] for k in _VOCABULARIES}
+    return with_fields(config, sizes)
 
 
-def read(config: Any) -> ctr.Clicks:
+def load(config: Any) -> ctr.Clicks:
     """The data that ``config.data`` names: source, path, target, order, split, shuffled.
 
     Of amazon also the protocol, where the config has one; else DIN's. Items share
@@ -186,21 +217,30 @@ def read(config: Any) -> ctr.Clicks:
       FileNotFoundError: files that are not there; says which, and where to get them.
       ValueError: unknown names.
     """
-    clicks, buckets = _plain(config), config.data.get("item_buckets", 0)
+    c = config.data
+    clicks, buckets = _load_unhashed(config), c.get("item_buckets", 0)
     return hash_items(clicks, buckets) if buckets else clicks
 
 
-def _plain(config: Any) -> ctr.Clicks:
+def _load_unhashed(config: Any) -> ctr.Clicks:
     """The data with an id for every item."""
     c = config.data
-    clicks = _read(
-        c.source, c.path, c.target, c.order, c.categories, c.get("protocol", "din")
-    )
-    if c.split not in SPLITS:
-        raise ValueError(f"config.data.split must be one of {SPLITS}, got {c.split!r}")
-    if c.split == "validation":
-        clicks = ctr.hold_out(clicks, seed=c.seed)
-    return ctr.shuffle_labels(clicks, c.seed) if c.shuffled else clicks
+    return _load(
+        c.source, c.path, c.target, c.order, c.categories, c.get("protocol", "din"),
+        c.split, c.seed, c.shuffled,
+    )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=2)
+def _load(
+    source, path, target, order, categories, protocol, split, seed, shuffled
+) -> ctr.Clicks:
+    if split not in SPLITS:
+        raise ValueError(f"config.data.split must be one of {SPLITS}, got {split!r}")
+    clicks = _read(source, path, target, order, categories, protocol)
+    if split == "validation":
+        clicks = ctr.hold_out(clicks, seed=seed)
+    return ctr.shuffle_labels(clicks, seed) if shuffled else clicks
 
 
 def hash_items(clicks: ctr.Clicks, buckets: int) -> ctr.Clicks:
@@ -209,18 +249,18 @@ def hash_items(clicks: ctr.Clicks, buckets: int) -> ctr.Clicks:
     Raises:
       ValueError: fewer buckets than 1.
     """
-    every = np.asarray(embedding.hash_ids(jnp.arange(clicks.rows["item"]), buckets))
-    every = np.concatenate([np.arange(ctr.FIRST, dtype=np.int32), every[ctr.FIRST :]])
+    bucket = np.array(embedding.hash_ids(jnp.arange(clicks.rows["item"]), buckets))
+    bucket[: ctr.FIRST] = np.arange(ctr.FIRST)
 
     def hashed(table):
-        return table._replace(item=every[table.item])
+        return table._replace(item=bucket[table.item])
 
     negatives = clicks.negatives
     return clicks._replace(
         train=hashed(clicks.train),
         test=hashed(clicks.test),
         log=hashed(clicks.log),
-        negatives=negatives and (every[negatives[0]], negatives[1]),
+        negatives=negatives and (bucket[negatives[0]], negatives[1]),
         rows={**clicks.rows, "item": buckets + ctr.FIRST},
     )
 
@@ -236,9 +276,9 @@ def _read(source, path, target, order, categories, protocol) -> ctr.Clicks:
         )
         clicks = task(ratings, order=order)
     elif source in _READERS:
-        own = {"protocol": protocol} if source == "amazon" else {}
+        options = {"protocol": protocol} if source == "amazon" else {}
         files = _files(source, path)
-        clicks = _READERS[source](*files, progress=lines.print_progress, **own)
+        clicks = _READERS[source](*files, progress=lines.print_progress, **options)
     else:
         raise ValueError(
             f"config.data.source must be one of {('ml-100k', *_READERS)}, got {source!r}"
@@ -247,7 +287,7 @@ def _read(source, path, target, order, categories, protocol) -> ctr.Clicks:
 
 
 def _files(source: str, path: str) -> list[Path]:
-    folder, found = Path(path).expanduser(), []
+    folder, files = Path(path).expanduser(), []
     for pattern in FILES[source]:
         matches = sorted(folder.glob(pattern)) if path else []
         if not matches:
@@ -256,11 +296,11 @@ def _files(source: str, path: str) -> list[Path]:
                 f"{' and '.join(FILES[source])}, which its owners offer for download; "
                 "--config.data.source=ml-100k needs none"
             )
-        found.append(matches[0])
-    return found
+        files.append(matches[0])
+    return files
 
 
-def _needs(config: Any) -> tuple[bool, bool]:
+def _reads(config: Any) -> tuple[bool, bool]:
     """Whether the model reads times, and negatives of the history."""
     times = bool(config.net.get("time_dim", 0))
     return times, bool(config.method.get("aux_weight", 0.0))

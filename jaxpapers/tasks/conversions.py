@@ -2,7 +2,6 @@
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,15 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpapers import mesh as meshes
-from jaxpapers.method import Method
+from jaxpapers.data import conversions, fetch, lines
 from jaxpapers.papers import defer
-from jaxpapers.tasks import Task
+from jaxpapers.study import Data, Finding, Row, Stage, Study, with_fields, with_seed
+from jaxpapers.tasks.scores import scorer
 
-# Rows of the family's table, the two that RI is measured between first.
-FAMILY = (
-    "pretrained", "oracle", "vanilla_win", "vanilla", "vanilla_defer", "fnw", "fnc",
-    "fnw_rn", "fnc_rn", "es_dfm", "defer", "dfm",
-)  # fmt: skip
+SOURCES = ("synthetic", "cdnow", "criteo")
 
 
 class Clicks(NamedTuple):
@@ -37,37 +33,118 @@ class Clicks(NamedTuple):
     name: str
 
 
-class Row(NamedTuple):
-    """One method of the family's table.
-
-    Attributes:
-      method: its name.
-      values: metric -> one number per seed; of ``defer.METRICS``, ``ri_nll`` and
-        ``clipped``: share of predictions at 1, where calibration clips.
-    """
-
-    method: str
-    values: dict[str, np.ndarray]
-
-
-def prepare(config: Any) -> tuple[Any, dict[str, Any]]:
-    """The config with the steps of the whole journey, if it leaves them open."""
-    if config.train.steps:
-        return config, {}
-    config = config.copy_and_resolve_references()
-    config.train.steps = Journey(read(config), config).steps
-    return config, {}
-
-
-def batch_shapes(config: Any) -> dict[str, jax.ShapeDtypeStruct]:
+def abstract(config: Any) -> Data:
     """Shapes of a global training batch."""
     n = config.data.batch
     dtype = jnp.int32 if config.net.bins else jnp.float32
     names = ("label", "elapsed", "weight", "resolved", "delayed")
-    return {
+    shapes = {
         "x": jax.ShapeDtypeStruct((n, config.net.features), dtype),
         **{k: jax.ShapeDtypeStruct((n,), jnp.float32) for k in names},
     }
+    return Data(None, shapes, unit="clicks")
+
+
+def read(config: Any) -> Data:
+    """The journey of the configured method: resolved clicks, then the stream's events.
+
+    Raises:
+      ValueError: an empty phase.
+    """
+    return bind(load(config), config)
+
+
+def bind(clicks: Clicks, config: Any) -> Data:
+    """``read`` for clicks that are here already."""
+    c, examples = config.data, Journey(clicks, config)
+    for phase, rows in (
+        ("pretraining", examples.pretrain),
+        ("streamed", examples.stream.ts),
+        ("held-out", _held_out(clicks, config)),
+    ):
+        if not len(rows):
+            raise ValueError(
+                f"no {phase} clicks between config.data's times; clicks lie in "
+                f"[{clicks.click_ts.min():.2f}, {clicks.click_ts.max():.2f}]"
+            )
+    return abstract(config)._replace(
+        examples=examples,
+        summary=f"{clicks.name}: {len(examples.pretrain)} resolved clicks x {c.epochs} "
+        f"epochs, then {len(examples.stream.ts)} events of {config.method.name}; "
+        f"{examples.steps} steps in all",
+    )
+
+
+def study(name: str, config: Any, data: Data, mesh: Any) -> Study:
+    """The method beside others of the family, by the NLL of the last days' clicks.
+
+    A run is pretraining and the stream up to ``holdout`` days before its end. The numbers
+    are of the clicks of those days, with their true labels. The protocol of the paper,
+    which evaluates all along the stream, is ``table``.
+    """
+    return compare(load(config), name, config, mesh)
+
+
+def compare(clicks: Clicks, name: str, config: Any, mesh: Any) -> Study:
+    """``study`` for clicks that are here already."""
+    c, journey = config.data, Journey(clicks, config)
+    held = _held_out(clicks, config)
+    labels = truth(clicks, c.w2)[held]
+    others = config.method.get("baselines", ())
+    unknown = set(others) - set(defer.NAMES)
+    if unknown:
+        raise ValueError(
+            f"config.method.baselines must be of {defer.NAMES}, got {sorted(unknown)}"
+        )
+
+    def measure(method, state):
+        score, served = scorer(method.predict, mesh), (state.params, state.extra)
+        with jax.set_mesh(mesh):
+            parts = defer.predict_rows(
+                lambda served, rows: score(
+                    *served, meshes.put_batch(rows, mesh, c.batch)
+                ),
+                served,
+                clicks.features,
+                held,
+                c.batch,
+            )
+            p = np.concatenate([np.asarray(x) for x in parts])[: len(held)]
+        return Finding(defer.score(labels, p))
+
+    def stage(method_name, seed):
+        own = with_method(with_seed(config, seed), method_name)
+        if method_name != config.method.name or not own.train.steps:
+            own = with_fields(own, {"train.steps": Journey(clicks, own).steps})
+        until = journey.first_event // c.batch if method_name == "pretrained" else 0
+        return Stage(name, own, until=until)
+
+    def constant():
+        rate = truth(clicks, c.w2)[journey.pretrain].mean()
+        return Finding({"nll": defer.score(labels, np.full(len(labels), rate))["nll"]})
+
+    def rows(seed):
+        models = {"this model": config.method.name}
+        models |= {other: other for other in others if other != config.method.name}
+        trained = [Row(k, stage(v, seed), measure) for k, v in models.items()]
+        return [*trained, Row("constant rate", None, constant)]
+
+    return Study(
+        title=f"NLL of the last clicks, nats, {clicks.name}",
+        metric="nll",
+        rising=False,
+        rows=rows,
+        columns=("auc", "pr_auc"),
+    )
+
+
+def _held_out(clicks: Clicks, config: Any) -> np.ndarray:
+    """Rows of the clicks of the stream's last ``holdout`` days."""
+    c = config.data
+    first = c.stream_until - c.holdout
+    return np.flatnonzero(
+        (clicks.click_ts >= first) & (clicks.click_ts < c.stream_until)
+    )
 
 
 def resolved_rows(clicks: Clicks, index: np.ndarray, w1: float, w2: float) -> dict:
@@ -165,279 +242,48 @@ def stream_events(clicks: Clicks, config: Any, until: float) -> defer.Stream:
     return stream._replace(index=rows[stream.index].astype(np.int32))
 
 
-def read(config: Any) -> Clicks:
+def load(config: Any) -> Clicks:
     """The clicks that ``config.data.source`` names.
 
     Raises:
       ValueError: unknown source, or another number of features than the network's.
     """
-    c = config.data
-    if c.source not in ("synthetic", "cdnow", "criteo"):
+    c, net = config.data, config.net
+    clicks = _load(c.source, c.path, c.clicks, c.seed, c.w1, c.w2)
+    x = clicks.features["x"]
+    if x.shape[1] != net.features:
         raise ValueError(
-            "config.data.source must be synthetic, cdnow or criteo, got "
-            f"{config.data.source!r}"
+            f"{c.source} has {x.shape[1]} features, config.net.features is {net.features}"
         )
-    if c.source == "criteo" and not c.path:
+    return clicks if net.bins else clicks._replace(features={"x": x.astype(np.float32)})
+
+
+@functools.lru_cache(maxsize=2)
+def _load(
+    source: str, path: str, count: int, seed: int, w1: float, w2: float
+) -> Clicks:
+    if source not in SOURCES:
+        raise ValueError(f"config.data.source must be one of {SOURCES}, got {source!r}")
+    if source == "synthetic":
+        data = conversions.synthetic(count, seed=seed, w1=w1, w2=w2)
+    elif source == "cdnow":
+        data = conversions.cdnow(path or fetch.get("cdnow"))
+    elif not path:
         raise ValueError(
             "Criteo's conversion logs are downloaded under Criteo's terms; pass "
             "--config.data.path=data.txt, or try the preset defer:cdnow"
         )
-    from jaxpapers.data import conversions, fetch, lines
-
-    if c.source == "synthetic":
-        data = conversions.synthetic(c.clicks, seed=c.seed, w1=c.w1, w2=c.w2)
-    elif c.source == "cdnow":
-        data = conversions.cdnow(c.path or fetch.get("cdnow"))
     else:
-        data = conversions.criteo(
-            c.path, window_days=c.w2, progress=lines.print_progress
-        )
-    day = conversions.DAY if c.source == "criteo" else 1.0
-    x = data.features
-    if x.shape[1] != config.net.features:
-        raise ValueError(
-            f"{c.source} has {x.shape[1]} features, config.net.features is "
-            f"{config.net.features}"
-        )
-    x = x if config.net.bins else x.astype(np.float32)
-    return Clicks({"x": x}, data.click_ts / day, data.conv_ts / day, c.source)
-
-
-def load(config: Any, method: Any, mesh: Any) -> Task:
-    """Reads ``config.data`` and binds the evaluation to a method and mesh.
-
-    The run is pretraining and the stream up to ``holdout`` days before its end. The
-    validation numbers are of the clicks of those days, with their true labels. The
-    protocol of the paper, which evaluates all along the stream, is ``table``.
-
-    Raises:
-      ValueError: an empty phase.
-    """
-    return bind(read(config), config, method, mesh)
-
-
-def bind(clicks: Clicks, config: Any, method: Any, mesh: Any) -> Task:
-    """``load`` for clicks that are here already."""
-    c = config.data
-    examples = Journey(clicks, config)
-    held = (clicks.click_ts >= c.stream_until - c.holdout) & (
-        clicks.click_ts < c.stream_until
-    )
-    held = np.flatnonzero(held)
-    for name, rows in (
-        ("pretraining", examples.pretrain),
-        ("streamed", examples.stream.ts),
-        ("held-out", held),
-    ):
-        if not len(rows):
-            raise ValueError(
-                f"no {name} clicks between config.data's times; clicks lie in "
-                f"[{clicks.click_ts.min():.2f}, {clicks.click_ts.max():.2f}]"
-            )
-    truth = _truth(clicks, c.w2)[held]
-    predict = jax.jit(method.predict)
-
-    def evaluate(state, quick=False):
-        del quick
-        with jax.set_mesh(mesh):
-            parts = defer.predict_rows(
-                lambda state, rows: predict(
-                    state.params, state.extra, meshes.put_batch(rows, mesh, c.batch)
-                ),
-                state,
-                clicks.features,
-                held,
-                c.batch,
-            )
-            p = np.concatenate([np.asarray(x) for x in parts])[: len(held)]
-        return {f"validation_{k}": v for k, v in defer.score(truth, p).items()}
-
-    rivals = config.method.get("rivals", ())
-    unknown = set(rivals) - set(defer.NAMES)
-    if unknown:
-        raise ValueError(
-            f"config.method.rivals must be of {defer.NAMES}, got {sorted(unknown)}"
-        )
-    family = {
-        name: functools.partial(
-            _final_nll, clicks, with_method(config, name), held, truth
-        )
-        for name in rivals
-        if name != config.method.name
-    }
-
-    rate = float(_truth(clicks, c.w2)[examples.pretrain].mean())
-    one_number = defer.score(truth, np.full(len(truth), rate))["nll"]
-    return Task(
-        examples,
-        1,
-        "clicks",
-        "nll",
-        f"NLL of the last clicks, nats, {clicks.name}",
-        evaluate,
-        lambda: {"one number": one_number},
-        None,
-        f"{clicks.name}: {len(examples.pretrain)} resolved clicks x {c.epochs} epochs, "
-        f"then {len(examples.stream.ts)} events of {config.method.name}; "
-        f"{examples.steps} steps in all",
-        family=family,
-    )
-
-
-def table(
-    config: Any,
-    seeds: Sequence[int] = (0, 1, 2),
-    methods: Sequence[str] = FAMILY,
-    clicks: Clicks | None = None,
-    progress: Callable[[str], None] | None = None,
-) -> list[Row]:
-    """The family by the streaming protocol, from one pretrained model per seed.
-
-    All seeds run at once, vmapped: parameters and the order of pretraining differ. Each
-    method trains on the events of a bucket and is evaluated on the next one's clicks.
-
-    Args:
-      config: see configs/defer.py; ``method.name`` is not read.
-      seeds: of the runs.
-      methods: of ``defer.NAMES``; "pretrained" and "oracle" are always run.
-      clicks: instead of ``config.data.source``.
-      progress: told each method's name when it starts.
-
-    Returns:
-      A row per method.
-    """
-    clicks = read(config) if clicks is None else clicks
-    methods = [*dict.fromkeys(("pretrained", "oracle", *methods))]
-    shared = pretrain(clicks, with_method(config, "defer"), seeds)
-    rows = []
-    for name in methods:
-        if progress:
-            progress(name)
-        own = with_method(config, name)
-        # Its network has one more output, and learns delays.
-        start = pretrain(clicks, own, seeds) if name == "dfm" else shared
-        truths, found = stream(clicks, own, start)
-        scores = [
-            defer.streaming_score(truths, [p[i] for p in found])
-            for i in range(len(seeds))
-        ]
-        values = {k: np.array([s[k] for s in scores]) for k in defer.METRICS}
-        every = np.concatenate(found, -1)
-        values["clipped"] = (every >= 1).mean(-1)
-        rows.append(Row(name, values))
-    low, high = (rows[i].values["nll"] for i in (0, 1))
-    for row in rows:
-        row.values["ri_nll"] = np.array(
-            [defer.relative_improvement(*x) for x in zip(row.values["nll"], low, high)]
-        )
-    return rows
-
-
-def render(rows: Sequence[Row]) -> str:
-    """The table as Markdown: mean and standard deviation over seeds."""
-    names = ("auc", "pr_auc", "nll", "mean_p", "ri_nll")
-    lines = ["| method | AUC | PR-AUC | NLL | mean p | RI-NLL |", "|" + "---|" * 6]
-    for row in rows:
-        cells = []
-        for name in names:
-            x, digits = row.values[name], 1 if name == "ri_nll" else 4
-            spread = x.std(ddof=1) if len(x) > 1 else math.nan
-            cells.append(f"{x.mean():.{digits}f} ± {spread:.{digits}f}")
-        lines.append(f"| {row.method} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def pretrain(clicks: Clicks, config: Any, seeds: Sequence[int]) -> Any:
-    """States of the configured method after its epochs, stacked over seeds."""
-    c = config.data
-    method = defer.make(config)
-    index = np.flatnonzero(clicks.click_ts < c.pretrain_until)
-    columns = defer.pad_rows(resolved_rows(clicks, index, c.w1, c.w2), c.batch)
-    n = len(columns["weight"])
-    shapes = {k: jax.ShapeDtypeStruct((c.batch, *v.shape[1:]), v.dtype)
-              for k, v in columns.items()}  # fmt: skip
-    keys = jnp.stack([jax.random.key(s) for s in seeds])
-    state = jax.jit(jax.vmap(lambda key: method.init(key, shapes)))(keys)
-    step = jax.jit(jax.vmap(method.update), donate_argnums=0)
-    draws = [np.random.default_rng((c.seed, s)) for s in seeds]
-    for _ in range(c.epochs):
-        order = np.stack([r.permutation(n) for r in draws])
-        for i in range(0, n, c.batch):
-            at = order[:, i : i + c.batch]
-            state, _ = step(state, {k: v[at] for k, v in columns.items()})
-    return state
-
-
-def stream(
-    clicks: Clicks, config: Any, state: Any
-) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Runs the configured method over the stream, from stacked pretrained states.
-
-    Args:
-      clicks: of a source.
-      config: with the method's name.
-      state: of ``pretrain``; it is not consumed.
-
-    Returns:
-      True labels of each bucket's clicks, and predictions (seeds, clicks).
-    """
-    c = config.data
-    method = defer.make(config)
-    if config.method.name not in ("es_dfm", "defer"):
-        state = state._replace(extra=())
-    state = jax.tree.map(jnp.copy, state)
-    step = jax.jit(jax.vmap(method.update, (0, None)), donate_argnums=0)
-    predict = jax.jit(jax.vmap(functools.partial(_predict, method), (0, None)))
-    if config.method.name == "pretrained":
-        step = _stay
-    buckets = defer.make_buckets(
-        stream_events(clicks, config, c.stream_until),
-        clicks.click_ts,
-        c.stream_from,
-        c.stream_until,
-        c.bucket,
-    )
-    _, found = defer.run_stream(
-        step, predict, state, buckets, clicks.features, clicks.click_ts, batch=c.batch
-    )
-    truth = _truth(clicks, c.w2)
-    return [truth[b.clicks] for b in buckets], found
+        data = conversions.criteo(path, window_days=w2, progress=lines.print_progress)
+    day = conversions.DAY if source == "criteo" else 1.0
+    return Clicks({"x": data.features}, data.click_ts / day, data.conv_ts / day, source)
 
 
 def with_method(config: Any, name: str) -> Any:
     """A copy of a config that names another method."""
-    config = config.copy_and_resolve_references()
-    config.method.name = name
-    return config
+    return with_fields(config, {"method.name": name})
 
 
-def _predict(method: Method, state: Any, rows: Mapping) -> jax.Array:
-    assert method.predict is not None
-    return method.predict(state.params, state.extra, rows)
-
-
-def _stay(state: Any, batch: Mapping) -> tuple[Any, dict]:
-    del batch
-    return state, {}
-
-
-def _truth(clicks: Clicks, w2: float) -> np.ndarray:
+def truth(clicks: Clicks, w2: float) -> np.ndarray:
+    """Labels of all clicks: 1 where they convert within ``w2``, float64."""
     return (defer.delays(clicks.click_ts, clicks.conv_ts) <= w2).astype(np.float64)
-
-
-def _final_nll(clicks, config, held, truth, seeds) -> list[float]:
-    """NLL of the held-out clicks after another method's whole journey, per seed."""
-    method, examples, c = defer.make(config), Journey(clicks, config), config.data
-    keys = jnp.stack([jax.random.key(s) for s in seeds])
-    shapes = batch_shapes(config)
-    state = jax.jit(jax.vmap(lambda key: method.init(key, shapes)))(keys)
-    step = jax.jit(jax.vmap(method.update, (0, None)), donate_argnums=0)
-    last = examples.steps
-    if config.method.name == "pretrained":
-        last = examples.first_event // c.batch
-    for i in range(last):
-        state, _ = step(state, examples.batch(i * c.batch, c.batch))
-    predict = jax.jit(jax.vmap(functools.partial(_predict, method), (0, None)))
-    parts = defer.predict_rows(predict, state, clicks.features, held, c.batch)
-    p = np.concatenate([np.asarray(x) for x in parts], -1)[:, : len(held)]
-    return [defer.score(truth, x)["nll"] for x in p]

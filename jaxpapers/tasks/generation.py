@@ -1,4 +1,4 @@
-"""Samples like those of a data set: points by distances, pictures by features.
+"""Samples like those of a data set: points by distances, images by features.
 
 What a method samples is compared with data, beside what another draw of the data would
 give (the two-sample floor) and a Gaussian fitted to the training data.
@@ -6,6 +6,7 @@ give (the two-sample floor) and a Gaussian fitted to the training data.
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -13,13 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxpapers import plots
 from jaxpapers.data import arrays, fetch, image_files, images, points
 from jaxpapers.ops import chains, distance
+from jaxpapers.papers import sft_pg
 from jaxpapers.papers.score_wasserstein.bound import warn_inexact
-from jaxpapers.tasks import Task, judges
+from jaxpapers.study import Data, Finding, Row, Stage, Study, with_fields, with_seed
+from jaxpapers.tasks import classifiers
 
 POINTS = ("swiss_roll", "moons", "clusters", "gaussian", "digit_components")
-PICTURES = ("digits", "fashion", "mnist-5k", "cifar-10")
+IMAGES = ("digits", "fashion", "mnist-5k", "cifar-10")
 DIRECTIONS = 100
 # Points of an exact distance: the assignment costs their cube.
 EXACT = 2000
@@ -32,83 +36,105 @@ class Source(NamedTuple):
     """Real data.
 
     Attributes:
-      train: (n, *X), pictures in [-1, 1].
+      train: (n, *X), images in [-1, 1].
       held_out: (m, *X), to compare with.
-      judge: classifier that has seen neither ``train`` nor samples; None for points.
+      classifier: of images, trained on ``held_out``; None for points.
       name: for people.
     """
 
     train: np.ndarray
     held_out: np.ndarray
-    judge: Any
+    classifier: Any
     name: str
 
 
-def batch_shapes(config: Any) -> dict[str, jax.ShapeDtypeStruct]:
+def abstract(config: Any) -> Data:
     """Shapes of a global training batch."""
     shape = (config.data.batch, *config.net.shape)
-    return {"x": jax.ShapeDtypeStruct(shape, jnp.float32)}
+    unit = "images" if config.data.source in IMAGES else "points"
+    return Data(None, {"x": jax.ShapeDtypeStruct(shape, jnp.float32)}, unit=unit)
 
 
-def load(config: Any, method: Any, mesh: Any) -> Task:
-    """Reads ``config.data`` and binds the evaluation to a method and mesh."""
-    source = read(config)
-    picture = source.judge is not None
-    measure = functools.partial(_pictures if picture else _points, source)
-    count = config.data.eval_count
-    sample = _sampler(config, method, mesh, source)
-
-    def evaluate(state, quick=False):
-        found = measure(sample(state, 0, count), quick)
-        values = {f"validation_{k}": v for k, v in found.items()}
-        if not quick and _shortened(config):
-            full = measure(sample(state, 0, count, full=True), True)
-            values |= {f"validation_full_chain_{k}": v for k, v in full.items()}
-        if not quick and not picture:
-            # Beside the exact distances: those of as many points of the data themselves.
-            floor = measure(source.train[:count], False)
-            values |= {f"floor_{k}": v for k, v in floor.items() if k != "sliced_w2"}
-        if method.diagnose:
-            values |= _diagnosis(method, mesh, source, sample, state)
-        return values
-
-    return Task(
-        arrays.Examples({"x": source.train}, config.data.seed),
-        1,
-        "pictures" if picture else "points",
-        "frechet" if picture else "sliced_w2",
-        ("Frechet distance" if picture else "sliced W2") + f" to {source.name}",
-        evaluate,
-        lambda: baselines(source, count),
-        None,
-        f"{source.name}: {len(source.train):,} to train on, "
+def read(config: Any) -> Data:
+    """Training samples of the source that ``config.data`` names."""
+    source = load(config)
+    return abstract(config)._replace(
+        examples=arrays.Examples({"x": source.train}, config.data.seed),
+        summary=f"{source.name}: {len(source.train):,} to train on, "
         f"{len(source.held_out):,} held out",
-        against=("certified_w2", {"bound": "xy="}) if method.diagnose else None,
-        picture=lambda state: {
-            "samples": sample(state, 2, SHOWN if picture else EXACT),
-            "data": source.held_out[: SHOWN if picture else EXACT],
-        },
     )
 
 
-def baselines(source: Source, count: int) -> dict[str, float]:
-    """The metric of training data, and of a Gaussian fitted to them."""
-    measure = _points if source.judge is None else _pictures
+def study(name: str, config: Any, data: Data, mesh: Any) -> Study:
+    """The model, its ablations, the model before tuning, and two draws of no model."""
+    del data  # Of this config; the rows' stages read their own.
+    source, certified = load(config), name == "score_wasserstein"
+    points = source.classifier is None
+    shown = EXACT if points else SHOWN
+    # All rows sample as the config says, whatever their stage was trained for.
+    sample = _sampling(config, mesh, source)
+    numbers = functools.partial(_evaluate, config, mesh, source, sample)
+
+    def measure(method, state):
+        samples = sample(method, state, 2, shown)
+        arrays = {"samples": samples, "data": source.held_out[:shown]}
+        return Finding(numbers(method, state), files={"samples.npz": arrays})
+
+    def measured(label, config, after=None):
+        watch = functools.partial(numbers, quick=True)
+        return Row(label, Stage(name, config, after), measure, watch=watch)
+
+    def rows(seed):
+        own = with_seed(config, seed)
+        first = sft_pg.pretraining(own) if name == "sft_pg" else None
+        before = [measured("before tuning", first)] if first else []
+        rows = [measured("this model", own, *(row.stage for row in before)), *before]
+        if certified and config.net.regularizer == "none":
+            # The paper's two ways to lower the constant.
+            for label, value in (
+                ("spectral norm", "spectral"),
+                ("weight clip", "clip"),
+            ):
+                rows.append(
+                    measured(label, with_fields(own, {"net.regularizer": value}))
+                )
+        draws = baselines(source, config.data.eval_count)
+        return rows + [
+            Row(k, None, lambda x=x: Finding(_distances(source, x, False)))
+            for k, x in draws.items()
+        ]
+
+    pictures = {"samples.png": plots.plot_study_samples}
+    if certified:
+        pictures["against.png"] = functools.partial(
+            plots.plot_study_against,
+            x="validation_certified_w2",
+            panels={"validation_bound": "xy="},
+        )
+    return Study(
+        title=("sliced W2" if points else "Frechet distance") + f" to {source.name}",
+        metric="sliced_w2" if points else "frechet",
+        rising=False,
+        rows=rows,
+        columns=("w1", "w2") if points else (),
+        pictures=pictures,
+    )
+
+
+def baselines(source: Source, count: int) -> dict[str, np.ndarray]:
+    """Other samples of the data, the floor of every distance, and a fitted Gaussian's."""
     flat = source.train.reshape(len(source.train), -1).astype(np.float64)
     rng = np.random.default_rng(0)
     cov = np.atleast_2d(np.cov(flat, rowvar=False))
-    drawn = rng.multivariate_normal(flat.mean(0), cov, count, method="eigh")
-    drawn = drawn.reshape(count, *source.train.shape[1:]).astype(np.float32)
-    # Samples are compared with what they were not learned from; pictures, whose held-out
-    # part taught the judge, with what they were.
-    other = source.train if source.judge is None else source.held_out
-    found = {"two-sample floor": other[:count], "fitted Gaussian": drawn}
-    return {
-        name: next(iter(measure(source, x, True).values())) for name, x in found.items()
-    }
+    gaussian = rng.multivariate_normal(flat.mean(0), cov, count, method="eigh")
+    gaussian = gaussian.reshape(count, *source.train.shape[1:]).astype(np.float32)
+    # Samples are compared with what they were not learned from; images, whose held-out
+    # part trained the classifier, with what they were.
+    other = source.train if source.classifier is None else source.held_out
+    return {"two-sample floor": other[:count], "fitted Gaussian": gaussian}
 
 
-def read(config: Any) -> Source:
+def load(config: Any) -> Source:
     """The data that ``config.data`` names.
 
     Raises:
@@ -139,9 +165,9 @@ def _read(
     seed: int,
     dim: int,
 ) -> Source:
-    if name not in POINTS + PICTURES:
+    if name not in POINTS + IMAGES:
         raise ValueError(
-            f"config.data.source must be one of {POINTS + PICTURES}, got {name!r}"
+            f"config.data.source must be one of {POINTS + IMAGES}, got {name!r}"
         )
     if name == "digit_components":
         halves = points.digit_components(path or fetch.get("digits"), dim)
@@ -155,10 +181,10 @@ def _read(
         train = make(count, seed, spread)
         return Source(train, held_out, None, name.replace("_", " "))
     if name == "digits":
-        own, other = images.digit_halves(path or fetch.get("digits"))
-        return _judged(own, other, 10, "scanned digits")
-    found = _files(name, path)
-    return _judged(found.train, found.test, found.classes, found.name)
+        train, held_out = images.digit_halves(path or fetch.get("digits"))
+        return _classified(train, held_out, 10, "scanned digits")
+    dataset = _files(name, path)
+    return _classified(dataset.train, dataset.test, dataset.classes, dataset.name)
 
 
 def _files(name, path):
@@ -174,40 +200,86 @@ def _files(name, path):
     return images.cifar(path)
 
 
-def _judged(own, other, classes, name):
-    """A judge trained on ``other`` compares samples with the data they learned from."""
-    signed = images.to_signed(other.image)
-    judge = judges.train(signed, other.label, classes)
-    return Source(images.to_signed(own.image), signed, judge, name)
+def _classified(train, held_out, classes, name):
+    """Images with a classifier of the held-out ones, in whose features they compare."""
+    signed = images.to_signed(held_out.image)
+    classifier = classifiers.train(signed, held_out.label, classes)
+    return Source(images.to_signed(train.image), signed, classifier, name)
 
 
-def _sampler(config, method, mesh, source):
-    """(state, seed, count, full) -> samples, numpy.
+def _evaluate(
+    config, mesh, source, sample, method, state, quick=False
+) -> dict[str, float]:
+    """Distances of the model's samples, and what the method says of itself."""
+    count = config.data.eval_count
+    values = _distances(source, sample(method, state, 0, count), quick)
+    if not quick and "sampler" in config.method and config.method.sampler != "ddpm":
+        full = sample(method, state, 0, count, full=True)
+        values |= {
+            f"full_chain_{k}": v for k, v in _distances(source, full, True).items()
+        }
+    if not method.diagnose:
+        return values
+    # Both take the same points for the data's law: two sets of 256 points of one law are
+    # a distance apart that has nothing to do with the model.
+    held = source.held_out[:CERTIFIED]
+    with jax.set_mesh(mesh):
+        diagnosis = _jitted(method.diagnose)(
+            state.params, state.extra, {"x": jnp.asarray(held)}, jax.random.key(1)
+        )
+    if "log_factor" in diagnosis:  # Compiled, it could not warn by itself.
+        warn_inexact(float(diagnosis["log_factor"]))
+    samples = sample(method, state, 1, len(held), start=held)
+    return {
+        **values,
+        **{k: float(v) for k, v in diagnosis.items()},
+        "certified_w2": distance.wasserstein_exact(samples, held, 2.0),
+    }
 
-    Chains that start from noised data, where the method has such, get training data.
+
+@functools.lru_cache(maxsize=4)
+def _jitted(f: Callable) -> Callable:
+    return jax.jit(f)
+
+
+def _sampling(config: Any, mesh: Any, source: Source) -> Callable:
+    """(method, state, seed, count, full, start) -> samples, numpy.
+
+    ``full``: in all of training's steps instead of the config's. Trajectories that start
+    from noised data, where the method has such, get ``start``, or training data.
     """
     replicated = NamedSharding(mesh, PartitionSpec())
     from_data = config.method.get("start") == "data"
 
-    @functools.partial(jax.jit, static_argnames=("count", "full"))
-    def draw(state, key, start, count, full=False):
-        options = {"chain": chains.full_chain(config.method)} if full else {}
-        what = start if from_data else (count, *config.net.shape)
-        found = method.sampler(state.params, key, what, extra=state.extra, **options)
-        return jax.lax.with_sharding_constraint(found, replicated)
+    @functools.cache
+    def compiled(sampler, full):
+        options = {}
+        if "sampler" in config.method:
+            make = chains.full_chain if full else chains.chain
+            options["chain"] = make(config.method)
 
-    def sample(state, seed, count, full=False, start=None):
-        state = state._replace(opt_state=(), step=(), key=())
+        @functools.partial(jax.jit, static_argnames="count")
+        def draw(params, extra, key, start, count):
+            what = start if from_data else (count, *config.net.shape)
+            samples = sampler(params, key, what, extra=extra, **options)
+            return jax.lax.with_sharding_constraint(samples, replicated)
+
+        return draw
+
+    def sample(method, state, seed, count, full=False, start=None):
         start = source.train[:count] if start is None else start
         start = start if from_data else None
+        draw = functools.partial(
+            compiled(method.sampler, full), state.params, state.extra
+        )
         key = jax.random.key(seed)
         with jax.set_mesh(mesh):
             if config.net.get("model") != "unet":
-                return np.asarray(draw(state, key, start, count, full))
+                return np.asarray(draw(key, start, count))
             # What a step of training holds, a rollout of as many rows holds too.
             size = min(config.pretrain.batch, count)
             parts = [
-                np.asarray(draw(state, jax.random.fold_in(key, i), None, size, full))
+                np.asarray(draw(jax.random.fold_in(key, i), None, size))
                 for i in range(-(-count // size))
             ]
             return np.concatenate(parts)[:count]
@@ -215,42 +287,19 @@ def _sampler(config, method, mesh, source):
     return sample
 
 
-def _diagnosis(method, mesh, source, sample, state):
-    """What the method says of itself, and the distance that a certificate is for.
-
-    Both take the same points for the data's law: two sets of 256 points of one law are a
-    distance apart that has nothing to do with the model.
-    """
-    held = source.held_out[:CERTIFIED]
-    with jax.set_mesh(mesh):
-        found = jax.jit(method.diagnose)(
-            state.params, state.extra, {"x": jnp.asarray(held)}, jax.random.key(1)
-        )
-    own = sample(state, 1, len(held), start=held)
-    if "log_factor" in found:  # Compiled, it could not warn by itself.
-        warn_inexact(float(found["log_factor"]))
-    return {
-        **{k: float(v) for k, v in found.items()},
-        "certified_w2": distance.wasserstein_exact(own, held, 2.0),
-    }
-
-
-def _points(source, x, quick):
+def _distances(source: Source, x: np.ndarray, quick: bool) -> dict[str, float]:
+    """Frechet distance of images, Wasserstein distances of points; quick: only sliced."""
+    if source.classifier is not None:
+        return {"frechet": classifiers.frechet(source.classifier, x, source.train)}
     held = source.held_out
     axes = distance.directions(jax.random.key(3), DIRECTIONS, math.prod(x.shape[1:]))
-    own, other = (jnp.asarray(v.reshape(len(v), -1), jnp.float32) for v in (x, held))
-    found = {"sliced_w2": float(distance.sliced_wasserstein(own, other, axes, 2.0))}
-    if not quick:
-        most = min(len(x), len(held), EXACT)
-        for p in (1.0, 2.0):
-            found[f"w{p:g}"] = distance.wasserstein_exact(x[:most], held[:most], p)
-    return found
-
-
-def _pictures(source, x, quick):
-    del quick
-    return {"frechet": judges.frechet(source.judge, x, source.train)}
-
-
-def _shortened(config):
-    return "sampler" in config.method and config.method.sampler != "ddpm"
+    flat, other = (jnp.asarray(v.reshape(len(v), -1), jnp.float32) for v in (x, held))
+    sliced = distance.sliced_wasserstein(flat, other, axes, 2.0)
+    if quick:
+        return {"sliced_w2": float(sliced)}
+    most = min(len(x), len(held), EXACT)
+    exact = {
+        f"w{p:g}": distance.wasserstein_exact(x[:most], held[:most], p)
+        for p in (1.0, 2.0)
+    }
+    return {"sliced_w2": float(sliced), **exact}

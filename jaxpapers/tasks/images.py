@@ -1,4 +1,4 @@
-"""Classification of pictures, measured by the error on held-out ones."""
+"""Classification of images, measured by the error on held-out ones."""
 
 import functools
 from typing import Any
@@ -6,83 +6,94 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxpapers import mesh as meshes
 from jaxpapers.data import fetch, images
-from jaxpapers.tasks import Task, named
+from jaxpapers.papers import rocket
+from jaxpapers.study import Data, Finding, Row, Stage, Study, with_fields, with_seed
+from jaxpapers.tasks.scores import named, scorer
 
 SOURCES = ("digits", "cifar-10", "cifar-100", "svhn")
 
 
-def batch_shapes(config: Any) -> dict[str, jax.ShapeDtypeStruct]:
+def abstract(config: Any) -> Data:
     """Shapes of a global training batch."""
     n, net = config.data.batch, config.net
     shape = (n, net.size, net.size, net.channels)
-    return {
-        "image": jax.ShapeDtypeStruct(shape, jnp.float32),
-        "label": jax.ShapeDtypeStruct((n,), jnp.int32),
-    }
-
-
-def load(config: Any, method: Any, mesh: Any) -> Task:
-    """Reads ``config.data`` and binds the evaluation to a method and mesh.
-
-    The method's sampler gives logits; where it gives several nets' as a NamedTuple, the
-    first is what is compared and each has its own number.
-    """
-    pictures = read(config)
-    examples = images.examples(pictures, config.data.seed)
-    size = config.data.eval_batch
-    rows = meshes.batch_rows(mesh, size, name="data.eval_batch")
-    score = jax.jit(
-        lambda state, batch: method.sampler(
-            state.params, jax.random.key(0), batch, state.extra
-        ),
-        out_shardings=NamedSharding(mesh, PartitionSpec()),
-    )
-    test = pictures.test
-
-    def evaluate(state, quick=False):
-        del quick
-        state = state._replace(opt_state=(), step=(), key=())
-        wrong: dict[str, int] = {}
-        with jax.set_mesh(mesh):
-            for start in range(0, len(test.label), size):
-                label = test.label[start : start + size]
-                image = np.zeros((size, *test.image.shape[1:]), np.float32)
-                image[: len(label)] = images.normalize(
-                    pictures, test.image[start : start + size]
-                )
-                batch = meshes.put_batch({"image": image[rows]}, mesh, size)
-                for name, logits in named(score(state, batch)).items():
-                    guess = np.asarray(logits).argmax(-1)[: len(label)]
-                    wrong[name] = wrong.get(name, 0) + int((guess != label).sum())
-        return {
-            f"validation_{name}error": count / len(test.label)
-            for name, count in wrong.items()
-        }
-
-    return Task(
-        examples,
-        1,
-        "pictures",
-        "error",
-        f"share of {len(test.label):,} test pictures that are wrong, {pictures.name}",
-        evaluate,
-        lambda: baselines(pictures),
+    return Data(
         None,
-        f"{pictures.name}: {len(examples):,} pictures to train on, "
-        f"{len(test.label):,} to test, {pictures.classes} classes",
+        {
+            "image": jax.ShapeDtypeStruct(shape, jnp.float32),
+            "label": jax.ShapeDtypeStruct((n,), jnp.int32),
+        },
+        unit="images",
     )
 
 
-def baselines(pictures: images.Pictures) -> dict[str, float]:
+def read(config: Any) -> Data:
+    """Training images of the source that ``config.data`` names."""
+    dataset = load(config)
+    examples = images.examples(dataset, config.data.seed)
+    return abstract(config)._replace(
+        examples=examples,
+        summary=f"{dataset.name}: {len(examples):,} images to train on, "
+        f"{len(dataset.test.label):,} to test, {dataset.classes} classes",
+    )
+
+
+def study(name: str, config: Any, data: Data, mesh: Any) -> Study:
+    """The model, its ablations, and two classifiers without training."""
+    del data  # Of this config; the rows' stages read their own.
+    dataset = load(config)
+
+    def trained(label, config):
+        measure = functools.partial(_evaluate, config.data.eval_batch, dataset, mesh)
+        return Row(label, Stage(name, config), lambda *run: Finding(measure(*run)))
+
+    def constant(label, error):
+        return Row(label, None, lambda: Finding({"error": error}))
+
+    def rows(seed):
+        own = with_seed(config, seed)
+        variants = rocket.ablations(config) if name == "rocket" else {}
+        return [
+            trained("this model", own),
+            *(trained(k, with_fields(own, v)) for k, v in variants.items()),
+            *(constant(k, v) for k, v in baselines(dataset).items()),
+        ]
+
+    return Study(
+        title=f"error on {len(dataset.test.label):,} test images, {dataset.name}",
+        metric="error",
+        rising=False,
+        rows=rows,
+    )
+
+
+def _evaluate(size, dataset, mesh, method, state) -> dict[str, float]:
+    """Share of test images that each net of the method classifies wrongly."""
+    rows = meshes.batch_rows(mesh, size, name="data.eval_batch")
+    score, test, wrong = scorer(method.predict, mesh), dataset.test, {}
+    with jax.set_mesh(mesh):
+        for start in range(0, len(test.label), size):
+            label = test.label[start : start + size]
+            image = np.zeros((size, *test.image.shape[1:]), np.float32)
+            image[: len(label)] = images.normalize(
+                dataset, test.image[start : start + size]
+            )
+            batch = meshes.put_batch({"image": image[rows]}, mesh, size)
+            for net, logits in named(score(state.params, state.extra, batch)).items():
+                guess = np.asarray(logits).argmax(-1)[: len(label)]
+                wrong[net] = wrong.get(net, 0) + int((guess != label).sum())
+    return {f"{net}error": count / len(test.label) for net, count in wrong.items()}
+
+
+def baselines(dataset: images.Pictures) -> dict[str, float]:
     """Errors of the most frequent class and of the nearest class mean."""
-    train, test = pictures.train, pictures.test
+    train, test = dataset.train, dataset.test
     most = np.bincount(train.label).argmax()
     x, y = (s.image.reshape(len(s.label), -1) for s in (train, test))
-    means = np.stack([x[train.label == c].mean(0) for c in range(pictures.classes)])
+    means = np.stack([x[train.label == c].mean(0) for c in range(dataset.classes)])
     distance = np.square(means).sum(1) - 2 * y @ means.T
     return {
         "most frequent class": float((test.label != most).mean()),
@@ -90,23 +101,23 @@ def baselines(pictures: images.Pictures) -> dict[str, float]:
     }
 
 
-def read(config: Any) -> images.Pictures:
-    """The pictures that ``config.data`` names.
+def load(config: Any) -> images.Pictures:
+    """The images that ``config.data`` names.
 
     Raises:
-      ValueError: unknown source, or pictures that do not fit ``config.net``.
+      ValueError: unknown source, or images that do not fit ``config.net``.
       FileNotFoundError: no files.
     """
     source, net = config.data.source, config.net
-    pictures = _read(source, config.data.path)
+    dataset = _read(source, config.data.path)
     shape = (net.size, net.size, net.channels)
-    found = pictures.train.image.shape[1:]
-    if found != shape or pictures.classes != net.classes:
+    actual = dataset.train.image.shape[1:]
+    if actual != shape or dataset.classes != net.classes:
         raise ValueError(
             f"config.net: size, channels and classes are {shape[1:]} and {net.classes}, "
-            f"but {source} has {found} and {pictures.classes}"
+            f"but {source} has {actual} and {dataset.classes}"
         )
-    return pictures
+    return dataset
 
 
 @functools.lru_cache(maxsize=2)

@@ -1,0 +1,303 @@
+"""A study: rows x metrics x seeds, with the training runs, figures and tables behind it.
+
+Every system ends in the same thing, a comparison: the paper's own row, its ablations,
+baselines that are trained too and baselines that are not, folds. A task
+(``tasks/<t>.py``) says what the rows are; ``jaxpapers.stages`` trains what they need, each
+training run once; ``jaxpapers.run`` prints the table and writes ``comparison.json`` and the
+figures. A paper that trains nothing is a study whose rows have no stage.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxpapers.config import MAY_CHANGE
+
+
+class Data(NamedTuple):
+    """What a training run reads: ``tasks/<t>.read(config)``.
+
+    Attributes:
+      examples: has ``batch(start, size, rows)``: rows [start, start + size) of the
+        stream, of which this process builds the slice ``rows``, a dict of NumPy arrays.
+        A function (State) -> such an object where the state decides (mining); with
+        ``refresh`` it is called at the start and after each refresh and must depend only
+        on what the refresh wrote, without it before every step. None: the environment
+        lives in the state and batches are empty.
+      shapes: ShapeDtypeStructs of one global batch.
+      facts: what ``make`` takes besides the config: counts, a reward.
+      refresh: (k, State -> State), on the host before steps 0, k, 2k, ...: mining,
+        k-means starts, dead codes. It may change ``State.extra``, ``params`` and
+        ``opt_state``, not their shapes.
+      work: units of work per example, for the progress line.
+      unit: name of that unit.
+      summary: one line about the data.
+    """
+
+    examples: Any
+    shapes: Mapping[str, Any]
+    facts: Mapping[str, Any] = {}
+    refresh: tuple[int, Callable] | None = None
+    work: int = 1
+    unit: str = "rows"
+    summary: str = ""
+
+
+class Stage(NamedTuple):
+    """One training run; equal stages run once, whichever rows ask for them.
+
+    Attributes:
+      paper: name of the paper whose ``make`` builds the method.
+      config: complete, with exactly the fields that the run reads.
+      after: the stage whose checkpoint this one starts from, through
+        ``Method.warm_start`` or with its parameters.
+      continues: goes on with the whole state of ``after`` (step, optimizer, position in
+        the data) in its folder: a schedule of ranks, a curriculum.
+      until: step at which it ends; 0: ``config.train.steps``, which learning rate
+        schedules run to in any case.
+    """
+
+    paper: str
+    config: Any
+    after: "Stage | None" = None
+    continues: bool = False
+    until: int = 0
+
+
+class Table(NamedTuple):
+    """A table beside the comparison: per domain, per length, of a regression."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+
+
+class Finding(NamedTuple):
+    """What a measurement gives; plain data.
+
+    Attributes:
+      numbers: metric -> value.
+      tables: printed below the comparison for the paper's own row.
+      curves: "y against x" -> (x, y), two equally long sequences; drawn in
+        ``curves.png``, a panel for each name, a line for each row, over seeds their mean.
+      files: name -> text, bytes, or arrays (name -> array, written as .npz), for the
+        row's folder.
+    """
+
+    numbers: Mapping[str, float]
+    tables: Sequence[Table] = ()
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]] = {}
+    files: Mapping[str, Any] = {}
+
+
+class Row(NamedTuple):
+    """A line of the comparison.
+
+    Attributes:
+      label: unique within its column.
+      stage: the training run that it measures; None: nothing is trained.
+      measure: (Method, State) -> Finding after training; () -> Finding without a stage.
+      column: test domain, subject, fold; "" for studies without.
+      watch: (Method, State) -> numbers, during training every ``train.eval_every`` steps;
+        None: those of ``measure``.
+    """
+
+    label: str
+    stage: Stage | None
+    measure: Callable[..., Finding]
+    column: str = ""
+    watch: Callable[..., Mapping[str, float]] | None = None
+
+
+class Study(NamedTuple):
+    """The comparison of one config: ``tasks/<t>.study(config, data, mesh)``.
+
+    Attributes:
+      title: heading of the table: data, metric and unit.
+      metric: what is compared, of the findings' numbers.
+      rising: whether larger is better.
+      rows: seed -> rows, the paper's own first.
+      columns: further metrics of the table, those that a row has.
+      pictures: file name -> (``Results``, path) -> None, besides ``loss.png``,
+        ``comparison.png`` and ``curves.png``.
+      curve: training metric of ``loss.png``.
+      sample: (Method, State, key, prompt, length, temperature) -> text; None: the model
+        continues no text.
+    """
+
+    title: str
+    metric: str
+    rising: bool
+    rows: Callable[[int], Sequence[Row]]
+    columns: Sequence[str] = ()
+    pictures: Mapping[str, Callable] = {}
+    curve: str = "loss"
+    sample: Callable | None = None
+
+
+class Result(NamedTuple):
+    """A row after its measurements.
+
+    Attributes:
+      row: of the first seed.
+      findings: one per seed.
+      folders: of its training runs, one per seed; () where nothing was trained.
+    """
+
+    row: Row
+    findings: Sequence[Finding]
+    folders: Sequence[Path]
+
+    def values(self, metric: str) -> list[float]:
+        """A metric of every seed; [] if the row does not have it."""
+        numbers = [f.numbers for f in self.findings]
+        return [float(n[metric]) for n in numbers if metric in n]
+
+
+Results = Sequence[Result]
+
+
+def check_rows(rows: Sequence[Sequence[Row]]) -> None:
+    """Refuses rows, one list per seed, that cannot be compared.
+
+    Raises:
+      ValueError: no rows, two of the same label and column, or other rows for another
+        seed.
+    """
+    names = [[(row.label, row.column) for row in own] for own in rows]
+    if not names[0]:
+        raise ValueError("the study has no rows")
+    double = [name for name in names[0] if names[0].count(name) > 1]
+    if double:
+        raise ValueError(f"the study has two rows {double[0]}; labels must differ")
+    if any(other != names[0] for other in names):
+        raise ValueError(
+            "Study.rows must give the same labels in the same order for every seed, got "
+            f"{names}"
+        )
+
+
+def lineage(stage: Stage | None) -> list[Stage]:
+    """A stage and those it starts from, the first one first."""
+    stages: list[Stage] = []
+    while stage is not None:
+        stages.insert(0, stage)
+        stage = stage.after
+    return stages
+
+
+def last_step(stage: Stage) -> int:
+    """Optimizer steps of the run when the stage ends."""
+    return stage.until or stage.config.train.steps
+
+
+def stage_key(stage: Stage) -> str:
+    """Content of a stage as text: equal keys, same training run."""
+    parts = [
+        [s.paper, plain(s.config), s.continues, last_step(s)] for s in lineage(stage)
+    ]
+    return json.dumps(parts, sort_keys=True)
+
+
+def stage_name(stage: Stage) -> str:
+    """Folder name of a stage: its paper and a hash of what a run may not change.
+
+    A stage that continues another one is the same run, later, in the same folder.
+    """
+    while stage.continues:
+        assert stage.after is not None
+        stage = stage.after
+    parts = [
+        [s.paper, {k: v for k, v in _flat(s.config) if k not in MAY_CHANGE}, s.until]
+        for s in lineage(stage)
+    ]
+    text = json.dumps(parts, sort_keys=True)
+    return f"{stage.paper}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def with_seed(config: Any, seed: int) -> Any:
+    """A config whose ``train.seed`` is ``seed``."""
+    return with_fields(config, {"train.seed": seed})
+
+
+def with_fields(config: Any, fields: Mapping[str, Any]) -> Any:
+    """A locked copy of a config with other values of some of its fields.
+
+    Args:
+      config: ml_collections.ConfigDict.
+      fields: "group.field" -> value; fields that are not there are added.
+    """
+    config = config.copy_and_resolve_references().unlock()
+    for name, value in fields.items():
+        *groups, field = name.split(".")
+        group = config
+        for part in groups:
+            group = group[part]
+        group[field] = value
+    return config.lock()
+
+
+def plain(config: Any) -> dict:
+    """A config as JSON would give it back: dicts and lists."""
+    return json.loads(json.dumps(config.to_dict()))
+
+
+def _flat(config: Any) -> Iterable[tuple[str, Any]]:
+    for group, fields in plain(config).items():
+        if not isinstance(fields, dict):
+            yield group, fields
+            continue
+        for field, value in fields.items():
+            yield f"{group}.{field}", value
+
+
+def summary(study: Study, results: Results, seeds: Sequence[int], root: Path) -> dict:
+    """``comparison.json``: title, metric, seeds, and every number of every row.
+
+    Args:
+      study: what was compared.
+      results: its rows.
+      seeds: of the runs.
+      root: folder that the rows' folders are given relative to.
+
+    Returns:
+      Plain data. Numbers that JSON does not know (NaN, infinities) are null.
+    """
+
+    def relative(folder: Path) -> str:
+        return str(folder.relative_to(root)) if folder.is_relative_to(root) else "."
+
+    return {
+        "title": study.title,
+        "metric": study.metric,
+        "rising": study.rising,
+        "seeds": list(seeds),
+        "rows": [
+            {
+                "label": r.row.label,
+                "column": r.row.column,
+                "trained": r.row.stage is not None,
+                "folders": [relative(folder) for folder in r.folders],
+                "numbers": [
+                    {k: _finite(v) for k, v in f.numbers.items()} for f in r.findings
+                ],
+                "tables": [t._asdict() for t in r.findings[0].tables],
+                "curves": [
+                    {
+                        k: [list(map(_finite, v)) for v in xy]
+                        for k, xy in f.curves.items()
+                    }
+                    for f in r.findings
+                ],
+            }
+            for r in results
+        ],
+    }
+
+
+def _finite(value: Any) -> float | None:
+    value = float(value)
+    return value if math.isfinite(value) else None
