@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from jaxpapers import blocks
 from jaxpapers.papers import defer
-from jaxpapers.tasks.conversions import FAMILY
+from jaxpapers.tasks.delayed_family import FAMILY
 
 PRESETS = ("paper", "smoke", "cdnow")
 
@@ -42,14 +42,12 @@ def get_config(preset: str | None = None) -> ConfigDict:
                 "pretrain_until": 30.0,
                 "stream_from": 30.0,
                 "stream_until": 60.0,
-                "holdout": 1.0,  # days at the end that `train` keeps for evaluation
+                "baselines": ("pretrained", "oracle"),  # methods trained beside it
+                "holdout": 1.0,  # days at the end that are kept for evaluation
                 "seed": 0,
             },
             "net": dataclasses.asdict(defer.Net()),
-            "method": {
-                **dataclasses.asdict(defer.Options()),
-                "rivals": ("pretrained", "oracle"),  # trained beside it by `train`
-            },
+            "method": dataclasses.asdict(defer.Options()),
             "optim": {"name": "adam", "lr": 1e-3},
             # Steps after the stream's end change nothing.
             "train": blocks.train(55_000, save_minutes=10.0),
@@ -64,7 +62,7 @@ def get_config(preset: str | None = None) -> ConfigDict:
         config.net.update(slope=0.01, batch_norm=False)
     elif preset == "cdnow":
         config.data.update(source="cdnow", batch=256, w1=3.0, bucket=1.0)
-        config.method.rivals = FAMILY
+        config.data.baselines = FAMILY
         config.data.update(pretrain_until=151.0, stream_from=180.0)
         config.data.update(stream_until=516.0, holdout=30.0)
         config.net.update(features=18, bins=(), buckets=(), widths=(64, 32))

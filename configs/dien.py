@@ -32,7 +32,7 @@ def get_config(preset: str | None = None) -> ConfigDict:
                 "categories": "first",  # genre of ml-100k; combination
                 "split": "test",  # validation: of some training users, to tune on
                 "shuffled": False,  # labels permuted: nothing can be learned
-                "rivals": True,  # Base, logistic regression and DIN trained beside it
+                "baselines": True,  # Base, logistic regression and DIN trained beside it
                 "item_buckets": 0,  # rows that all items share by a hash; 0: one each
                 "history": 100,  # last items of a user's past
                 "batch": 128,
@@ -106,7 +106,7 @@ def get_config(preset: str | None = None) -> ConfigDict:
         config.train.update(steps=700, eval_every=350, save_minutes=1.0)
     if preset == "smoke":
         config.optim.tables = "lazy_adam"
-        config.data.update(history=20, batch=256, rivals=False)
+        config.data.update(history=20, batch=256, baselines=False)
         config.method.aux_weight = 1.0
         config.optim.lr = 0.01
         config.train.update(steps=100, eval_every=0)

@@ -1,6 +1,6 @@
 """A score model on points, with the bound of its Wasserstein distance along the run.
 
-    jaxpapers train score_wasserstein            four clusters, 90 s and its rivals
+    jaxpapers train score_wasserstein            four clusters, 90 s and its baselines
     jaxpapers train score_wasserstein:moons      two half circles
     jaxpapers train score_wasserstein:gaussian   one Gaussian
     jaxpapers train score_wasserstein:line       two clusters on a line

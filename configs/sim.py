@@ -30,7 +30,7 @@ def get_config(preset: str | None = None) -> ConfigDict:
                 "categories": "first",  # genre of ml-100k; combination
                 "split": "test",  # validation: of some training users, to tune on
                 "shuffled": False,  # labels permuted: nothing can be learned
-                "rivals": True,  # Base, logistic regression and DIN trained beside it
+                "baselines": True,  # Base, logistic regression and DIN trained beside it
                 "item_buckets": 0,  # rows that all items share by a hash; 0: one each
                 "history": 500,  # last items of a user's past
                 "batch": 128,
@@ -109,7 +109,7 @@ def get_config(preset: str | None = None) -> ConfigDict:
         config.net.unit_chunk = 64  # For CPUs.
     if preset == "smoke":
         config.optim.tables = "lazy_adam"
-        config.data.update(history=50, rivals=False)
+        config.data.update(history=50, baselines=False)
         config.optim.lr = 0.01
         config.train.update(steps=100, eval_every=0)
     return config.lock()

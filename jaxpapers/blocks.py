@@ -58,7 +58,7 @@ def click_data(source: str, *, history: int, batch: int, **fields: Any) -> dict:
         "categories": "first",  # genre of a film in ml-100k; combination
         "split": "test",  # validation: of held-out training users, to tune on
         "shuffled": False,  # permute the labels: nothing can be learned
-        "rivals": True,  # train Base, logistic regression and DIN beside the model
+        "baselines": True,  # train Base, logistic regression and DIN beside the model
         "item_buckets": 0,  # rows that all items share by a hash; 0: one each
         "history": history,
         "batch": batch,

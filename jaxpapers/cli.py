@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     unknown = [x for x in rest if x not in overrides]
     if unknown:
         parser.error(f"unknown argument {unknown[0]!r}; see {options.command} --help")
-    if overrides and options.command not in ("train", "plan"):
+    if overrides and options.command not in ("run", "train", "plan"):
         parser.error(f"{options.command} takes no config fields, got {overrides[0]!r}")
     try:
         _set_up_devices(options)
@@ -69,16 +69,17 @@ def _show(options, overrides) -> int:
     return 0
 
 
-def _train(options, overrides) -> int:
+def _run(options, overrides) -> int:
     from jaxpapers import run, train
 
     if options.print_config:
-        print(run.load_config(options.target, overrides, options.config))
+        print(run.load_config(options.target, overrides, options.config, options.files))
         return 0
     try:
-        run.train(
+        run.run(
             options.target,
             overrides,
+            files=options.files,
             workdir=options.workdir,
             config_path=options.config,
             mesh=options.mesh,
@@ -163,8 +164,8 @@ def _export(options, overrides) -> int:
     return 0
 
 
-class _TrainHelp(argparse.Action):
-    """``train NAME --help`` also lists every config field with its default."""
+class _RunHelp(argparse.Action):
+    """``run NAME --help`` also lists every config field with its default."""
 
     def __init__(self, option_strings, dest, **kwargs):
         super().__init__(option_strings, dest, nargs=0, help="show this help and exit")
@@ -212,10 +213,13 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("target", metavar="NAME[:preset]")
     sub.add_argument("--bibtex", action="store_true", help="print its BibTeX entry")
 
-    sub = command("train", _train, "train, or continue what the workdir holds",
-                  add_help=False)  # fmt: skip
+    sub = command("run", _run, "run a paper's study: train what it needs, or continue "
+                  "what the workdir holds, and compare", add_help=False,
+                  aliases=["train"])  # fmt: skip
     sub.add_argument("target", metavar="NAME[:preset]")
-    sub.add_argument("-h", "--help", action=_TrainHelp)
+    sub.add_argument("files", metavar="FILE", nargs="*",
+                     help="input of your own, instead of config.data.path")  # fmt: skip
+    sub.add_argument("-h", "--help", action=_RunHelp)
     sub.add_argument("--workdir", help="default: runs/NAME-preset")
     sub.add_argument(
         "--config", metavar="FILE.py[:preset]", help="a config of your own"
@@ -229,7 +233,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--seeds", type=int, default=1, metavar="N",
                      help="train N times and report mean and spread")  # fmt: skip
     sub.add_argument("--alone", action="store_true",
-                     help="without the models it is compared with")  # fmt: skip
+                     help="without the rows that need training of their own")  # fmt: skip
     sub.add_argument("--fresh", action="store_true",
                      help="refuse a workdir that holds checkpoints")  # fmt: skip
     sub.add_argument("--quiet", action="store_true", help="results only")

@@ -80,7 +80,9 @@ def load_config(
 
 def _with_inputs(config: Any, inputs: Sequence[str]) -> Any:
     if "path" not in config.get("data", {}):
-        raise ValueError(f"this config reads no files (no data.path), got {inputs[0]!r}")
+        raise ValueError(
+            f"this config reads no files (no data.path), got {inputs[0]!r}"
+        )
     if isinstance(config.data.path, tuple):
         config.data.path = tuple(inputs)
     elif len(inputs) == 1:

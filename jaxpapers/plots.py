@@ -149,7 +149,11 @@ def plot_curves(results: Sequence[Any], out: str | Path) -> Path:
         drawn = [r for r in results if name in r.findings[0].curves]
         for i, r in enumerate(drawn):
             curves = [np.asarray(f.curves[name], float) for f in r.findings]
-            style = {"color": f"C{i % 10}", "ls": ("-", "--", ":")[i // 10 % 3], "lw": 1.2}
+            style = {
+                "color": f"C{i % 10}",
+                "ls": ("-", "--", ":")[i // 10 % 3],
+                "lw": 1.2,
+            }
             same = all(np.array_equal(c[0], curves[0][0]) for c in curves)
             if not same:
                 for j, (x, y) in enumerate(curves):
@@ -158,12 +162,14 @@ def plot_curves(results: Sequence[Any], out: str | Path) -> Path:
             x, y = curves[0][0], np.stack([c[1] for c in curves])
             axes.plot(x, y.mean(0), label=_label(r), **style)
             if len(y) > 1:
-                axes.fill_between(x, y.min(0), y.max(0), color=style["color"], alpha=0.2)
+                axes.fill_between(
+                    x, y.min(0), y.max(0), color=style["color"], alpha=0.2
+                )
         vertical, _, horizontal = name.partition(" against ")
         axes.set(xlabel=horizontal, ylabel=vertical)
         axes.grid(alpha=0.25)
     handles, labels = row[0].get_legend_handles_labels()
-    figure.legend(handles, labels, frameon=False, fontsize=8, loc="outside right")
+    figure.legend(handles, labels, frameon=False, fontsize=8, loc="outside right upper")
     figure.savefig(out, dpi=150)
     return Path(out)
 

@@ -237,7 +237,9 @@ def comparison(study: Study, results: Results) -> Table:
 
     for label in sorted(cells, key=rank):
         row = cells[label]
-        texts = [_cell(row[c].values(study.metric)) if c in row else "" for c in columns]
+        texts = [
+            _cell(row[c].values(study.metric)) if c in row else "" for c in columns
+        ]
         texts += [_cell(means[label])]
         first = next(iter(row.values()))
         if several and not columns:
@@ -257,7 +259,9 @@ def small_table(table: Any) -> Table:
     for i, column in enumerate(table.columns):
         shown.add_column(str(column), justify="right" if i else "left")
     for row in table.rows:
-        shown.add_row(*(escape(f"{x:.4g}" if isinstance(x, float) else str(x)) for x in row))
+        shown.add_row(
+            *(escape(f"{x:.4g}" if isinstance(x, float) else str(x)) for x in row)
+        )
     return shown
 
 
@@ -267,8 +271,10 @@ def _mean(values: Sequence[float]) -> float:
 
 def _cell(values: Sequence[float]) -> str:
     """Mean to four significant digits; empty where a row does not have the metric."""
-    return f"{_mean(values):.4f}" if values and abs(_mean(values)) < 100 else (
-        f"{_mean(values):.1f}" if values else ""
+    return (
+        f"{_mean(values):.4f}"
+        if values and abs(_mean(values)) < 100
+        else (f"{_mean(values):.1f}" if values else "")
     )
 
 

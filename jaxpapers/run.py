@@ -66,9 +66,9 @@ def run(
 ) -> dict[str, Any]:
     """Runs the study of a paper's preset: trains what has to be trained, compares.
 
-    The same call continues what ``workdir`` holds. The paper's own run lies in the workdir
-    (with several seeds in ``seed<n>``), the other rows' in ``stages/``; ``comparison.json``
-    says which is where.
+    The same call continues what ``workdir`` holds. The paper's own run lies in the
+    workdir (with several seeds in ``seed<n>``), those of other rows in ``stages/``;
+    ``comparison.json`` says which is where.
 
     Args:
       target: ``name[:preset]``.
@@ -129,8 +129,9 @@ def run(
     console.print(report.comparison(study, results))
     for table in results[0].findings[0].tables:
         console.print(report.small_table(table))
-    if state is not None and study.sample and config.train.sample:
-        c, method = config.train, stages.method(rows[0][0].stage)
+    stage = rows[0][0].stage
+    if stage and state is not None and study.sample and config.train.sample:
+        c, method = config.train, stages.method(stage)
         key = jax.random.key(c.seed)
         text = study.sample(method, state, key, c.prompt, c.sample, c.temperature)
         console.print("[bold]sample[/]")

@@ -16,6 +16,10 @@ from jaxpapers.folder import open_writers, read_stored, write_config
 from jaxpapers.method import Method, State
 from jaxpapers.study import (
     Data,
+    Finding,
+    Result,
+    Results,
+    Row,
     Stage,
     last_step,
     lineage,
@@ -282,7 +286,7 @@ def measure(
         Result(
             row,
             [findings[i, j] for j in range(len(seeds))],
-            [stages.folder(r[i].stage) for r in rows if r[i].stage is not None],
+            [stages.folder(stage) for r in rows if (stage := r[i].stage)],
         )
         for i, row in enumerate(rows[0])
     ]

@@ -2,9 +2,9 @@
 
 Every system ends in the same thing, a comparison: the paper's own row, its ablations,
 baselines that are trained too and baselines that are not, folds. A task
-(``tasks/<t>.py``) says what the rows are; ``jaxpapers.stages`` trains what they need, each
-training run once; ``jaxpapers.run`` prints the table and writes ``comparison.json`` and the
-figures. A paper that trains nothing is a study whose rows have no stage.
+(``tasks/<t>.py``) says what the rows are; ``jaxpapers.stages`` trains what they need,
+each training run once; ``jaxpapers.run`` prints the table and writes ``comparison.json``
+and the figures. A paper that trains nothing is a study whose rows have no stage.
 """
 
 import hashlib

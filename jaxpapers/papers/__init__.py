@@ -3,7 +3,7 @@
 import difflib
 import importlib
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 
 class Paper(NamedTuple):

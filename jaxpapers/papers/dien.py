@@ -360,12 +360,11 @@ def sampler(
     return score_candidates(params, extra, batch, net=net)
 
 
-def rivals(config: Any) -> dict[str, Any]:
-    """The ablation: without the auxiliary loss, or with it if it is off."""
-    other = config.copy_and_resolve_references()
-    other.method.aux_weight = 0.0 if config.method.aux_weight else 1.0
-    label = "with" if other.method.aux_weight else "without"
-    return {f"{label} auxiliary loss": other}
+def ablations(config: Any) -> dict[str, dict[str, Any]]:
+    """Label -> fields: without the auxiliary loss, or with it if it is off."""
+    if config.method.aux_weight:
+        return {"without auxiliary loss": {"method.aux_weight": 0.0}}
+    return {"with auxiliary loss": {"method.aux_weight": 1.0}}
 
 
 def make(config: Any) -> Method:

@@ -207,13 +207,6 @@ def sampler(
     return score_candidates(params, extra, batch, net=net)
 
 
-def inference(config: Any) -> Any:
-    """The config without what needs the training set's counts."""
-    config = config.copy_and_resolve_references()
-    config.method.mba = 0.0
-    return config
-
-
 def make(config: Any, counts: Mapping[str, Any] | None = None) -> Method:
     """Binds ``config`` (see configs/din.py).
 

@@ -133,11 +133,8 @@ def sampler(
     return tokens.T.astype(jnp.int32)
 
 
-def phases(config: Any) -> list[tuple[int, Any]]:
-    """``config.optim.rank_schedule`` as (last step, config) of each part of the run.
-
-    A rank is a shape, so a schedule of ranks is a sequence of programs: each part goes on
-    from the checkpoint of the one before it, its Q resized (``optim.resize``).
+def rank_schedule(config: Any) -> list[tuple[int, float]]:
+    """``config.optim.rank_schedule`` as (last step, rank fraction) of each part of a run.
 
     Raises:
       ValueError: steps that do not rise, fractions outside (0, 1], another optimizer.
@@ -169,21 +166,11 @@ def phases(config: Any) -> list[tuple[int, Any]]:
             f"{config.optim.name!r}"
         )
     fractions = [config.optim.rank_fraction] + [x for _, x in changes]
-    found = []
-    for first, last, fraction in zip([0, *starts], [*starts, steps], fractions):
-        if first >= steps:
-            break
-        part = config.copy_and_resolve_references()
-        part.optim.rank_fraction = fraction
-        found.append((min(last, steps), part))
-    return found
-
-
-def inference(config: Any) -> Any:
-    """The config without replicas: nothing but the parameters of a run is read."""
-    config = config.copy_and_resolve_references()
-    config.train.replica_sync = "gradient"
-    return config
+    return [
+        (min(last, steps), fraction)
+        for first, last, fraction in zip([0, *starts], [*starts, steps], fractions)
+        if first < max(steps, 1)
+    ]
 
 
 def optimizer(config: Any) -> optax.GradientTransformation:

@@ -14,7 +14,7 @@ from jaxpapers.config import load_config
 from jaxpapers.data import ctr, ctr_files, ctr_tasks, fetch, lines
 from jaxpapers.nets import embedding
 from jaxpapers.ops import ranking
-from jaxpapers.papers import dien, rocket
+from jaxpapers.papers import dien, rocket, sim
 from jaxpapers.study import Data, Finding, Row, Stage, Study, with_fields, with_seed
 from jaxpapers.tasks.scores import named, scorer
 
@@ -114,8 +114,8 @@ def study(name: str, config: Any, data: Data, mesh: Any) -> Study:
 
 def ablations(name: str, config: Any) -> dict[str, Any]:
     """Label -> config of the paper's own variants."""
-    variants = {"dien": dien.ablations, "rocket": rocket.ablations}
-    fields = variants[name](config) if name in variants else {}
+    variants = {"dien": dien, "rocket": rocket, "sim": sim}
+    fields = variants[name].ablations(config) if name in variants else {}
     return {label: with_fields(config, values) for label, values in fields.items()}
 
 

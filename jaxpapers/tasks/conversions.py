@@ -90,11 +90,11 @@ def compare(clicks: Clicks, name: str, config: Any, mesh: Any) -> Study:
     c, journey = config.data, Journey(clicks, config)
     held = _held_out(clicks, config)
     labels = truth(clicks, c.w2)[held]
-    others = config.method.get("baselines", ())
+    others = c.get("baselines", ())
     unknown = set(others) - set(defer.NAMES)
     if unknown:
         raise ValueError(
-            f"config.method.baselines must be of {defer.NAMES}, got {sorted(unknown)}"
+            f"config.data.baselines must be of {defer.NAMES}, got {sorted(unknown)}"
         )
 
     def measure(method, state):

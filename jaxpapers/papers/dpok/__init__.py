@@ -34,7 +34,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import lax
 from jax.sharding import PartitionSpec as P
@@ -259,33 +258,20 @@ def sampler(
     ).sample
 
 
-def inference(config: Any) -> Any:
-    """The policy alone needs no reward; its config without one."""
-    plain = config.copy_and_resolve_references().unlock()
-    plain.method.reward = "none"
-    return plain.lock()
+def pretraining(config: Any) -> Any:
+    """Config of the run whose checkpoint the tuning starts from.
 
-
-def rivals(config: Any) -> dict[str, Any]:
-    """No KL, the released code's clip, and the supervised variants, at equal queries."""
-    if config.method.name != "dpok" or config.method.stage != "tune":
-        return {}
-    found = {}
-    mean = 1.0 / np.prod(config.net.shape)
-    for label, fields in {
-        "no KL": {"beta": 0.0},
-        # On the mean over coordinates, whose gradient is that much smaller.
-        "hard clip": {
-            "clip": "hard", "clip_eps": 1e-4, "reduce": "mean",
-            "alpha": config.method.alpha / mean,
-        },
-        "supervised": {"name": "sft"},
-        "supervised KL-D": {"name": "kl_d"},
-        "supervised KL-O": {"name": "kl_o"},
-    }.items():  # fmt: skip
-        found[label] = config.copy_and_resolve_references()
-        found[label].method.update(fields)
-    return found
+    None for that run itself, and where ``train.init_from`` names a checkpoint.
+    """
+    if config.method.stage == "pretrain" or config.train.init_from:
+        return None
+    before = config.copy_and_resolve_references().unlock()
+    before.method.stage = "pretrain"
+    before.data.batch = config.pretrain.batch
+    before.train.update(
+        steps=config.pretrain.steps, eval_every=config.pretrain.eval_every
+    )
+    return before.lock()
 
 
 def make(config: Any, *, reward_fn: Callable | None = None) -> Method:

@@ -328,19 +328,15 @@ def sampler(
     return Predictions(nets.predict_light(params, extra, batch), booster)
 
 
-def rivals(config: Any) -> dict[str, Any]:
-    """Each net alone, and both without gradient block."""
+def ablations(config: Any) -> dict[str, dict[str, Any]]:
+    """Label -> fields: each net alone, and both without gradient block."""
     if config.method.nets != "both":
         return {}
-    found = {}
-    for label, fields in {
-        "light alone": {"nets": "light"},
-        "booster alone": {"nets": "booster"},
-        "without block": {"block": "none"},
-    }.items():
-        found[label] = config.copy_and_resolve_references()
-        found[label].method.update(fields)
-    return found
+    return {
+        "light alone": {"method.nets": "light"},
+        "booster alone": {"method.nets": "booster"},
+        "without block": {"method.block": "none"},
+    }
 
 
 def make(config: Any) -> Method:

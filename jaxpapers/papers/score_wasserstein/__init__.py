@@ -85,7 +85,7 @@ __all__ = [
     "Bound", "Certificate", "Factor", "Lipschitz", "Model", "antithetic_steps",
     "certificate", "chain_model", "chain_terms", "chain_weights", "diagnose", "dsm_loss",
     "integrating_factor", "loss", "make", "one_sided_lipschitz",
-    "one_sided_lipschitz_upper", "rivals", "sampler", "score_lipschitz", "sm_loss",
+    "one_sided_lipschitz_upper", "sampler", "score_lipschitz", "sm_loss",
     "w2_bound_cor1", "w2_bound_general", "w2_bound_theorem1", "w2_offset_vp",
 ]  # fmt: skip
 
@@ -134,17 +134,6 @@ def loss(
     plain = jnp.asarray(betas / (1 - bars), x.dtype)
     J = 0.5 * len(betas) * x.shape[1] * (plain[step] * error).mean()
     return (lam[step] * error).mean(), {"J": J, "eps_error": error.mean()}
-
-
-def rivals(config: Any) -> dict[str, Any]:
-    """Both ways of the paper to lower the constant."""
-    if config.net.regularizer != "none":
-        return {}
-    found = {}
-    for label, name in (("spectral norm", "spectral"), ("weight clip", "clip")):
-        found[label] = config.copy_and_resolve_references()
-        found[label].net.regularizer = name
-    return found
 
 
 def make(config: Any) -> Method:

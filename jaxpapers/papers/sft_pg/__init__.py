@@ -236,6 +236,22 @@ def sampler(
     return trajectories.rollout(key, eps_fn, chain, shape).sample
 
 
+def pretraining(config: Any) -> Any:
+    """Config of the run whose checkpoint the tuning starts from.
+
+    None for that run itself, and where ``train.init_from`` names a checkpoint.
+    """
+    if config.method.stage == "pretrain" or config.train.init_from:
+        return None
+    before = config.copy_and_resolve_references().unlock()
+    before.method.stage = "pretrain"
+    before.data.batch = config.pretrain.batch
+    before.train.update(
+        steps=config.pretrain.steps, eval_every=config.pretrain.eval_every
+    )
+    return before.lock()
+
+
 def make(config: Any) -> Method:
     """Binds ``config`` (see configs/sft_pg.py) at its ``method.stage``.
 

@@ -411,13 +411,11 @@ def check_batch(batch: Mapping[str, Any], *, net: Any) -> None:
         )
 
 
-def rivals(config: Any) -> dict[str, Any]:
-    """The same model with an average of the long history instead of a search."""
+def ablations(config: Any) -> dict[str, dict[str, Any]]:
+    """Label -> fields: an average of the long history instead of a search."""
     if config.net.search == "average":
         return {}
-    other = config.copy_and_resolve_references()
-    other.net.search = "average"
-    return {"average of the long history": other}
+    return {"average of the long history": {"net.search": "average"}}
 
 
 def make(config: Any) -> Method:
