@@ -10,7 +10,19 @@ import pytest
 
 from jaxpapers.config import load_config
 from jaxpapers.papers import defer
+from tests.contract import Contract
 from tests.programs import KEY, params_like, together
+
+CONTRACT = Contract(
+    small={
+        "data.clicks": 2000, "data.batch": 32, "train.steps": 20, "optim.lr": 0.03,
+        "net.widths": (8, 4),
+    },
+    refused={
+        "method.name": ("hope", "method.name"),
+        "train.accumulate": (0, "train.accumulate"),
+    },
+)  # fmt: skip
 
 RECORDED = {
     "vanilla": ("vanilla", {}),

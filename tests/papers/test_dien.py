@@ -12,6 +12,21 @@ from jaxpapers import mesh as meshes
 from jaxpapers import run
 from jaxpapers import train as trainer
 from jaxpapers.papers import dien
+from tests.contract import CLICK, Contract, write_clicks
+
+CONTRACT = Contract(
+    # Without the auxiliary loss, a mean over steps that micro-batches weigh otherwise.
+    small={
+        **CLICK, "net.state": 6, "net.aux_hidden": (6,), "method.aux_weight": 0.0,
+    },
+    data=write_clicks,
+    refused={
+        "net.variant": ("lstm", "variant"),
+        "net.attention": ("dot", "attention"),
+        "method.aux_reduce": ("sum", "aux_reduce"),
+        "train.accumulate": (0, "train.accumulate"),
+    },
+)  # fmt: skip
 
 B, T, ITEMS, CATES = 8, 6, 30, 7
 SMALL = {

@@ -16,6 +16,21 @@ from jaxpapers import train as trainer
 from jaxpapers.nets import embedding, mlp
 from jaxpapers.nets.mlp import DiceState
 from jaxpapers.papers import din
+from tests.contract import CLICK, Contract, write_clicks
+
+CONTRACT = Contract(
+    small={**CLICK, "net.unit": (8,)},
+    data=write_clicks,
+    refused={
+        "net.pooling": ("max", "pooling"),
+        "net.normalize": ("l1", "normalize"),
+        "net.activation": ("gelu", "activation"),
+        "net.item_dim": (0, "item_dim"),
+        "optim.name": ("lion", "optim.name"),
+        "method.mba": (-1.0, "mba"),
+        "train.accumulate": (0, "train.accumulate"),
+    },
+)
 
 B, T, ITEMS, CATES = 8, 6, 30, 7
 SMALL = {

@@ -11,6 +11,35 @@ from jaxpapers import mesh as meshes
 from jaxpapers import train as trainer
 from jaxpapers.nets.transformer import Transformer
 from jaxpapers.papers import dion
+from tests.contract import Contract
+
+LINES = "".join(f"def f{i}(x):\n    return x + {i % 7}\n\n\n" for i in range(400))
+
+
+def write_text(folder):
+    (folder / "text.py").write_text(LINES)
+    return folder / "text.py"
+
+
+CONTRACT = Contract(
+    small={
+        "data.context": 16, "data.batch": 8, "data.eval_batch": 8, "net.width": 32,
+        "net.layers": 2, "net.heads": 2, "net.init_residual": "scaled",
+        "train.steps": 20, "train.sample": 0,
+    },
+    data=write_text,
+    refused={
+        "net.heads": (5, "multiple of heads"),
+        "net.dtype": ("float64", "bfloat16"),
+        "optim.name": ("lion", "optim.name"),
+        "optim.rank_fraction": (1.5, "rank_fraction"),
+        "optim.mu": (-0.5, "mu"),
+        "optim.orthogonalize": ("lu", "orthogonalize"),
+        "optim.scalar": ("sgd", "scalar"),
+        "optim.cooldown": (1.5, "shares of the run"),
+        "train.accumulate": (0, "train.accumulate"),
+    },
+)  # fmt: skip
 
 NET = Transformer(40, 32, 1, 2)
 TOKENS = jax.random.randint(jax.random.key(0), (3, 9), 0, 40)

@@ -17,6 +17,25 @@ from jaxpapers.ops import diffusion, policy
 from jaxpapers.ops.host import on_host
 from jaxpapers.papers import dpok
 from jaxpapers.papers.dpok import baseline, rounds
+from tests.contract import Contract
+
+CONTRACT = Contract(
+    small={
+        "data.batch": 40, "data.eval_each": 2, "net.width": 16, "net.blocks": 1,
+        "net.value": (16,), "method.steps": 4, "method.timesteps": 40,
+        "method.transitions": 2, "method.value_transitions": 2,
+        "method.policy_steps": 2, "method.value_steps": 4, "method.lora_rank": 2,
+        "method.beta_end": 0.3, "pretrain.optim.lr": 0.02,
+    },
+    refused={
+        "method.clip": ("soft", "clip"),
+        "method.steps": (7, "divide"),
+        "net.model": ("cnn", "net.model"),
+    },
+    noisy=True,
+    falling=("value_loss", 0.9),
+    stages=("", "before"),
+)  # fmt: skip
 
 CHAIN = diffusion.ddpm_chain(np.array([0.2, 0.4, 0.6]))
 PRE, THETA = jnp.array([0.3, 0.1]), jnp.array([0.6, -0.5])

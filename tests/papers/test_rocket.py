@@ -13,6 +13,21 @@ from jaxpapers import train as trainer
 from jaxpapers.nets import wide_resnet
 from jaxpapers.papers import rocket
 from jaxpapers.papers.rocket import Part, export_light, feature_hint, hint_loss
+from tests.contract import CLICK, Contract, write_clicks
+
+CONTRACT = Contract(
+    small={
+        **CLICK, "net.unit": (8,), "net.light.hidden": (4,),
+        "net.booster.hidden": (8, 4),
+    },
+    data=write_clicks,
+    refused={
+        "net.model": ("mlp", "net.model"),
+        "method.lam": (-1.0, "lam"),
+        "method.hint": ("l1", "mimic"),
+        "train.accumulate": (0, "train.accumulate"),
+    },
+)  # fmt: skip
 
 B, C, D, H = 6, 4, 5, 9
 HINTS, BLOCKS = ("mimic", "mse", "kd"), ("logits", "booster_params", "none")

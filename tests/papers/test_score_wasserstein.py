@@ -10,6 +10,22 @@ import pytest
 
 from jaxpapers.config import config_file
 from jaxpapers.papers import score_wasserstein as sw
+from tests.contract import Contract
+
+CONTRACT = Contract(
+    small={
+        "data.batch": 64, "data.count": 200, "data.eval_count": 64,
+        "net.widths": (8, 8), "method.ascend_steps": 0, "method.high": 0.9,
+        "optim.lr": 0.02, "optim.name": "sgd",
+    },
+    refused={
+        "method.steps": (0, "steps"),
+        "method.weight": ("flat", "weight"),
+        "net.regularizer": ("l2", "regularizer"),
+    },
+    noisy=True,
+    falling=("loss", 0.97),
+)  # fmt: skip
 
 STEPS, B = 3, 16
 

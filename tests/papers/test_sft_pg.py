@@ -17,6 +17,24 @@ from jaxpapers.nets.denoiser import StepMLP
 from jaxpapers.ops import diffusion, trajectories
 from jaxpapers.ops.distance import wasserstein_exact
 from jaxpapers.papers import sft_pg
+from tests.contract import Contract
+
+CONTRACT = Contract(
+    small={
+        "data.batch": 32, "data.count": 200, "data.eval_count": 64, "net.model": "mlp",
+        "net.width": 16, "net.blocks": 1, "net.critic": (16,), "net.value": (8,),
+        "method.n_critic": 2, "method.n_generator": 2, "optim.lr": 1e-3,
+        "method.beta_end": 0.9, "pretrain.optim.lr": 0.01,
+    },
+    refused={
+        "method.beta_end": (1.5, "beta"),
+        "method.steps": (0, "steps"),
+        "net.model": ("cnn", "net.model"),
+    },
+    noisy=True,
+    falling=("value_loss", 0.9),
+    stages=("", "before"),
+)  # fmt: skip
 
 
 def files(*keys):

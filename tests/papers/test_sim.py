@@ -13,6 +13,17 @@ from jaxpapers import run
 from jaxpapers import train as trainer
 from jaxpapers.ops import search
 from jaxpapers.papers import sim
+from tests.contract import CLICK, Contract, write_clicks
+
+CONTRACT = Contract(
+    small={**CLICK, "net.unit": (8,), "net.k": 4, "net.short": 4, "net.time_dim": 0},
+    data=write_clicks,
+    refused={
+        "net.search": ("random", "search"),
+        "net.k": (0, "net.k"),
+        "train.accumulate": (0, "train.accumulate"),
+    },
+)
 
 B, T, N = 8, 12, 5
 # LLVM's optimisations are most of a compile.

@@ -338,7 +338,7 @@ def make(
       ValueError: an option out of its range, or of another name.
     """
     # The other methods of a comparison are options of the task.
-    group = {k: v for k, v in config.method.items() if k not in ("rivals", "baselines")}
+    group = config.method
     options = from_config(Options, group, "method")
     layers: Any = net or from_config(Net, config.net, "net")
     tx = tx or optim.from_config(config.optim, config.train.steps)
