@@ -30,6 +30,11 @@ def read_metrics(run: str | Path) -> list[dict]:
     return [records[k] for k in sorted(records)]
 
 
+def has_metric(run: str | Path, metric: str) -> bool:
+    """Whether a run recorded a metric."""
+    return any(metric in record for record in read_metrics(run))
+
+
 def plot(
     runs: Sequence[str | Path], metric: str, out: str | Path, levels: dict | None = None
 ) -> Path:
@@ -76,157 +81,6 @@ def plot(
     axes.legend(frameon=False, fontsize=8)
     figure.savefig(out, dpi=150)
     return Path(out)
-
-
-def plot_comparison(study: Any, results: Sequence[Any], out: str | Path) -> Path:
-    """Draws the metric of every seed of every trained row, the others as lines.
-
-    A baseline that is far from all of them is named in the legend only, and of a model
-    that is far from most its mean is written where the axis ends. Where nothing was
-    trained, every row is drawn as a point.
-
-    Args:
-      study, results: see ``study.Study`` and ``study.Results``.
-      out: image file.
-    """
-    from matplotlib.figure import Figure
-
-    trained = [r for r in results if r.row.stage] or list(results)
-    runs = {_label(r): r.values(study.metric) for r in trained}
-    runs = {k: [x for x in v if np.isfinite(x)] for k, v in runs.items()}
-    runs = {label: values for label, values in runs.items() if values}
-    levels = _levels(study, [r for r in results if r not in trained])
-    figure = Figure(figsize=(7, 1.2 + 0.5 * len(runs)), layout="constrained")
-    axes = figure.subplots()
-    means = np.array([sum(values) / len(values) for values in runs.values()])
-    far = _far(means)
-    shown: list[float] = []
-    for i, values in enumerate(runs.values()):
-        if far[i]:
-            right = means[i] > np.median(means)
-            text = f"{means[i]:.3g} →" if right else f"← {means[i]:.3g}"
-            axes.text(
-                0.99 if right else 0.01, i, text, va="center",
-                ha="right" if right else "left", transform=axes.get_yaxis_transform(),
-            )  # fmt: skip
-            continue
-        shown += values
-        axes.plot(values, [i] * len(values), "o", color="C0", alpha=0.6)
-        axes.plot(means[i], i, "|", color="black", ms=18)
-    low, high = min(shown), max(shown)
-    room = 3 * (high - low or abs(high) or 1.0)
-    for (name, value), style in zip(levels.items(), (":", "--", "-.", "-") * 9):
-        label = f"{name} {value:.3f}"
-        if low - room <= value <= high + room:
-            axes.axvline(value, color="grey", ls=style, lw=1, label=label)
-        else:  # It would squeeze the models into one spot.
-            axes.plot([], [], " ", label=f"{label} (beyond the axis)")
-    axes.set_yticks(range(len(runs)), list(runs))
-    axes.set_ylim(-0.6, len(runs) - 0.4)
-    axes.set_xlabel(study.title)
-    axes.grid(alpha=0.25, axis="x")
-    if levels:
-        figure.legend(frameon=False, fontsize=8, loc="outside upper center", ncols=3)
-    figure.savefig(out, dpi=150)
-    return Path(out)
-
-
-def plot_curves(results: Sequence[Any], out: str | Path) -> Path:
-    """Draws the curves of all rows: a panel a name, a line a row, the mean over seeds.
-
-    The band is the range of the seeds. Seeds whose x differ are drawn one by one.
-
-    Args:
-      results: with ``Finding.curves``, whose names read "y against x".
-      out: image file.
-    """
-    from matplotlib.figure import Figure
-
-    names = list(dict.fromkeys(k for r in results for k in r.findings[0].curves))
-    figure = Figure(figsize=(6 * len(names), 4.2), layout="constrained")
-    row = figure.subplots(1, len(names), squeeze=False)[0]
-    for axes, name in zip(row, names):
-        drawn = [r for r in results if name in r.findings[0].curves]
-        for i, r in enumerate(drawn):
-            curves = [np.asarray(f.curves[name], float) for f in r.findings]
-            style = {
-                "color": f"C{i % 10}",
-                "ls": ("-", "--", ":")[i // 10 % 3],
-                "lw": 1.2,
-            }
-            same = all(np.array_equal(c[0], curves[0][0]) for c in curves)
-            if not same:
-                for j, (x, y) in enumerate(curves):
-                    axes.plot(x, y, label=None if j else _label(r), **style)
-                continue
-            x, y = curves[0][0], np.stack([c[1] for c in curves])
-            axes.plot(x, y.mean(0), label=_label(r), **style)
-            if len(y) > 1:
-                axes.fill_between(
-                    x, y.min(0), y.max(0), color=style["color"], alpha=0.2
-                )
-        vertical, _, horizontal = name.partition(" against ")
-        axes.set(xlabel=horizontal, ylabel=vertical)
-        axes.grid(alpha=0.25)
-    handles, labels = row[0].get_legend_handles_labels()
-    figure.legend(handles, labels, frameon=False, fontsize=8, loc="outside right upper")
-    figure.savefig(out, dpi=150)
-    return Path(out)
-
-
-def plot_study_samples(results: Sequence[Any], out: str | Path) -> None:
-    """Draws every trained row's samples beside those of the stage that it started from.
-
-    The paper's own go to ``out``, the others into their folders.
-
-    Args:
-      results: with a file ``samples.npz``, see ``plot_samples``.
-      out: image file.
-    """
-    for i, r in enumerate(results):
-        arrays = r.findings[0].files.get("samples.npz")
-        if arrays is None:
-            continue
-        start = r.row.stage.after
-        before = [x for x in results if start and x.row.stage == start]
-        plot_samples(
-            before[0].findings[0].files["samples.npz"] if before else None,
-            arrays,
-            out if i == 0 else r.folders[0] / Path(out).name,
-        )
-
-
-def plot_study_against(
-    results: Sequence[Any], out: str | Path, *, x: str, panels: Mapping[str, str]
-) -> None:
-    """``plot_against`` for the trained rows whose evaluations have the metrics."""
-    runs = {}
-    for r in results:
-        names = {k for f in r.folders for record in read_metrics(f) for k in record}
-        if {x, *panels} <= names:
-            runs[_label(r)] = r.folders
-    if runs:
-        plot_against(runs, x, panels, out)
-
-
-def _label(result: Any) -> str:
-    row = result.row
-    return f"{row.label}, {row.column}" if row.column else row.label
-
-
-def _levels(study: Any, results: Sequence[Any]) -> dict[str, float]:
-    """Means of rows that nothing was trained for."""
-    values = {_label(r): r.values(study.metric) for r in results}
-    return {label: sum(v) / len(v) for label, v in values.items() if v}
-
-
-def _far(means):
-    """Which models would squeeze the others into a fifth of the axis; never the first."""
-    apart = np.abs(means - np.median(means))
-    far = apart > 8 * np.median(apart)
-    far[:1] = False
-    near = np.ptp(means[~far])
-    return far & (0 < near < np.ptp(means) / 5)
 
 
 def plot_against(

@@ -11,8 +11,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from jaxpapers import figures, papers, plots, report, tasks
 from jaxpapers import mesh as meshes
-from jaxpapers import papers, plots, report, tasks
 from jaxpapers import plan as plans
 from jaxpapers import study as studies
 from jaxpapers.config import load_config
@@ -307,17 +307,18 @@ def _draw(study, results: studies.Results, folder: Path, console: Console) -> No
     """The study's figures; says so where matplotlib is missing."""
     own = results[0]
     try:
-        if own.folders:
-            untrained = [r for r in results if r.row.stage is None]
-            levels = {r.row.label: r.values(study.metric)[0] for r in untrained
-                      if r.values(study.metric)}  # fmt: skip
-            plots.plot(own.folders, study.curve, folder / "loss.png",
-                       levels if study.curve == study.metric else None)  # fmt: skip
+        untrained = [r for r in results if r.row.stage is None]
+        levels = {r.row.label: x[0] for r in untrained if (x := r.values(study.metric))}
+        # A run of no steps has no metrics.
+        curves = [f for f in own.folders if plots.has_metric(f, study.curve)]
+        if curves:
+            levels = levels if study.curve == study.metric else None
+            plots.plot(curves, study.curve, folder / "loss.png", levels)
         several = len(own.findings) > 1 or len([r for r in results if r.row.stage]) > 1
         if several or not own.folders:
-            plots.plot_comparison(study, results, folder / "comparison.png")
+            figures.comparison(study, results, folder / "comparison.png")
         if any(finding.curves for r in results for finding in r.findings):
-            plots.plot_curves(results, folder / "curves.png")
+            figures.curves(results, folder / "curves.png")
         for name, draw in study.pictures.items():
             draw(results, folder / name)
     except ModuleNotFoundError:

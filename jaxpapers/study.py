@@ -270,7 +270,7 @@ def summary(study: Study, results: Results, seeds: Sequence[int], root: Path) ->
     def relative(folder: Path) -> str:
         return str(folder.relative_to(root)) if folder.is_relative_to(root) else "."
 
-    return {
+    content = {
         "title": study.title,
         "metric": study.metric,
         "rising": study.rising,
@@ -296,6 +296,8 @@ def summary(study: Study, results: Results, seeds: Sequence[int], root: Path) ->
             for r in results
         ],
     }
+    # As the file gives it back: lists, and numbers of Python.
+    return json.loads(json.dumps(content, default=lambda x: x.item()))
 
 
 def _finite(value: Any) -> float | None:

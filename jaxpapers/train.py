@@ -1,7 +1,6 @@
 """Training: the one place that knows meshes, jit, checkpoints and stopping."""
 
 import math
-import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,10 +9,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 
 from jaxpapers import checkpoint as ckpt
 from jaxpapers import mesh as meshes
+from jaxpapers import signals
 from jaxpapers.method import Method, State
 
 PREEMPTED = 75  # EX_TEMPFAIL: the same command again continues
@@ -158,7 +157,7 @@ def fit(
         raise ValueError(f"refresh needs at least 1 step between, got {refresh[0]}")
     rows = slice(0) if examples is None else meshes.batch_rows(mesh, batch)
     # From here on SIGTERM waits for the next step's end, also during compilation.
-    with _SignalFlag() as stop:
+    with signals.Flag() as stop:
         if compiled is None:
             local = examples.batch(0, batch, rows)
             shapes = jax.tree.map(
@@ -264,11 +263,11 @@ def _loop(
             jax.profiler.stop_trace()
             tracing = False
         due = evaluate and (done == steps or (eval_every and done % eval_every == 0))
-        late = save_minutes and _agreed(time.monotonic() - saved_at, done) > (
+        late = save_minutes and signals.agreed(time.monotonic() - saved_at, done) > (
             60 * save_minutes
         )
         save = done == steps or (save_every and done % save_every == 0) or late
-        preempted = _preempted(stop, manager, done)
+        preempted = signals.preempted(stop, manager, done)
         if due or save or preempted:
             flush(done)
         if manager and (save or preempted):
@@ -333,46 +332,3 @@ def _finite(tree: Any) -> jax.Array:
     """Whether all floating point leaves are finite."""
     floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
     return jnp.array([jnp.isfinite(x).all() for x in floats]).all()
-
-
-def _agreed(seconds: int | float, step: int) -> float:
-    """The first process's clock, now and then: all have to save at the same step."""
-    if jax.process_count() == 1:
-        return seconds
-    if step % 20:
-        return 0.0
-    return float(multihost_utils.broadcast_one_to_all(np.float32(seconds)))
-
-
-def _preempted(stop, manager, step: int) -> bool:
-    """A signal here, or on several hosts a notice that reached any of them."""
-    if jax.process_count() > 1:
-        return bool(manager and manager.reached_preemption(step))
-    return stop.raised
-
-
-class _SignalFlag:
-    """SIGTERM sets a flag instead of killing the process between two steps.
-
-    Of several processes JAX's preemption service has the handler: it tells the others.
-    """
-
-    def __init__(self):
-        self.raised = False
-
-    def __enter__(self):
-        self._old = None
-        if jax.process_count() > 1:
-            return self
-        try:
-            self._old = signal.signal(signal.SIGTERM, self._set)
-        except ValueError:  # Not in the main thread (a notebook's worker): no handler.
-            pass
-        return self
-
-    def __exit__(self, *exc):
-        if self._old is not None:
-            signal.signal(signal.SIGTERM, self._old)
-
-    def _set(self, signum, frame):
-        self.raised = True

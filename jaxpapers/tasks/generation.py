@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxpapers import plots
+from jaxpapers import figures
 from jaxpapers.data import arrays, fetch, image_files, images, points
 from jaxpapers.ops import chains, distance
 from jaxpapers.papers import sft_pg
@@ -104,10 +104,10 @@ def study(name: str, config: Any, data: Data, mesh: Any) -> Study:
             for k, x in draws.items()
         ]
 
-    pictures = {"samples.png": plots.plot_study_samples}
+    pictures = {"samples.png": figures.samples}
     if certified:
         pictures["against.png"] = functools.partial(
-            plots.plot_study_against,
+            figures.against,
             x="validation_certified_w2",
             panels={"validation_bound": "xy="},
         )

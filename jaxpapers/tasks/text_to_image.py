@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxpapers import plots
+from jaxpapers import figures
 from jaxpapers.data import arrays
 from jaxpapers.ops import chains
 from jaxpapers.papers import dpok
@@ -123,9 +123,9 @@ def study(name: str, config: Any, data: Data, mesh: Any) -> Study:
         columns=("path_kl", "reward_accuracy", "frechet"),
         curve="reward" if config.method.stage == "tune" else "loss",
         pictures={
-            "samples.png": plots.plot_study_samples,
+            "samples.png": figures.samples,
             "against.png": functools.partial(
-                plots.plot_study_against,
+                figures.against,
                 x="validation_path_kl",
                 panels={f"validation_{y}": "x" for y in panels},
             ),

@@ -337,9 +337,7 @@ def make(
     Raises:
       ValueError: an option out of its range, or of another name.
     """
-    # The other methods of a comparison are options of the task.
-    group = config.method
-    options = from_config(Options, group, "method")
+    options = from_config(Options, config.method, "method")
     layers: Any = net or from_config(Net, config.net, "net")
     tx = tx or optim.from_config(config.optim, config.train.steps)
 
