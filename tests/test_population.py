@@ -14,14 +14,14 @@ from jaxpapers import mesh as meshes
 from jaxpapers import train as trainer
 from jaxpapers.method import Method, averaged, from_average, gradient, population
 from jaxpapers.method.population import AXIS, member
+from tests.programs import KEY, together
 
 N = 8
 F32 = jnp.float32
 
 
 def init_params(key, batch):
-    # A QR: batched by vmap it is what hangs on CPUs.
-    return {"w": jnp.linalg.qr(jax.random.normal(key, (4, 4)))[0], "b": jnp.zeros(4)}
+    return {"w": jax.random.normal(key, (4, 4)), "b": jnp.zeros(4)}
 
 
 def loss(params, batch, key):
@@ -52,32 +52,29 @@ def rows(shape=(3, 4), seed=0):
 
 
 def two_steps(method, key, batches):
-    state = method.init(key, batches[0])
-    state, _ = method.update(state, batches[0])
-    return method.update(state, batches[1])
+    """State without its key's type, and metrics, after two batches."""
+    start = method.init(key, jax.tree.map(lambda x: x[0], batches))
+    state, metrics = jax.lax.scan(method.update, start, batches)
+    last = jax.tree.map(lambda x: x[-1], metrics)
+    return state._replace(key=jax.random.key_data(state.key)), last
 
 
 @functools.cache
-def alone(shared=True):
-    """State and metrics of every member, run by itself in one program each."""
-    batches = [rows(), rows(seed=1)]
-    if not shared:
-        batches = [rows((N, 3, 4)), rows((N, 3, 4), 1)]
-    run = jax.jit(functools.partial(two_steps, single()))
-    members = []
-    for i, key in enumerate(jax.random.split(jax.random.key(0), N)):
-        own = batches if shared else jax.tree.map(lambda x, i=i: x[i], batches)
-        members.append(jax.device_get(_plain(run(key, own))))
-    return batches, members
+def alone(shared):
+    """Batches, and each member as a run by itself, all in one program."""
+    batches = rows((2, 3, 4) if shared else (2, N, 3, 4))
+    axis = None if shared else 1
 
+    def runs(key, batches):
+        run = jax.vmap(functools.partial(two_steps, single()), (0, axis))
+        return run(jax.random.split(key, N), batches)
 
-def _plain(outcome):
-    state, metrics = outcome
-    return state._replace(key=jax.random.key_data(state.key)), metrics
+    stacked = together(runs, jax.random.wrap_key_data(np.zeros(2, np.uint32)), batches)
+    return batches, [jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(N)]
 
 
 def compare(outcome, members, rtol=1e-5):
-    state, metrics = jax.device_get(_plain(outcome))
+    state, metrics = outcome
     assert state.step == 2
     for i, (expected, _) in enumerate(members):
         jax.tree.map(
@@ -93,79 +90,85 @@ def compare(outcome, members, rtol=1e-5):
 
 @pytest.mark.parametrize(
     "shared, vectorize, axes",
-    [(True, None, {"data": 1}), (True, None, {"data": 4, "model": 2}),
-     (False, True, {"data": 8})],
-)  # fmt: skip
-def test_members_are_runs_of_their_own(shared, vectorize, axes):
+    [
+        (True, None, {"data": 2}),
+        (False, True, {"data": 1}),
+        pytest.param(True, None, {"data": 4, "model": 2}, marks=pytest.mark.matrix),
+        pytest.param(True, None, {"data": 1}, marks=pytest.mark.matrix),
+        pytest.param(False, None, {"data": 8}, marks=pytest.mark.matrix),
+        pytest.param(True, True, {"data": 8}, marks=pytest.mark.matrix),
+    ],
+)
+def test_members_are_runs_of_their_own(shared, vectorize, axes, key):
     mesh = meshes.make_mesh(axes, jax.devices()[: np.prod(list(axes.values()))])
     batches, members = alone(shared)
     method = population(single(), N, shared_batch=shared, vectorize=vectorize)
     with jax.set_mesh(mesh):
-        outcome = jax.jit(functools.partial(two_steps, method))(
-            jax.random.key(0), batches
-        )
+        outcome = together(functools.partial(two_steps, method), key, batches)
     compare(outcome, members)
 
 
-def test_trained_on_a_mesh_and_resumed(tmp_path):
-    """Bitwise: four steps are two, a checkpoint, and two more; rules divide members."""
-
-    class Examples:
-        def batch(self, start, size, rows=slice(None)):
-            x = np.random.default_rng(start).standard_normal((size, 4))
-            return {"x": x.astype(np.float32)[rows]}
-
+@pytest.mark.programs(30)  # Most are orbax's, of copies and keys.
+def test_trained_on_a_mesh_and_resumed(tmp_path, key):
+    """Rules divide the members; four steps are two, a checkpoint, and two, bitwise."""
     mesh = meshes.make_mesh({"data": 4, "model": 2})
-    fit = functools.partial(
-        trainer.fit, population(single(), N), Examples(), batch=8, mesh=mesh
+    batches = [rows((8, 4), seed) for seed in range(4)]
+    compiled = trainer.compile(population(single(), N), mesh, batches[0])
+
+    def run(state, batches):
+        for batch in batches:
+            state, _ = compiled.step(state, meshes.put_batch(batch, mesh, 8))
+        return state
+
+    state = run(compiled.init(key), batches[:2])
+    with ckpt.open_manager(tmp_path) as manager:
+        ckpt.save(manager, state, 16, {})
+        state = run(state, batches[2:])
+        manager.wait_until_finished()
+        restored, position = ckpt.restore(manager, compiled.shapes)
+    resumed = run(restored, batches[2:])
+    assert position == 16 and int(resumed.step) == 4
+    jax.tree.map(
+        np.testing.assert_array_equal, *jax.device_get((state[:3], resumed[:3]))
     )
-    whole = fit(steps=4)
-    assert whole.params["w"].sharding.spec == P(AXIS, None, "model")
-    assert whole.opt_state[0].mu["w"].sharding.spec == P(AXIS, None, "model")
-    assert whole.params["b"].sharding.spec == P(AXIS)
-    assert whole.opt_state[0].count.sharding.spec == P(AXIS)
-    fit(steps=2, workdir=tmp_path)
-    resumed = fit(steps=4, workdir=tmp_path)
-    assert int(resumed.step) == 4
-    for a, b in zip(jax.tree.leaves(whole[:3]), jax.tree.leaves(resumed[:3])):
-        np.testing.assert_array_equal(a, b)
-    assert ckpt.latest_step(tmp_path / "checkpoints") == 4
+    for leaf in (state.params["w"], state.opt_state[0].mu["w"]):
+        assert leaf.sharding.spec == P(AXIS, None, "model")
+    for leaf in (state.params["b"], state.opt_state[0].count, state.key):
+        assert leaf.sharding.spec == P(AXIS)
 
 
 def test_scores_and_samples_have_a_member_axis(key):
     method = population(single(), 2)
 
-    @jax.jit
     def outputs(key):
         state = method.init(key, rows())
         scores = method.predict(state.params, state.extra, rows())
         value, metrics = method.loss(state.params, rows(), key)
         return state.params, scores, method.sampler(state.params, key, 2.0), value
 
-    params, scores, samples, value = jax.device_get(outputs(key))
+    params, scores, samples, value = together(outputs, key)
     np.testing.assert_allclose(scores, rows()["x"] @ params["w"], rtol=1e-5, atol=1e-6)
     assert samples.shape == (2, 4) and abs(samples[0] - samples[1]).min() > 1e-3
     assert value.shape == ()
 
 
-def test_averages_start_members():
+def test_averages_start_members(key):
     """A stage after another: each member continues its own average."""
     first = population(averaged(single(), 0.5), 2)
     second = population(
         averaged(single(), 0.5)._replace(warm_start=from_average("w")), 2
     )
 
-    @jax.jit
     def chain(key):
         state, _ = first.update(first.init(key, rows()), rows())
         start = second.warm_start.apply(
             second.init(key, rows()), {"extra": {"ema": {"w": state.extra["ema"]["w"]}}}
         )
-        return state.extra["ema"]["w"], start
+        return state.extra["ema"]["w"], start.params["w"]
 
-    average, start = chain(jax.random.key(1))
-    np.testing.assert_array_equal(start.params["w"], average)
-    shapes = jax.eval_shape(first.init, jax.random.key(0), rows())
+    average, start = together(chain, key)
+    np.testing.assert_array_equal(start, average)
+    shapes = jax.eval_shape(first.init, KEY, rows())
     parts = second.warm_start.parts(shapes)
     assert parts["extra"]["ema"]["w"].shape == (2, 4, 4)
 
@@ -179,7 +182,7 @@ def test_refuses():
     ):
         trainer.compile(population(single(), 6), meshes.make_mesh(), shapes)
     with pytest.raises(ValueError, match=r"batch\['x'\] must have a leading axis of 2"):
-        population(single(), 2, shared_batch=False).init(jax.random.key(0), rows())
+        population(single(), 2, shared_batch=False).init(KEY, rows())
     with pytest.raises(
         ValueError, match="'data'.* which the method's rule .* uses too"
     ):
