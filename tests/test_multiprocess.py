@@ -50,6 +50,38 @@ flat = {jax.tree_util.keystr(k): v for k, v in named}
 np.savez(f"{folder}/{rank}.npz", bits=bits, **flat)
 """
 
+# Executed here too: one process of four devices takes the same steps.
+SPLIT = """
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from jaxpapers import optim
+from jaxpapers.method import gradient
+
+class Examples:
+    def batch(self, start, size, rows):
+        x = np.random.default_rng(start).normal(size=(size, 8)).astype(np.float32)
+        return {"x": x[rows], "y": np.sin(x[rows, :4])}
+
+def loss(params, batch, key):
+    error = batch["x"] @ params["w"] - batch["y"]
+    return jnp.square(error).mean(), {"drawn": jax.random.normal(key)}
+
+def init(key, batch):
+    return {"w": jax.random.normal(key, (8, 4))}
+
+def fit(grid, **options):
+    rules = [*optim.state_rules(), ("w$", P("data"))]
+    tx = optim.dion(0.1, 0.5, sharding={"w": P("data")})
+    method = gradient(init, loss, tx, rules=rules)
+    return train.fit(method, Examples(), steps=2, batch=8, mesh=grid, **options)
+"""
+
+SAVE = """
+state = fit(grid, workdir=folder)
+w = multihost_utils.process_allgather(state.params["w"], tiled=True)
+np.savez(f"{folder}/{rank}.npz", w=w, shard=state.params["w"].addressable_data(0))
+"""
+
 LINE = """
 import jax.numpy as jnp, optax
 from jaxpapers.method import gradient
@@ -102,6 +134,24 @@ def finish(processes):
 
 
 def test_two_processes_agree_with_one(tmp_path):
+    """Dion on parameters that lie in parts on both, saved by both and read by one."""
+    codes, _, errors = finish(pair(SPLIT + SAVE, tmp_path))
+    assert codes == [0, 0], errors
+    names = {"jax": jax, "np": np, "train": train}
+    exec(SPLIT, names)
+    grid = mesh.make_mesh({"data": 4}, jax.devices()[:4])
+    # What two processes saved, one reads: it finds step 2 and has nothing to do.
+    for options in ({}, {"workdir": tmp_path}):
+        state = names["fit"](grid, **options)
+        assert int(state.step) == 2
+        for rank in range(2):
+            saved = np.load(tmp_path / f"{rank}.npz")
+            assert saved["shard"].shape == (2, 4)
+            np.testing.assert_allclose(saved["w"], state.params["w"], 1e-4, 1e-5)
+
+
+@pytest.mark.matrix
+def test_two_processes_train_the_language_model_as_one(tmp_path):
     corpus = tmp_path / "text.py"
     corpus.write_text("def f(x):\n    return x + 1\n\n\n" * 100)
     fields = {**SMALL, "data.path": corpus, "train.steps": 2}
