@@ -82,7 +82,7 @@ def lookup(
 
     Example:
       >>> table = jnp.arange(8.0).reshape(4, 2)
-      >>> lookup(table, jnp.array([0, 3, 9])).tolist()
+      >>> jax.jit(lookup)(table, jnp.array([0, 3, 9])).tolist()
       [[0.0, 0.0], [6.0, 7.0], [2.0, 3.0]]
     """
     if isinstance(table, Rows):
@@ -108,7 +108,8 @@ def hash_ids(
       ValueError: fewer buckets than 1.
 
     Example:
-      >>> hash_ids(jnp.array([0, 1, 2, 123456]), 1000).tolist()
+      >>> ids = jnp.array([0, 1, 2, 123456])
+      >>> jax.jit(hash_ids, static_argnums=1)(ids, 1000).tolist()
       [0, 729, 80, 749]
     """
     if buckets < 1:

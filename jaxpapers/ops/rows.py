@@ -67,7 +67,8 @@ def unique(ids: Int[Array, "*shape"], vocab: int) -> Int[Array, " U"]:
       min(number of ids, vocab) places, on every device.
 
     Example:
-      >>> unique(jnp.array([7, 3, 0, 7]), 100).tolist() == [3, 7, FILL, FILL]
+      >>> ids = jax.jit(unique, static_argnums=1)(jnp.array([7, 3, 0, 7]), 100)
+      >>> ids.tolist() == [3, 7, FILL, FILL]
       True
     """
     flat = resolve(replicate(ids).reshape(-1), vocab)

@@ -62,7 +62,7 @@ def vp_sde(
 
     Example:
       >>> sde = vp_sde()
-      >>> mean, std = sde.marginal(jnp.ones((1, 2)), jnp.ones(1))
+      >>> mean, std = jax.jit(sde.marginal)(jnp.ones((1, 2)), jnp.ones(1))
       >>> round(float(mean[0, 0]), 4), round(float(std[0]), 4)
       (0.0066, 1.0)
     """

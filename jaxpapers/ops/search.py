@@ -188,7 +188,7 @@ def take(
       found: of ``topk_masked`` or ``hard_search``.
 
     Example:
-      >>> found = topk_masked(jnp.array([1.0, 3.0]), jnp.array([False, True]), 2)
+      >>> found = Found(jnp.array([1, -1]), jnp.array([True, False]), jnp.array([3, 0]))
       >>> take(jnp.array([5, 7]), found).tolist()
       [7, 0]
     """
@@ -225,7 +225,8 @@ def hard_search(
 
     Example:
       >>> cats = jnp.array([7, 5, 7, 7, 5])
-      >>> hard_search(cats, jnp.array([True] * 4 + [False]), jnp.array(7), 2).idx.tolist()
+      >>> mask = jnp.array([True] * 4 + [False])
+      >>> jax.jit(hard_search, static_argnums=3)(cats, mask, 7, 2).idx.tolist()
       [3, 2]
     """
     check_k(k)

@@ -107,10 +107,10 @@ def power_iterate(
       is all zero (over all devices, not one shard), P = 0 and R = Q.
 
     Example:
-      >>> import jax, jax.numpy as jnp
-      >>> b = jnp.diag(jnp.array([3.0, 2.0, 1.0]))
-      >>> p, r = power_iterate(b, jnp.eye(3)[:, :1])
-      >>> float(jnp.abs(p[0, 0])), float(jnp.abs(r[0, 0]))
+      >>> import jax, numpy as np
+      >>> b, q = np.diag(np.float32([3, 2, 1])), np.eye(3, 1, dtype=np.float32)
+      >>> p, r = jax.jit(power_iterate)(b, q)
+      >>> abs(float(np.asarray(p)[0, 0])), abs(float(np.asarray(r)[0, 0]))
       (1.0, 3.0)
     """
 
