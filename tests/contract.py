@@ -33,7 +33,7 @@ class Contract(NamedTuple):
         computing the same step comparable to rounding: plain SGD, no statistics of the
         batch. (Adam makes a step of a gradient that is zero but for rounding.)
       refused: field -> value that ``make`` refuses, and a word of the message.
-      data: folder -> path for ``data.path``, after writing tiny data there.
+      data: folder -> ``data.path``, after writing tiny data there; None: no files.
       noisy: the loss draws noise for every row, so that micro-batches draw other noise.
       falling: metric that falls in 20 steps, and to which share of its first value.
       stages: "" for the paper's own stage, "before" for the one that it starts from.
@@ -41,7 +41,7 @@ class Contract(NamedTuple):
 
     small: Mapping[str, Any]
     refused: Mapping[str, tuple[Any, str]] = {}
-    data: Callable[[Path], Any] = lambda folder: ""
+    data: Callable[[Path], Any] | None = None
     noisy: bool = False
     falling: tuple[str, float] = ("loss", 0.8)
     stages: tuple[str, ...] = ("",)
@@ -50,9 +50,10 @@ class Contract(NamedTuple):
 class Case:
     """A method of a paper, its data, and the programs that were compiled of it."""
 
-    def __init__(self, name: str, stage: str, contract: Contract, path: Any):
+    def __init__(self, name: str, stage: str, contract: Contract, folder: Path):
         self.name, self.stage, self.contract = name, stage, contract
-        fields = {**contract.small, "data.path": path}
+        files = {"data.path": contract.data(folder)} if contract.data else {}
+        fields = {**contract.small, **files}
         arguments = [f"--config.{k}={v}" for k, v in fields.items()]
         own = run.load_config(f"{name}:smoke", arguments)
         self.own = own

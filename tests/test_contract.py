@@ -35,7 +35,7 @@ pytestmark = pytest.mark.programs(20)
 def case(request, tmp_path_factory):
     name, _, stage = request.param.partition(" ")
     contract = CONTRACTS[name]
-    return Case(name, stage, contract, contract.data(tmp_path_factory.mktemp(name)))
+    return Case(name, stage, contract, tmp_path_factory.mktemp(name))
 
 
 class Record:

@@ -327,7 +327,7 @@ def make(config: Any, *, reward_fn: Callable | None = None) -> Method:
         labels,
         warm_start=from_average("net", () if c.lora_rank else ("reference",)),
         diagnose=lambda params, extra, batch, key: {
-            "validation_path_kl": path_kl(params, key, batch["word"], bound=bound)
+            "path_kl": path_kl(params, key, batch["word"], bound=bound)
         },
     )
 

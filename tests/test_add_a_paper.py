@@ -1,0 +1,74 @@
+"""docs/add_a_paper.md, followed to the letter in a copy of the repository."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "add_a_paper.md"
+NAMES = "NAMES: dict[str, Paper] = {\n"
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    """The repository with the page's files; they are five."""
+    root = tmp_path_factory.mktemp("copy")
+    for name in ("jaxpapers", "configs"):
+        shutil.copytree(ROOT / name, root / name,
+                        ignore=shutil.ignore_patterns("__pycache__"))  # fmt: skip
+    (root / "tests" / "papers").mkdir(parents=True)
+    for name in ("conftest.py", "contract.py", "programs.py", "parity.py",
+                 "test_contract.py"):  # fmt: skip
+        if (ROOT / "tests" / name).exists():
+            shutil.copy(ROOT / "tests" / name, root / "tests" / name)
+    shutil.copy(ROOT / "pyproject.toml", root)
+    blocks = re.findall(r"```python\n# (\S+)\n(.*?)```", PAGE.read_text(), re.S)
+    assert len(blocks) == len({path for path, _ in blocks}) == 5
+    for path, code in blocks:
+        if (root / path).exists():
+            text = (root / path).read_text()
+            # The toy alone: the other papers' tests are not in the copy.
+            head, rest = text.split(NAMES)
+            rest = rest[rest.index("\n}\n") + 1 :]
+            (root / path).write_text(head + NAMES + code + rest)
+        else:
+            (root / path).write_text(code)
+    return root
+
+
+def run(copy, *arguments):
+    environment = {**os.environ, "PYTHONPATH": str(copy), "JAX_PLATFORMS": "cpu"}
+    return subprocess.run(
+        [sys.executable, "-m", *arguments], cwd=copy, env=environment,
+        capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+
+
+def test_the_page_passes_the_contract(copy):
+    """On a mesh of fake devices, without a line of the page's code changed."""
+    done = run(copy, "pytest", "-q", "-x", "tests", "-m", "not matrix")
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed and int(passed[1]) > 10, done.stdout[-500:]
+
+
+def test_the_page_is_formatted(copy):
+    done = run(copy, "ruff", "check", "configs/toy.py", "jaxpapers/papers/toy.py",
+               "jaxpapers/tasks/sums.py", "tests/papers/test_toy.py")  # fmt: skip
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.matrix
+def test_the_page_runs(copy):
+    done = run(copy, "jaxpapers", "run", "toy:smoke", "--seeds=2", "--quiet")
+    assert done.returncode == 0, done.stderr
+    for label in ("this model", "one hidden unit", "mean"):
+        assert label in done.stdout
+    assert (copy / "runs" / "toy-smoke" / "comparison.json").exists()
+    shown = run(copy, "jaxpapers", "show", "toy:smoke")
+    assert shown.returncode == 0 and "A linear model" in shown.stdout
