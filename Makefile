@@ -32,7 +32,7 @@ $(READY): pyproject.toml
 	@touch $@
 
 run: $(READY)
-	$(BIN)/jaxpapers train dion --workdir=$(WORKDIR)
+	$(BIN)/jaxpapers run dion --workdir=$(WORKDIR)
 
 test: $(READY)
 	$(PYTEST) $(PARALLEL) -m "not slow and not matrix" $(TESTS)
