@@ -40,11 +40,12 @@ assert mesh.batch_rows(grid, 8) == slice(4 * rank, 4 * rank + 4)
 MODEL = """
 from jaxpapers import papers, run, tasks
 config = run.load_config("dion:smoke", sys.argv[4:])
+data = tasks.read(config)
 method = papers.load("dion").make(config)
-task = tasks.load(config, method, grid)
-state = train.fit(method, task.examples, steps=2, batch=8, mesh=grid, workdir=folder)
+state = train.fit(method, data.examples, steps=2, batch=8, mesh=grid, workdir=folder)
 params = multihost_utils.process_allgather(state.params, tiled=True)
-bits = task.evaluate(state)["validation_bits"]
+row = tasks.study("dion", config, data, grid).rows(0)[0]
+bits = row.measure(method, state).numbers["bits"]
 named = jax.tree_util.tree_flatten_with_path(params)[0]
 flat = {jax.tree_util.keystr(k): v for k, v in named}
 np.savez(f"{folder}/{rank}.npz", bits=bits, **flat)
@@ -160,17 +161,18 @@ def test_two_processes_train_the_language_model_as_one(tmp_path):
     assert codes == [0, 0], errors
 
     config = run.load_config("dion:smoke", overrides)
+    data = tasks.read(config)
     method = papers.load("dion").make(config)
     grid = mesh.make_mesh({"data": 4}, jax.devices()[:4])
-    task = tasks.load(config, method, grid)
+    row = tasks.study("dion", config, data, grid).rows(0)[0]
 
     def fit(**kwargs):
-        return train.fit(method, task.examples, steps=2, batch=8, mesh=grid, **kwargs)
+        return train.fit(method, data.examples, steps=2, batch=8, mesh=grid, **kwargs)
 
     # What two processes saved, one reads: it finds step 2 and has nothing to do.
     for state in (fit(), fit(workdir=tmp_path)):
         assert int(state.step) == 2
-        bits = task.evaluate(state)["validation_bits"]
+        bits = row.measure(method, state).numbers["bits"]
         for rank in range(2):
             found = np.load(tmp_path / f"{rank}.npz")
             assert float(found["bits"]) == pytest.approx(bits, rel=1e-5)
@@ -285,7 +287,7 @@ def test_four_processes_resumed_by_two_and_by_one(tmp_path):
     alone = tmp_path / "alone"
     # The schedule's end moves with the steps: the same three stages on one process.
     for steps in (2, 4, 6):
-        run.train(
+        run.run(
             "dion:smoke",
             [*overrides, f"--config.train.steps={steps}"],
             workdir=str(alone),

@@ -1,4 +1,4 @@
-"""Metric files, the parameter table, the picture."""
+"""Metric files, the parameter table, figures of a comparison."""
 
 import json
 import sys
@@ -12,6 +12,8 @@ from rich.console import Console
 
 from jaxpapers import mesh as meshes
 from jaxpapers import method, plots, report, train
+from jaxpapers.figures import comparison as draw_comparison
+from jaxpapers.study import Finding, Result, Row, Stage, Study
 
 
 def write(path, *records):
@@ -158,27 +160,34 @@ def test_records_are_plain_json(tmp_path):
     assert list(json.loads(line)) == ["step", "time", "loss"]
 
 
-def test_a_far_baseline_does_not_squeeze_the_models(tmp_path, figures):
-    from types import SimpleNamespace
+def compared(title, rows, baselines, out):
+    """``comparison.png`` of trained rows and of baselines that are not."""
+    stage = Stage("paper", None)
+    given = [(k, stage, v) for k, v in rows.items()]
+    given += [(k, None, [v]) for k, v in baselines.items()]
+    results = [
+        Result(Row(label, stage, None), [Finding({"m": x}) for x in values], ())
+        for label, stage, values in given
+    ]
+    study = Study(title, "m", rising=False, rows=None)
+    assert draw_comparison(study, results, out).stat().st_size > 1000
 
-    runs = {"a": [0.010, 0.012], "b": [0.011, 0.013]}
-    baselines = {"near": 0.015, "far": 0.9}
-    out = tmp_path / "comparison.png"
-    plots.plot_comparison(SimpleNamespace(title="error"), runs, baselines, out)
-    assert out.stat().st_size > 1000
-    low, high = figures[0].axes[0].get_xlim()
+
+def test_a_far_baseline_does_not_squeeze_the_models(tmp_path, figures):
+    rows = {"a": [0.010, 0.012], "b": [0.011, 0.013]}
+    compared("error", rows, {"near": 0.015, "far": 0.9}, tmp_path / "comparison.png")
+    axes = figures[0].axes[0]
+    low, high = axes.get_xlim()
     assert low < 0.010 and 0.015 < high < 0.03
     texts = [t.get_text() for t in figures[0].legends[0].get_texts()]
     assert texts == ["near 0.015", "far 0.900 (beyond the axis)"]
+    assert axes.get_xlabel() == "error"
 
 
 def test_a_far_model_does_not_squeeze_the_others(tmp_path, figures):
-    from types import SimpleNamespace
-
-    runs = {name: [0.5 + i / 100] for i, name in enumerate("abcd")}
-    title = SimpleNamespace(title="loss")
-    out = tmp_path / "comparison.png"
-    plots.plot_comparison(title, {**runs, "far": [5.0], "low": [-4.0]}, {}, out)
+    rows = {name: [0.5 + i / 100] for i, name in enumerate("abcd")}
+    rows |= {"far": [5.0], "low": [-4.0]}
+    compared("loss", rows, {}, tmp_path / "comparison.png")
     axes = figures[0].axes[0]
     low, high = axes.get_xlim()
     assert 0.4 < low < 0.5 and 0.53 < high < 0.6
