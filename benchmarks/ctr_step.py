@@ -310,12 +310,11 @@ def serving() -> dict:
     ):
         method = papers.load(name).make(config(name, **fields))
         state = jax.jit(method.init)(jax.random.key(0), one)
-        score = jax.jit(method.sampler)
-        key = jax.random.key(0)
-        jax.block_until_ready(score(state.params, key, request, state.extra))
+        score = jax.jit(method.predict)
+        jax.block_until_ready(score(state.params, state.extra, request))
 
-        def run(score=score, state=state, key=key):
-            jax.block_until_ready(score(state.params, key, request, state.extra))
+        def run(score=score, state=state):
+            jax.block_until_ready(score(state.params, state.extra, request))
 
         steps[name] = run
         # The peer takes a row per candidate.

@@ -7,27 +7,22 @@
     jaxpapers train rocket --config.data.path=FOLDER     WRN-16-1 in WRN-40-1, CIFAR-10
     jaxpapers train rocket:svhn          the same on SVHN, Adam, dropout
 
+The fields of ``net`` are described at ``jaxpapers.papers.rocket.WrnNet``, ``DinNet`` and
+``DienNet``, those of ``method`` at ``jaxpapers.papers.rocket.Options``.
+
 Gates: digits, mean of 5 seeds: error of the light net <= alone + .003. ml100k, mean of 3
 seeds, AUC: light net >= alone - .003.
 """
 
+import dataclasses
+
 from ml_collections import ConfigDict
 
+from jaxpapers import blocks
 from jaxpapers.config import load_config
+from jaxpapers.papers import rocket
 
 PRESETS = ("paper", "svhn", "digits", "ml100k", "dien", "smoke")
-METHOD = {
-    "lam": 0.03,  # weight of the hint
-    "hint": "mimic",  # mse, kd
-    "block": "logits",  # booster_params, none: what the hint leaves alone
-    "temperature": 4.0,  # of kd, and of a teacher's
-    "features": "none",  # cosine, l2: a hint on hidden layers too
-    "features_weight": 1.0,
-    "alpha": 0.0,  # weight of a frozen teacher, whose logits the batch has to bring
-    "nets": "both",  # light, booster: one alone
-    "share": True,  # the lower layers
-    "remat": False,  # compute the booster's hidden layers twice instead of keeping them
-}
 
 
 def get_config(preset: str | None = None) -> ConfigDict:
@@ -48,20 +43,7 @@ def get_config(preset: str | None = None) -> ConfigDict:
                 "eval_batch": 512,
                 "seed": 1234,
             },
-            "net": {
-                "model": "wrn",
-                "size": 32,
-                "channels": 3,
-                "classes": 10,
-                "base": 16,  # channels of the stem
-                "width": 1,
-                "sharing": "interval",  # bottom
-                "light_blocks": 2,  # of each group: WRN-16
-                "booster_blocks": 6,  # WRN-40
-                "dropout": 0.0,  # in the booster's own blocks
-                "augment": True,  # mirrored and shifted by up to 4 pixels
-                "split_booster": False,  # its own kernels over the mesh axis model
-            },
+            "net": {"model": "wrn", **dataclasses.asdict(rocket.WrnNet())},
             "optim": {
                 "name": "sgd",  # adam
                 "lr": 0.1,
@@ -72,18 +54,9 @@ def get_config(preset: str | None = None) -> ConfigDict:
                 "drop_at": (23_460, 46_920, 62_560),
                 "drop_by": 0.2,
             },
-            "method": METHOD,
-            "train": {
-                "steps": 78_200,  # 200 epochs of 50,000
-                "accumulate": 1,
-                "seed": 0,
-                "eval_every": 3_910,
-                "save_every": 0,
-                "save_minutes": 5.0,
-                "keep": 2,
-                "init_from": "",
-                "sample": 0,
-            },
+            "method": dataclasses.asdict(rocket.Options()),
+            # 200 epochs of 50,000.
+            "train": blocks.train(78_200, eval_every=3_910),
         }
     )
     if preset == "svhn":
@@ -104,13 +77,14 @@ def get_config(preset: str | None = None) -> ConfigDict:
 
 
 def _clicks(target: str) -> ConfigDict:
-    """A click model's config with two nets in place of its one."""
+    """A click model's config with two nets in the place of its one."""
     config = load_config(target).copy_and_resolve_references().unlock()
-    config.net.model = target.split(":")[0]
-    config.net.split_booster = False
-    config.net.light = {"hidden": (16, 8)}
-    config.net.booster = {"hidden": (200, 80)}
-    if config.net.model == "dien":
-        config.net.light.state, config.net.booster.state = 8, 24
-    config.method = ConfigDict(METHOD)
+    model = target.split(":")[0]
+    net = rocket.DinNet if model == "din" else rocket.DienNet
+    fields = {f.name for f in dataclasses.fields(net)}
+    own = {name: value for name, value in config.net.items() if name in fields}
+    config.net = ConfigDict({"model": model, **dataclasses.asdict(net(**own))})
+    if model == "dien":
+        config.net.booster.state = 24
+    config.method = ConfigDict(dataclasses.asdict(rocket.Options()))
     return config.lock()

@@ -76,10 +76,17 @@ def click_optim(name: str, tables: str, lr: float, **fields: Any) -> dict:
       tables: of the embedding tables: lazy_adam, row_adagrad or row_sgd on the rows that
         a batch reads, dense: ``name`` on all rows.
       lr: learning rate of both.
-      fields: what only this config has, or another value of ``clip``, the bound of the
-        global gradient norm (0: none).
+      fields: further fields of ``optim.Options``, or another value of ``schedule`` or
+        ``clip``.
     """
-    return {"name": name, "tables": tables, "lr": lr, "clip": 0.0, **fields}
+    return {
+        "name": name,
+        "tables": tables,
+        "lr": lr,
+        "schedule": "constant",
+        "clip": 0.0,
+        **fields,
+    }
 
 
 ML_100K = {"item_vocab": 1684, "cate_vocab": 21, "user_vocab": 945, "rows_multiple": 8,

@@ -1,4 +1,4 @@
-"""DIN's local activation unit: a small network scores a history for a candidate."""
+"""DIN's local activation unit: an MLP that scores a history's items for a candidate."""
 
 import functools
 from typing import Any
@@ -28,24 +28,23 @@ def activation_unit(
     """Scores of history items for a candidate (DIN, arXiv 1706.06978, section 4.3).
 
     Args:
-      params: an ``nets.mlp`` from 4 D features to 1.
+      params: a ``nets.mlp`` from 4 D features to 1.
       query: candidates.
       keys: histories; their leading axes broadcast against those of ``query``, so that
-        (B, N, D) candidates and (B, 1, T, D) histories share the histories' part.
+        (B, N, D) candidates and (B, 1, T, D) histories share the products with the keys.
       mask: True at items, for Dice's statistics; None: all.
       state: Dice's statistics.
       activation: of the hidden layers.
-      train: statistics of the batch.
-      dtype: of the first layer's products, e.g. bfloat16, summed in float32.
-      chunk: rows that are computed at a time in training, again for the gradient, which
-        bounds memory and keeps a CPU in its cache; 0: all. Not for Dice, whose statistics
-        are the whole batch's. The first layer is linear in the keys, so a chunk folds
-        each candidate into its weights: half of that layer's products, which a CPU likes
-        and a TPU's large tiles do not.
+      train: whether Dice takes the batch's statistics.
+      dtype: of the first layer's products, e.g. bfloat16, accumulated in float32.
+      chunk: rows computed at a time in training, and again in the backward pass, to bound
+        memory and stay in a CPU's cache; 0: all. Not with Dice, whose statistics are
+        those of the whole batch. Within a chunk each candidate is folded into the first
+        layer's weights, which halves its products: faster on CPUs, not on TPUs.
       options: of ``nets.mlp.dice``.
 
     Returns:
-      Scores, one per item and candidate, and Dice's statistics to use next.
+      Scores, one per item and candidate, and the new statistics.
 
     Raises:
       ValueError: widths that do not fit; a chunk with Dice, or that does not divide the
@@ -69,7 +68,7 @@ def activation_unit(
 
 
 def _unit(params, query, keys, state, activation, dtype, *, fold=False, **options):
-    """All rows of ``activation_unit``; ``fold``: (B, D) candidates join the weights."""
+    """``activation_unit`` of all rows; ``fold``: candidates (B, D) join the weights."""
     first = params["layer_0"]
     width = query.shape[-1]
     w_query, w_key, w_difference, w_product = jnp.split(first["kernel"], 4)
@@ -82,8 +81,8 @@ def _unit(params, query, keys, state, activation, dtype, *, fold=False, **option
     product = functools.partial(mlp.matmul, dtype=dtype)
     query = jnp.expand_dims(query, -2)
     if fold:
-        own = jnp.swapaxes(query, 1, 2) * w_product[None]
-        kernel = own + (w_key - w_difference)[None]
+        of_query = jnp.swapaxes(query, 1, 2) * w_product[None]
+        kernel = of_query + (w_key - w_difference)[None]
         of_keys = jnp.matmul(
             keys.astype(dtype or keys.dtype),
             kernel.astype(dtype or kernel.dtype),
@@ -92,20 +91,16 @@ def _unit(params, query, keys, state, activation, dtype, *, fold=False, **option
     else:
         of_keys = product(query * keys, w_product) + product(keys, w_key - w_difference)
     hidden = of_keys + product(query, w_query + w_difference)
-    hidden = hidden + first["bias"].reshape((1,) * (hidden.ndim - 1) + (-1,))
+    hidden = hidden + mlp.channels(first["bias"], hidden)
     hidden, state = mlp.activate(first, state, hidden, "layer_0", activation, **options)
-    rest = {f"layer_{i}": params[f"layer_{i + 1}"] for i in range(len(params) - 1)}
-    # The later layers' statistics keep their names.
-    own = {f"layer_{i}": state[f"layer_{i + 1}"] for i in range(len(params) - 2)
-           if f"layer_{i + 1}" in state}  # fmt: skip
-    scores, own = mlp.apply(rest, own, hidden, activation=activation, **options)
-    moved = {f"layer_{int(name[6:]) + 1}": s for name, s in own.items()}
-    return scores[..., 0], {**state, **moved}
+    scores, state = mlp.apply(
+        params, state, hidden, activation=activation, start=1, **options
+    )
+    return scores[..., 0], state
 
 
 def _in_chunks(score, chunk, query, keys):
-    """score(query, keys), ``chunk`` rows at a time, nothing inside of it kept."""
-
+    """score(query, keys) by ``chunk`` rows; the backward pass computes them again."""
     # On a mesh interleaved, so that every chunk keeps the batch's sharding.
     mesh = jax.sharding.get_abstract_mesh()
     interleave = not mesh.empty and mesh.size > 1

@@ -1,8 +1,9 @@
-"""DIEN's interests: a GRU over the history, and a second one steered by the candidate.
+"""DIEN's interests: a GRU over the history, and one gated by attention to the candidate.
 
-``net`` is the group of configs/dien.py; batches are those of ``nets.behaviour``.
+Batches are those of ``nets.behaviour``.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -10,23 +11,63 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
-from jaxpapers.nets import behaviour, embedding, gru, mlp
+from jaxpapers import options
+from jaxpapers.nets import behaviour, gru, interest, mlp
 from jaxpapers.nets.attention import activation_unit
 from jaxpapers.nets.gru import VARIANTS, augru_scan, gru_scan
-from jaxpapers.ops.attention import attention_weights
+from jaxpapers.ops.attention import attention_weights, pool_history
 
 ATTENTION = ("bilinear", "din")
 POOLED = ("sum", "mean", "none")
 
 
-class Reads(NamedTuple):
-    """What a batch reads of the tables.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Net(behaviour.Net):
+    """Hyper-parameters of DIEN (arXiv 1809.03672), the released code's as defaults."""
+
+    item_dim: int = 18
+    """Width of an item's embedding."""
+    cate_dim: int = 18
+    """Width of a category's embedding; 0: the model reads no categories."""
+    user_dim: int = 18
+    """Width of a user's embedding; 0: the model reads no users."""
+    hidden: tuple[int, ...] = (200, 80)
+    """Widths of the MLP's hidden layers."""
+    state: int = 36
+    """H: width of both recurrent layers."""
+    variant: str = "augru"
+    """Of the second layer, one of ``nets.gru.VARIANTS``."""
+    attention: str = "bilinear"
+    """One of ``ATTENTION``; din is the released code's."""
+    pooled: str = "sum"
+    """Of the history, as a feature of the MLP, one of ``POOLED``."""
+    product: bool = True
+    """Whether candidate * pooled history is a further feature."""
+    unroll: int = 1
+    """Steps of a recurrent layer per iteration of its compiled loop."""
+    chunk: int = 0
+    """Steps between the states kept for the backward pass; 0: all are kept."""
+    dtype: str = "float32"
+    """Of the products that no state enters, one of ``nets.behaviour.DTYPES``."""
+
+    def __post_init__(self):
+        """Raises ValueError naming a field that is out of range."""
+        super().__post_init__()
+        options.check_choices(
+            self, "net", variant=VARIANTS, attention=ATTENTION, pooled=POOLED,
+            dtype=behaviour.DTYPES,
+        )  # fmt: skip
+        options.check_least(self, "net", state=1, unroll=1, chunk=0)
+
+
+class Embedded(NamedTuple):
+    """Embeddings of a batch.
 
     Attributes:
       query: (B, D) or (B, N, D), candidates.
       keys: (B, T, D), the history, zeros at padding.
       mask: (B, T), True at behaviours.
-      user: (B, U), or None.
+      user: query's shape but for the width, or None.
     """
 
     query: Any
@@ -63,7 +104,7 @@ def din_attention(
     train: bool = False,
     unit_chunk: int = 0,
 ) -> Float[Array, "*batch T"]:
-    """The released code's attention: softmax over the steps of DIN's unit.
+    """The released code's attention: softmax over the steps of DIN's unit's scores.
 
     Args:
       params: ``unit``, see ``nets.attention.activation_unit``; ``query``, optional, a
@@ -71,15 +112,15 @@ def din_attention(
       states: see ``bilinear_attention``.
       target: see ``bilinear_attention``.
       mask: see ``bilinear_attention``.
-      dtype: of the unit's products.
+      dtype: of the products in the unit's first layer.
       train: see ``nets.attention.activation_unit``.
       unit_chunk: its ``chunk``.
     """
     if "query" in params:
-        p = {k: v.reshape((1,) * (target.ndim - v.ndim) + v.shape)
-             for k, v in params["query"].items() if k != "kernel"}  # fmt: skip
-        target = target @ params["query"]["kernel"] + p["bias"]
-        target = jnp.where(target >= 0, target, p["alpha"] * target)
+        query = params["query"]
+        target = target @ query["kernel"] + mlp.channels(query["bias"], target)
+        left = mlp.channels(query["alpha"], target) * target
+        target = jnp.where(target >= 0, target, left)
     scores, _ = activation_unit(
         params["unit"], target, states, activation="sigmoid", dtype=dtype, train=train,
         chunk=unit_chunk,
@@ -100,94 +141,96 @@ def evolve(
     train: bool = False,
     unit_chunk: int = 0,
 ) -> Float[Array, "*batch H"]:
-    """What became of the interests, as the candidate sees it (eq 9-12).
+    """The evolved interest: the extracted ones filtered by the candidate (eq 9-12).
 
     Args:
       params: ``cell``, see ``nets.gru``, and ``attention``: ``kernel`` of
-        ``bilinear_attention``, or what ``din_attention`` takes.
+        ``bilinear_attention``, or the params of ``din_attention``.
       states: of the extractor; (B, 1, T, H) with N candidates (B, N, A).
       target: candidates.
       mask: (.., T), True at behaviours.
-      variant: "gru" weighs the states of a second GRU with attention on them; the other
-        ``VARIANTS`` give the last state.
-      unroll: see ``augru_scan``.
-      chunk: see ``augru_scan``.
-      dtype: of the products that no state is in.
-      train: see ``din_attention``.
-      unit_chunk: see ``din_attention``.
+      variant: "gru" pools the states of a plain second GRU by attention; the other
+        ``VARIANTS`` return the last state.
+      unroll, chunk, dtype: see ``augru_scan``.
+      train, unit_chunk: see ``din_attention``.
 
     Raises:
       ValueError: unknown variant.
     """
-    options = {"unroll": unroll, "chunk": chunk, "dtype": dtype}
-    given = params["attention"]
+    scan = {"unroll": unroll, "chunk": chunk, "dtype": dtype}
+    attention = params["attention"]
 
     def attend(states):
-        if "kernel" in given:
-            return bilinear_attention(given["kernel"], states, target, mask)
+        if "kernel" in attention:
+            return bilinear_attention(attention["kernel"], states, target, mask)
         return din_attention(
-            given, states, target, mask, dtype=dtype, train=train, unit_chunk=unit_chunk
-        )
+            attention, states, target, mask,
+            dtype=dtype, train=train, unit_chunk=unit_chunk,
+        )  # fmt: skip
 
     if variant == "gru":
-        states, _ = gru_scan(params["cell"], states, mask, **options)
+        states, _ = gru_scan(params["cell"], states, mask, **scan)
         return jnp.einsum("...t,...th->...h", attend(states), states)
-    return augru_scan(params["cell"], states, attend(states), mask, variant, **options)[
-        1
-    ]
+    weights = attend(states)
+    return augru_scan(params["cell"], states, weights, mask, variant, **scan)[1]
 
 
-def width(net: Any) -> int:
-    """Numbers that ``apply`` gives for a candidate."""
-    own = net.item_dim + net.cate_dim
-    pooled = 0 if net.pooled == "none" else own * (2 if net.product else 1)
-    return net.user_dim + own + net.state + pooled
+def width(net: Net) -> int:
+    """F: number of features that ``apply`` gives."""
+    pooled = 0 if net.pooled == "none" else net.width * (2 if net.product else 1)
+    return net.user_dim + net.width + net.state + pooled
 
 
-def init(key: Key[Array, ""], net: Any) -> dict:
+def init(key: Key[Array, ""], net: Net) -> dict:
     """Parameters ``extractor`` and ``evolve``.
 
-    Raises:
-      ValueError: sizes or names that are not known.
+    Args:
+      key: of the draws.
+      net: hyper-parameters.
     """
-    check(net)
     key_extractor, key_cell, key_query, key_unit = jax.random.split(key, 4)
-    own, state = net.item_dim + net.cate_dim, net.state
     glorot = jax.nn.initializers.glorot_uniform()
     if net.attention == "bilinear":
-        attention: dict = {"kernel": glorot(key_query, (state, own))}
+        attention: dict = {"kernel": glorot(key_query, (net.state, net.width))}
     else:
-        query = glorot(key_query, (own, state))
-        bias, alpha = jnp.zeros(state), jnp.full(state, 0.1)
+        query = glorot(key_query, (net.width, net.state))
+        bias, alpha = jnp.zeros(net.state), jnp.full(net.state, 0.1)
+        sizes = (4 * net.state, *net.unit, 1)
         attention = {
             "query": {"kernel": query, "bias": bias, "alpha": alpha},
-            "unit": mlp.init(
-                key_unit, (4 * state, *net.unit, 1), "sigmoid", last_bias=False
-            ),
+            "unit": mlp.init(key_unit, sizes, "sigmoid", last_bias=False),
         }
     steered = net.variant in ("agru", "augru", "augru_released")
-    cell = gru.init(key_cell, state, state, update_bias=1.0 if steered else -1.0)
+    update_bias = 1.0 if steered else -1.0
+    cell = gru.init(key_cell, net.state, net.state, update_bias=update_bias)
     return {
-        "extractor": gru.init(key_extractor, own, state),
+        "extractor": gru.init(key_extractor, net.width, net.state),
         "evolve": {"attention": attention, "cell": cell},
     }
 
 
-def read(tables: Mapping[str, Any], batch: Mapping[str, Array], *, net: Any) -> Reads:
+def embed(
+    tables: Mapping[str, Any], batch: Mapping[str, Array], *, net: Net
+) -> Embedded:
     """Embeddings of a batch.
+
+    Args:
+      tables: see ``nets.behaviour.init``.
+      batch: see ``nets.behaviour``.
+      net: hyper-parameters.
 
     Raises:
       ValueError: T = 0, or arrays whose shapes do not fit.
     """
-    use = behaviour.fields(batch, net)
-    query = behaviour.embed(tables, use["item"], use["cate"])
-    keys = behaviour.embed(tables, use["hist_item"], use["hist_cate"])
-    user = embedding.lookup(tables["user"], use["user"]) if net.user_dim else None
-    return Reads(query, keys, use["mask"], user)
+    read = behaviour.fields(batch, net)
+    query = behaviour.embed(tables, read["item"], read["cate"])
+    keys = behaviour.embed(tables, read["hist_item"], read["hist_cate"])
+    user = interest.user_vectors(tables, read, query) if net.user_dim else None
+    return Embedded(query, keys, read["mask"], user)
 
 
 def apply(
-    params: dict, reads: Reads, *, net: Any, train: bool = False
+    params: dict, embedded: Embedded, *, net: Net, train: bool = False
 ) -> tuple[Float[Array, "*candidates F"], Float[Array, "B T H"]]:
     """Features of candidates: user, candidate, evolved interest, pooled history.
 
@@ -195,48 +238,31 @@ def apply(
 
     Args:
       params: see ``init``.
-      reads: see ``read``.
-      net: see above.
+      embedded: see ``embed``.
+      net: hyper-parameters.
       train: see ``din_attention``.
 
     Returns:
       Features, and the extractor's states.
     """
-    query, keys, mask, user = reads
-    options = {
+    query, keys, mask, user = embedded
+    scan = {
         "unroll": net.unroll, "chunk": net.chunk,
-        "dtype": behaviour.compute_dtype(net),
+        "dtype": behaviour.compute_dtype(net.dtype),
     }  # fmt: skip
-    states, _ = gru_scan(params["extractor"], keys, mask, **options)
-    pooled = keys.sum(1)  # Padding reads zeros.
-    if net.pooled == "mean":
-        pooled = pooled / jnp.maximum(mask.sum(1), 1)[:, None].astype(pooled.dtype)
-    shared, seen = states, mask
+    states, _ = gru_scan(params["extractor"], keys, mask, **scan)
+    shared, shared_mask = states, mask
     if query.ndim == 3:
-        # One history, N candidates: what has no candidate in it is computed once.
-        shared, seen, pooled = states[:, None], mask[:, None], pooled[:, None]
-        user = user if user is None else user[:, None]
+        # The history is shared by the candidates.
+        shared, shared_mask = states[:, None], mask[:, None]
     final = evolve(
-        params["evolve"], shared, query, seen, variant=net.variant, train=train,
-        unit_chunk=net.unit_chunk, **options,
+        params["evolve"], shared, query, shared_mask, variant=net.variant, train=train,
+        unit_chunk=net.unit_chunk, **scan,
     )  # fmt: skip
-
-    def spread(x):
-        return jnp.broadcast_to(x, (*query.shape[:-1], x.shape[-1]))
-
-    parts = [query, final] if user is None else [spread(user), query, final]
+    features = [query, final] if user is None else [user, query, final]
     if net.pooled != "none":
-        parts += [spread(pooled)] + ([spread(pooled) * query] if net.product else [])
-    return jnp.concatenate(parts, -1), states
-
-
-def check(net: Any) -> None:
-    """Raises ValueError naming the field of ``net`` that is wrong."""
-    behaviour.check_choices(
-        net, variant=VARIANTS, attention=ATTENTION, pooled=POOLED,
-        dtype=behaviour.DTYPES,
-    )  # fmt: skip
-    mlp.check(net.activation, "config.net.activation")
-    behaviour.check_sizes(net)
-    if net.state < 1:
-        raise ValueError(f"config.net.state must be >= 1, got {net.state}")
+        pooled = pool_history(keys, mask, net.pooled)
+        pooled = pooled[:, None] if query.ndim == 3 else pooled
+        pooled = jnp.broadcast_to(pooled, query.shape)
+        features += [pooled, pooled * query] if net.product else [pooled]
+    return jnp.concatenate(features, -1), states

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Key
 
-from jaxpapers.nets.mlp import matmul
+from jaxpapers.nets.mlp import channels, matmul
 
 VARIANTS = ("gru", "aigru", "agru", "augru", "augru_released")
 
@@ -176,7 +176,7 @@ def _project(params, x, a, dtype):
         gates = gates * a  # (a x) W = a (x W): the product is that of all candidates.
     reset_update, inside = jnp.split(bias, [2 * hidden])
     outside = jnp.concatenate([reset_update, jnp.zeros_like(inside)])
-    return gates + _to(params["input"]["bias"] + outside, gates), inside
+    return gates + channels(params["input"]["bias"] + outside, gates), inside
 
 
 def _in_chunks(part, h, steps, chunk):
@@ -204,7 +204,7 @@ def _gates(kernel, bias, gates, h):
     from_reset, from_update, from_state = jnp.split(matmul(h, kernel), 3, -1)
     reset = jax.nn.sigmoid(reset + from_reset)
     update = jax.nn.sigmoid(update + from_update)
-    from_state = from_state + _to(bias, from_state)
+    from_state = from_state + channels(bias, from_state)
     candidate = jnp.tanh(candidate + reset * from_state)
     return update, candidate, reset, from_state
 
@@ -228,7 +228,7 @@ def _recur_released(unroll, kernel, bias, gates, offset, scale, h0):
         outside, candidate = jnp.split(gates, [2 * hidden], -1)
         both = jax.nn.sigmoid(outside + matmul(h, kernel[:, : 2 * hidden]))
         reset, update = jnp.split(both, 2, -1)
-        inner = matmul(reset * h, kernel[:, 2 * hidden :]) + _to(bias, h)
+        inner = matmul(reset * h, kernel[:, 2 * hidden :]) + channels(bias, h)
         return update, jnp.tanh(candidate + inner)
 
     return _scan(cell, unroll, h0, (gates, offset, scale))[0]
@@ -306,10 +306,6 @@ def _sum_to(x, shape):
 def _time_first(x, shape):
     x = jnp.moveaxis(x, -1, 0)
     return x.reshape(x.shape[:1] + (1,) * (len(shape) - x.ndim) + x.shape[1:])
-
-
-def _to(bias, x):
-    return bias.reshape((1,) * (x.ndim - 1) + bias.shape)
 
 
 def _check(params, x, att, mask, variant, unroll, chunk):

@@ -1,7 +1,7 @@
-"""Multi-layer perceptrons of the click models, and Dice, their activation.
+"""Multi-layer perceptrons, and DIN's activation Dice with its moving statistics.
 
 Parameters are dicts ``layer_0, layer_1, ..`` of kernel (in, out), bias and, for Dice,
-alpha. Statistics have the same names, and are empty without Dice.
+alpha. Dice's statistics have the same names; without Dice they are {}.
 """
 
 from collections.abc import Sequence
@@ -10,18 +10,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Bool, Float, Key, Shaped
 
 ACTIVATIONS = ("relu", "leaky_relu", "sigmoid", "dice")
 
 
 class DiceState(NamedTuple):
-    """Moving statistics of a Dice activation.
-
-    Attributes:
-      mean: (C,).
-      var: (C,).
-    """
+    """Moving mean and variance of a Dice activation's input, (C,) each."""
 
     mean: Any
     var: Any
@@ -39,25 +34,25 @@ def dice(
     correction: int = 0,
     axis_name: str | None = None,
 ) -> tuple[Float[Array, "*batch C"], DiceState]:
-    r"""PReLU whose turning point follows the data (DIN, arXiv 1706.06978, eq 9).
+    r"""PReLU that bends at the mean of its input (DIN, arXiv 1706.06978, eq 9).
 
     $$ f(s) = p s + (1 - p) \alpha s, \quad
        p = \mathrm{sigmoid}((s - E[s]) / \sqrt{Var[s] + \epsilon}) $$
 
     Args:
       x: s, channels last.
-      alpha: slope of the left side.
+      alpha: slope below the mean.
       state: moving mean and variance.
-      train: statistics of this batch, through which the gradient flows; else the moving
-        ones. Under ``jax.jit`` the batch is the global one on every mesh.
-      mask: of the leading axes; False where x is padding, which counts nowhere.
-      decay: of the moving statistics (the paper does not say).
+      train: use the statistics of this batch, with gradients through them; else the
+        moving ones. Under ``jax.jit`` the batch is the global one on every mesh.
+      mask: broadcasts to the leading axes; False at padding, which no statistic counts.
+      decay: of the moving statistics (not in the paper).
       eps: added to the variance.
-      correction: 1 keeps n/(n-1) times the variance, as torch does.
-      axis_name: mesh or vmap axis to take the batch's statistics over as well.
+      correction: 1 stores n/(n-1) times the variance, as torch does; 0 the variance.
+      axis_name: mesh or vmap axis over which statistics are taken too.
 
     Returns:
-      f(s), and the state to use next.
+      f(s), and the new moving statistics.
 
     Example:
       >>> x = jnp.array([[-1.0], [1.0]])
@@ -69,29 +64,29 @@ def dice(
     mean, var = state
     if train:
         axes = tuple(range(s.ndim - 1))
-        seen = jnp.ones(s.shape[:-1], s.dtype)
+        kept = jnp.ones(s.shape[:-1], s.dtype)
         if mask is not None:
-            seen = seen * jnp.broadcast_to(mask, seen.shape)
+            kept = kept * jnp.broadcast_to(mask, kept.shape)
 
         def total(x):
             return lax.psum(x, axis_name) if axis_name else x
 
-        count = total(seen.sum())
-        some = jnp.maximum(count, 1)
-        mean = total((seen[..., None] * s).sum(axes)) / some
-        square = jnp.square(s - _to(mean, s))
-        var = total((seen[..., None] * square).sum(axes)) / some
-        # Nothing seen, nothing learned.
-        keep = jnp.where(count > 0, decay, 1.0)
-        kept = var * count / jnp.maximum(count - correction, 1)
+        count = total(kept.sum())
+        divisor = jnp.maximum(count, 1)
+        mean = total((kept[..., None] * s).sum(axes)) / divisor
+        square = jnp.square(s - channels(mean, s))
+        var = total((kept[..., None] * square).sum(axes)) / divisor
+        # A batch of padding leaves the moving statistics alone.
+        momentum = jnp.where(count > 0, decay, 1.0)
+        stored = var * count / jnp.maximum(count - correction, 1)
         moved = (
-            keep * state.mean + (1 - keep) * mean,
-            keep * state.var + (1 - keep) * kept,
+            momentum * state.mean + (1 - momentum) * mean,
+            momentum * state.var + (1 - momentum) * stored,
         )
-        state = DiceState(*(lax.stop_gradient(m).astype(o.dtype)
-                            for m, o in zip(moved, state)))  # fmt: skip
-    p = jax.nn.sigmoid((s - _to(mean, s)) * lax.rsqrt(_to(var, s) + eps))
-    y = s * (p + (1 - p) * _to(alpha, s))
+        state = DiceState(*(lax.stop_gradient(new).astype(old.dtype)
+                            for new, old in zip(moved, state)))  # fmt: skip
+    p = jax.nn.sigmoid((s - channels(mean, s)) * lax.rsqrt(channels(var, s) + eps))
+    y = s * (p + (1 - p) * channels(alpha, s))
     return y.astype(x.dtype), state
 
 
@@ -107,13 +102,13 @@ def init(
     Args:
       key: of the kernels.
       sizes: input, hidden layers, output.
-      activation: of ``ACTIVATIONS``.
-      last_bias: False where a softmax follows, which does not see it.
+      activation: one of ``ACTIVATIONS``.
+      last_bias: whether the last layer has a bias; a softmax after it does not see one.
 
     Raises:
       ValueError: unknown activation, or fewer than two sizes.
     """
-    check(activation, "activation")
+    _check(activation)
     if len(sizes) < 2:
         raise ValueError(f"mlp.init needs input and output size, got {tuple(sizes)}")
     params = {}
@@ -129,7 +124,7 @@ def init(
 
 
 def statistics(params: dict) -> dict[str, DiceState]:
-    """The first moving statistics of parameters that ``init`` made."""
+    """Initial moving statistics, mean 0 and variance 1, of the Dice of ``params``."""
     return {
         name: DiceState(jnp.zeros_like(p["alpha"]), jnp.ones_like(p["alpha"]))
         for name, p in params.items()
@@ -147,25 +142,26 @@ def apply(
     mask: Bool[Array, "..."] | None = None,
     decay: float = 0.99,
     eps: float = 1e-8,
+    start: int = 0,
 ) -> tuple[Float[Array, "*batch O"], dict[str, DiceState]]:
-    """Layers with the activation between them; the last one is linear.
+    """Linear layers with the activation between them.
 
     Args:
       params: see ``init``.
       state: see ``statistics``.
       x: input.
-      activation: of ``ACTIVATIONS``.
-      train: see ``dice``.
-      mask: see ``dice``.
-      decay: see ``dice``.
-      eps: see ``dice``.
+      activation: one of ``ACTIVATIONS``.
+      train, mask, decay, eps: see ``dice``.
+      start: first layer to apply; ``x`` is the output of those before it.
 
     Returns:
-      The output, and the statistics to use next.
+      The output, and the new statistics.
     """
-    options = {"train": train, "mask": mask, "decay": decay, "eps": eps}
-    outputs, new = layers(params, state, x, activation=activation, **options)
-    return outputs[-1], new
+    outputs, state = layers(
+        params, state, x, activation=activation, start=start,
+        train=train, mask=mask, decay=decay, eps=eps,
+    )  # fmt: skip
+    return outputs[-1], state
 
 
 def layers(
@@ -174,18 +170,19 @@ def layers(
     x: Float[Array, "*batch I"],
     *,
     activation: str,
+    start: int = 0,
     **options: Any,
 ) -> tuple[list[Float[Array, "*batch _"]], dict[str, DiceState]]:
-    """``apply`` that keeps the hidden layers: their activations, then the output."""
-    new, outputs = dict(state), []
-    for i in range(len(params)):
+    """``apply`` that returns the activations of every hidden layer, then the output."""
+    outputs = []
+    for i in range(start, len(params)):
         layer = params[f"layer_{i}"]
         x = matmul(x, layer["kernel"])
-        x = x + _to(layer["bias"], x) if "bias" in layer else x
+        x = x + channels(layer["bias"], x) if "bias" in layer else x
         if i < len(params) - 1:
-            x, new = activate(layer, new, x, f"layer_{i}", activation, **options)
+            x, state = activate(layer, state, x, f"layer_{i}", activation, **options)
         outputs.append(x)
-    return outputs, new
+    return outputs, state
 
 
 def activate(
@@ -196,27 +193,27 @@ def activate(
     activation: str,
     **options: Any,
 ) -> tuple[Float[Array, "*batch C"], dict[str, DiceState]]:
-    """One activation of a layer; ``options`` are Dice's.
+    """The activation of one layer; ``options`` are those of ``dice``.
 
     Raises:
       ValueError: unknown activation.
     """
-    check(activation, "activation")
+    _check(activation)
     if activation == "dice":
-        x, moved = dice(x, layer["alpha"], state[name], **options)
-        return x, {**state, name: moved}
+        x, new = dice(x, layer["alpha"], state[name], **options)
+        return x, {**state, name: new}
     return getattr(jax.nn, activation)(x), state
 
 
 def matmul(
     x: Float[Array, "*batch I"], kernel: Float[Array, "I O"], dtype: Any = None
 ) -> Float[Array, "*batch O"]:
-    """x @ kernel as one product of matrices, on CPUs faster than a batch of them.
+    """x @ kernel as one matrix product, which CPUs compute faster than a batched one.
 
     Args:
       x: rows.
       kernel: (in, out).
-      dtype: of the factors, e.g. bfloat16; summed in float32.
+      dtype: of both factors, e.g. bfloat16, accumulated in float32; None: as they are.
     """
     flat, w = x.reshape(-1, x.shape[-1]), kernel
     if dtype:
@@ -226,12 +223,11 @@ def matmul(
     return y.reshape(*x.shape[:-1], w.shape[-1])
 
 
-def check(activation: str, field: str) -> None:
-    """Raises ValueError naming the config field of an unknown activation."""
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"{field} must be one of {ACTIVATIONS}, got {activation!r}")
-
-
-def _to(v: jax.Array, x: jax.Array) -> jax.Array:
-    """A vector of channels with the rank of x."""
+def channels(v: Shaped[Array, " C"], x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
+    """A vector with as many axes as ``x``, to broadcast along its last one, channels."""
     return v.reshape((1,) * (x.ndim - 1) + v.shape)
+
+
+def _check(activation):
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Key
 
+from jaxpapers.nets.mlp import channels
+
 MOMENTUM = 0.1
 EPS = 1e-5
 
@@ -96,7 +98,7 @@ def init_top(
       layout: see ``blocks``.
       classes: number of logits.
     """
-    channels = list(layout.values())[-1].fan_out
+    width = list(layout.values())[-1].fan_out
     keys = jax.random.split(key, 2 * len(layout) + 1)
 
     def norm(key, n):
@@ -109,9 +111,9 @@ def init_top(
         }
         for i, (name, b) in enumerate(layout.items())
     }
-    kernel = jax.nn.initializers.he_normal()(key_linear, (channels, classes))
+    kernel = jax.nn.initializers.he_normal()(key_linear, (width, classes))
     linear = {"kernel": kernel, "bias": jnp.zeros(classes)}
-    return {"norms": norms, "last": norm(keys[-1], channels), "linear": linear}
+    return {"norms": norms, "last": norm(keys[-1], width), "linear": linear}
 
 
 def statistics(params: dict) -> dict:
@@ -160,7 +162,7 @@ def batch_norm(
         seen = seen[:, None, None, None]
         count = jnp.maximum(seen.sum() * x.shape[1] * x.shape[2], 1)
         mean = (x * seen).sum((0, 1, 2)) / count
-        var = (jnp.square(x - _to(mean, x)) * seen).sum((0, 1, 2)) / count
+        var = (jnp.square(x - channels(mean, x)) * seen).sum((0, 1, 2)) / count
         unbiased = var * count / jnp.maximum(count - 1, 1)
         moved = (mean, unbiased)
         moments = Moments(
@@ -169,8 +171,8 @@ def batch_norm(
         )  # fmt: skip
     else:
         mean, var = moments
-    x = (x - _to(mean, x)) * lax.rsqrt(_to(var, x) + EPS)
-    return x * _to(params["scale"], x) + _to(params["bias"], x), moments
+    x = (x - channels(mean, x)) * lax.rsqrt(channels(var, x) + EPS)
+    return x * channels(params["scale"], x) + channels(params["bias"], x), moments
 
 
 def apply(
@@ -225,7 +227,3 @@ def apply(
     pooled = jax.nn.relu(x).mean((1, 2))
     logits = pooled @ params["linear"]["kernel"] + params["linear"]["bias"][None]
     return logits, pooled, {"norms": norms, "last": last}
-
-
-def _to(v, x):
-    return v.reshape((1,) * (x.ndim - 1) + (-1,))

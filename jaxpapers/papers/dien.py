@@ -4,11 +4,10 @@ Guorui Zhou, Na Mou, Ying Fan, Qi Pi, Weijie Bian, Chang Zhou, Xiaoqiang Zhu, Ku
 "Deep Interest Evolution Network for Click-Through Rate Prediction", arXiv 1809.03672,
 2018 (AAAI 2019).
 
-DIN takes a user's past as a set. DIEN reads it in order: a GRU extracts an interest at
-every step, and an auxiliary loss makes each state tell the next behaviour from a sampled
-one. A second recurrent layer is steered by attention to the candidate, which scales its
-update gate, so that steps that have nothing to do with the candidate leave the state
-alone.
+DIN treats a user's behaviours as a set. DIEN reads them in order: a GRU extracts an
+interest at every step, and an auxiliary loss trains each state to tell the next behaviour
+from a sampled one. Attention to the candidate scales the update gate of a second
+recurrent layer, whose state therefore changes only at steps relevant to the candidate.
 
 With e_t the behaviours (n_E), h_t the GRU's states (n_H), e_a the candidate (n_A):
 
@@ -22,19 +21,20 @@ $$ L = L_{target} + \alpha L_{aux} $$
 The last h' goes to an MLP with the candidate, the user, the sum of the history and its
 product with the candidate (the last two are the released code's).
 
-Departures. The released cell differs from the paper: its gate keeps instead of writes,
-so that steps of no attention still move the state; it is ``variant="augru_released"``.
-The printed sigma(h, e) is no scalar: as in the code it is a network on both, or, with
-``net.aux="inner"``, their inner product. Its normaliser differs between paper, code and
-other libraries, see ``aux_loss``, and with it what alpha means: the code's cross-entropy
-is a mean over both outputs of a softmax, half of ours, so its alpha of 1 is 2 here. One
-logit replaces each 2-way softmax, without 1e-8 in the logarithm. Batch normalisation,
-which never leaves its initial statistics in the code, is left out: it is an affine map
-before a linear one. The write gates that attention scales start at bias 1, the others
-keep with bias 1, as the code's do. Negatives that a batch does not bring are drawn from
-the histories of the batch, so that a step reads no further rows.
+Departures. In the released cell the update gate keeps the state instead of writing it,
+so that steps without attention still change it: ``variant="augru_released"``. The printed
+sigma(h, e) is not a scalar: as in the code it is an MLP of both, or, with
+``aux="inner"``, the sigmoid of their inner product. The normaliser of L_aux differs
+between paper, code and other libraries, see ``aux_loss``, and with it the scale of alpha:
+the code's cross-entropy is a mean over both outputs of a softmax, half of ours, so that
+its alpha = 1 is alpha = 2 here. One logit replaces each 2-way softmax, without 1e-8 in
+the logarithm. Batch normalisation, which never leaves its initial statistics in the code,
+is left out: it is an affine map before a linear one. As in the code, update gates that
+attention scales start at bias 1, the others at -1. Negatives that are not in the batch
+are drawn from its histories, so that a step reads no further rows of the tables.
 """
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -43,24 +43,49 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from jaxpapers import options
 from jaxpapers.method import Method
 from jaxpapers.method.tables import row_gradient
 from jaxpapers.nets import behaviour, embedding, evolution, mlp
 from jaxpapers.nets.behaviour import check_batch
 from jaxpapers.nets.evolution import bilinear_attention, din_attention, evolve
 from jaxpapers.nets.gru import VARIANTS, augru_scan, gru_scan
+from jaxpapers.nets.mlp import DiceState
+from jaxpapers.ops.means import weighted_mean
 from jaxpapers.ops.rows import replicate
 from jaxpapers.optim import rows
 
 __all__ = [
-    "RULES", "VARIANTS", "augru_scan", "aux_loss", "bilinear_attention", "check_batch",
-    "din_attention", "evolve", "forward", "gru_scan", "ids", "init", "loss", "make",
-    "sample_negatives", "sampler", "score_candidates", "statistics",
+    "AUX", "REDUCE", "RULES", "VARIANTS", "Net", "augru_scan", "aux_loss",
+    "bilinear_attention", "check_batch", "din_attention", "evolve", "forward",
+    "gru_scan", "ids", "init", "loss", "make", "predict", "sample_negatives",
+    "statistics",
 ]  # fmt: skip
 
 RULES = (*rows.STATE_RULES, *embedding.RULES)
 AUX = ("concat", "inner")
 REDUCE = ("per_sample", "padded_mean", "valid_mean")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Net(evolution.Net):
+    """Hyper-parameters of DIEN, the released code's as defaults."""
+
+    aux: str = "concat"
+    """Score of a state and a behaviour: concat is an MLP of both, inner their product."""
+    aux_hidden: tuple[int, ...] = (100, 50)
+    """Widths of that MLP's hidden layers."""
+
+    def __post_init__(self):
+        """Raises ValueError naming a field that is out of range."""
+        super().__post_init__()
+        options.check_choices(self, "net", aux=AUX)
+        options.check_least(self, "net", aux_hidden=1)
+        if self.aux == "inner" and self.state != self.width:
+            raise ValueError(
+                f"net.state must be item_dim + cate_dim = {self.width} with "
+                f"net.aux=inner; got {self.state}"
+            )
 
 
 def sample_negatives(
@@ -69,19 +94,20 @@ def sample_negatives(
     avoid: Int[Array, "*shape"],
     mask: Bool[Array, " P"] | None = None,
 ) -> Int[Array, "*shape"]:
-    """Places in a pool of ids, drawn evenly, of other ids than those to avoid.
+    """Positions in a pool of ids, drawn uniformly, whose ids differ from those to avoid.
 
-    A draw that hits its id is drawn again once; then the next place of the pool is taken.
-    That may hit again if the pool has an id more than once: ``loss`` counts those.
+    A draw that hits the id to avoid is repeated once; if it hits again, the next position
+    is taken. That one may hold the same id where the pool has duplicates: ``loss`` counts
+    such collisions.
 
     Args:
       key: of the draws.
-      pool: ids; as rows of a log they are drawn by popularity.
-      avoid: id that the draw of this place must not be.
-      mask: False at places that are not drawn; None: all are.
+      pool: ids; with the ids of a log, negatives are drawn by popularity.
+      avoid: per draw, the id it must not have.
+      mask: False at positions that are never drawn; None: all may be.
 
     Returns:
-      Indices into the pool; its last place if none can be drawn.
+      Indices into the pool; its last position if none can be drawn.
 
     Example:
       >>> pool, avoid = jnp.array([5, 6]), jnp.array([5, 5, 6])
@@ -95,12 +121,12 @@ def sample_negatives(
         jax.random.randint(k, avoid.shape, 0, count) for k in jax.random.split(key)
     )
 
-    def place(n):
+    def position(n):
         return jnp.minimum(jnp.searchsorted(number, n + 1), len(pool) - 1)
 
-    drawn = jnp.where(pool[place(first)] == avoid, again, first)
-    drawn = jnp.where(pool[place(drawn)] == avoid, (drawn + 1) % count, drawn)
-    return place(drawn)
+    drawn = jnp.where(pool[position(first)] == avoid, again, first)
+    drawn = jnp.where(pool[position(drawn)] == avoid, (drawn + 1) % count, drawn)
+    return position(drawn)
 
 
 def aux_loss(
@@ -113,23 +139,22 @@ def aux_loss(
     *,
     weight: Float[Array, " B"] | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """How badly states tell the next behaviour from a sampled one (eq 6).
+    """Cross-entropy of telling the next behaviour from a sampled one (eq 6).
 
     Args:
-      params: an ``nets.mlp`` from H + E to 1, sigmoids between; {}: the inner product.
+      params: a ``nets.mlp`` from H + E to 1 with sigmoids; {}: the inner product.
       states: of the extractor.
-      pos: behaviours; the state of step t is compared with that of t + 1.
+      pos: behaviours; the state of step t is scored with that of t + 1.
       neg: sampled ones, aligned with ``pos``.
       mask: True at behaviours.
-      reduce: of the sums of both logarithms: "valid_mean" over all steps that have a
-        next one (twice the mean over positives and negatives that DeepCTR-Torch takes),
-        "padded_mean" over all B (T - 1) steps (released code), "per_sample" over B (the
-        paper).
-      weight: of rows; None: ones.
+      reduce: divides the sum of both logarithms by: "valid_mean" the number of steps that
+        have a next one (twice the mean over positives and negatives that DeepCTR-Torch
+        takes), "padded_mean" B (T - 1) (released code), "per_sample" B (paper).
+      weight: of the rows; None: all 1.
 
     Returns:
-      The loss, 0 where no step has a next one, and ``aux_accuracy``: how often the next
-      behaviour scores above the sampled one, ties half.
+      The loss, 0 where no step has a next one, and ``aux_accuracy``: the share of steps
+      whose next behaviour scores above the sampled one, ties one half.
 
     Raises:
       ValueError: unknown ``reduce``, or an inner product of vectors that differ in size.
@@ -146,39 +171,37 @@ def aux_loss(
     items = jnp.stack([pos[:, 1:], neg[:, 1:]])
     if params:
         first = params["layer_0"]
-        # The states' share of the first layer serves both.
+        # The states' part of the first layer serves both.
         w_state, w_item = jnp.split(first["kernel"], [states.shape[-1]])
-        shared = mlp.matmul(states, w_state) + first["bias"].reshape(1, 1, -1)
+        shared = mlp.matmul(states, w_state) + mlp.channels(first["bias"], states)
         x = jax.nn.sigmoid(mlp.matmul(items, w_item) + shared[None])
-        rest = {f"layer_{i}": params[f"layer_{i + 1}"] for i in range(len(params) - 1)}
-        logit = mlp.apply(rest, {}, x, activation="sigmoid", train=False)[0][..., 0]
+        logit, _ = mlp.apply(params, {}, x, activation="sigmoid", train=False, start=1)
+        logit = logit[..., 0]
     else:
         logit = (items * states[None]).sum(-1)
     weight = jnp.ones(len(mask), logit.dtype) if weight is None else weight
-    counted = weight[:, None] * mask
+    of_steps = weight[:, None] * mask
     nats = jax.nn.softplus(-logit[0]) + jax.nn.softplus(logit[1])
-    # Not 0 times what padding holds, which may be anything.
-    total = jnp.where(counted > 0, nats * counted, 0.0).sum()
-    terms = counted.sum()
-    by = {"valid_mean": terms, "padded_mean": weight.sum() * mask.shape[1],
-          "per_sample": weight.sum()}[reduce]  # fmt: skip
     above = (logit[0] > logit[1]) + 0.5 * (logit[0] == logit[1])
-    accuracy = (above * counted).sum() / jnp.where(terms == 0, 1, terms)
-    return total / jnp.where(by == 0, 1, by), {"aux_accuracy": accuracy}
+    metrics = {"aux_accuracy": weighted_mean(above.astype(nats.dtype), of_steps)}
+    if reduce == "valid_mean":
+        return weighted_mean(nats, of_steps), metrics
+    # Not 0 times the values at padding, which may be infinite.
+    nats = jnp.where(mask, nats, 0.0)
+    of_rows = nats.sum(-1)
+    if reduce == "padded_mean":
+        of_rows = of_rows / max(mask.shape[1], 1)
+    return weighted_mean(of_rows, weight), metrics
 
 
-def init(key: Key[Array, ""], net: Any, *, aux: bool = True) -> dict:
-    """Parameters of ``config.net``: tables, ``nets.evolution``, MLP, auxiliary network.
+def init(key: Key[Array, ""], net: Net, *, aux: bool = True) -> dict:
+    """Parameters: ``tables``, those of ``nets.evolution``, ``mlp`` and ``aux``.
 
     Args:
       key: of the draws.
-      net: ``config.net``.
-      aux: whether the auxiliary network is there, if ``net.aux`` has one.
-
-    Raises:
-      ValueError: sizes or names that are not known.
+      net: hyper-parameters.
+      aux: whether ``aux`` is among them; not with an inner product anyway.
     """
-    _check_net(net)
     key_tables, key_core, key_aux, key_mlp = jax.random.split(key, 4)
     sizes = (evolution.width(net), *net.hidden, 1)
     params = {
@@ -187,177 +210,158 @@ def init(key: Key[Array, ""], net: Any, *, aux: bool = True) -> dict:
         "mlp": mlp.init(key_mlp, sizes, net.activation),
     }
     if aux and net.aux == "concat":
-        total = net.state + net.item_dim + net.cate_dim
-        params["aux"] = mlp.init(key_aux, (total, *net.aux_hidden, 1), "sigmoid")
+        sizes = (net.state + net.width, *net.aux_hidden, 1)
+        params["aux"] = mlp.init(key_aux, sizes, "sigmoid")
     return params
 
 
-def statistics(params: dict) -> dict:
-    """The first moving statistics of Dice; ``State.extra``."""
+def statistics(params: dict) -> dict[str, DiceState]:
+    """Initial moving statistics of the MLP's Dice: ``State.extra``."""
     return mlp.statistics(params["mlp"])
 
 
 def forward(
     params: dict,
-    state: dict,
+    extra: dict[str, DiceState],
     batch: Mapping[str, Array],
     *,
-    net: Any,
+    net: Net,
     train: bool,
-) -> tuple[Float[Array, "B ..."], Float[Array, "B T H"], dict]:
+) -> tuple[Float[Array, "B ..."], Float[Array, "B T H"], dict[str, DiceState]]:
     """Logits of candidates.
 
     Args:
       params: see ``init``.
-      state: see ``statistics``.
-      batch: see ``nets.behaviour``.
-      net: ``config.net``.
-      train: Dice takes the batch's statistics.
+      extra: see ``statistics``.
+      batch: see ``nets.behaviour``; item and cate (B,), or (B, N).
+      net: hyper-parameters.
+      train: whether Dice takes the batch's statistics.
 
     Returns:
-      Logits of the candidates' shape, the extractor's states, and the statistics to use
-      next.
+      Logits of the candidates' shape, the extractor's states, and the new statistics.
 
     Raises:
       ValueError: T = 0, or arrays whose shapes do not fit.
     """
-    logit, _, states, state = _run(params, state, batch, net, train)
-    return logit, states, state
+    embedded = evolution.embed(params["tables"], batch, net=net)
+    return _forward(params, extra, batch, embedded, net, train)
 
 
-def _run(params, state, batch, net, train):
-    """Logits, behaviours, states of the extractor, statistics."""
-    reads = evolution.read(params["tables"], batch, net=net)
-    x, states = evolution.apply(params, reads, net=net, train=train)
-    logit, _, state = behaviour.head(
-        params["mlp"], state, x, batch, params["tables"], net=net, train=train
+def _forward(params, extra, batch, embedded, net, train):
+    x, states = evolution.apply(params, embedded, net=net, train=train)
+    logit, _, extra = behaviour.head(
+        params["mlp"], extra, x, batch, params["tables"], net=net, train=train
     )
-    return logit, reads.keys, states, state
+    return logit, states, extra
 
 
 def loss(
     params: dict,
-    state: dict,
+    extra: dict[str, DiceState],
     batch: Mapping[str, Array],
     key: Key[Array, ""],
     *,
-    net: Any,
+    net: Net,
     aux_weight: float = 1.0,
     aux_reduce: str = "valid_mean",
-) -> tuple[Float[Array, ""], tuple[dict[str, Array], dict]]:
+) -> tuple[Float[Array, ""], tuple[dict[str, Array], dict[str, DiceState]]]:
     """Cross-entropy of the labels plus the weighted auxiliary loss.
 
     Args:
       params: see ``init``.
-      state: see ``statistics``.
-      batch: see ``nets.behaviour``, with label (B,); neg_hist_item and neg_hist_cate (B,
-        T), aligned with the history, are optional negatives.
+      extra: see ``statistics``.
+      batch: see ``nets.behaviour``, with label; neg_hist_item and neg_hist_cate (B, T),
+        aligned with the history, are optional negatives.
       key: of the negatives, if the batch has none.
-      net: ``config.net``.
+      net: hyper-parameters.
       aux_weight: alpha (paper: 1); 0 leaves the auxiliary loss out.
       aux_reduce: see ``aux_loss``.
 
     Returns:
-      The sum; metrics ``target``, ``rate`` (the mean prediction) and, with the auxiliary
-      loss, ``aux``, ``aux_accuracy`` and ``aux_collisions``: how many of the negatives
-      are the clicked item; with weights ``weight``, their sum. The statistics to use
-      next.
+      Nats; the metrics of ``nets.behaviour.cross_entropy`` and ``target`` (its value)
+      and, with the auxiliary loss, ``aux``, ``aux_accuracy`` and ``aux_collisions``
+      (share of the negatives that are the clicked item); the new statistics.
     """
-    logit, keys, states, state = _run(params, state, batch, net, True)
+    embedded = evolution.embed(params["tables"], batch, net=net)
+    logit, states, extra = _forward(params, extra, batch, embedded, net, True)
     value, metrics = behaviour.cross_entropy(logit, batch)
     metrics["target"] = value
     if aux_weight:
-        use = behaviour.fields(batch, net)
+        read = behaviour.fields(batch, net)
         weight = batch.get("weight", jnp.ones(logit.shape, logit.dtype))
-        item, cate = _negatives(batch, use, key, net)
+        item, cate = _negatives(batch, read, key, net)
         neg = behaviour.embed(params["tables"], item, cate)
-        given = params["aux"] if net.aux == "concat" else {}
-        aux, found = aux_loss(
-            given, states, keys, neg, use["mask"], aux_reduce, weight=weight
-        )
-        metrics |= {"aux": aux, **found}
-        counted = weight[:, None] * use["mask"][:, 1:]
-        same = (item == use["hist_item"])[:, 1:] * counted
-        metrics["aux_collisions"] = same.sum() / jnp.maximum(counted.sum(), 1e-9)
+        aux, aux_metrics = aux_loss(
+            params["aux"] if net.aux == "concat" else {},
+            states, embedded.keys, neg, read["mask"], aux_reduce, weight=weight,
+        )  # fmt: skip
+        collisions = (item == read["hist_item"])[:, 1:].astype(logit.dtype)
+        of_steps = weight[:, None] * read["mask"][:, 1:]
+        metrics |= {"aux": aux, **aux_metrics}
+        metrics["aux_collisions"] = weighted_mean(collisions, of_steps)
         value = value + aux_weight * aux
-    return value, (metrics, state)
+    return value, (metrics, extra)
 
 
-def _negatives(batch, use, key, net):
-    """Ids of the batch's negatives, or of drawn ones, zeros at padding."""
-    mask = use["mask"]
-    cate = None
+def _negatives(batch, read, key, net):
+    """Ids of the batch's negatives, or of drawn ones; zeros at padding."""
+    mask, cate = read["mask"], None
     if "neg_hist_item" in batch:
         item = embedding.resolve(batch["neg_hist_item"], net.item_vocab)
         if net.cate_dim:
             cate = embedding.resolve(batch["neg_hist_cate"], net.cate_vocab)
     else:
-        pool = replicate(use["hist_item"]).reshape(-1)
-        keep = mask if use["row_mask"] is None else mask & use["row_mask"][:, None]
-        place = sample_negatives(
-            key, pool, use["hist_item"], replicate(keep).reshape(-1)
-        )
-        item = pool[place]
+        pool = replicate(read["hist_item"]).reshape(-1)
+        drawable = replicate(_weighted(mask, read)).reshape(-1)
+        position = sample_negatives(key, pool, read["hist_item"], drawable)
+        item = pool[position]
         if net.cate_dim:
-            cate = replicate(use["hist_cate"]).reshape(-1)[place]
-    zero = embedding.PADDING
-    return jnp.where(mask, item, zero), cate if cate is None else jnp.where(
-        mask, cate, zero
+            cate = replicate(read["hist_cate"]).reshape(-1)[position]
+    return (
+        jnp.where(mask, item, embedding.PADDING),
+        None if cate is None else jnp.where(mask, cate, embedding.PADDING),
     )
 
 
-def ids(batch: Mapping[str, Array], *, net: Any) -> dict[str, Int[Array, "..."]]:
-    """The ids that a batch reads of every table, see ``nets.behaviour.ids``.
+def _weighted(mask, read):
+    """The history's mask without the rows of weight 0."""
+    return mask if read["row_mask"] is None else mask & read["row_mask"][:, None]
 
-    Negatives that the batch brings are among them; drawn ones are of its histories.
+
+def ids(batch: Mapping[str, Array], *, net: Net) -> dict[str, Int[Array, "..."]]:
+    """Ids that a batch reads of every table, see ``nets.behaviour.ids``.
+
+    Negatives of the batch are among them; drawn ones are ids of its histories anyway.
     """
-    found = behaviour.ids(batch, net=net)
-    use = behaviour.fields(batch, net)
-    keep = use["mask"]
-    keep = keep if use["row_mask"] is None else keep & use["row_mask"][:, None]
+    tables = behaviour.ids(batch, net=net)
+    read = behaviour.fields(batch, net)
+    kept = _weighted(read["mask"], read)
     for name, vocab in (("item", net.item_vocab), ("cate", net.cate_vocab)):
-        if f"neg_hist_{name}" in batch and name in found:
+        if f"neg_hist_{name}" in batch and name in tables:
             neg = embedding.resolve(batch[f"neg_hist_{name}"], vocab)
-            neg = jnp.where(keep, neg, embedding.PADDING)
-            found[name] = jnp.concatenate([found[name], neg], 1)
-    return found
+            neg = jnp.where(kept, neg, embedding.PADDING)
+            tables[name] = jnp.concatenate([tables[name], neg], 1)
+    return tables
 
 
-def score_candidates(
-    params: dict, state: dict, batch: Mapping[str, Array], *, net: Any
+def predict(
+    params: dict,
+    extra: dict[str, DiceState],
+    batch: Mapping[str, Array],
+    *,
+    net: Net,
 ) -> Float[Array, "B ..."]:
-    """Logits of N candidates for each user: ``forward`` with the moving statistics.
+    """Logits of candidates, by the moving statistics.
 
     The extractor runs once per user, the second layer once per candidate.
 
     Args:
       params: see ``init``.
-      state: see ``statistics``.
-      batch: see ``forward``; item and cate (B, N), or (B,) for one candidate each.
-      net: ``config.net``.
+      extra: see ``statistics``.
+      batch: see ``nets.behaviour``; item and cate (B, N) for N candidates, or (B,).
+      net: hyper-parameters.
     """
-    return forward(params, state, batch, net=net, train=False)[0]
-
-
-def sampler(
-    params: dict,
-    key: Key[Array, ""],
-    batch: Mapping[str, Array],
-    extra: dict,
-    *,
-    net: Any,
-) -> Float[Array, "B ..."]:
-    """``score_candidates`` as ``Method.sampler``; nothing is drawn, key is unused.
-
-    Args:
-      params: see ``init``.
-      key: unused.
-      batch: see ``score_candidates``.
-      extra: ``State.extra``.
-      net: ``config.net``.
-    """
-    del key
-    return score_candidates(params, extra, batch, net=net)
+    return forward(params, extra, batch, net=net, train=False)[0]
 
 
 def ablations(config: Any) -> dict[str, dict[str, Any]]:
@@ -368,50 +372,35 @@ def ablations(config: Any) -> dict[str, dict[str, Any]]:
 
 
 def make(config: Any) -> Method:
-    """Binds ``config`` (see configs/dien.py).
+    """The method of a config (configs/dien.py).
 
     Args:
       config: groups ``net``, ``optim``, ``train``, ``method``.
 
     Raises:
-      ValueError: unknown names, or values out of range.
+      ValueError: a field that is unknown or out of range.
     """
-    net, c, own = config.net, config.optim, config.method
-    _check_net(net)
-    if own.aux_weight < 0 or own.aux_reduce not in REDUCE:
-        raise ValueError(
-            f"config.method: aux_weight must be >= 0 and aux_reduce one of {REDUCE}, got "
-            f"{own.aux_weight} and {own.aux_reduce!r}"
-        )
+    net = options.from_config(Net, config.net, "net")
+    c, aux = config.optim, config.method
+    options.check_least(aux, "method", aux_weight=0)
+    options.check_choices(aux, "method", aux_reduce=REDUCE)
 
     def init_params(key, batch):
         del batch
-        return init(key, net, aux=own.aux_weight > 0)
+        return init(key, net, aux=aux.aux_weight > 0)
 
-    value = functools.partial(
-        loss, net=net, aux_weight=own.aux_weight, aux_reduce=own.aux_reduce
-    )
     tx, table_tx = rows.from_config(c, config.train.steps)
     return row_gradient(
         init_params,
-        value,
+        functools.partial(
+            loss, net=net, aux_weight=aux.aux_weight, aux_reduce=aux.aux_reduce
+        ),
         tx,
         table_tx=table_tx,
         ids=functools.partial(ids, net=net),
         clip=c.clip,
-        sampler=functools.partial(sampler, net=net),
+        predict=functools.partial(predict, net=net),
         rules=RULES,
         accumulate=config.train.accumulate,
         init_extra=statistics,
     )
-
-
-def _check_net(net):
-    evolution.check(net)
-    behaviour.check_choices(net, aux=AUX)
-    width = net.item_dim + net.cate_dim
-    if net.aux == "inner" and net.state != width:
-        raise ValueError(
-            f"config.net.state must be item_dim + cate_dim = {width} with net.aux=inner; "
-            f"got {net.state}"
-        )

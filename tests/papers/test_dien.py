@@ -1,18 +1,20 @@
-"""DIEN: recorded numbers, identities of the digest, meshes, and what it refuses."""
+"""DIEN: recorded numbers, its auxiliary loss, its layers, steps, refusals."""
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import checkify
 
 from jaxpapers import mesh as meshes
 from jaxpapers import run
 from jaxpapers import train as trainer
 from jaxpapers.papers import dien
+from tests.clicks import ITEMS, SIZES, B, T, batch, candidate, device, pad_histories
 from tests.contract import CLICK, Contract, write_clicks
+from tests.programs import KEY, params_like, together
 
 CONTRACT = Contract(
     # Without the auxiliary loss, a mean over steps that micro-batches weigh otherwise.
@@ -28,77 +30,44 @@ CONTRACT = Contract(
     },
 )  # fmt: skip
 
-B, T, ITEMS, CATES = 8, 6, 30, 7
-SMALL = {
-    "net.item_vocab": ITEMS, "net.cate_vocab": CATES,
-    "net.item_dim": 4, "net.cate_dim": 2, "net.state": 6,
-    "net.unit": (5,), "net.aux_hidden": (5,), "net.hidden": (6, 4),
-    "net.std": 0.5, "data.history": T, "data.batch": B,
-}  # fmt: skip
+SMALL = {**SIZES, "state": 6, "aux_hidden": (5,), "user_dim": 0}
+NET = dien.Net(**SMALL)
+matrix = pytest.mark.matrix
 
 
 def config(**fields):
     c = run.load_config("dien:smoke").copy_and_resolve_references().unlock()
-    c.update_from_flattened_dict(
-        {**SMALL, **{k.replace("__", "."): v for k, v in fields.items()}}
-    )
+    c.net.update(SMALL)
+    c.data.update(history=T, batch=B)
+    c.update_from_flattened_dict({k.replace("__", "."): v for k, v in fields.items()})
     return c.lock()
 
 
-def batch(seed=0, slots=T, negatives=True):
-    rng = np.random.default_rng(seed)
-    length = rng.integers(0, slots + 1, B)
-    length[:3] = 0, slots, 1
-    here = np.arange(slots) < length[:, None]
-    x = {
-        "user": rng.integers(2, 9, B),
-        "item": rng.integers(2, ITEMS, B),
-        "cate": rng.integers(2, CATES, B),
-        "hist_item": rng.integers(2, ITEMS, (B, slots)) * here,
-        "hist_cate": rng.integers(2, CATES, (B, slots)) * here,
-        "length": length,
-        "label": rng.integers(0, 2, B),
-    }
-    if negatives:
-        # Another item than the history's: the collisions are tested apart.
-        x["neg_hist_item"] = (2 + (x["hist_item"] - 1) % (ITEMS - 2)) * here
-        x["neg_hist_cate"] = rng.integers(2, CATES, (B, slots)) * here
-    return {k: jnp.asarray(v, jnp.int32) for k, v in x.items()}
+def drawn(net):
+    """Parameters and statistics, nothing at zero."""
+
+    def init(key):
+        params = dien.init(key, net)
+        return params, dien.statistics(params)
+
+    return params_like(init, KEY)
 
 
 @functools.cache
-def drawn(**fields):
-    """Parameters with nothing left at zero."""
-    net = config(**fields).net
-    params = dien.init(jax.random.key(0), net)
-    leaves, treedef = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    noisy = [x + 0.3 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys)]
-    params = jax.tree.unflatten(treedef, noisy)
-    tables = params["tables"]
-    params["tables"] = {n: t.at[0].set(0.0) for n, t in tables.items()}
-    return net, params
-
-
-@functools.cache
-def scorer(net_fields=()):
-    net, _ = drawn(**dict(net_fields))
-    return jax.jit(functools.partial(dien.forward, net=net, train=False))
-
-
-def logits(params, x, **fields):
-    return scorer(tuple(fields.items()))(params, dien.statistics(params), x)[0]
+def gradient(net, **options):
+    """(params, statistics, batch, key) -> loss and gradients."""
+    value = functools.partial(dien.loss, net=net, **options)
+    return jax.jit(jax.value_and_grad(value, has_aux=True))
 
 
 # Recorded numbers
 
 
-def read(case, tolerance):
-    folder, _, entry = case
-    with np.load(folder / entry["file"]) as file:
-        data = {name: jnp.asarray(file[name]) for name in file.files}
-    data["mask"] = jnp.arange(data["lengths"].max())[None] < data["lengths"][:, None]
-    return data, entry[tolerance]
+def read(case, dtype):
+    data = {k: v.astype(dtype) if v.dtype == float else v
+            for k, v in case.arrays.items()}  # fmt: skip
+    data["mask"] = np.arange(data["lengths"].max())[None] < data["lengths"][:, None]
+    return data
 
 
 def layers(data, names):
@@ -111,174 +80,203 @@ def layers(data, names):
 def cell(data, keep):
     """torch's rows r, z, n; ``keep``: z is 1 - our u."""
     width = len(data["W_hh"]) // 3
-    sign = jnp.repeat(jnp.array([1, -1 if keep else 1, 1]), width)
+    sign = np.repeat(np.array([1, -1 if keep else 1, 1]), width).astype(
+        data["W_hh"].dtype
+    )
     return {
         name: {"kernel": (data[w] * sign[:, None]).T, "bias": data[b] * sign}
         for name, w, b in (("input", "W_ih", "b_ih"), ("hidden", "W_hh", "b_hh"))
     }
 
 
+DTYPES = ["float64", pytest.param("float32", marks=matrix)]
+
+
 @pytest.mark.parity("ctr", only=lambda entry: "aux_loss" in entry["arrays"])
-@pytest.mark.parametrize("double", [True, False])
-def test_auxiliary_loss(case, double):
-    with jax.enable_x64(double):
-        data, tol = read(case, "tolerance_float64" if double else "tolerance_float32")
-        states, _ = jax.jit(dien.gru_scan)(cell(data, True), data["keys"], data["mask"])
-        params = layers(data, (("A1", "a1"), ("A2", "a2"), ("A3", "a3")))
-        value, _ = jax.jit(dien.aux_loss)(
-            params, states, data["keys"], data["neg_keys"], data["mask"]
-        )
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_recorded_auxiliary_loss(case, dtype):
+    data, tol = read(case, dtype), case.tolerance(dtype)
+    params = layers(data, (("A1", "a1"), ("A2", "a2"), ("A3", "a3")))
+
+    def check(gru, params, keys, neg, mask):
+        states, _ = dien.gru_scan(gru, keys, mask)
+        return states, dien.aux_loss(params, states, keys, neg, mask)[0]
+
+    given = (data[n] for n in ("keys", "neg_keys", "mask"))
+    with jax.enable_x64(dtype == "float64"):
+        states, value = together(check, cell(data, True), params, *given)
     np.testing.assert_allclose(states, data["interests"], rtol=0, atol=tol)
     # Recorded is the mean over both kinds, ours their sum's.
-    np.testing.assert_allclose(float(value) / 2, data["aux_loss"], rtol=0, atol=tol)
+    np.testing.assert_allclose(value / 2, data["aux_loss"], rtol=0, atol=tol)
 
 
 @pytest.mark.parity(
     "ctr", only=lambda entry: {"interests", "query", "W_ih"} <= set(entry["arrays"])
 )
-@pytest.mark.parametrize("double", [True, False])
-def test_evolving_layer(case, double):
-    variant = case[1].split("_")[2]
-    with jax.enable_x64(double):
-        data, tol = read(case, "tolerance_float64" if double else "tolerance_float32")
-        unit = layers(data, (("W1", "b1"), ("W2", "b2"), ("W3", "b3")))
-        params = {
-            "attention": {"unit": unit},
-            "cell": cell(data, variant in ("gru", "aigru")),
-        }
-        run = jax.jit(functools.partial(dien.evolve, variant=variant))
-        found = run(params, data["interests"], data["query"], data["mask"])
-    np.testing.assert_allclose(found, data["output"], rtol=0, atol=tol)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_recorded_evolving_layer(case, dtype):
+    variant = case.name.split("_")[2]
+    data = read(case, dtype)
+    params = {
+        "attention": {"unit": layers(data, (("W1", "b1"), ("W2", "b2"), ("W3", "b3")))},
+        "cell": cell(data, variant in ("gru", "aigru")),
+    }
+    with jax.enable_x64(dtype == "float64"):
+        found = together(
+            functools.partial(dien.evolve, variant=variant),
+            params, data["interests"], data["query"], data["mask"],
+        )  # fmt: skip
+    np.testing.assert_allclose(
+        found, data["output"], rtol=0, atol=case.tolerance(dtype)
+    )
 
 
 # Auxiliary loss
 
 
-def aux_inputs(seed=0):
-    rng = np.random.default_rng(seed)
-    states, pos, neg = (jnp.asarray(rng.normal(size=(4, T, 6))) for _ in range(3))
-    length = jnp.array([T, 3, 1, 0])
-    return states, pos, neg, jnp.arange(T)[None] < length[:, None]
+LENGTHS = (T, 3, 1, 0)
 
 
+def aux_inputs():
+    rng = np.random.default_rng(0)
+    states, pos, neg = rng.normal(size=(3, len(LENGTHS), T, 6))
+    return states, pos, neg, np.arange(T)[None] < np.array(LENGTHS)[:, None]
+
+
+@pytest.mark.usefixtures("float64")
 def test_reductions_and_the_inner_product():
-    """Against a loop over samples and steps."""
-    with jax.enable_x64(True):
-        states, pos, neg, mask = aux_inputs()
-        found = {r: float(dien.aux_loss({}, states, pos, neg, mask, r)[0])
-                 for r in dien.REDUCE}  # fmt: skip
-        accuracy = dien.aux_loss({}, states, pos, neg, mask)[1]["aux_accuracy"]
+    """Against a loop over samples and steps; weights as rows that are repeated."""
+    states, pos, neg, mask = aux_inputs()
+    weight = np.array([2.0, 1.0, 1.0, 0.0])
+    repeated = [x[np.array([0, 0, 1, 2])] for x in (states, pos, neg, mask)]
+    aux = drawn(NET)[0]["aux"]
+
+    def check(aux, given, repeated, weight):
+        return {
+            r: (
+                dien.aux_loss({}, *given, r),
+                dien.aux_loss(aux, *given, r, weight=weight),
+                dien.aux_loss(aux, *repeated, r),
+            )
+            for r in dien.REDUCE
+        }
+
+    found = together(check, aux, (states, pos, neg, mask), repeated, weight)
     total = above = 0.0
-    for i, length in enumerate((T, 3, 1, 0)):
+    for i, length in enumerate(LENGTHS):
         for t in range(length - 1):
             p, n = (
                 1 / (1 + np.exp(-np.dot(states[i, t], e[i, t + 1]))) for e in (pos, neg)
             )
-            total -= np.log(p) + np.log(1 - p + p - n)
+            total -= np.log(p) + np.log(1 - n)
             above += p > n
     by = {"per_sample": 4, "padded_mean": 4 * (T - 1), "valid_mean": T - 1 + 2}
-    assert found == pytest.approx({r: total / n for r, n in by.items()}, rel=1e-12)
-    assert float(accuracy) == pytest.approx(above / (T + 1))
+    for reduce, (plain, weighted, expected) in found.items():
+        assert plain[0] == pytest.approx(total / by[reduce], rel=1e-12)
+        assert plain[1]["aux_accuracy"] == pytest.approx(above / (T + 1))
+        np.testing.assert_allclose(weighted[0], expected[0], rtol=1e-12)
+        np.testing.assert_allclose(
+            *(x[1]["aux_accuracy"] for x in (weighted, expected))
+        )
 
 
-def test_weights_of_rows_are_copies():
-    states, pos, neg, mask = (x[:3] for x in aux_inputs())
-    _, params = drawn()
-    weight = jnp.array([2.0, 1.0, 0.0])
-    twice = [jnp.concatenate([x[:1], x[:2]]) for x in (states, pos, neg, mask)]
-    for reduce in dien.REDUCE:
-        run = jax.jit(functools.partial(dien.aux_loss, params["aux"], reduce=reduce))
-        value, found = run(states, pos, neg, mask, weight=weight)
-        expected = run(*twice)
-        np.testing.assert_allclose(value, expected[0], rtol=1e-6)
-        np.testing.assert_allclose(found["aux_accuracy"], expected[1]["aux_accuracy"])
-
-
-@pytest.mark.parametrize("steps", [1, 4])
-def test_one_behaviour_gives_no_auxiliary_loss(steps):
-    _, params = drawn()
-    mask = jnp.arange(steps)[None] < jnp.ones((2, 1), int)
-    x = jax.random.normal(jax.random.key(0), (3, 2, steps, 6))
-
-    def value(params, x):
-        return dien.aux_loss(params, *x, mask)[0]
-
-    for given in (params["aux"], {}):
-        found, grads = jax.jit(jax.value_and_grad(value, (0, 1)))(given, x)
-        assert float(found) == 0.0
-        assert all(not np.asarray(g).any() for g in jax.tree.leaves(grads))
-
-
-def test_padded_negatives_have_no_gradient():
+@pytest.mark.usefixtures("float64")
+def test_padding_has_no_gradient_and_one_behaviour_no_loss():
     states, pos, neg, mask = aux_inputs()
-    _, params = drawn()
+    aux = drawn(NET)[0]["aux"]
+    wild = np.where(mask[..., None], neg, np.inf)
+    alone = np.arange(T)[None] < np.ones((len(LENGTHS), 1), int)
 
-    def value(neg, states):
-        return dien.aux_loss(params["aux"], states, pos, neg, mask)[0]
+    def check(aux, states, pos, neg, mask, wild, alone):
+        def value(neg, states, mask=mask, params=aux):
+            return dien.aux_loss(params, states, pos, neg, mask)[0]
 
-    grad, to_states = jax.jit(jax.grad(value, (0, 1)))(neg, states)
-    used = np.asarray(mask).copy()
+        def short(params):
+            """One step of each, and one slot of each."""
+            one = [x[:, :1] for x in (states, pos, neg, mask)]
+            cut = dien.aux_loss(params, *one)[0]
+            return cut, jax.value_and_grad(value, (0, 1))(neg, states, alone, params)
+
+        grads = jax.grad(value, (0, 1))(neg, states)
+        return grads, value(neg, states), value(wild, states), short(aux), short({})
+
+    (grad, to_states), plain, with_wild, *short = together(
+        check, aux, states, pos, neg, mask, wild, alone
+    )
+    used = mask.copy()
     used[:, 0] = False  # Nothing comes before the first.
-    assert not np.asarray(grad)[~used].any() and np.asarray(grad)[used].all()
-    assert not np.asarray(to_states)[:, -1].any()
-    # Whatever padding holds.
-    wild = jnp.where(mask[..., None], neg, jnp.inf)
-    assert float(value(wild, states)) == pytest.approx(float(value(neg, states)))
+    assert not grad[~used].any() and grad[used].all(1).all()
+    assert not to_states[:, -1].any()
+    assert with_wild == pytest.approx(plain, rel=1e-12)
+    for leaf in jax.tree.leaves(short):
+        assert not leaf.any()
 
 
 def test_sampled_negatives_avoid_their_item_and_follow_the_pool():
-    pool = jnp.array([9, 5, 7, 7, 7, 6, 9, 9])
-    mask = jnp.array([0, 1, 1, 1, 1, 1, 0, 0], bool)
-    avoid = jnp.full((4000,), 5)
-    found = np.asarray(
-        pool[dien.sample_negatives(jax.random.key(0), pool, avoid, mask)]
-    )
+    pool = np.array([9, 5, 7, 7, 7, 6, 9, 9])
+    mask = np.array([0, 1, 1, 1, 1, 1, 0, 0], bool)
+    avoid = np.full(4000, 5)
+
+    def check(key, pool, avoid, mask):
+        small = functools.partial(dien.sample_negatives, pool=jnp.array([2, 3]))
+        keys = jax.random.split(key, 5)
+        return (
+            dien.sample_negatives(key, pool, avoid, mask),
+            jax.vmap(lambda k: small(k, avoid=jnp.array([2, 3, 3])))(keys),
+            dien.sample_negatives(key, pool, avoid[:2], mask & False),
+        )
+
+    many, few, none = together(check, jax.random.key(0), pool, avoid, mask)
+    found = pool[many]
     assert set(found) == {6, 7}
     # 7 has 3 of the 4 other places; hitting 5 twice (1 in 25) takes the place after it.
     expected = (1 + 1 / 5) * 3 / 5 + 1 / 25
     assert abs((found == 7).mean() - expected) < 4 * 0.5 / np.sqrt(4000)
-    for key in jax.random.split(jax.random.key(1), 5):
-        two = jnp.array([2, 3])
-        found = two[dien.sample_negatives(key, two, jnp.array([2, 3, 3]))]
-        assert found.tolist() == [3, 2, 2]
-    assert dien.sample_negatives(key, pool, avoid[:2], mask & False).tolist() == [7, 7]
+    assert (few == np.array([1, 0, 0])).all()
+    assert none.tolist() == [7, 7]
 
 
-def test_loss_is_its_parts_and_counts_collisions(key):
-    net, params = drawn()
-    state, x = dien.statistics(params), batch()
-    value = jax.jit(functools.partial(dien.loss, net=net, aux_weight=0.5))
-    total, (metrics, _) = value(params, state, x, key)
+def test_the_loss_is_its_parts_and_counts_collisions(key):
+    params, state = drawn(NET)
+    same = batch(negatives=True)
+    same["neg_hist_item"] = same["hist_item"]
+    value = gradient(NET, aux_weight=0.5)
+    x = batch(negatives=True)
+    (total, (metrics, _)), _ = value(params, state, x, key)
     expected = metrics["target"] + 0.5 * metrics["aux"]
     assert float(total) == pytest.approx(float(expected), rel=1e-6)
-    assert float(metrics["aux_collisions"]) == 0.0 and float(metrics["aux"]) > 0
-    x["neg_hist_item"] = x["hist_item"]
-    same = value(params, state, x, key)[1][0]
-    assert float(same["aux_collisions"]) == pytest.approx(1.0)
-    value = jax.jit(functools.partial(dien.loss, net=net, aux_weight=0.0))
-    plain = value(params, state, batch(), key)
-    assert float(plain[0]) == pytest.approx(float(metrics["target"]), rel=1e-5)
-    assert "aux" not in plain[1][0]
+    assert float(metrics["aux_collisions"]) == 0 and float(metrics["aux"]) > 0
+    (_, (metrics, _)), _ = value(params, state, same, key)
+    assert float(metrics["aux_collisions"]) == pytest.approx(1)
+    empty = {**x, "length": np.zeros(B, np.int32)}
+    (_, (found, _)), grads = value(params, state, empty, key)
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
+    assert float(found["aux"]) == 0
+    assert not np.asarray(grads["tables"]["item"][0]).any()
+    plain = functools.partial(dien.loss, net=NET, aux_weight=0.0)
+    total, (found, _) = together(plain, params, state, batch(), key)
+    assert float(total) == pytest.approx(float(metrics["target"]), rel=1e-5)
+    assert "aux" not in found
 
 
 def test_negatives_are_drawn_from_the_batch_by_the_key():
-    net, params = drawn()
-    x = batch(negatives=False)
-    value = jax.jit(
-        functools.partial(dien.loss, params, dien.statistics(params), net=net)
-    )
-    first, again, other = (value(x, jax.random.key(k))[1][0] for k in (0, 0, 1))
-    assert float(first["aux"]) == float(again["aux"]) != float(other["aux"])
-    assert float(first["aux_collisions"]) < 0.1
-    # Rows of weight 0 are not drawn from, and count nowhere.
-    weight = jnp.ones(B).at[1].set(0.0)
-    found = value({**x, "weight": weight}, jax.random.key(0))
-    hidden = dict(x)
-    hidden["hist_item"] = x["hist_item"].at[1].set(ITEMS - 1)
-    hidden["label"] = x["label"].at[1].set(1 - x["label"][1])
-    np.testing.assert_allclose(
-        found[0], value({**hidden, "weight": weight}, jax.random.key(0))[0], rtol=1e-6
-    )
+    params, state = drawn(NET)
+    weight = np.ones(B, np.float32)
+    weight[1] = 0.0
+    x = {**batch(), "weight": weight}
+    # A row of weight 0 is not drawn from, and counts nowhere.
+    hidden = {k: v.copy() for k, v in x.items()}
+    hidden["hist_item"][1], hidden["label"][1] = ITEMS - 1, 1 - x["label"][1]
+
+    def check(params, state, x, hidden):
+        loss = functools.partial(dien.loss, params, state, net=NET)
+        keys = [jax.random.key(i) for i in (0, 0, 1)]
+        return [loss(b, k) for b, k in zip((x, hidden, x), keys)]
+
+    first, again, other = together(check, params, state, x, hidden)
+    np.testing.assert_allclose(first[0], again[0], rtol=1e-6)
+    assert first[1][0]["aux"] != other[1][0]["aux"]
+    assert first[1][0]["aux_collisions"] < 0.2
 
 
 # The model
@@ -290,126 +288,127 @@ def test_attention_is_a_softmax_over_the_history():
     kernel, length = rng.normal(size=(6, 4)), np.array([T, 2, 0])
     mask = np.arange(T)[None] < length[:, None]
     with jax.enable_x64(True):
-        found = dien.bilinear_attention(
-            *(jnp.asarray(a) for a in (kernel, states, target, mask))
-        )
+        found = together(dien.bilinear_attention, kernel, states, target, mask)
     scores = np.exp(np.einsum("bth,ha,ba->bt", states, kernel, target)) * mask
     expected = scores / np.maximum(scores.sum(1, keepdims=True), 1e-300)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12)
-    assert np.asarray(found).sum(1) == pytest.approx([1, 1, 0])
+    assert found.sum(1) == pytest.approx([1, 1, 0])
 
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize(
     "fields",
     [
-        {"net__variant": "augru"},
-        {"net__variant": "gru", "net__attention": "din", "net__user_dim": 3,
-         "net__pooled": "sum", "net__product": True},
-        {"net__variant": "aigru", "net__pooled": "none"},
+        {"variant": "augru"},
+        pytest.param(
+            {"variant": "gru", "attention": "din", "user_dim": 3, "pooled": "mean"},
+            marks=matrix,
+        ),
+        pytest.param(
+            {"variant": "aigru", "pooled": "none", "product": False}, marks=matrix
+        ),
     ],
-    ids=lambda f: f["net__variant"],
-)  # fmt: skip
-def test_candidates_score_as_in_forwards_of_their_own(fields):
-    net, params = drawn(**fields)
-    x, n = batch(negatives=False), 3
-    rng = np.random.default_rng(1)
-    item = jnp.asarray(rng.integers(2, ITEMS, (B, n)), jnp.int32)
-    cate = jnp.asarray(rng.integers(2, CATES, (B, n)), jnp.int32)
-    state = dien.statistics(params)
-    many = jax.jit(functools.partial(dien.sampler, net=net))(
-        params, jax.random.key(0), {**x, "item": item, "cate": cate}, state
-    )
-    assert many.shape == (B, n)
-    for i in range(n):
-        one = logits(params, {**x, "item": item[:, i], "cate": cate[:, i]}, **fields)
-        np.testing.assert_allclose(many[:, i], one, rtol=1e-10, atol=1e-12)
-    assert np.abs(np.diff(many)).min() > 1e-6
-
-
-def test_padding_changes_nothing_and_order_matters():
-    _, params = drawn()
-    x = batch(negatives=False)
-    expected = logits(params, x)
-    longer = dict(x)
+    ids=lambda f: f["variant"],
+)
+def test_scores_of_candidates_are_those_of_rows(fields):
+    """And padding changes nothing, but the order does."""
+    net = dataclasses.replace(NET, **fields)
+    x, plain = batch(candidates=2), batch()
+    back = {k: v.copy() for k, v in plain.items()}
     for name in ("hist_item", "hist_cate"):
-        # Whatever is beyond the end.
-        longer[name] = jnp.pad(x[name], ((0, 0), (0, 13)), constant_values=3)
-    np.testing.assert_allclose(logits(params, longer), expected, rtol=1e-5, atol=1e-6)
-    back = dict(x)
-    for name in ("hist_item", "hist_cate"):
-        back[name] = x[name].at[1].set(x[name][1, ::-1])
-    changed = np.abs(logits(params, back) - expected)
-    assert changed[1] > 1e-3 and not np.delete(changed, 1).any()
+        back[name][1] = plain[name][1, ::-1]
+
+    def check(params, state, x, others):
+        score = functools.partial(dien.predict, params, state, net=net)
+        single = jnp.stack([score(candidate(x, n)) for n in range(2)], 1)
+        return score(x), single, [score(b) for b in others]
+
+    others = plain, pad_histories(plain, 4), back
+    many, single, (expected, padded, turned) = together(check, *drawn(net), x, others)
+    assert many.shape == (B, 2) and np.ptp(many, 1).max() > 1e-6
+    np.testing.assert_allclose(many, single, rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(padded, expected, rtol=1e-10, atol=1e-12)
+    changed = np.abs(turned - expected)
+    assert changed[1] > 1e-5 and np.delete(changed, 1).max() < 1e-12
 
 
-def test_empty_histories_have_finite_gradients(key):
-    net, params = drawn()
-    x = batch()
-    x |= {"length": jnp.zeros(B, jnp.int32)}
-    value = functools.partial(dien.loss, net=net)
-    grads, (metrics, _) = jax.jit(jax.grad(value, has_aux=True))(
-        params, dien.statistics(params), x, key
-    )
-    assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
-    assert float(metrics["aux"]) == 0.0
-    assert not np.asarray(grads["tables"]["item"][0]).any()
+@pytest.mark.matrix
+def test_nan_attention_is_found_by_checkify():
+    from jax.experimental import checkify
+
+    params, state = drawn(NET)
+    forward = functools.partial(dien.forward, net=NET, train=False)
+    run = jax.jit(checkify.checkify(forward, errors=checkify.float_checks))
+    run(params, state, batch())[0].throw()
+    kernel = params["evolve"]["attention"]["kernel"] * np.nan
+    params = {**params, "evolve": {**params["evolve"], "attention": {"kernel": kernel}}}
+    with pytest.raises(checkify.JaxRuntimeError, match="nan"):
+        run(params, state, batch())[0].throw()
 
 
-def steps(method, mesh, negatives, count=3):
-    compiled = trainer.compile(method, mesh, batch(0, negatives=negatives))
-    state, losses = compiled.init(jax.random.key(0)), []
-    for i in range(count):
+# Steps
+
+
+@functools.cache
+def steps(sizes, negatives, tables="lazy_adam", **fields):
+    """Parameters before and after steps on a mesh, and their metrics."""
+    fields = {"net__user_dim": 3, **fields}
+    method = dien.make(config(optim__tables=tables, **fields))
+    mesh = meshes.make_mesh(dict(zip(("data", "model"), sizes)),
+                            jax.devices()[: sizes[0] * sizes[1]])  # fmt: skip
+    compiled = trainer.compile(method, mesh, batch(negatives=negatives))
+    state, metrics = compiled.init(jax.random.key(0)), []
+    first = jax.device_get(state.params)
+    for i in range(2):
         placed = meshes.put_batch(batch(i, negatives=negatives), mesh, B)
         with jax.set_mesh(mesh):
-            state, metrics = compiled.step(state, placed)
-        losses.append({k: float(v) for k, v in metrics.items()})
-    return jax.device_get(state), losses
+            state, found = compiled.step(state, placed)
+        metrics.append({k: float(v) for k, v in found.items()})
+    return first, jax.device_get(state.params), metrics
 
 
 def test_meshes_agree():
     """Tables over ``model``, batch and the pool of drawn negatives over ``data``."""
-    method = dien.make(config(net__attention="din", net__user_dim=3))
-    one = meshes.make_mesh({"data": 1}, jax.devices()[:1])
-    many = meshes.make_mesh({"data": 4, "model": 2})
-    (expected, losses), (found, others) = (steps(method, m, False) for m in (one, many))
-    for a, b in zip(losses, others):
+    _, expected, metrics = steps((1, 1), False)
+    _, found, others = steps((4, 2), False)
+    for a, b in zip(metrics, others):
         assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
-    for a, b in zip(*(jax.tree.leaves(s.params) for s in (expected, found))):
+    for a, b in zip(*(jax.tree.leaves(p) for p in (expected, found))):
         assert np.linalg.norm(a - b) < 1e-3 * np.linalg.norm(a)
 
 
+def test_the_batchs_negatives_are_among_the_ids_read():
+    """Else a sparse step would read zeros for them and not move their rows."""
+    x = batch(negatives=True)
+    x["neg_hist_item"] = np.where(x["neg_hist_item"] > 0, ITEMS - 1, 0)
+    x["hist_item"] = np.where(x["hist_item"] == ITEMS - 1, 2, x["hist_item"])
+    x["item"] = np.minimum(x["item"], ITEMS - 2)
+    found = together(functools.partial(dien.ids, net=NET), x)
+    assert set(found["item"].ravel()) == {
+        0, ITEMS - 1, *x["item"].tolist(), *x["hist_item"].ravel().tolist()
+    }  # fmt: skip
+    weight = np.zeros(B, np.float32)
+    weight[0] = 1  # Its history is empty.
+    found = together(functools.partial(dien.ids, net=NET), {**x, "weight": weight})
+    assert set(found["item"].ravel()) == {0, int(x["item"][0])}
+
+
+@pytest.mark.matrix
 def test_sparse_steps_read_all_that_the_loss_does():
-    one = meshes.make_mesh({"data": 1}, jax.devices()[:1])
     sparse, dense = (
-        steps(dien.make(config(optim__tables=name)), one, True, 1)[1][0]
-        for name in ("lazy_adam", "dense")
+        steps((1, 1), True, tables)[2][0] for tables in ("lazy_adam", "dense")
     )
     names = ("loss", "aux", "grad_norm")
     assert [sparse[n] for n in names] == pytest.approx([dense[n] for n in names])
 
 
-def test_negatives_move_their_rows():
-    x = batch()
-    x["neg_hist_item"] = jnp.where(x["neg_hist_item"] > 0, ITEMS - 1, 0)
-    hist = jnp.where(x["hist_item"] == ITEMS - 1, 2, x["hist_item"])
-    x |= {"hist_item": hist, "item": jnp.minimum(x["item"], ITEMS - 2)}
-    method = dien.make(config())
-    state = jax.jit(method.init)(jax.random.key(0), x)
-    new, metrics = jax.jit(method.update)(state, x)
-    moved = np.abs(new.params["tables"]["item"] - state.params["tables"]["item"]).max(1)
-    assert moved[ITEMS - 1] > 1e-4 and float(metrics["aux"]) > 0
-    used = np.unique(np.concatenate([np.ravel(hist), np.ravel(x["item"]), [ITEMS - 1]]))
-    assert not np.delete(moved, used[used > 0]).any()
-
-
-# What it refuses
+# What is refused
 
 
 @pytest.mark.parametrize(
     "field, value, message",
     [
-        ("net.variant", "lstm", "'augru'"),
+        ("net.variant", "lstm", "net.variant must be .*'augru'"),
         ("net.attention", "dot", "bilinear"),
         ("net.aux", "none", "concat"),
         ("net.pooled", "max", "'mean'"),
@@ -417,10 +416,12 @@ def test_negatives_move_their_rows():
         ("net.activation", "tanh", "dice"),
         ("net.item_vocab", 1, "item_vocab"),
         ("net.state", 0, "net.state"),
+        ("net.aux_hidden", (0,), "net.aux_hidden"),
         ("optim.tables", "sgd", "lazy_adam"),
-        ("optim.lr", 0.0, "optim"),
-        ("method.aux_weight", -1.0, "aux_weight"),
-        ("method.aux_reduce", "mean", "valid_mean"),
+        ("optim.lr", 0.0, "optim.lr"),
+        ("optim.drop_every", -1, "optim.drop_every"),
+        ("method.aux_weight", -1.0, "method.aux_weight must be >= 0"),
+        ("method.aux_reduce", "mean", "method.aux_reduce must be .*valid_mean"),
         ("train.accumulate", 0, "accumulate"),
     ],
 )
@@ -429,53 +430,33 @@ def test_make_refuses(field, value, message):
         dien.make(config(**{field.replace(".", "__"): value}))
 
 
-def test_inner_product_needs_equal_widths():
-    with pytest.raises(ValueError, match="aux=inner"):
-        dien.make(config(net__aux="inner", net__state=5))
-    states, pos, neg, mask = aux_inputs()
+def test_the_inner_product_needs_equal_widths():
+    with pytest.raises(ValueError, match="net.aux=inner; got 5"):
+        dataclasses.replace(NET, aux="inner", state=5)
+    states, pos, neg, mask = device(aux_inputs())
     with pytest.raises(ValueError, match="as wide as"):
         dien.aux_loss({}, states[..., :5], pos, neg, mask)
     with pytest.raises(ValueError, match="per_sample"):
         dien.aux_loss({}, states, pos, neg, mask, "sum")
-    net, params = drawn(net__aux="inner")
+    net = dataclasses.replace(NET, aux="inner")
+    params, state = drawn(net)
     assert "aux" not in params
-    value = jax.jit(functools.partial(dien.loss, net=net))
-    _, (metrics, _) = value(params, dien.statistics(params), batch(), jax.random.key(0))
-    assert float(metrics["aux"]) > 0
+    value = functools.partial(dien.loss, net=net)
+    shapes = jax.eval_shape(value, params, state, batch(), KEY)
+    assert "aux" in shapes[1][0]
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"hist_item": jnp.zeros((B, T, 2), jnp.int32)}, "hist_item"),
-        ({"hist_item": jnp.zeros((B, 0), jnp.int32)}, "hist_item"),
-        ({"hist_cate": jnp.zeros((B, T + 1), jnp.int32)}, "hist_cate"),
-        ({"length": jnp.full(B, T + 1)}, "length"),
-        ({"label": jnp.full(B, 2)}, "label"),
-        ({"item": jnp.full(B, ITEMS)}, "item"),
+        ({"hist_item": np.zeros((B, T, 2), int)}, "hist_item"),
+        ({"hist_item": np.zeros((B, 0), int)}, "hist_item"),
+        ({"hist_cate": np.zeros((B, T + 1), int)}, "hist_cate"),
+        ({"length": np.full(B, T + 1)}, "length"),
+        ({"label": np.full(B, 2)}, "label"),
+        ({"item": np.full(B, ITEMS)}, "item"),
     ],
 )
 def test_bad_batches(change, message):
     with pytest.raises(ValueError, match=message):
-        dien.check_batch({**batch(), **change}, net=config().net)
-
-
-def test_one_step_histories_train(key):
-    """T < 2 with the auxiliary loss on: allowed, and it is 0."""
-    net, params = drawn()
-    x = batch(slots=1)
-    value = jax.jit(functools.partial(dien.loss, net=net))
-    _, (metrics, _) = value(params, dien.statistics(params), x, key)
-    assert float(metrics["aux"]) == 0.0
-
-
-def test_nan_attention_is_found_by_checkify():
-    net, params = drawn()
-    forward = functools.partial(dien.forward, net=net, train=False)
-    run = jax.jit(checkify.checkify(forward, errors=checkify.float_checks))
-    args = dien.statistics(params), batch(negatives=False)
-    run(params, *args)[0].throw()
-    kernel = params["evolve"]["attention"]["kernel"] * np.nan
-    params = {**params, "evolve": {**params["evolve"], "attention": {"kernel": kernel}}}
-    with pytest.raises(checkify.JaxRuntimeError, match="nan"):
-        run(params, *args)[0].throw()
+        dien.check_batch({**batch(), **change}, net=NET)

@@ -1,4 +1,4 @@
-"""What pulls a light net to a booster: hints on logits and layers, distillation."""
+"""Hints on logits and on hidden layers, and distillation from a frozen teacher."""
 
 from collections.abc import Sequence
 
@@ -17,11 +17,11 @@ def hint_loss(
     booster: Float[Array, "*booster"],
     temperature: float = 1.0,
 ) -> Float[Array, " B"]:
-    """What each row's light logits lack of the booster's.
+    """Distance of each row's light logits to the booster's.
 
     Args:
-      kind: "mimic" on logits (the paper's choice), "mse" on probabilities, "kd" the
-        cross-entropy of softened ones, without the factor T^2.
+      kind: "mimic" the squared distance of logits (the paper's choice), "mse" that of
+        probabilities, "kd" the cross-entropy of softened ones, without the factor T^2.
       light: l, (B, C), or (B,) for one logit.
       booster: z, as ``light``.
       temperature: T of "kd".
@@ -51,12 +51,12 @@ def feature_hint(
     light: Sequence[Float[Array, "B _"]],
     booster: Sequence[Float[Array, "B _"]],
 ) -> Float[Array, " B"]:
-    """Distance of the hidden layers of equal width, paired in order, summed.
+    """Sum of the distances of hidden layers of equal width, paired in order.
 
     Args:
-      kind: "cosine", one minus it, or "l2", the squared distance.
-      light: hidden layers.
-      booster: hidden layers.
+      kind: "cosine", one minus the cosine, or "l2", the squared distance.
+      light: hidden layers of the light net.
+      booster: hidden layers of the booster.
 
     Raises:
       ValueError: unknown kind, or no two layers of one width.
@@ -92,7 +92,7 @@ def distillation_loss(
 
     Args:
       light: l.
-      teacher: t, of a booster trained before and frozen.
+      teacher: t, of a trained and frozen booster.
       temperature: T.
       alpha: weight.
       mean: "elements" divides by C too, as the released code did; "batch" does not.
@@ -130,9 +130,9 @@ def _cosine(x, y):
 def check_hint(kind: str, temperature: float) -> None:
     """Raises ValueError naming the field of an unknown hint or a temperature <= 0."""
     if kind not in HINTS:
-        raise ValueError(f"config.method.hint must be one of {HINTS}, got {kind!r}")
+        raise ValueError(f"method.hint must be one of {HINTS}, got {kind!r}")
     if temperature <= 0:
-        raise ValueError(f"config.method.temperature must be > 0, got {temperature}")
+        raise ValueError(f"method.temperature must be > 0, got {temperature}")
 
 
 def _check_classes(light, booster):

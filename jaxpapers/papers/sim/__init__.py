@@ -1,14 +1,14 @@
-r"""Search-based Interest Model: click prediction from behaviour of a whole life.
+r"""Search-based Interest Model: click prediction from lifelong behaviour sequences.
 
 Qi Pi, Xiaoqiang Zhu, Guorui Zhou, Yujing Zhang, Zhe Wang, Lejian Ren, Ying Fan, Kun Gai.
 "Search-based User Interest Modeling with Lifelong Sequential Behavior Data for
 Click-Through Rate Prediction", arXiv 2006.05639, 2020 (CIKM 2020).
 
-Attention over a history costs its length, so models read the last hundred behaviours. SIM
-reads thousands: a General Search Unit picks the K that have to do with the candidate, by
-category (hard) or by an inner product that it learns (soft), and an Exact Search Unit
-attends to those alone, with the time since each. Serving looks the category up in an
-index, whose cost does not depend on the history's length.
+Attention costs time in proportion to the history, so models read the last hundred
+behaviours. SIM reads thousands: a General Search Unit (GSU) selects the K relevant to the
+candidate, by category (hard) or by a learned inner product (soft), and an Exact Search
+Unit (ESU) attends to those alone, with the time since each. Serving looks the category up
+in an index, at a cost independent of the history's length.
 
 With e_i (D) the embedding of behaviour i, e_a (D) the candidate's, C categories:
 
@@ -19,15 +19,14 @@ $$ z_j = [e_j; e^t_j], \quad
    U_{lt} = \mathrm{concat}_h \textstyle\sum_j a^h_j z_j $$
 $$ \mathcal L = \alpha \mathcal L_{GSU} + \beta \mathcal L_{ESU} $$
 
-j runs over the K best of the valid behaviours. ESU is an MLP on U_lt, DIN's interest in
-the recent behaviours, candidate and user.
+j runs over the K best of the valid behaviours. The logit is an MLP of U_lt, DIN's
+interest in the recent behaviours, the candidate and the user.
 
-Departures. The paper writes the soft score as an element-wise product; it is read as the
-inner product. It gives neither buckets of time gaps nor sizes: gaps are embedded by
-``ops.search.time_bucket``. ``net.gsu_pool="mean"`` divides U_r by the number of
-behaviours, which keeps its size for long histories. The short-term part is DIN's, not
-DIEN's. Padding never enters the search; in the library that has SIM it outranks negative
-scores.
+Departures. The paper writes the soft score as an element-wise product; we take the inner
+product. It gives neither the buckets of time gaps nor sizes: gaps are embedded by
+``ops.search.time_bucket``. ``gsu_pool="mean"`` divides U_r by the number of behaviours,
+which bounds it for long histories. The short-term part is DIN's, not DIEN's. Padding is
+never selected; in FuxiCTR, which has SIM, it outranks negative scores.
 """
 
 import functools
@@ -39,14 +38,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key
 
+from jaxpapers import options
 from jaxpapers.method import Method
 from jaxpapers.method.tables import row_gradient
 from jaxpapers.nets import behaviour, embedding, mlp
 from jaxpapers.nets.mlp import DiceState
-from jaxpapers.ops.attention import NORMALIZE
+from jaxpapers.ops.attention import pool_history
 from jaxpapers.ops.behaviour_tree import build_ubt, ubt_query
+from jaxpapers.ops.means import weighted_mean
 from jaxpapers.ops.search import (
     hard_search,
     time_bucket,
@@ -55,27 +56,28 @@ from jaxpapers.ops.search import (
 )
 from jaxpapers.optim import rows
 from jaxpapers.papers.sim import units
+from jaxpapers.papers.sim.gsu import gsu_aux, gsu_pool, soft_scores
+from jaxpapers.papers.sim.net import SEARCH, Net
 from jaxpapers.papers.sim.serving import projected, serve
 from jaxpapers.papers.sim.units import esu
 
 __all__ = [
-    "RULES", "Interests", "build_ubt", "check_batch", "esu", "forward", "gsu_aux",
-    "hard_search", "ids", "init", "loss", "make", "projected", "sampler",
-    "score_candidates", "serve", "soft_scores", "statistics", "time_bucket",
-    "topk_masked", "topk_sharded", "ubt_query",
+    "RULES", "SEARCH", "Interests", "Net", "build_ubt", "check_batch", "esu", "forward",
+    "gsu_aux", "gsu_pool", "hard_search", "ids", "init", "loss", "make", "predict",
+    "projected", "serve", "soft_scores", "statistics", "time_bucket", "topk_masked",
+    "topk_sharded", "ubt_query",
 ]  # fmt: skip
 
 RULES = (*rows.STATE_RULES, *embedding.RULES)
-SEARCH = ("hard", "soft", "average")
 
 
 class Interests(NamedTuple):
-    """What ``forward`` gives.
+    """Output of ``forward``.
 
     Attributes:
-      logit: of the candidates, of ESU.
-      gsu: of the candidates, of the search unit's own task; None without it.
-      valid: (.., K) slots of the search that hold a behaviour; None for the average.
+      logit: ESU's logits of the candidates.
+      gsu: GSU's logits of the candidates, in training with a soft search; else None.
+      valid: (.., K), slots of the search that hold a behaviour; None for the average.
     """
 
     logit: Any
@@ -83,131 +85,61 @@ class Interests(NamedTuple):
     valid: Any
 
 
-def soft_scores(
-    w_a: Float[Array, "H D"],
-    w_b: Float[Array, "H D"],
-    hist_emb: Float[Array, "B T D"],
-    target: Float[Array, "*candidates D"],
-) -> Float[Array, "*candidates T"]:
-    """r_i = (W_b e_i) . (W_a e_a), as (W_b^T W_a e_a) . e_i (eq 1, soft).
+def init(key: Key[Array, ""], net: Net) -> dict:
+    """Parameters: ``tables``, ``mlp``, and the parts that the search needs.
 
-    The candidate is projected once, so that no weight is applied to T behaviours.
+    ``gsu`` is only there for the soft search, ``esu`` and ``gaps`` not for the average,
+    and ``unit`` if there is a short-term part.
 
     Args:
-      w_a: of the candidate.
-      w_b: of the behaviours.
-      hist_emb: e_i.
-      target: e_a, (B, D) or (B, N, D).
+      key: of the draws.
+      net: hyper-parameters.
     """
-    return jnp.einsum("b...d,btd->b...t", (target @ w_a.T) @ w_b, hist_emb)
-
-
-def gsu_aux(
-    params: dict,
-    state: dict[str, DiceState],
-    scores: Float[Array, "*candidates T"],
-    hist_emb: Float[Array, "B T D"],
-    hist_mask: Bool[Array, "B T"],
-    target: Float[Array, "*candidates D"],
-    *,
-    pool: str = "sum",
-    **options: Any,
-) -> tuple[Float[Array, "*candidates"], dict[str, DiceState]]:
-    """The search unit's own click model: an MLP on [sum_i r_i e_i; e_a].
-
-    Args:
-      params: an ``nets.mlp`` from 2 D to 1.
-      state: its statistics.
-      scores: r_i.
-      hist_emb: e_i.
-      hist_mask: True at behaviours.
-      target: e_a.
-      pool: "sum" (the paper) or "mean", over the behaviours.
-      options: of ``nets.mlp.apply``; its mask is of the rows.
-
-    Returns:
-      Logits, and the statistics to use next.
-
-    Raises:
-      ValueError: unknown pool.
-    """
-    pooled = gsu_pool(scores, hist_emb, hist_mask, pool=pool)
-    features = jnp.concatenate([pooled, target], -1)
-    logit, state = mlp.apply(params, state, features, **options)
-    return logit[..., 0], state
-
-
-def gsu_pool(
-    scores: Float[Array, "*candidates T"],
-    hist_emb: Float[Array, "B T D"],
-    hist_mask: Bool[Array, "B T"],
-    *,
-    pool: str = "sum",
-) -> Float[Array, "*candidates D"]:
-    """U_r = sum_i r_i e_i over the behaviours; see ``gsu_aux``."""
-    if pool not in ("sum", "mean"):
-        raise ValueError(f"pool must be sum or mean, got {pool!r}")
-    own = hist_mask[:, None] if scores.ndim == 3 else hist_mask
-    pooled = jnp.einsum("b...t,btd->b...d", jnp.where(own, scores, 0.0), hist_emb)
-    if pool == "mean":
-        count = jnp.maximum(hist_mask.sum(1), 1).astype(pooled.dtype)
-        pooled = pooled / count.reshape((-1,) + (1,) * (pooled.ndim - 1))
-    return pooled
-
-
-def init(key: Key[Array, ""], net: Any) -> dict:
-    """Parameters of ``config.net``; those of GSU only if the search is soft.
-
-    Raises:
-      ValueError: sizes or names that are not known.
-    """
-    _check_net(net)
     keys = jax.random.split(key, 7)
-    width = net.item_dim + net.cate_dim
     params: dict = {"tables": behaviour.init(keys[0], net)}
-    long = width
+    long = net.width
     if net.search != "average":
-        both = width + net.time_dim
+        width = net.width + net.time_dim
         params["esu"] = {
-            "W_a": _projection(keys[1], (net.heads, net.head_dim, width)),
-            "W_b": _projection(keys[2], (net.heads, net.head_dim, both)),
+            "W_a": _projection(keys[1], (net.heads, net.head_dim, net.width)),
+            "W_b": _projection(keys[2], (net.heads, net.head_dim, width)),
         }
         if net.time_dim:
             shape = (net.time_buckets, net.time_dim)
             params["gaps"] = 0.05 * jax.random.normal(keys[3], shape)
-        long = net.heads * both
+        long = net.heads * width
     if net.search == "soft":
         key_a, key_b, key_mlp = jax.random.split(keys[4], 3)
+        sizes = (2 * net.width, *net.gsu_hidden, 1)
         params["gsu"] = {
-            "W_a": _projection(key_a, (net.gsu_dim, width)),
-            "W_b": _projection(key_b, (net.gsu_dim, width)),
-            "mlp": mlp.init(key_mlp, (2 * width, *net.gsu_hidden, 1), net.activation),
+            "W_a": _projection(key_a, (net.gsu_dim, net.width)),
+            "W_b": _projection(key_b, (net.gsu_dim, net.width)),
+            "mlp": mlp.init(key_mlp, sizes, net.activation),
         }
     if net.short:
-        # A softmax does not see a bias.
         params["unit"] = mlp.init(
-            keys[5], (4 * width, *net.unit, 1), net.unit_activation,
-            last_bias=net.normalize == "none",
+            keys[5], (4 * net.width, *net.unit, 1), net.unit_activation,
+            last_bias=net.normalize == "none",  # A softmax does not see a bias.
         )  # fmt: skip
-    total = long + (width if net.short else 0) + width + net.user_dim
-    params["mlp"] = mlp.init(keys[6], (total, *net.hidden, 1), net.activation)
+    features = long + (net.width if net.short else 0) + net.width + net.user_dim
+    params["mlp"] = mlp.init(keys[6], (features, *net.hidden, 1), net.activation)
     return params
 
 
 def statistics(params: dict) -> dict[str, dict[str, DiceState]]:
-    """The first moving statistics of Dice, per network; ``State.extra``."""
-    found = {n: mlp.statistics(params[n]) for n in ("unit", "mlp") if n in params}
+    """Initial moving statistics of Dice, per network: ``State.extra``."""
+    networks = {n: params[n] for n in ("unit", "mlp") if n in params}
     if "gsu" in params:
-        found["gsu"] = mlp.statistics(params["gsu"]["mlp"])
-    return found
+        networks["gsu"] = params["gsu"]["mlp"]
+    return {name: mlp.statistics(p) for name, p in networks.items()}
 
 
 def forward(
     params: dict,
-    state: dict[str, dict[str, DiceState]],
+    extra: dict[str, dict[str, DiceState]],
     batch: Mapping[str, Array],
     *,
-    net: Any,
+    net: Net,
     train: bool,
     key: Key[Array, ""] | None = None,
     distinct: int = 20,
@@ -216,65 +148,64 @@ def forward(
 
     Args:
       params: see ``init``.
-      state: see ``statistics``.
-      batch: see ``nets.behaviour``, with categories; also int32 time (B,) of the request
-        and hist_time (B, T) if the net embeds time gaps. Histories are oldest first.
-      net: ``config.net``.
-      train: statistics of the batch.
-      key: of the behaviours that GSU's task sees, if ``net.gsu_sample``.
-      distinct: with N candidates, the hard search runs once for each of so many
+      extra: see ``statistics``.
+      batch: see ``nets.behaviour``, with categories if the search is hard; int32 time
+        (B,) of the request and hist_time (B, T) if the net embeds time gaps.
+      net: hyper-parameters.
+      train: whether Dice takes the batch's statistics.
+      key: of the behaviours that GSU trains on, with ``net.gsu_sample``.
+      distinct: with N candidates, the hard search runs once for each of up to so many
         categories; where a user's candidates have more, once per candidate.
 
     Returns:
-      Interests, and the statistics to use next.
+      Interests, and the new statistics.
 
     Raises:
       ValueError: T = 0, or arrays that are missing or whose shapes do not fit.
     """
-    use = units.fields(batch, net)
-    tables, state = params["tables"], dict(state)
-    query = behaviour.embed(tables, use["item"], use["cate"])
-    options = units.options(net, use, train, query.ndim == 3)
+    read = units.fields(batch, net)
+    tables, extra = params["tables"], dict(extra)
+    query = behaviour.embed(tables, read["item"], read["cate"])
+    dice = units.dice_options(net, batch, query, train)
     gsu = valid = None
     if net.search == "hard":
 
-        def find(cates):
-            found = units.hard(use, cates, net)
-            return units.selected(params, use, found, net), found.valid
+        def select(cates):
+            found = units.hard(read, cates, net)
+            return units.selected(params, read, found, net), found.valid
 
-        z, valid = units.per_category(find, batch["cate"], distinct)
+        z, valid = units.per_category(select, batch["cate"], distinct)
         long = esu(params["esu"], z, valid, query)
     else:
-        keys, mask = units.read_history(tables, use), use["long_mask"]
+        keys, mask = units.embed_history(tables, read), read["long_mask"]
         if net.search == "soft":
-            unit = params["gsu"]
-            scores = soft_scores(unit["W_a"], unit["W_b"], keys, query)
+            weights = params["gsu"]
+            scores = soft_scores(weights["W_a"], weights["W_b"], keys, query)
             found = units.soft(lax.stop_gradient(scores), mask, net)
             valid = found.valid
-            z = units.with_gaps(params, units.pick(keys, found), use, found, net)
+            z = units.with_gaps(params, units.take(keys, found), read, found, net)
             long = esu(params["esu"], z, valid, query)
             if train:
-                scores, keys, mask = units.some(scores, keys, mask, key, net)
-                gsu, state["gsu"] = gsu_aux(
-                    unit["mlp"], state["gsu"], scores, keys, mask, query,
-                    pool=net.gsu_pool, activation=net.activation, **options,
+                scores, keys, mask = units.subset(scores, keys, mask, key, net)
+                gsu, extra["gsu"] = gsu_aux(
+                    weights["mlp"], extra["gsu"], scores, keys, mask, query,
+                    pool=net.gsu_pool, activation=net.activation, **dice,
                 )  # fmt: skip
         else:
-            long = jnp.where(mask[..., None], keys, 0.0).sum(1)
-            long = long / jnp.maximum(mask.sum(1), 1)[:, None].astype(long.dtype)
+            long = pool_history(keys, mask, "mean")
             if query.ndim == 3:
                 long = jnp.broadcast_to(long[:, None], query.shape)
-    logit, state = units.click(params, state, use, query, long, net, options)
-    return Interests(logit, gsu, valid), state
+    logit, extra = units.click(params, extra, batch, read, query, long, net, train)
+    return Interests(logit, gsu, valid), extra
 
 
 def loss(
     params: dict,
-    state: dict,
+    extra: dict,
     batch: Mapping[str, Array],
-    key: Key[Array, ""],
+    key: Key[Array, ""] | None = None,
     *,
-    net: Any,
+    net: Net,
     alpha: float = 1.0,
     beta: float = 1.0,
 ) -> tuple[Float[Array, ""], tuple[dict[str, Array], dict]]:
@@ -282,27 +213,21 @@ def loss(
 
     Args:
       params: see ``init``.
-      state: see ``statistics``.
+      extra: see ``statistics``.
       batch: see ``forward``, with label (B,).
       key: see ``forward``.
-      net: ``config.net``.
-      alpha: weight of L_GSU; without a soft search there is none (the paper's alpha 0).
+      net: hyper-parameters.
+      alpha: weight of L_GSU, which only the soft search has.
       beta: weight of L_ESU.
 
     Returns:
-      The loss per row; metrics ``esu`` and ``gsu`` in nats, ``rate``, the mean
-      prediction, ``found``, the share of slots that the search filled, and with weights
-      ``weight``, their sum; the statistics to use next.
+      The loss per row; metrics ``esu`` and ``gsu`` in nats, ``rate`` (mean predicted
+      probability), ``found`` (share of the search's slots that hold a behaviour) and,
+      with weights, ``weight`` (their sum); the new statistics.
     """
-    out, state = forward(params, state, batch, net=net, train=True, key=key)
+    out, extra = forward(params, extra, batch, net=net, train=True, key=key)
     label = batch["label"].astype(out.logit.dtype)
-    weight = batch.get("weight", jnp.ones_like(label))
-    total = weight.sum()
-    share = weight / jnp.where(total == 0, 1, total)
-
-    def mean(x):
-        return (x * share).sum()
-
+    mean = functools.partial(weighted_mean, weight=batch.get("weight"))
     metrics = {
         "esu": mean(optax.sigmoid_binary_cross_entropy(out.logit, label)),
         "rate": mean(jax.nn.sigmoid(out.logit)),
@@ -314,83 +239,61 @@ def loss(
         metrics["gsu"] = mean(optax.sigmoid_binary_cross_entropy(out.gsu, label))
         value = value + alpha * metrics["gsu"]
     if "weight" in batch:
-        metrics["weight"] = total
-    return value, (metrics, state)
+        metrics["weight"] = batch["weight"].sum()
+    return value, (metrics, extra)
 
 
-def score_candidates(
+def predict(
     params: dict,
-    state: dict,
-    batch: Mapping[str, Array],
-    *,
-    net: Any,
-    distinct: int = 20,
-) -> Float[Array, "B ..."]:
-    """Logits of N candidates for each user: ``forward`` with the moving statistics.
-
-    Args:
-      params: see ``init``.
-      state: see ``statistics``.
-      batch: see ``forward``; item and cate (B, N), or (B,) for one candidate each.
-      net: ``config.net``.
-      distinct: see ``forward``.
-    """
-    return forward(params, state, batch, net=net, train=False, distinct=distinct)[
-        0
-    ].logit
-
-
-def sampler(
-    params: dict,
-    key: Key[Array, ""],
-    batch: Mapping[str, Array],
     extra: dict,
+    batch: Mapping[str, Array],
     *,
-    net: Any,
+    net: Net,
     distinct: int = 20,
 ) -> Float[Array, "B ..."]:
-    """``score_candidates`` as ``Method.sampler``; nothing is drawn, key is unused.
+    """Logits of candidates, by the moving statistics.
 
     Args:
       params: see ``init``.
-      key: unused.
-      batch: see ``score_candidates``.
-      extra: ``State.extra``.
-      net: ``config.net``.
+      extra: see ``statistics``.
+      batch: see ``forward``; item and cate (B, N) for N candidates, or (B,).
+      net: hyper-parameters.
       distinct: see ``forward``.
     """
-    del key
-    return score_candidates(params, extra, batch, net=net, distinct=distinct)
+    interests, _ = forward(
+        params, extra, batch, net=net, train=False, distinct=distinct
+    )
+    return interests.logit
 
 
-def ids(batch: Mapping[str, Array], *, net: Any) -> dict[str, Int[Array, "..."]]:
-    """The ids that a batch reads of every table; of a hard search K, not T, per row."""
+def ids(batch: Mapping[str, Array], *, net: Net) -> dict[str, Int[Array, "..."]]:
+    """Ids that a batch reads of every table; of a hard search K, not T, per row."""
     if net.search != "hard":
         return behaviour.ids(batch, net=net)
-    use = units.fields(batch, net)
-    found = units.hard(use, batch["cate"], net)
+    read = units.fields(batch, net)
+    found = units.hard(read, batch["cate"], net)
     parts = {}
     for name in ("hist_item", "hist_cate"):
-        if use[name] is not None:
-            both = [units.pick(use[name], x) for x in (found, use["recent"])]
+        if read[name] is not None:
+            both = [units.take(read[name], x) for x in (found, read["recent"])]
             parts[name] = jnp.concatenate(both, 1)
     slots = parts["hist_item"].shape[1]
     length = jnp.full_like(batch["length"], slots)
     return behaviour.ids({**batch, **parts, "length": length}, net=net)
 
 
-def check_batch(batch: Mapping[str, Any], *, net: Any) -> None:
-    """Checks the values of a batch on the host; inside jit only shapes can be.
+def check_batch(batch: Mapping[str, Any], *, net: Net) -> None:
+    """Checks the values of a batch on the host, where a traced function cannot.
 
-    Without it, behaviours after the request count as just now, and histories that are
-    not in time order have another "most recent".
+    Unchecked behaviours after the request count as just now, and of histories out of time
+    order the last positions count as the most recent.
 
     Args:
-      batch: arrays of ``forward`` and label.
-      net: ``config.net``.
+      batch: see ``forward``.
+      net: hyper-parameters.
 
     Raises:
-      ValueError: naming the field, what it holds and what it should hold.
+      ValueError: naming the array, its values and the values expected.
     """
     behaviour.check_batch(batch, net=net)
     x = {k: np.asarray(v) for k, v in batch.items()}
@@ -419,22 +322,18 @@ def ablations(config: Any) -> dict[str, dict[str, Any]]:
 
 
 def make(config: Any) -> Method:
-    """Binds ``config`` (see configs/sim.py).
+    """The method of a config (configs/sim.py).
 
     Args:
       config: groups ``net``, ``optim``, ``train``, ``method``.
 
     Raises:
-      ValueError: unknown names, or sizes, weights and rates that are out of range.
+      ValueError: a field that is unknown or out of range.
     """
-    net, c, weights = config.net, config.optim, config.method
-    _check_net(net)
-    if weights.alpha < 0 or weights.beta <= 0:
-        raise ValueError(
-            "config.method.beta must be > 0 and method.alpha >= 0, got "
-            f"{weights.beta} and {weights.alpha}"
-        )
-
+    net = options.from_config(Net, config.net, "net")
+    c, weights = config.optim, config.method
+    options.check_least(weights, "method", alpha=0)
+    options.check_positive(weights, "method", "beta")
     tx, table_tx = rows.from_config(c, config.train.steps)
 
     def init_params(key, batch):
@@ -448,7 +347,7 @@ def make(config: Any) -> Method:
         table_tx=table_tx,
         ids=functools.partial(ids, net=net),
         clip=c.clip,
-        sampler=functools.partial(sampler, net=net),
+        predict=functools.partial(predict, net=net),
         rules=RULES,
         accumulate=config.train.accumulate,
         init_extra=statistics,
@@ -458,22 +357,3 @@ def make(config: Any) -> Method:
 def _projection(key, shape):
     heads = tuple(range(len(shape) - 2))
     return jax.nn.initializers.glorot_uniform(-1, -2, batch_axis=heads)(key, shape)
-
-
-def _check_net(net):
-    choices = {"search": SEARCH, "normalize": NORMALIZE, "gsu_pool": ("sum", "mean")}
-    for name, known in choices.items():
-        value = getattr(net, name)
-        if value not in known:
-            raise ValueError(f"config.net.{name} must be one of {known}, got {value!r}")
-    mlp.check(net.activation, "config.net.activation")
-    mlp.check(net.unit_activation, "config.net.unit_activation")
-    behaviour.check_sizes(net)
-    least = {"k": 1, "heads": 1, "head_dim": 1, "gsu_dim": 1, "time_buckets": 1,
-             "time_unit": 1, "time_dim": 0, "short": 0, "skip": 0, "chunk": 0,
-             "gsu_sample": 0}  # fmt: skip
-    for name, low in least.items():
-        if getattr(net, name) < low:
-            raise ValueError(
-                f"config.net.{name} must be >= {low}, got {getattr(net, name)}"
-            )

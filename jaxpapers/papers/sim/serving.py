@@ -1,7 +1,6 @@
 """SIM behind a server: hard search by index, soft search in projected tables."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -10,27 +9,28 @@ from jaxpapers.nets import behaviour, embedding
 from jaxpapers.ops import search
 from jaxpapers.ops.behaviour_tree import BehaviourTree, ubt_query
 from jaxpapers.papers.sim import units
+from jaxpapers.papers.sim.net import Net
 from jaxpapers.papers.sim.units import esu
 
 
 def serve(
     params: dict,
-    state: dict,
+    extra: dict,
     ubt: BehaviourTree,
     batch: Mapping[str, Array],
     *,
-    net: Any,
+    net: Net,
     distinct: int = 20,
 ) -> Float[Array, "B ..."]:
-    """``score_candidates`` of the hard search, from the user behaviour tree.
+    """``predict`` of the hard search, from the user behaviour tree.
 
     Args:
       params: see ``init``.
-      state: see ``statistics``.
+      extra: see ``statistics``.
       ubt: see ``build_ubt``; all its behaviours must be older than the request.
       batch: user (B,), as in the tree, item and cate (B, N), time (B,), and histories of
         the recent behaviours alone, any T >= ``net.short``.
-      net: ``config.net``.
+      net: hyper-parameters.
       distinct: see ``forward``.
 
     Raises:
@@ -38,13 +38,13 @@ def serve(
     """
     if net.search != "hard":
         raise ValueError(
-            f"serve units the index of the hard search, got net.search={net.search!r}; "
-            "use score_candidates"
+            f"serve needs the index of the hard search, got net.search={net.search!r}; "
+            "use predict"
         )
-    use = units.fields(batch, net)
-    query = behaviour.embed(params["tables"], use["item"], use["cate"])
+    read = units.fields(batch, net)
+    query = behaviour.embed(params["tables"], read["item"], read["cate"])
 
-    def find(cates):
+    def select(cates):
         user = jnp.broadcast_to(batch["user"][:, None], cates.shape)
         known = ubt_query(ubt, user, cates, net.k)
         valid = known.valid & (cates != embedding.PADDING)[..., None]
@@ -54,23 +54,22 @@ def serve(
             cate = embedding.resolve(cates, net.cate_vocab)[..., None]
             cate = jnp.where(valid, cate, 0)
         z = behaviour.embed(params["tables"], item, cate)
-        return units.append_gaps(params, z, use["time"], known.times, net), valid
+        return units.append_gaps(params, z, read["time"], known.times, net), valid
 
-    z, valid = units.per_category(find, batch["cate"], distinct)
+    z, valid = units.per_category(select, batch["cate"], distinct)
     long = esu(params["esu"], z, valid, query)
-    options = units.options(net, use, False, query.ndim == 3)
-    return units.click(params, state, use, query, long, net, options)[0]
+    return units.click(params, extra, batch, read, query, long, net, False)[0]
 
 
-def projected(params: dict, net: Any) -> dict[str, Array]:
+def projected(params: dict, net: Net) -> dict[str, Array]:
     """W_b e_i of every item and category in bfloat16, for ``search.soft_search``.
 
-    e_i is item and category side by side, so W_b e_i is a sum of two rows. Nothing keeps
-    the copies up to date: make them again after training.
+    e_i is item and category side by side, so W_b e_i is a sum of two rows. Training does
+    not update the copies: compute them again afterwards.
 
     Args:
       params: see ``init``.
-      net: ``config.net``.
+      net: hyper-parameters.
 
     Raises:
       ValueError: the search is not soft.

@@ -1,4 +1,4 @@
-"""SIM's exact search unit, and what both units read of a batch."""
+"""SIM's exact search unit, and the searches and embeddings of both units."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,11 +9,12 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from jaxpapers.nets import behaviour, embedding, mlp
+from jaxpapers.nets import behaviour, embedding, interest
 from jaxpapers.nets.attention import activation_unit
 from jaxpapers.ops import search
 from jaxpapers.ops.attention import attention_pool
 from jaxpapers.ops.search import Found, hard_search, time_bucket, topk_masked
+from jaxpapers.papers.sim.net import Net
 
 
 def esu(
@@ -24,13 +25,14 @@ def esu(
     *,
     scaled: bool = False,
 ) -> Float[Array, "*batch U"]:
-    """Exact search attention: every head a weighted sum of the selected (section 3.2).
+    """Exact search attention: each head a weighted sum of the selected (section 3.2).
 
     Args:
-      params: W_a of the candidate (heads, H, D) and W_b of the selected (heads, H, Z); if
-        there, W_v (heads, H', Z) makes values of z, and W_o (U, heads H') mixes heads.
+      params: W_a of the candidate (heads, H, D) and W_b of the selected (heads, H, Z);
+        optionally W_v (heads, H', Z), which projects z to values, and W_o (U, heads H'),
+        which mixes the heads.
       z: selected behaviours with their time gaps.
-      valid: False at empty slots; a row without any gives zeros.
+      valid: False at empty slots; without any behaviour the output is zero.
       target: e_a.
       scaled: divide the logits by sqrt(H) (not in the paper).
 
@@ -50,64 +52,68 @@ def esu(
     return heads @ params["W_o"].T if "W_o" in params else heads
 
 
-def fields(batch, net) -> dict[str, Any]:
-    """``behaviour.fields`` with raw categories, times, and what each part may see."""
+def fields(batch, net: Net) -> dict[str, Any]:
+    """``nets.behaviour.fields`` with raw categories, times, and the parts' positions.
+
+    ``long_mask`` is True where the search may select, ``recent`` the positions of the
+    short-term part, newest first.
+    """
     check_shapes(batch, net)
-    use = behaviour.fields(batch, net)
-    place = jnp.arange(batch["hist_item"].shape[1], dtype=jnp.int32)[None]
-    use["long_mask"] = use["mask"] & (place < batch["length"][:, None] - net.skip)
-    use["time"], use["hist_time"] = batch.get("time"), batch.get("hist_time")
+    read = behaviour.fields(batch, net)
+    position = jnp.arange(batch["hist_item"].shape[1], dtype=jnp.int32)[None]
+    older = position < batch["length"][:, None] - net.skip
+    read["long_mask"] = read["mask"] & older
+    read["time"], read["hist_time"] = batch.get("time"), batch.get("hist_time")
     # Raw: two unknown categories are not the same. 0 is none and matches nothing.
-    use["raw_cate"] = batch.get("hist_cate")
+    read["raw_cate"] = batch.get("hist_cate")
     back = jnp.arange(net.short, dtype=jnp.int32)[None]
     last = batch["length"][:, None] - 1 - back
     idx = jnp.where(last >= 0, last, -1)
-    use["recent"] = Found(idx, last >= 0, idx)
-    return use
+    read["recent"] = Found(idx, last >= 0, idx)
+    return read
 
 
-def hard(use, cates, net) -> Found:
-    """The last behaviours of the candidates' categories."""
-    mask = use["long_mask"] & (use["raw_cate"] != embedding.PADDING)
-    hist = use["raw_cate"]
+def hard(read, cates, net: Net) -> Found:
+    """Positions of the latest behaviours of the candidates' categories."""
+    mask = read["long_mask"] & (read["raw_cate"] != embedding.PADDING)
+    hist = read["raw_cate"]
     if cates.ndim == 2:
         shape = (*cates.shape, hist.shape[1])
         mask, hist = (jnp.broadcast_to(x[:, None], shape) for x in (mask, hist))
     return hard_search(hist, mask, cates, net.k)
 
 
-def soft(scores, mask, net) -> Found:
-    """The behaviours of the largest scores."""
+def soft(scores, mask, net: Net) -> Found:
+    """Positions of the behaviours of the largest scores."""
     if scores.ndim == 3:
         mask = jnp.broadcast_to(mask[:, None], scores.shape)
     return search.topk_on_mesh(scores, mask, net.k, chunk=net.chunk)
 
 
-def read_history(tables, use):
+def embed_history(tables, read):
     """Vectors of the whole history."""
-    return behaviour.embed(tables, use["hist_item"], use["hist_cate"])
+    return behaviour.embed(tables, read["hist_item"], read["hist_cate"])
 
 
-def selected(params, use, found, net):
-    """z of a search's results: ids are gathered first, K rows embedded."""
-    z = read_at(params["tables"], use, found)
-    return with_gaps(params, z, use, found, net)
+def selected(params, read, found, net: Net):
+    """z of the behaviours that a search found, without embedding any others."""
+    return with_gaps(params, embed_at(params["tables"], read, found), read, found, net)
 
 
-def read_at(tables, use, found):
-    """Embeddings of the behaviours at positions; no others are read."""
-    cate = None if use["hist_cate"] is None else pick(use["hist_cate"], found)
-    return behaviour.embed(tables, pick(use["hist_item"], found), cate)
+def embed_at(tables, read, found):
+    """Vectors of the behaviours at the positions found; no others are embedded."""
+    cate = None if read["hist_cate"] is None else take(read["hist_cate"], found)
+    return behaviour.embed(tables, take(read["hist_item"], found), cate)
 
 
-def with_gaps(params, z, use, found, net):
-    """``append_gaps`` at what a search found."""
+def with_gaps(params, z, read, found, net: Net):
+    """``append_gaps`` for behaviours at the positions found."""
     if not net.time_dim:
         return z
-    return append_gaps(params, z, use["time"], pick(use["hist_time"], found), net)
+    return append_gaps(params, z, read["time"], take(read["hist_time"], found), net)
 
 
-def append_gaps(params, z, now, times, net):
+def append_gaps(params, z, now, times, net: Net):
     """Behaviours with the embedded time since each, if the net has that."""
     if not net.time_dim:
         return z
@@ -116,39 +122,38 @@ def append_gaps(params, z, now, times, net):
     return jnp.concatenate([z, params["gaps"][bucket]], -1)
 
 
-def pick(values, found):
+def take(values, found):
     """``search.take`` of (B, T, ..) at (B, K) or (B, N, K) positions."""
     shape = found.idx.shape
     flat = jax.tree.map(lambda x: x.reshape(shape[0], -1), found)
-    picked = search.take(values, flat)
-    return picked.reshape(*shape, *values.shape[2:])
+    return search.take(values, flat).reshape(*shape, *values.shape[2:])
 
 
-def per_category(find: Callable, cates, distinct: int):
-    """find((B, S) categories) for candidates, once per distinct category of a user."""
+def per_category(select: Callable, cates, distinct: int):
+    """select((B, S) categories) for candidates, once per distinct category of a user."""
     if cates.ndim == 1:
-        return jax.tree.map(lambda x: x[:, 0], find(cates[:, None]))
+        return jax.tree.map(lambda x: x[:, 0], select(cates[:, None]))
     count = cates.shape[1]
     size = min(count, distinct)
-    own, place = jax.vmap(
+    categories, index = jax.vmap(
         lambda x: jnp.unique(
             x, size=min(size + 1, count), fill_value=0, return_inverse=True
         )
     )(cates)
 
     def spread(x):
-        index = place.reshape(*place.shape, *(1,) * (x.ndim - 2))
-        return jnp.take_along_axis(x, index, 1)
+        at = index.reshape(*index.shape, *(1,) * (x.ndim - 2))
+        return jnp.take_along_axis(x, at, 1)
 
     def once():
-        return jax.tree.map(spread, find(own[:, :size]))
+        return jax.tree.map(spread, select(categories[:, :size]))
 
     if size == count:
         return once()
-    return lax.cond((place >= size).any(), lambda: find(cates), once)
+    return lax.cond((index >= size).any(), lambda: select(cates), once)
 
 
-def some(scores, keys, mask, key, net):
+def subset(scores, keys, mask, key, net: Net):
     """A random subset of the behaviours, for histories too long to train on."""
     if not net.gsu_sample or net.gsu_sample >= mask.shape[1]:
         return scores, keys, mask
@@ -160,53 +165,52 @@ def some(scores, keys, mask, key, net):
     return search.take(scores, kept), search.take(keys, kept), kept.valid
 
 
-def options(net, use, train, apart) -> dict[str, Any]:
-    """Options of Dice."""
-    mask = use["row_mask"]
-    mask = mask[:, None] if mask is not None and apart else mask
+def dice_options(net: Net, batch, query, train: bool) -> dict[str, Any]:
+    """Dice's keywords of ``nets.mlp``."""
+    mask = behaviour.candidate_mask(batch, query.ndim - 1)
     return {"train": train, "decay": net.dice_decay, "eps": net.dice_eps, "mask": mask}
 
 
-def click(params, state, use, query, long, net, options):
+def click(params, extra, batch, read, query, long, net: Net, train: bool):
     """ESU's logit: long-term and short-term interest, candidate and user."""
-    tables, state, apart = params["tables"], dict(state), query.ndim == 3
-    parts = [long]
+    tables, extra = params["tables"], dict(extra)
+    features = [long]
     if net.short:
-        keys = read_at(tables, use, use["recent"])
-        mask = search.take(use["mask"], use["recent"])
-        if apart:
+        keys = embed_at(tables, read, read["recent"])
+        mask = search.take(read["mask"], read["recent"])
+        if query.ndim == 3:
             keys, mask = keys[:, None], mask[:, None]
-        rest = dict(options)
-        row_mask = rest.pop("mask")
-        counted = mask if row_mask is None else mask & row_mask[..., None]
-        scores, state["unit"] = activation_unit(
-            params["unit"], query, keys, counted, state=state["unit"],
-            activation=net.unit_activation, chunk=net.unit_chunk, **rest,
+        dice = dice_options(net, batch, query, train)
+        rows = dice.pop("mask")
+        counted = mask if rows is None else mask & rows[..., None]
+        scores, extra["unit"] = activation_unit(
+            params["unit"], query, keys, counted, state=extra["unit"],
+            activation=net.unit_activation, chunk=net.unit_chunk, **dice,
         )  # fmt: skip
-        parts.append(attention_pool(scores, keys, mask, net.normalize))
-    parts.append(query)
+        features.append(attention_pool(scores, keys, mask, net.normalize))
+    features.append(query)
     if net.user_dim:
-        user = embedding.lookup(tables["user"], use["user"])
-        shape = (*query.shape[:-1], net.user_dim)
-        parts.append(jnp.broadcast_to(user[:, None] if apart else user, shape))
-    x = jnp.concatenate(parts, -1)
-    logit, state["mlp"] = mlp.apply(
-        params["mlp"], state["mlp"], x, activation=net.activation, **options
-    )
-    logit = logit[..., 0]
-    if net.item_bias:
-        logit = logit + embedding.lookup(tables["item_bias"], use["item"])[..., 0]
-    return logit, state
+        features.append(interest.user_vectors(tables, read, query))
+    logit, _, extra["mlp"] = behaviour.head(
+        params["mlp"], extra["mlp"], jnp.concatenate(features, -1), batch, tables,
+        net=net, train=train,
+    )  # fmt: skip
+    return logit, extra
 
 
-def check_shapes(batch, net):
-    """Raises ValueError naming a field that is missing or does not fit."""
+def check_shapes(batch, net: Net) -> None:
+    """Checks that a batch has the arrays that the search reads, of shapes that fit.
+
+    Raises:
+      ValueError: naming the array that is missing or does not fit; T = 0.
+    """
     behaviour.check_shapes(batch, net)
     hist = batch["hist_item"].shape
-    needed = {"cate": batch["item"].shape, "hist_cate": hist}
-    needed = needed if net.search == "hard" else {}
+    needed = {}
+    if net.search == "hard":
+        needed = {"cate": batch["item"].shape, "hist_cate": hist}
     if net.time_dim and net.search != "average":
-        needed.update(time=hist[:1], hist_time=hist)
+        needed |= {"time": hist[:1], "hist_time": hist}
     for name, shape in needed.items():
         if name not in batch:
             raise ValueError(f"the batch has no {name!r}; got {sorted(batch)}")

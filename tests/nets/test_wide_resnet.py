@@ -1,0 +1,84 @@
+"""Wide residual networks: batch normalisation, shapes of the groups, refusals."""
+
+import jax
+import numpy as np
+import pytest
+
+from jaxpapers.nets import wide_resnet
+from tests.programs import KEY, params_like, together
+
+
+def test_batch_norm_is_masked_and_moves():
+    x = np.random.default_rng(0).normal(size=(4, 3, 3, 2)).astype(np.float32) * 2 + 1
+    params = {"scale": np.array([1.0, 2.0], "f"), "bias": np.array([0.0, 1.0], "f")}
+    start = wide_resnet.Moments(np.zeros(2, "f"), np.ones(2, "f"))
+    mask = np.array([True, True, True, False])
+    spoiled = x.copy()
+    spoiled[3] = 1e6
+
+    def run(x, spoiled, params, start, mask):
+        y, moved = wide_resnet.batch_norm(params, start, spoiled, train=True, mask=mask)
+        return y, moved, wide_resnet.batch_norm(params, moved, x, train=False)
+
+    y, moved, (evaluated, kept) = together(run, x, spoiled, params, start, mask)
+    part = x[:3].astype(np.float64)
+    mean, var = part.mean((0, 1, 2)), part.var((0, 1, 2))
+    expected = (part - mean) / np.sqrt(var + 1e-5) * [1, 2] + [0, 1]
+    np.testing.assert_allclose(y[:3], expected, atol=1e-5)
+    np.testing.assert_allclose(moved.mean, 0.1 * mean, rtol=1e-5)
+    np.testing.assert_allclose(moved.var, 0.9 + 0.1 * var * 27 / 26, rtol=1e-5)
+    jax.tree.map(np.testing.assert_array_equal, kept, moved)
+    expected = (x - moved.mean) / np.sqrt(moved.var + 1e-5) * [1, 2] + [0, 1]
+    np.testing.assert_allclose(evaluated, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_block_is_two_convolutions_and_a_shortcut():
+    """Against NumPy, with kernels whose centre alone is not zero: per-pixel products."""
+    layout = wide_resnet.blocks(2, 1, (1, 1))
+    assert layout["group_1_block_0"] == (2, 4, 2)
+
+    def init(key):
+        convs = wide_resnet.init_convs(key, layout)
+        return {"convs": convs, **wide_resnet.init_top(key, key, layout, 3)}
+
+    params = params_like(init, KEY)
+
+    def centred(kernel):
+        if kernel.shape[0] == 3:
+            kernel = kernel * np.eye(3)[1][:, None, None, None]
+            kernel = kernel * np.eye(3)[1][None, :, None, None]
+        return kernel.astype(np.float32)
+
+    params["convs"] = jax.tree.map(centred, params["convs"])
+    state = params_like(lambda: wide_resnet.statistics(params))
+    x = np.random.default_rng(0).normal(size=(2, 4, 4, 2)).astype(np.float32)
+
+    def run(params, state, x):
+        return wide_resnet.apply(params, state, x, layout, train=False)
+
+    logits, pooled, kept = together(run, params, state, x)
+    jax.tree.map(np.testing.assert_array_equal, kept, state)
+
+    def norm_relu(p, s, x):
+        x = (x - s.mean) / np.sqrt(s.var + 1e-5) * p["scale"] + p["bias"]
+        return np.maximum(x, 0)
+
+    for name, block in layout.items():
+        p, s, c = (t[name] for t in (params["norms"], state["norms"], params["convs"]))
+        y = norm_relu(p["first"], s["first"], x)
+        step = slice(None, None, block.stride)
+        short = x
+        if "shortcut" in c:
+            short = y[:, step, step] @ c["shortcut"][0, 0]
+        y = y[:, step, step] @ c["first"][1, 1]
+        x = short + norm_relu(p["second"], s["second"], y) @ c["second"][1, 1]
+    expected = norm_relu(params["last"], state["last"], x).mean((1, 2))
+    np.testing.assert_allclose(pooled, expected, rtol=1e-4, atol=1e-5)
+    linear = params["linear"]
+    expected = expected @ linear["kernel"] + linear["bias"]
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="base, width and counts must be >= 1"):
+        wide_resnet.blocks(4, 1, (1, 0))

@@ -1,0 +1,94 @@
+"""Every paper's loss and predictions from a notebook: default options, no config file.
+
+A row per paper: a function and random arrays; its results are a loss, its metrics, and
+predictions or samples.
+"""
+
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from jaxpapers.papers import dien, din, rocket, sim
+from tests import clicks
+from tests.programs import KEY, params_like, together
+
+VOCABULARIES = {"item_vocab": clicks.ITEMS, "cate_vocab": clicks.CATES,
+                "user_vocab": clicks.USERS}  # fmt: skip
+FORBIDDEN: list[str] = []
+
+
+def _audit(event: str, args: tuple) -> None:
+    if event == "open" and FORBIDDEN and "configs" in Path(str(args[0])).parts:
+        raise PermissionError(f"{FORBIDDEN[0]} reads {args[0]}")
+
+
+sys.addaudithook(_audit)
+
+
+def click(paper, net):
+    """A click model's loss, and its scores of three candidates."""
+
+    def init(key):
+        params = paper.init(key, net)
+        return params, statistics(params)
+
+    def statistics(params):
+        return paper.statistics(params, *([net] if paper is rocket else []))
+
+    def run(params, extra, x, many):
+        key = jax.random.key(0)
+        value, (metrics, extra) = paper.loss(params, extra, x, key, net=net)
+        return value, metrics, paper.predict(params, extra, many, net=net)
+
+    batches = clicks.batch(times=True), clicks.batch(times=True, candidates=3)
+    return run, (*params_like(init, KEY), *batches)
+
+
+ROWS = {
+    "din": lambda: click(din, din.Net(**VOCABULARIES)),
+    "dien": lambda: click(dien, dien.Net(**VOCABULARIES)),
+    "sim": lambda: click(sim, sim.Net(**VOCABULARIES)),
+    "rocket": lambda: click(rocket, rocket.DinNet(**VOCABULARIES)),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_it_needs_no_config(name):
+    FORBIDDEN.append(name)
+    try:
+        run, arrays = ROWS[name]()
+        found = together(run, *arrays)
+    finally:
+        FORBIDDEN.clear()
+    value, metrics, outputs = found
+    assert np.shape(value) == () and metrics
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(found))
+    assert any(np.ptp(x) for x in jax.tree.leaves(outputs))
+
+
+@pytest.mark.matrix
+def test_residual_nets_of_the_paper_take_images():
+    """By shapes: 40 layers take a minute to compile."""
+    net = rocket.WrnNet()
+    batch = {"image": np.zeros((2, 32, 32, 3), "f"), "label": np.zeros(2, "i")}
+
+    def run(key, batch):
+        params = rocket.init(key, net)
+        extra = rocket.statistics(params, net)
+        value, _ = rocket.loss(params, extra, batch, key, net=net)
+        return value, rocket.predict(params, extra, batch, net=net)
+
+    value, logits = jax.eval_shape(run, KEY, batch)
+    assert value.shape == () and logits.light.shape == logits.booster.shape == (2, 10)
+
+
+def test_reading_a_config_would_be_noticed():
+    FORBIDDEN.append("it")
+    try:
+        with pytest.raises(PermissionError, match="it reads"):
+            open(Path("configs") / "din.py")
+    finally:
+        FORBIDDEN.clear()
