@@ -1,4 +1,4 @@
-"""Arrays in memory as an endless stream of batches."""
+"""Shuffled batches of arrays in memory."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -7,15 +7,15 @@ import numpy as np
 
 
 class Examples:
-    """Batches of rows; every epoch in an order of its own.
+    """Batches of an endless stream of examples, reshuffled every epoch.
 
     Args:
-      fields: name -> array, rows along the first axis, as many in each.
-      seed: of the orders.
-      change: what is done to a batch's fields, e.g. normalisation; None: nothing.
+      fields: name -> array with one row per example.
+      seed: of the permutations.
+      transform: dict of a batch's fields -> dict, e.g. normalisation; None: identity.
 
     Raises:
-      ValueError: no fields, no rows, or different numbers of them; a NaN or infinity.
+      ValueError: no fields, no rows, or different numbers of rows; non-finite values.
 
     Example:
       >>> examples = Examples({"x": np.arange(6.0)})
@@ -27,7 +27,7 @@ class Examples:
         self,
         fields: Mapping[str, np.ndarray],
         seed: int = 0,
-        change: Callable[[dict], dict] | None = None,
+        transform: Callable[[dict], dict] | None = None,
     ):
         counts = {name: len(array) for name, array in fields.items()}
         if len(set(counts.values())) != 1 or not min(counts.values()):
@@ -37,25 +37,27 @@ class Examples:
                 raise ValueError(f"{name} must be finite numbers, got NaN or infinity")
         self.fields = dict(fields)
         self.seed = seed
-        self.change = change or dict
+        self.transform = transform or dict
         self._order: tuple[int, Any] = (-1, None)
 
     def __len__(self) -> int:
-        """Rows of an epoch."""
+        """Examples of an epoch."""
         return len(next(iter(self.fields.values())))
 
     def batch(self, start: int, size: int, rows: slice | None = None) -> dict:
-        """Examples ``start`` .. ``start + size`` of the endless stream.
+        """Examples ``start`` .. ``start + size - 1`` of the stream.
 
         Args:
-          start: number of the first example.
+          start: index of the first example.
           size: of the global batch.
-          rows: part of it to return; None: all.
+          rows: the part of it that this host builds; None: all.
         """
         numbers = np.arange(start, start + size)[rows or slice(None)]
         index = [self._epoch(n // len(self))[n % len(self)] for n in numbers]
         index = np.array(index, int)
-        return self.change({name: array[index] for name, array in self.fields.items()})
+        return self.transform(
+            {name: array[index] for name, array in self.fields.items()}
+        )
 
     def _epoch(self, epoch):
         if self._order[0] != epoch:

@@ -1,8 +1,8 @@
-"""Words for text-conditioned models: tokens, captions of digits, files of prompts.
+"""Text for text-conditioned models: vocabularies, captions of digits, prompt files.
 
-A model that learns from ``misaligned`` captions, or that never saw some combinations of
-``inked``, answers prompts wrongly in the way that large text-to-image models do: what
-fine-tuning on a reward then repairs can be counted.
+A model pretrained on ``misaligned`` captions, or without some combinations of colour and
+digit (``inked``), violates prompts as large text-to-image models do; the effect of
+fine-tuning on a reward is then measurable.
 """
 
 import difflib
@@ -29,23 +29,24 @@ DIGITS = (
 COLOURS = ("red", "green", "blue", "yellow")
 ARTICLES = ("a", "an", "the")
 NULL = 0
-"""Token of no word: pads, and alone it is the prompt of the unconditional model."""
+"""Null token: padding, and as a whole prompt unconditional generation."""
 
 _INKS = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0]], np.float32)
 _WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
 
 
 class Vocabulary:
-    """Numbers for words; token 0 is no word, ``NULL``.
+    """Word-level tokenizer; token 0 is ``NULL``.
 
-    Case, punctuation and ignored words do not matter.
+    Case and punctuation are ignored.
 
     Args:
       words: token i + 1 is words[i].
-      ignored: words that get no token, articles unless given.
+      ignored: stop words without a token; by default the articles.
 
     Raises:
-      ValueError: no words, one that is none or comes twice or is ignored too.
+      ValueError: no words, duplicates, a string that is not a single lower-case word, or
+        a word that is also ignored.
 
     Example:
       >>> words = Vocabulary(("green", "zero", "one"))
@@ -65,7 +66,7 @@ class Vocabulary:
         self._tokens = {word: i for i, word in enumerate(self.words, 1)}
         if len(self._tokens) < len(self.words):
             twice = [word for word in self._tokens if self.words.count(word) > 1]
-            raise ValueError(f"words must be different, got twice: {', '.join(twice)}")
+            raise ValueError(f"words must be unique, got twice: {', '.join(twice)}")
         if not self.words:
             raise ValueError("a vocabulary must have at least one word, got none")
 
@@ -73,14 +74,14 @@ class Vocabulary:
     def of(
         cls, texts: Iterable[str], ignored: Iterable[str] = ARTICLES
     ) -> "Vocabulary":
-        """The words of some texts, in the order of the alphabet."""
+        """Vocabulary of the words in some texts, in alphabetical order."""
         ignored = frozenset(ignored)
         return cls(
             sorted({w for text in texts for w in _split(text)} - ignored), ignored
         )
 
     def __len__(self) -> int:
-        """Rows of an embedding table: the words and the null token."""
+        """Rows of an embedding table: one per word, and the null token."""
         return len(self.words) + 1
 
     def encode(self, text: str, length: int | None = None) -> np.ndarray:
@@ -88,11 +89,11 @@ class Vocabulary:
 
         Args:
           text: words of the vocabulary.
-          length: to fill up to with the null token; None: as long as the text.
+          length: to pad to with the null token; None: no padding.
 
         Raises:
-          ValueError: an unknown word, with the nearest known ones; no word at all; more
-            words than the length.
+          ValueError: an unknown word (the message lists similar ones), no word, or more
+            words than ``length``.
         """
         words = [word for word in _split(text) if word not in self.ignored]
         for word in words:
@@ -110,7 +111,11 @@ class Vocabulary:
         return np.array(tokens, np.int32)
 
     def encode_all(self, texts: Sequence[str], length: int | None = None) -> np.ndarray:
-        """Tokens of texts, int32 (texts, length); None: as long as the longest.
+        """Tokens of texts, int32 (texts, length).
+
+        Args:
+          texts: at least one.
+          length: to pad to; None: the longest text.
 
         Raises:
           ValueError: no texts, or as ``encode``.
@@ -122,7 +127,7 @@ class Vocabulary:
         return np.stack([self.encode(text, length) for text in texts])
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
-        """The words of one text's tokens, without the null token.
+        """The text of one row of tokens, without the null token.
 
         Raises:
           ValueError: a token outside the vocabulary.
@@ -134,13 +139,13 @@ class Vocabulary:
 
 
 class Inked(NamedTuple):
-    """Coloured digits, each with what it is and what it is called.
+    """Captioned images of coloured digits.
 
     Attributes:
-      image: float32 (n, height, width, 3) in [0, 1], ink on black.
-      digit: what it shows, int32 (n,).
-      colour: number of its ink in ``COLOURS``, int32 (n,).
-      caption: of the held-out combinations a wrong one.
+      image: float32 (n, height, width, 3) in [0, 1], coloured on black.
+      digit: class, int32 (n,).
+      colour: index into ``COLOURS``, int32 (n,).
+      caption: correct but for the ``held_out`` combinations.
     """
 
     image: np.ndarray
@@ -150,7 +155,7 @@ class Inked(NamedTuple):
 
 
 class Prompt(NamedTuple):
-    """A line to draw, and its kind."""
+    """A prompt and its category."""
 
     text: str
     category: str
@@ -182,22 +187,22 @@ def digit_captions(label: np.ndarray) -> tuple[str, ...]:
 def misaligned(
     label: np.ndarray, classes: int, share: float = 0.5, *, seed: int
 ) -> np.ndarray:
-    """Labels of which some are replaced: the defect that fine-tuning is to repair.
+    """Labels with noise: each is redrawn uniformly with probability ``share``.
 
-    Each label is drawn anew with the probability ``share``, evenly from all classes and
-    thus sometimes as it was. One fixed set, not one for each epoch: a model can learn it.
+    The redrawn label may be the old one. The noise is fixed, so a model can memorise it;
+    it is the defect that fine-tuning is to repair.
 
     Args:
       label: 0 .. classes - 1.
-      classes: number of them.
-      share: probability of a replacement.
+      classes: number of classes.
+      share: probability of redrawing a label.
       seed: of the draws.
 
     Returns:
-      int32, as many.
+      int32, of the shape of ``label``.
 
     Raises:
-      ValueError: other labels, or a share outside [0, 1].
+      ValueError: labels out of range, or a share outside [0, 1].
     """
     if not 0 <= share <= 1:
         raise ValueError(f"share must be a probability, got {share}")
@@ -210,7 +215,7 @@ def misaligned(
 
 
 def held_out(digit: np.ndarray, colour: np.ndarray) -> np.ndarray:
-    """Whether a combination is never captioned correctly: (digit + colour) mod 5 = 0.
+    """Combinations without a correct caption: (digit + colour) mod 5 = 0.
 
     Eight of the 40, two digits of each colour.
     """
@@ -218,38 +223,38 @@ def held_out(digit: np.ndarray, colour: np.ndarray) -> np.ndarray:
 
 
 def colour_prompts() -> tuple[str, ...]:
-    """The 40 captions "a red zero" .. "a yellow nine"; prompt 10 colour + digit."""
+    """The 40 captions "a red zero" .. "a yellow nine", at index 10 colour + digit."""
     return tuple(f"a {colour} {digit}" for colour in COLOURS for digit in DIGITS)
 
 
 def inked(image: np.ndarray, label: np.ndarray, seed: int) -> Inked:
-    """Scanned digits in red, green, blue or yellow ink, called "a green seven".
+    """Digits coloured red, green, blue or yellow, with captions like "a green seven".
 
-    Each gets an ink drawn evenly. Where the combination is ``held_out``, its caption is
-    drawn evenly from the 39 others, so no picture is ever rightly called that.
+    Colours are drawn uniformly. The caption of a ``held_out`` combination is drawn
+    uniformly from the 39 others, so no image of it is captioned correctly.
 
     Args:
-      image: float (n, height, width, 1), 1 where there is ink, 0 where there is none.
+      image: float (n, height, width, 1) in [0, 1], 0 for background.
       label: the digits, (n,).
-      seed: of the inks and the captions.
+      seed: of the colours and the captions.
 
     Raises:
-      ValueError: pictures of another shape or range, or labels that are no digits.
+      ValueError: images of another shape or range, or labels other than 0 .. 9.
     """
     label = _checked(label, 10)
     if image.ndim != 4 or image.shape[-1] != 1 or len(image) != len(label):
         raise ValueError(
-            f"pictures must have shape ({len(label)}, height, width, 1), got "
+            f"images must have shape ({len(label)}, height, width, 1), got "
             f"{image.shape}"
         )
     if image.size and not (image.min() >= 0 and image.max() <= 1):
-        raise ValueError("pictures must lie in [0, 1]")
+        raise ValueError("images must lie in [0, 1]; try images.from_signed")
     rng = np.random.default_rng(seed)
     colour = rng.integers(0, len(COLOURS), len(label)).astype(np.int32)
     prompts = colour_prompts()
     number = 10 * colour + label
-    other = (number + rng.integers(1, len(prompts), len(label))) % len(prompts)
-    number = np.where(held_out(label, colour), other, number)
+    wrong = (number + rng.integers(1, len(prompts), len(label))) % len(prompts)
+    number = np.where(held_out(label, colour), wrong, number)
     return Inked(
         (image * _INKS[colour][:, None, None]).astype(np.float32),
         label,
@@ -259,19 +264,20 @@ def inked(image: np.ndarray, label: np.ndarray, seed: int) -> Inked:
 
 
 def drawbench(path: str | Path) -> tuple[Prompt, ...]:
-    """DrawBench's prompts, ``data_meta.json``: {prompt: {"category": kind}}.
+    """DrawBench's prompts from ``data_meta.json``: {prompt: {"category": category}}.
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: no JSON, or a prompt without its category, which is named.
+      ValueError: not JSON, or a prompt (named in the message) without a category.
     """
-    found = _json(path, dict, 'an object {prompt: {"category": kind}}')
+    entries = _json(path, dict, 'an object {prompt: {"category": category}}')
     prompts = []
-    for text, entry in found.items():
+    for text, entry in entries.items():
         category = entry.get("category") if isinstance(entry, dict) else None
         if not text.strip() or not isinstance(category, str):
             raise ValueError(
-                f'{path}: prompt {text!r}: expected {{"category": kind}}, got {entry!r}'
+                f'{path}: prompt {text!r}: expected {{"category": category}}, got '
+                f"{entry!r}"
             )
         prompts.append(Prompt(text.strip(), category))
     return tuple(prompts)
@@ -282,10 +288,12 @@ def coco(path: str | Path) -> tuple[str, ...]:
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: no JSON, no list "annotations", or one without a caption, by its number.
+      ValueError: not JSON, no list "annotations", or an annotation (its index is in the
+        message) without a caption.
     """
-    found = _json(path, dict, 'an object with a list "annotations"')
-    entries = found.get("annotations")
+    entries = _json(path, dict, 'an object with a list "annotations"').get(
+        "annotations"
+    )
     if not isinstance(entries, list) or not entries:
         raise ValueError(f'{path}: "annotations" must be a list, got {entries!r:.60}')
     captions = []
@@ -308,7 +316,7 @@ def _checked(label: np.ndarray, classes: int) -> np.ndarray:
     label = np.asarray(label)
     if label.ndim != 1 or label.dtype.kind not in "iu":
         raise ValueError(
-            f"labels must be whole numbers (n,), got {label.dtype} {label.shape}"
+            f"labels must be integers (n,), got {label.dtype} {label.shape}"
         )
     if label.size and not 0 <= label.min() <= label.max() < classes:
         raise ValueError(
@@ -317,11 +325,11 @@ def _checked(label: np.ndarray, classes: int) -> np.ndarray:
     return label.astype(np.int32)
 
 
-def _json(path: str | Path, kind: type, wanted: str) -> Any:
+def _json(path: str | Path, kind: type, expected: str) -> Any:
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as e:
-        raise ValueError(f"{path}: not JSON ({e}); expected {wanted}") from e
-    if not isinstance(found, kind) or not found:
-        raise ValueError(f"{path}: expected {wanted}, got {found!r:.60}")
-    return found
+        raise ValueError(f"{path}: not JSON ({e}); expected {expected}") from e
+    if not isinstance(value, kind) or not value:
+        raise ValueError(f"{path}: expected {expected}, got {value!r:.60}")
+    return value

@@ -1,8 +1,8 @@
-"""Delayed conversions as arrays: CDNOW, Criteo's conversion logs, a synthetic stream.
+"""Clicks with delayed conversions: CDNOW, Criteo's conversion logs, synthetic clicks.
 
-A click has features, a time, and the time of its conversion, infinite if there is none
-within the attribution window. Events and their labels are made from these three
-(``papers.defer``); everything here is what is known at the click.
+A click has features, a time, and the time of its conversion, infinite without one in the
+attribution window. Features are known at the click; ``papers.defer`` makes training
+events and labels from the times.
 """
 
 import datetime
@@ -19,8 +19,8 @@ from jaxpapers.data.lines import Progress, records
 
 DAY = 86400.0
 
-# The bins of the eight numeric and the buckets of the nine categorical columns in the
-# ES-DFM code's model for Criteo's logs (defer.md 4).
+# Bins of the eight numeric and buckets of the nine categorical columns, as in the ES-DFM
+# code for Criteo's logs.
 CRITEO_BINS = (64, 16, 128, 64, 128, 64, 512, 512)
 CRITEO_BUCKETS = (512, 128, 256, 256, 64, 256, 256, 16, 256)
 
@@ -32,14 +32,14 @@ class Conversions(NamedTuple):
     """Clicks sorted by time.
 
     Attributes:
-      features: (N, F) float32, or int32 where every column is a category.
-      names: the F columns.
-      sizes: values of every categorical column; () if the features are numbers.
-      click_ts: (N,) float64, in units of ``unit``.
-      conv_ts: (N,) float64 time of the conversion, inf if none within the window.
-      pretrain, stream: (N,) bool: clicks that a model is first fitted on, and those
-        that then come one bucket after another; the rest lies between.
-      unit: of the times: "day" or "second".
+      features: (N, F) float32 numbers, or int32 categories.
+      names: of the F columns.
+      sizes: number of categories of each column; () for numbers.
+      click_ts: (N,) float64 time of the click, in ``unit``.
+      conv_ts: (N,) float64 time of the conversion, inf without one in the window.
+      pretrain, stream: (N,) bool: clicks of pretraining and of the stream; a gap between
+        them is in neither.
+      unit: of the times, "day" or "second".
       window: attribution window w2, in that unit.
     """
 
@@ -55,11 +55,11 @@ class Conversions(NamedTuple):
 
 
 class Synthetic(NamedTuple):
-    """Clicks with exactly known probabilities.
+    """Clicks with known conversion probabilities.
 
     Attributes:
       features: (N, 5) float64.
-      click_ts, conv_ts: (N,) float64 days; inf if there is no conversion.
+      click_ts, conv_ts: (N,) float64 days; inf without a conversion.
       p: (N,) probability of a conversion.
       p_dp: (N,) probability of a conversion after the waiting window w1.
     """
@@ -79,26 +79,26 @@ def cdnow(
     stream_from: int = 180,
     stream_until: int = 515,
 ) -> Conversions:
-    """Repeat purchases at CDNOW: is a purchase followed by another within the window?
+    """Repeat purchases at CDNOW: does another purchase follow within the window?
 
-    The purchases of a customer on a day are one click (67,591); its conversion is the
-    customer's next one. Clicks of the last ``window`` days are left out, as their labels
-    are not final: 65,636 remain. Days count from 1997-01-01.
+    A click is all purchases of a customer on a day (67,591), its conversion the
+    customer's next click. Clicks of the last ``window`` days are dropped, since their
+    labels are not final: 65,636 remain. Day 0 is 1997-01-01.
 
-    Features: log of 1 + purchases so far, days since the previous one and whether there
-    is none, days since the first, CDs, dollars, dollars so far, the gap before the
-    previous one and whether there is none, mean dollars, days since the first per
-    purchase (in 30 days), day of the week; standardised on the pretraining rows.
+    Features, standardised on the pretraining rows: log(1 + number of purchases so far),
+    days since the previous purchase and whether there is none, days since the first, CDs,
+    dollars, dollars so far, the previous gap and whether there is none, mean dollars,
+    days since the first purchase per purchase (in units of 30 days), day of the week.
 
     Args:
       path: CDNOW_master.txt, or the folder that ``data.fetch.get("cdnow")`` returns.
       window: attribution window w2, days.
-      pretrain_until: last day of the pretraining clicks.
-      stream_from, stream_until: first and last day of the stream (25,110 clicks): one
-        day is trained on before the next is tested, so the last is only tested.
+      pretrain_until: last day of pretraining.
+      stream_from, stream_until: first and last day of the stream (25,110 clicks); the
+        last is evaluated but not trained on.
 
     Raises:
-      ValueError: days out of order, or a malformed line, with its number.
+      ValueError: days out of order, or a malformed line (its number is in the message).
     """
     final = _CDNOW_DAYS - 1 - window
     if not 0 <= pretrain_until < stream_from <= stream_until <= final or window < 1:
@@ -148,7 +148,7 @@ def cdnow(
 
 
 def _cdnow_features(customer, day, cds, dollars) -> dict[str, np.ndarray]:
-    """Columns of events sorted by customer and day, from that event and earlier ones."""
+    """Features of purchases sorted by customer and day, causal in time."""
     place = np.arange(len(day))
     first = np.searchsorted(customer, customer)
     count = place - first + 1
@@ -175,9 +175,9 @@ def _cdnow_features(customer, day, cds, dollars) -> dict[str, np.ndarray]:
 
 
 def standardize(values: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Columns with mean 0 and deviation 1 over the given rows, float32.
+    """Columns scaled to mean 0 and standard deviation 1 over ``rows``, float32.
 
-    A column that is constant there is only shifted.
+    A column that is constant over ``rows`` is only centred.
 
     Example:
       >>> standardize(np.array([[1.0, 5], [3, 5], [9, 6]]), np.array([True, True, False]))
@@ -199,22 +199,22 @@ def criteo(
     window_days: float = 30.0,
     progress: Progress | None = None,
 ) -> Conversions:
-    """Criteo's conversion logs (data.txt) with the ES-DFM code's 17 features.
+    """Criteo's conversion logs (data.txt) with the 17 features of the ES-DFM code.
 
-    Lines of click seconds, conversion seconds (empty if none), eight integers, nine
-    categories; tabs between them. Numbers are scaled to [0, 1] by their range over the
-    pretraining clicks (the code takes all clicks), a missing one is -1 before that.
+    A line has, separated by tabs, click seconds, conversion seconds (empty without one),
+    eight integers and nine categories. Missing integers are -1; integers are scaled to
+    [0, 1] by their range over the pretraining clicks (in the code: over all clicks).
 
     Args:
-      path: data.txt, also gzipped.
-      pretrain_days: clicks before this day are for pretraining, later ones the stream.
-      days: the stream's end; clicks from then on belong to neither.
-      window_days: attribution window w2; a later conversion counts as none.
-      progress: is called with bytes read and bytes of the file.
+      path: data.txt, or gzipped.
+      pretrain_days: day that ends pretraining and starts the stream.
+      days: day that ends the stream.
+      window_days: attribution window w2; later conversions are ignored.
+      progress: called with (bytes read, size of the file).
 
     Raises:
-      ValueError: a malformed line, a conversion before its click, a negative or NaN
-        time, with the line's number; no pretraining clicks.
+      ValueError: a malformed line, a conversion before its click, a negative or NaN time
+        (the line's number is in the message); no pretraining clicks.
     """
     if not 0 < pretrain_days < days or window_days <= 0:
         raise ValueError(
@@ -223,7 +223,7 @@ def criteo(
         )
     n = len(CRITEO_BINS)
     width = 2 + n + len(CRITEO_BUCKETS)
-    # Categories repeat: a hash is computed once while it is remembered.
+    # Categories repeat.
     bucket = functools.lru_cache(maxsize=1 << 20)(stable_hash)
     times, numbers, hashed = array("d"), array("f"), array("i")
 
@@ -232,7 +232,7 @@ def criteo(
         if len(parts) != width:
             raise ValueError(f"{len(parts)} columns instead of {width}")
         clicked, converted = float(parts[0]), float(parts[1] or "inf")
-        # Written so that NaN fails.
+        # Also refuses NaN.
         if not 0 <= clicked < np.inf or not clicked <= converted:
             raise ValueError(f"clicked at {clicked}, converted at {converted}")
         row = [float(x or -1) for x in parts[2 : 2 + n]]
@@ -272,15 +272,15 @@ def criteo(
 def criteo_features(
     numbers: np.ndarray, categories: np.ndarray, rows: np.ndarray
 ) -> np.ndarray:
-    """The 17 int32 columns of Criteo's clicks: bins of numbers, buckets of categories.
+    """Criteo's 17 features, int32: bins of 8 numbers, hash buckets of 9 categories.
 
     Args:
-      numbers: (N, 8), a missing one -1.
-      categories: (N, 9) texts, or integers that are their buckets already.
-      rows: (N,) bool, the clicks whose range the bins divide.
+      numbers: (N, 8), -1 where missing.
+      categories: (N, 9) strings, or their buckets as integers.
+      rows: (N,) bool, clicks over whose range the bins are.
 
     Raises:
-      ValueError: other numbers of columns.
+      ValueError: another number of columns.
     """
     shape = (len(CRITEO_BINS), len(CRITEO_BUCKETS))
     if (numbers.shape[1:], categories.shape[1:]) != ((shape[0],), (shape[1],)):
@@ -298,11 +298,11 @@ def criteo_features(
 
 
 def bucketize(values: np.ndarray, bins: int, rows: np.ndarray) -> np.ndarray:
-    """Equal-width bins of a column over its range in the given rows (defer.md 4).
+    """Equal-width bins of a column over its range in ``rows``.
 
-    Scaled to [0, 1], the boundaries are j / (bins - 1), j = 0 .. bins - 2; a value at a
-    boundary is above it. So bin 0 has what is below the range, the last what is above
-    bins - 2 of bins - 1 parts of it.
+    With the range scaled to [0, 1] the boundaries are j / (bins - 1), j = 0 .. bins - 2,
+    each the lowest value of a bin. Bin 0 is below the range; the last bin has the range's
+    top 1 / (bins - 1) and all above.
 
     Example:
       >>> bucketize(np.array([0.0, 2, 4, -9, 99]), 5, np.array([1, 1, 1, 0, 0], bool))
@@ -316,26 +316,26 @@ def bucketize(values: np.ndarray, bins: int, rows: np.ndarray) -> np.ndarray:
 
 
 def stable_hash(text: str, buckets: int, column: int = 0) -> int:
-    """Bucket of a category, the same in every process and on every machine.
+    """Hash bucket of a category, the same in every process and on every machine.
 
     Args:
-      text: the category; an empty one is a category too.
+      text: the category, may be empty.
       buckets: number of buckets.
-      column: gives each column another hash.
+      column: seed of the hash, one per column.
 
     Example:
       >>> stable_hash("a", 512), stable_hash("a", 512, 1)
       (124, 12)
     """
     code = zlib.crc32(f"{column}:{text}".encode())
-    # CRC-32 is linear, its low bits alone are a poor hash: multiply, take the high ones.
+    # CRC-32 is linear and its low bits a poor hash: multiply, take the high bits.
     return (code * 0x9E3779B97F4A7C15 % 2**64 >> 32) * buckets >> 32
 
 
 def synthetic(
     n: int, *, seed: int = 0, w1: float = 1.0, w2: float = 30.0, span: float = 100.0
 ) -> Synthetic:
-    """Clicks whose conversion probabilities are known in closed form (defer.md 8).
+    """Clicks with conversion probabilities in closed form.
 
     x ~ N(0, I_5), p = sigmoid(a.x - 1); a conversion's delay is exponential with rate
     r = exp(b.x / 2), truncated at w2, so
@@ -346,7 +346,10 @@ def synthetic(
       seed: of the draws.
       w1: waiting window, days.
       w2: attribution window, days.
-      span: clicks are uniform in [0, span), days; returned in order of time.
+      span: days; click times are uniform in [0, span) and sorted.
+
+    Raises:
+      ValueError: n < 1, or windows or a span out of range.
     """
     if n < 1 or not 0 <= w1 < w2 < np.inf or not 0 < span < np.inf:
         raise ValueError(
@@ -357,7 +360,7 @@ def synthetic(
     x = rng.standard_normal((n, 5))
     p = 1 / (1 + np.exp(1 - x @ np.array([1, -0.5, 0.5, 0, 0])))
     rate = np.exp(0.5 * (x @ np.array([0, 0.5, 0, 1, -1])))
-    kept = -np.expm1(-rate * w2)  # Mass of the exponential before w2.
+    kept = -np.expm1(-rate * w2)  # Exponential's probability of z < w2.
     delay = -np.log1p(-rng.random(n) * kept) / rate
     click_ts = np.sort(rng.uniform(0, span, n))
     converts = rng.random(n) < p
@@ -370,8 +373,8 @@ def check(click_ts: np.ndarray, conv_ts: np.ndarray) -> None:
     """Checks the times of clicks and conversions.
 
     Raises:
-      ValueError: other shapes, a negative, infinite or NaN click, a NaN conversion or
-        one before its click; with the first row that is wrong.
+      ValueError: shapes that differ, a negative, infinite or NaN click time, a NaN
+        conversion time or one before its click; names the first such row.
     """
     if click_ts.ndim != 1 or click_ts.shape != conv_ts.shape:
         raise ValueError(

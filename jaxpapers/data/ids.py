@@ -1,4 +1,4 @@
-"""Ids of embedding tables: by frequency, by name, from the papers' vocabularies."""
+"""Ids of embedding tables: by frequency, by name, or from the papers' vocabularies."""
 
 import json
 from pathlib import Path
@@ -10,10 +10,10 @@ from jaxpapers.data.ctr import FIRST, OOV, Clicks
 
 
 def by_frequency(clicks: Clicks) -> Clicks:
-    """Renumbers ids by how often training has them; absent ones are out of vocabulary.
+    """Renumbers ids by frequency in the training split, others as out of vocabulary.
 
-    Candidates and histories count, each time they occur, as in DIEN's generate_voc; of
-    equally frequent ids the smaller old one is first.
+    As in DIEN's generate_voc, all occurrences in candidates and histories count. Ties are
+    broken by the old id.
     """
     train, log = clicks.train, clicks.log
     cover = np.bincount(train.start, minlength=len(log.item) + 1)
@@ -35,13 +35,13 @@ def by_frequency(clicks: Clicks) -> Clicks:
 def renumbered(
     clicks: Clicks, maps: dict[str, np.ndarray], rows: dict[str, int]
 ) -> Clicks:
-    """The same data under other ids.
+    """The data set with other ids.
 
     Args:
-      clicks: the data.
-      maps: new ids by old ones for any of the tables "user", "item", "cate"; the log
-        needs "item" and "cate".
-      rows: rows of the tables afterwards.
+      clicks: data set.
+      maps: table -> new id of each old one; "item" and "cate" are required, "user" is
+        optional.
+      rows: new sizes of the tables.
     """
     train, test = (
         s._replace(**{name: maps[name][getattr(s, name)] for name in maps})
@@ -53,15 +53,15 @@ def renumbered(
 
 
 def categories(genres: dict[int, str], category: str) -> tuple[np.ndarray, int]:
-    """Category ids of an item table from genre texts.
+    """Category ids of an item table from genre strings.
 
     Args:
       genres: item id (from 2) -> genres, separated by spaces or ``|``.
-      category: "first" genre or the "combination" in the order given.
+      category: "first" genre, or their "combination" in the given order.
 
     Returns:
-      int32 category of every row of the item table (padding 0, rows without a genre text
-      1), and the rows of the category table.
+      int32 category of each row of the item table (0 for padding, 1 without genres), and
+      the size of the category table.
 
     Example:
       >>> categories({2: "Drama", 3: "Action|Drama"}, "first")
@@ -83,7 +83,7 @@ def categories(genres: dict[int, str], category: str) -> tuple[np.ndarray, int]:
 
 
 def sorted_ids(codes: dict[str, int]) -> np.ndarray:
-    """Ids in the order of the sorted names, by code."""
+    """Id of each code (0, 1, ...), in the order of the sorted names."""
     ids = np.empty(len(codes), np.int32)
     ids[[codes[name] for name in sorted(codes)]] = np.arange(len(codes)) + FIRST
     return ids

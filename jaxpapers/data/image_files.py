@@ -1,8 +1,8 @@
-"""Pictures in other formats: IDX, CSV, CelebA, folders of PNG or JPEG.
+"""Labelled images in other formats: IDX, CSV, CelebA, folders of PNG or JPEG.
 
-All give ``images.Pictures``: float32 (n, height, width, channels) in [0, 1]. The mean and
-deviation of each channel are those of the training part; a channel that is the same
-everywhere has 1 for its deviation, so that normalising it gives 0.
+Readers return ``images.Dataset``: float32 (n, height, width, channels) in [0, 1]. Mean
+and standard deviation of each channel are those of the training split; a constant channel
+has standard deviation 1, so that it is 0 when normalised.
 """
 
 import gzip
@@ -14,26 +14,26 @@ from typing import Any
 
 import numpy as np
 
-from jaxpapers.data.images import Pictures, Split, check_labels
+from jaxpapers.data.images import Dataset, Split, check_labels
 
 FASHION_FOLDER = Path("/usr/share/datasets/fashion-mnist")
-"""Where Debian's package dataset-fashion-mnist puts Fashion-MNIST."""
+"""Folder of Debian's package dataset-fashion-mnist."""
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp")
 
-# Magic number -> dimensions: bytes of a vector, bytes of a stack of pictures.
+# Magic number -> dimensions: 1 of labels, 3 of images.
 _IDX = {0x801: 1, 0x803: 3}
-# Upper left and lower right corner, (column, row): the faces in aligned CelebA.
+# Crop of aligned CelebA: upper left and lower right corner, (column, row).
 _FACE = (25, 57, 153, 185)
 
 
 def idx(path: str | Path) -> np.ndarray:
-    """Bytes of an IDX file, compressed by gzip or not: uint8 (n,) or (n, rows, columns).
+    """Array of an IDX file, plain or gzipped: uint8 (n,) or (n, rows, columns).
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: another magic number than 0x801 or 0x803, or a length that is not what
-        the header says.
+      ValueError: a magic number other than 0x801 and 0x803, or a length other than the
+        header's.
     """
     data = Path(path).read_bytes()
     if data[:2] == b"\x1f\x8b":
@@ -45,7 +45,7 @@ def idx(path: str | Path) -> np.ndarray:
     if len(data) < 4 or magic not in _IDX:
         raise ValueError(
             f"{path}: starts with 0x{data[:4].hex()}; expected an IDX file of bytes, "
-            "0x00000801 (labels) or 0x00000803 (pictures)"
+            "0x00000801 (labels) or 0x00000803 (images)"
         )
     dims = _IDX[magic]
     start = 4 + 4 * dims
@@ -64,42 +64,42 @@ def fashion(
     folder: str | Path = FASHION_FOLDER,
     pooled: bool = False,
     name: str = "Fashion-MNIST",
-) -> Pictures:
-    """Fashion-MNIST, 60,000 and 10,000 pictures; MNIST's files have the same names.
+) -> Dataset:
+    """Fashion-MNIST, 60,000 and 10,000 images, or MNIST, whose files have the same names.
 
     Args:
-      folder: with {train,t10k}-{images-idx3,labels-idx1}-ubyte, each with or without .gz.
-      pooled: means of 2 x 2 pixels: 14 x 14 instead of 28 x 28.
-      name: for people.
+      folder: with {train,t10k}-{images-idx3,labels-idx1}-ubyte, plain or .gz.
+      pooled: average 2 x 2 pixels: 14 x 14 instead of 28 x 28.
+      name: of the data set.
 
     Raises:
-      FileNotFoundError: a file is missing.
-      ValueError: a file that holds something else.
+      FileNotFoundError: a missing file.
+      ValueError: a malformed file.
     """
     train, test = (_idx_split(Path(folder), part) for part in ("train", "t10k"))
     if pooled:
         train, test = (Split(_pool(s.image), s.label) for s in (train, test))
-    return _pictures(train, test, 10, name)
+    return _dataset(train, test, 10, name)
 
 
-def mnist_csv(path: str | Path) -> Pictures:
-    """5,000 pictures of MNIST, ``mnist_5k.csv.gz``: 4,000 to train on, 1,000 to test.
+def mnist_csv(path: str | Path) -> Dataset:
+    """5,000 images of MNIST from ``mnist_5k.csv.gz``: 4,000 for training, 1,000 for test.
 
-    A line has 784 pixels 0 .. 255, then the class. Four fifths of the lines in the order
-    of ``numpy.random.default_rng(0).permutation`` are to train on.
+    A line has 784 pixels 0 .. 255, then the class. Training takes the first four fifths
+    in the order of ``numpy.random.default_rng(0).permutation``.
 
     Args:
-      path: of the file, or of the folder it lies in.
+      path: of the file or of its folder.
 
     Raises:
-      ValueError: a line that is none, with its number.
+      ValueError: a malformed line (its number is in the message).
     """
     path = Path(path)
     path = path / "mnist_5k.csv.gz" if path.is_dir() else path
     with gzip.open(path, "rt") as f:
         table = np.array([_csv_row(path, n, line) for n, line in enumerate(f, 1)])
     if len(table) < 2:
-        raise ValueError(f"{path}: expected at least 2 pictures, got {len(table)}")
+        raise ValueError(f"{path}: expected at least 2 images, got {len(table)}")
     table = table[np.random.default_rng(0).permutation(len(table))]
     image, label = _scaled(table[:, :-1].reshape(-1, 28, 28, 1)), table[:, -1]
     label = label.astype(np.int32)
@@ -108,24 +108,24 @@ def mnist_csv(path: str | Path) -> Pictures:
         Split(image[:count], label[:count]),
         Split(image[count:], label[count:]),
     )
-    return _pictures(train, test, 10, "MNIST, 5,000 of its pictures")
+    return _dataset(train, test, 10, "MNIST, 5,000 images")
 
 
-def celeba(folder: str | Path, size: int = 64, most: int | None = None) -> Pictures:
-    """Faces: rows 57 .. 185 and columns 25 .. 153 of aligned CelebA, of one class.
+def celeba(folder: str | Path, size: int = 64, most: int | None = None) -> Dataset:
+    """Faces: rows 57 .. 185 and columns 25 .. 153 of aligned CelebA, as one class.
 
-    Partition 0 is to train on, 2 to test; 1 is not read.
+    Partition 0 is the training split, partition 2 the test split.
 
     Args:
       folder: with ``img_align_celeba/*.jpg`` and ``list_eval_partition.txt``.
-      size: pixels of a side after resizing (bilinear, averaging).
-      most: only the first so many of each part. All are 9 GB at 64 pixels.
+      size: pixels of a side after resizing (bilinear with anti-aliasing).
+      most: number of images per split, the first of each; None: all, 9 GB at 64 pixels.
 
     Raises:
-      FileNotFoundError: a file is missing.
-      ModuleNotFoundError: no Pillow.
-      ValueError: a malformed list, a part without pictures, or a picture of another
-        size than 178 x 218.
+      FileNotFoundError: a missing file.
+      ModuleNotFoundError: Pillow is not installed.
+      ValueError: a malformed list, an empty split, or an image of a size other than
+        178 x 218.
 
     Reference:
       Fan and Lee, 2023, arXiv 2301.13362, for the crop; Liu, Luo, Wang and Tang, Deep
@@ -139,36 +139,38 @@ def celeba(folder: str | Path, size: int = 64, most: int | None = None) -> Pictu
     train, test = (
         _faces([inside / name for name in names[part][:most]], size) for part in "02"
     )
-    return _pictures(train, test, 1, "CelebA")
+    return _dataset(train, test, 1, "CelebA")
 
 
-def image_folder(folder: str | Path, size: int, held_out: float = 0.1) -> Pictures:
-    """Pictures of a folder: the middle square of each, resized; transparency is white.
+def image_folder(folder: str | Path, size: int, held_out: float = 0.1) -> Dataset:
+    """Images of a folder, cropped to the central square and resized, on white.
 
-    Folders inside it are classes, in the order of their names; without any, all pictures
-    are of one class.
+    Sub-folders are classes, in the order of their names; without any there is one class.
 
     Args:
-      folder: with pictures, or with folders of pictures, named as in ``SUFFIXES``.
-      size: pixels of a side after resizing (bilinear, averaging).
-      held_out: share to test on, the end of ``numpy.random.default_rng(0).permutation``.
+      folder: of image files (``SUFFIXES``), or of folders of image files.
+      size: pixels of a side after resizing (bilinear with anti-aliasing).
+      held_out: share of the test split, the end of
+        ``numpy.random.default_rng(0).permutation``.
 
     Raises:
-      FileNotFoundError: no such folder, or no pictures where some should be.
-      ModuleNotFoundError: no Pillow.
-      ValueError: pictures beside folders, a file that is no picture, a bad share.
+      FileNotFoundError: no such folder, or one without images.
+      ModuleNotFoundError: Pillow is not installed.
+      ValueError: images beside folders, a broken image, a share that leaves a split
+        empty.
     """
     paths, labels, classes = _classes(Path(folder))
     count = round(held_out * len(paths)) if 0 < held_out < 1 else 0
     if not 0 < count < len(paths):
         raise ValueError(
-            f"held_out must leave pictures of {len(paths)} on both sides, got {held_out}"
+            f"held_out must leave some of {len(paths)} images in both splits, got "
+            f"{held_out}"
         )
     whole = _split(paths, labels, size)
     train, test = np.split(
         np.random.default_rng(0).permutation(len(paths)), [len(paths) - count]
     )
-    return _pictures(
+    return _dataset(
         Split(whole.image[train], whole.label[train]),
         Split(whole.image[test], whole.label[test]),
         classes,
@@ -191,12 +193,12 @@ def pillow() -> Any:
     return Image
 
 
-def _pictures(train: Split, test: Split, classes: int, name: str) -> Pictures:
-    # Sums of millions of float32 lose digits; one channel at a time keeps copies small.
+def _dataset(train: Split, test: Split, classes: int, name: str) -> Dataset:
+    # In float64 and one channel at a time, for precision and small copies.
     channels = [train.image[..., c] for c in range(train.image.shape[-1])]
     mean = np.array([c.mean(dtype=np.float64) for c in channels])
     std = np.array([c.std(dtype=np.float64) for c in channels])
-    return Pictures(train, test, classes, mean, np.where(std > 0, std, 1.0), name)
+    return Dataset(train, test, classes, mean, np.where(std > 0, std, 1.0), name)
 
 
 def _scaled(image: np.ndarray) -> np.ndarray:
@@ -211,7 +213,7 @@ def _pool(image: np.ndarray) -> np.ndarray:
 
 
 def _idx_split(folder: Path, part: str) -> Split:
-    found = []
+    arrays = []
     for kind, dims in (("images-idx3", 3), ("labels-idx1", 1)):
         path = folder / f"{part}-{kind}-ubyte"
         path = path if path.exists() else path.with_name(path.name + ".gz")
@@ -220,14 +222,14 @@ def _idx_split(folder: Path, part: str) -> Split:
                 f"no file {path}, nor without .gz; Debian's package "
                 f"dataset-fashion-mnist puts Fashion-MNIST into {FASHION_FOLDER}"
             )
-        found.append(idx(path))
-        if found[-1].ndim != dims:
+        arrays.append(idx(path))
+        if arrays[-1].ndim != dims:
             raise ValueError(
-                f"{path}: has {found[-1].ndim} dimensions, expected {dims}"
+                f"{path}: has {arrays[-1].ndim} dimensions, expected {dims}"
             )
-    image, label = found[0], found[1].astype(np.int32)
+    image, label = arrays[0], arrays[1].astype(np.int32)
     if len(image) != len(label):
-        raise ValueError(f"{folder}: {len(image)} {part} pictures, {len(label)} labels")
+        raise ValueError(f"{folder}: {len(image)} {part} images, {len(label)} labels")
     check_labels(path, label, 10)
     return Split(_scaled(image)[..., None], label)
 
@@ -250,7 +252,7 @@ def _partitions(listing: Path) -> dict[str, list[str]]:
     names: dict[str, list[str]] = {"0": [], "1": [], "2": []}
     for number, line in enumerate(listing.read_text().splitlines(), 1):
         words = line.split()
-        # A name with a folder could lead out of the data.
+        # A name with a folder could lead outside ``img_align_celeba``.
         if len(words) != 2 or words[1] not in names or Path(words[0]).name != words[0]:
             raise ValueError(
                 f"{listing}, line {number}: expected a file's name and 0, 1 or 2, got "
@@ -258,7 +260,7 @@ def _partitions(listing: Path) -> dict[str, list[str]]:
             )
         names[words[1]].append(words[0])
     if not names["0"] or not names["2"]:
-        raise ValueError(f"{listing}: expected pictures of the partitions 0 and 2")
+        raise ValueError(f"{listing}: expected images of the partitions 0 and 2")
     return names
 
 
@@ -268,14 +270,14 @@ def _classes(folder: Path) -> tuple[list[Path], list[int], int]:
     inside = sorted(p for p in folder.iterdir() if not p.name.startswith("."))
     folders = [p for p in inside if p.is_dir()] or [folder]
     if folders != [folder] and any(p.suffix.lower() in SUFFIXES for p in inside):
-        raise ValueError(f"{folder}: has pictures beside folders of pictures")
+        raise ValueError(f"{folder}: has images beside folders of images")
     paths, labels = [], []
     for label, each in enumerate(folders):
-        found = [p for p in sorted(each.iterdir()) if p.suffix.lower() in SUFFIXES]
-        if not found:
-            raise FileNotFoundError(f"{each}: no pictures named as in {SUFFIXES}")
-        paths += found
-        labels += [label] * len(found)
+        files = [p for p in sorted(each.iterdir()) if p.suffix.lower() in SUFFIXES]
+        if not files:
+            raise FileNotFoundError(f"{each}: no images with a suffix of {SUFFIXES}")
+        paths += files
+        labels += [label] * len(files)
     return paths, labels, len(folders)
 
 
@@ -293,31 +295,29 @@ def _split(
         raise ValueError(f"size must be at least 1, got {size}")
     image = np.empty((len(paths), size, size, 3), np.float32)
     for target, path in zip(image, paths):
-        target[:] = _scaled(_picture(path, size, expected))
+        target[:] = _scaled(_image(path, size, expected))
     return Split(image, np.array(labels, np.int32))
 
 
-def _picture(path: Path, size: int, expected: tuple[int, int] | None) -> np.ndarray:
+def _image(path: Path, size: int, expected: tuple[int, int] | None) -> np.ndarray:
     image = pillow()
     try:
         with image.open(path) as file:
-            # Others have more than 8 bits, which a conversion would cut off.
+            # Modes of more than 8 bits would be truncated.
             if file.mode not in ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"):
-                raise ValueError(f"{path}: pixels of the kind {file.mode} are not read")
-            picture = file.convert("RGBA")
+                raise ValueError(f"{path}: pixel mode {file.mode} is not supported")
+            rgba = file.convert("RGBA")
     except FileNotFoundError:
         raise
     except (OSError, SyntaxError, EOFError) as e:
-        raise ValueError(f"{path}: not a whole picture ({e})") from e
-    if expected and picture.size != expected:
-        raise ValueError(
-            f"{path}: is {picture.size}, expected {expected} (columns, rows)"
-        )
-    side = min(picture.size)
-    left, top = ((length - side) // 2 for length in picture.size)
+        raise ValueError(f"{path}: broken image ({e})") from e
+    if expected and rgba.size != expected:
+        raise ValueError(f"{path}: is {rgba.size}, expected {expected} (columns, rows)")
+    side = min(rgba.size)
+    left, top = ((length - side) // 2 for length in rgba.size)
     box = _FACE if expected else (left, top, left + side, top + side)
-    white = image.new("RGBA", picture.size, "white")
-    white.alpha_composite(picture)
+    white = image.new("RGBA", rgba.size, "white")
+    white.alpha_composite(rgba)
     resized = (
         white.convert("RGB").crop(box).resize((size, size), image.Resampling.BILINEAR)
     )

@@ -1,7 +1,7 @@
-"""Labelled pictures: CIFAR and SVHN from their original files, scanned digits.
+"""Labelled images: CIFAR and SVHN from their original files, scanned digits.
 
-Pictures are float32 (n, height, width, channels) with values in [0, 1]; diffusion models
-take them in [-1, 1], see ``to_signed``. More file formats are read by ``image_files``.
+Images are float32 (n, height, width, channels) in [0, 1]; diffusion models take them in
+[-1, 1], see ``to_signed``. ``image_files`` reads more formats.
 """
 
 import gzip
@@ -16,22 +16,21 @@ DIGITS_TRAIN = 1348
 
 
 class Split(NamedTuple):
-    """Pictures and their classes, int32."""
+    """Images and their classes, int32."""
 
     image: np.ndarray
     label: np.ndarray
 
 
-class Pictures(NamedTuple):
-    """A data set.
+class Dataset(NamedTuple):
+    """Labelled images.
 
     Attributes:
-      train: to learn from.
-      test: to measure on.
+      train, test: splits.
       classes: number of classes.
-      mean: of each channel, to subtract.
-      std: of each channel, to divide by.
-      name: for people.
+      mean: of each channel, for ``normalize``.
+      std: standard deviation of each channel, for ``normalize``.
+      name: of the data set, for titles.
     """
 
     train: Split
@@ -43,43 +42,43 @@ class Pictures(NamedTuple):
 
 
 class DigitParts(NamedTuple):
-    """Scans for a model, for the classifier that rewards it, and for one that judges."""
+    """Scans for pretraining, for a reward classifier, for a held-out classifier."""
 
     pretraining: Split
     reward: Split
-    judge: Split
+    held_out: Split
 
 
-def examples(pictures: Pictures, seed: int = 0) -> arrays.Examples:
-    """Batches of the training part, normalised: image, label."""
+def examples(dataset: Dataset, seed: int = 0) -> arrays.Examples:
+    """Batches of the training split: normalised ``image``, ``label``."""
 
-    def change(batch):
-        return {**batch, "image": normalize(pictures, batch["image"])}
+    def transform(batch):
+        return {**batch, "image": normalize(dataset, batch["image"])}
 
-    return arrays.Examples(pictures.train._asdict(), seed, change)
+    return arrays.Examples(dataset.train._asdict(), seed, transform)
 
 
-def normalize(pictures: Pictures, image: np.ndarray) -> np.ndarray:
-    """Pictures with the data set's mean subtracted, divided by its deviation."""
-    return ((image - pictures.mean) / pictures.std).astype(np.float32)
+def normalize(dataset: Dataset, image: np.ndarray) -> np.ndarray:
+    """(image - mean) / std, with the data set's statistics per channel."""
+    return ((image - dataset.mean) / dataset.std).astype(np.float32)
 
 
 def to_signed(image: np.ndarray) -> np.ndarray:
-    """Pictures in [0, 1] as diffusion models take them, 2 x - 1 in [-1, 1].
+    """2 x - 1: images in [0, 1] to the [-1, 1] of diffusion models.
 
     Raises:
-      ValueError: values outside [0, 1], so also of pictures that are signed already.
+      ValueError: values outside [0, 1], e.g. of images in [-1, 1].
     """
-    # Written so that NaN is refused too.
+    # Also refuses NaN.
     if image.size and not (image.min() >= 0 and image.max() <= 1):
         raise ValueError(
-            f"pictures must lie in [0, 1], got {image.min()} .. {image.max()}"
+            f"images must lie in [0, 1], got {image.min()} .. {image.max()}"
         )
     return (2 * image - 1).astype(np.float32)
 
 
 def from_signed(image: np.ndarray) -> np.ndarray:
-    """Samples of a diffusion model as pictures, (x + 1) / 2 clipped to [0, 1].
+    """(x + 1) / 2, clipped to [0, 1]: samples of a diffusion model as images.
 
     Raises:
       ValueError: NaN or infinity.
@@ -89,30 +88,30 @@ def from_signed(image: np.ndarray) -> np.ndarray:
     return ((image + 1) / 2).clip(0, 1).astype(np.float32)
 
 
-def digits(folder: str | Path) -> Pictures:
-    """Scanned digits, ``digits.csv.gz``: 1,348 to train on and 449 to test.
+def digits(folder: str | Path) -> Dataset:
+    """Scanned digits from ``digits.csv.gz``: 1,348 for training and 449 for test.
 
-    The split is that of ``numpy.random.default_rng(0).permutation``.
+    The order is ``numpy.random.default_rng(0).permutation``.
 
     Raises:
-      ValueError: a line that is none, with its number.
+      ValueError: a malformed line (its number is in the message).
     """
     image, label = _shuffled_digits(folder)
     count = min(DIGITS_TRAIN, len(label) - 1)
     train = Split(image[:count], label[:count])
     mean, std = train.image.mean((0, 1, 2)), train.image.std((0, 1, 2))
     test = Split(image[count:], label[count:])
-    return Pictures(train, test, 10, mean, std, "scanned digits")
+    return Dataset(train, test, 10, mean, std, "scanned digits")
 
 
 def digit_parts(folder: str | Path) -> DigitParts:
     """The scanned digits in three disjoint parts: 899, 449 and 449.
 
-    The parts of ``numpy.random.default_rng(0).permutation``, in its order; a quarter of
-    all scans, rounded down, for each classifier.
+    The order is ``numpy.random.default_rng(0).permutation``; each classifier gets a
+    quarter of the scans, rounded down.
 
     Raises:
-      ValueError: a line that is none, with its number; fewer than 4 scans.
+      ValueError: a malformed line (its number is in the message), or fewer than 4 scans.
     """
     image, label = _shuffled_digits(folder)
     quarter = len(label) // 4
@@ -123,12 +122,13 @@ def digit_parts(folder: str | Path) -> DigitParts:
 
 
 def digit_halves(folder: str | Path) -> tuple[Split, Split]:
-    """The scanned digits in two disjoint halves, 899 and 898, split as above.
+    """The scanned digits in two disjoint halves, 899 and 898.
 
-    A model of the pictures learns from one, the classifier that judges it from the other.
+    The order is ``numpy.random.default_rng(0).permutation``. The first half is for a
+    generative model, the second for the held-out classifier that evaluates it.
 
     Raises:
-      ValueError: a line that is none, with its number; fewer than 2 scans.
+      ValueError: a malformed line (its number is in the message), or fewer than 2 scans.
     """
     image, label = _shuffled_digits(folder)
     if len(label) < 2:
@@ -137,17 +137,17 @@ def digit_halves(folder: str | Path) -> tuple[Split, Split]:
     return Split(image[:count], label[:count]), Split(image[count:], label[count:])
 
 
-def cifar(folder: str | Path, classes: int = 10) -> Pictures:
-    """CIFAR-10 or CIFAR-100 from the "python version" files of their authors.
+def cifar(folder: str | Path, classes: int = 10) -> Dataset:
+    """CIFAR-10 or CIFAR-100 from the authors' "python version" files.
 
     Args:
-      folder: with data_batch_1 .. 5 and test_batch, or train and test; their usual
-        folder inside it is found too.
+      folder: with data_batch_1 .. 5 and test_batch, or with train and test; or the folder
+        that has cifar-10-batches-py or cifar-100-python in it.
       classes: 10 or 100.
 
     Raises:
-      FileNotFoundError: a file is missing.
-      ValueError: other classes; a file that holds something else.
+      FileNotFoundError: a missing file.
+      ValueError: another number of classes, or a malformed file.
     """
     if classes not in (10, 100):
         raise ValueError(f"classes must be 10 or 100, got {classes}")
@@ -159,17 +159,20 @@ def cifar(folder: str | Path, classes: int = 10) -> Pictures:
     parts = [_cifar_file(folder / name, key, classes) for name in names]
     train = Split(*(np.concatenate(x) for x in zip(*parts)))
     test = _cifar_file(folder / ("test_batch" if small else "test"), key, classes)
-    # The released code's numbers for both sets.
+    # As in the released code of Rocket Launching, for both sets.
     mean, std = np.array([125.3, 123.0, 113.9]), np.array([63.0, 62.1, 66.7])
-    return Pictures(train, test, classes, mean / 255, std / 255, f"CIFAR-{classes}")
+    return Dataset(train, test, classes, mean / 255, std / 255, f"CIFAR-{classes}")
 
 
-def svhn(folder: str | Path) -> Pictures:
-    """SVHN's cropped digits: train_32x32.mat, extra_32x32.mat if there, test_32x32.mat.
+def svhn(folder: str | Path) -> Dataset:
+    """SVHN's cropped digits from train_32x32.mat and test_32x32.mat.
+
+    Args:
+      folder: with these files; extra_32x32.mat, if present, adds to the training split.
 
     Raises:
-      FileNotFoundError: a file is missing.
-      ValueError: a file that holds something else.
+      FileNotFoundError: a missing file.
+      ValueError: a malformed file.
     """
     folder = Path(folder)
     names = ["train_32x32.mat"]
@@ -177,7 +180,7 @@ def svhn(folder: str | Path) -> Pictures:
     parts = [_svhn_file(folder / name) for name in names]
     train = Split(*(np.concatenate(x) for x in zip(*parts)))
     mean, std = train.image.mean((0, 1, 2)), train.image.std((0, 1, 2))
-    return Pictures(train, _svhn_file(folder / "test_32x32.mat"), 10, mean, std, "SVHN")
+    return Dataset(train, _svhn_file(folder / "test_32x32.mat"), 10, mean, std, "SVHN")
 
 
 def _shuffled_digits(folder):
@@ -219,7 +222,7 @@ def _cifar_file(path: Path, key: bytes, classes: int) -> Split:
             f"{image.dtype} {image.shape}"
         )
     check_labels(path, label, classes)
-    # Planes of red, green and blue.
+    # Stored as (channel, row, column).
     image = image.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     return Split((image / 255.0).astype(np.float32), label)
 
@@ -244,6 +247,6 @@ def _svhn_file(path: Path) -> Split:
 
 
 def check_labels(path: Path, label: np.ndarray, classes: int) -> None:
-    """Refuses labels that are not 0 .. classes - 1, naming the file."""
+    """Raises ValueError, with the file's name, for labels outside 0 .. classes - 1."""
     if len(label) == 0 or label.min() < 0 or label.max() >= classes:
         raise ValueError(f"{path}: labels must be 0 .. {classes - 1}, got {label[:5]}")

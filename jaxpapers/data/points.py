@@ -1,7 +1,7 @@
-"""Points in a plane or a few dimensions: the toy distributions of the diffusion papers.
+"""Low-dimensional toy distributions of the diffusion papers.
 
-Each generator takes a count and a seed and returns float32 (count, d), about as large as
-[-1, 1]; the draws are those of ``numpy.random.default_rng(seed)``.
+Each generator takes a count and a seed and returns float32 (count, d) of about the range
+[-1, 1], drawn with ``numpy.random.default_rng(seed)``.
 """
 
 import math
@@ -14,14 +14,14 @@ from jaxpapers.data import images
 
 
 def swiss_roll(count: int, seed: int, noise: float = 0.05) -> np.ndarray:
-    r"""A spiral, $(t\cos t, t\sin t)/20$ with $t = 1.5\pi(1 + 2u)$, u even on [0, 1].
+    r"""Spiral $(t\cos t, t\sin t)/20$ with $t = 1.5\pi(1 + 2u)$, $u \sim U(0, 1)$.
 
-    The law of columns 0 and 2 of scikit-learn's ``make_swiss_roll`` over 20; other draws.
+    The distribution of columns 0 and 2 of scikit-learn's ``make_swiss_roll``, over 20.
 
     Args:
-      count: points.
+      count: number of points.
       seed: of the draws.
-      noise: deviation of the normal noise, added before the division by 20.
+      noise: standard deviation of the normal noise before the division by 20.
 
     Reference:
       Fan and Lee, Optimizing DDPM Sampling with Shortcut Fine-Tuning, 2023,
@@ -36,15 +36,14 @@ def swiss_roll(count: int, seed: int, noise: float = 0.05) -> np.ndarray:
 def moons(count: int, seed: int, noise: float = 0.1) -> np.ndarray:
     r"""Two half circles, $(\cos t, \sin t)/2$ and $(1 - \cos t, 1/2 - \sin t)/2$.
 
-    The law of scikit-learn's ``make_moons`` over 2: the angles t are spaced evenly on
-    [0, pi], half of the count on each arc (of an odd one, one more on the second), in
-    random order.
+    The distribution of scikit-learn's ``make_moons``, over 2: angles t are equally spaced
+    on [0, pi], half of the points on each arc (the odd one on the second), shuffled.
 
     Args:
-      count: points.
+      count: number of points.
       seed: of the draws.
-      noise: deviation of the normal noise, added before the division by 2; the paper on
-        Wasserstein distances has 0.1, that on shortcut fine-tuning 0.05.
+      noise: standard deviation of the normal noise before the division by 2; 0.1 in the
+        paper on Wasserstein distances, 0.05 in that on shortcut fine-tuning.
 
     Reference:
       Kwon, Fan and Lee, Score-based Generative Modeling Secretly Minimizes the
@@ -64,20 +63,19 @@ def moons(count: int, seed: int, noise: float = 0.1) -> np.ndarray:
 def clusters(
     count: int, seed: int, std: float = 0.1, balanced: bool = True, dim: int = 2
 ) -> np.ndarray:
-    r"""Normal clusters, N(c, std^2 I), around the corners $c \in \{\pm 1/2\}^d$.
-
-    Four in the plane, two on a line.
+    r"""Gaussian mixture with means $\{\pm 1/2\}^d$ and covariance std^2 I.
 
     Args:
-      count: points.
+      count: number of points.
       seed: of the draws.
-      std: deviation of a cluster. The paper has 0.1 (variance 0.01), its notebook 0.0125.
-      balanced: as many points of each cluster, in random order; else each point's
-        cluster is drawn evenly. (In the notebook ``balanced=False`` loses a cluster.)
-      dim: d, coordinates.
+      std: standard deviation of a component. The paper has 0.1 (variance 0.01), its
+        notebook 0.0125.
+      balanced: equally many points of each component, shuffled; otherwise components are
+        drawn uniformly. (In the notebook ``balanced=False`` loses a component.)
+      dim: d.
 
     Raises:
-      ValueError: balanced, and the count is no multiple of 2^d.
+      ValueError: a balanced count that is no multiple of 2^d.
 
     Reference:
       Kwon, Fan and Lee, 2022, arXiv 2212.06359, section 4.
@@ -102,10 +100,10 @@ def gaussian(count: int, seed: int, var: float = 0.1, dim: int = 2) -> np.ndarra
     """N(0, var I), clipped to [-1, 1].
 
     Args:
-      count: points.
+      count: number of points.
       seed: of the draws.
-      var: variance of a coordinate before the clipping.
-      dim: coordinates.
+      var: variance of a coordinate before clipping.
+      dim: d.
 
     Reference:
       Kwon, Fan and Lee, 2022, arXiv 2212.06359, section 4; the clipping is that of the
@@ -121,12 +119,12 @@ def gaussian(count: int, seed: int, var: float = 0.1, dim: int = 2) -> np.ndarra
 def digit_components(
     folder: str | Path, components: int = 2
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Scanned digits on the first principal components of their training half.
+    """Scanned digits projected on the first principal components of their training half.
 
-    A real law of few dimensions. The training half's mean is subtracted and everything
-    is divided by the training half's largest absolute coordinate, one number, so that
-    half fills [-1, 1] and no direction is stretched; the other may reach out a little.
-    Each component points so that its largest weight is positive.
+    Real data of low dimension. Both halves are centred by the mean of the training half
+    and scaled by its largest absolute coordinate, so that the training half fills
+    [-1, 1] and the held-out half may exceed it slightly. The largest weight of each
+    component is positive.
 
     Args:
       folder: with ``digits.csv.gz``, see ``images.digits``.
@@ -137,7 +135,8 @@ def digit_components(
       of ``default_rng(0).permutation``, as in ``images.digit_halves``.
 
     Raises:
-      ValueError: other components; a malformed file; fewer scans than components.
+      ValueError: components out of range, a malformed file, or fewer scans than
+        components.
     """
     if not 1 <= operator.index(components) <= 64:
         raise ValueError(f"components must be 1 .. 64, got {components}")

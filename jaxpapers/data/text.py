@@ -1,8 +1,8 @@
-"""Text as token streams: Python's standard library, your files, or token shards.
+"""Token streams: Python's standard library, text files, or token shards.
 
-Bytes are tokens 0-255; ``SEPARATOR`` ends every document. Files are taken in the order
-of their relative paths, and a hash of that path decides between training and
-validation, so the split is the same on every machine with the same files.
+Text is tokenized to bytes, tokens 0-255; ``SEPARATOR`` ends every document. Files are
+concatenated in the order of their relative paths, and a hash of the path assigns each to
+training or validation, so the split depends on the files alone.
 """
 
 import gzip
@@ -31,13 +31,12 @@ _VALIDATION = re.compile(r"(^|[_.-])val")
 
 
 class Corpus(NamedTuple):
-    """Token streams of the two splits.
+    """Token streams of the training and the validation split.
 
     Attributes:
-      name: what it was read from.
-      train: one or more token arrays (uint16; memory-mapped for shards).
-      validation: the same for validation.
-      byte_level: whether tokens are bytes, so that bits per byte exist.
+      name: of the source.
+      train, validation: token arrays, uint16, memory-mapped for shards.
+      byte_level: whether tokens are bytes, which bits per byte need.
     """
 
     name: str
@@ -50,15 +49,15 @@ def load(path: str | None = None, *, validation_fraction: float = 0.05) -> Corpu
     """Reads a corpus.
 
     Args:
-      path: None for the running Python's standard library; a text file; a folder of text
-        files (binary files are left out); a token shard ``*.bin`` or a folder of them
-        (those named val* or *_val* are the validation split).
-      validation_fraction: expected share of files in the validation split; of a single
-        file, its end.
+      path: a text file; a folder of text files (binary files are skipped); a token shard
+        ``*.bin`` or a folder of them (val* and *_val* are the validation split); None:
+        the sources of the running Python's standard library.
+      validation_fraction: expected share of files in the validation split, or the share
+        at the end of a single file.
 
     Raises:
       FileNotFoundError: no such path.
-      ValueError: nothing readable there, an empty split, or a malformed shard.
+      ValueError: an empty split, or a malformed shard.
     """
     if not 0 < validation_fraction < 1:
         raise ValueError(
@@ -72,8 +71,8 @@ def load(path: str | None = None, *, validation_fraction: float = 0.05) -> Corpu
         if not root.exists():
             raise FileNotFoundError(
                 f"data.path: {path!r} does not exist; give a text file, a folder of text "
-                "files, a token shard (*.bin) or a folder of shards, or leave it out for "
-                "the standard library's sources"
+                "files, a token shard (*.bin) or a folder of shards, or leave it empty "
+                "for the standard library's sources"
             )
         shards = [p for p in sorted(root.glob("**/*.bin")) if _is_shard(p)]
         if root.suffix == ".bin" or shards:
@@ -96,14 +95,14 @@ def load(path: str | None = None, *, validation_fraction: float = 0.05) -> Corpu
 
 
 def in_validation(name: str, fraction: float) -> bool:
-    """Whether the file of this relative POSIX path belongs to validation.
+    """Whether a file is in the validation split, by a hash of its relative POSIX path.
 
     Example:
       >>> [n for n in ("abc.py", "io.py", "os.py") if in_validation(n, 0.5)]
       ['io.py']
     """
-    # MD5 because its cut of the standard library holds 5.2 - 5.5 % of the bytes on every
-    # Python from 3.11 to 3.13; SHA-256's takes one file of 0.8 MB along.
+    # MD5: its validation split has 5.2 - 5.5 % of the standard library's bytes on Python
+    # 3.11 to 3.13; that of SHA-256 has one file of 0.8 MB.
     digest = hashlib.md5(name.encode(), usedforsecurity=False).digest()
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
@@ -114,19 +113,19 @@ def encode(text: bytes) -> np.ndarray:
 
 
 def decode(tokens: Sequence[int] | np.ndarray) -> bytes:
-    """Tokens to bytes; separators become a form feed between documents."""
+    """Tokens to bytes; separators become form feeds."""
     return bytes(12 if t >= SEPARATOR else int(t) for t in tokens)
 
 
 def baselines(stream: np.ndarray) -> dict[str, float]:
-    """Bits per byte of a byte-level stream under three models without training data.
+    """Bits per byte of a byte-level stream under baselines without training.
 
     Args:
-      stream: tokens; separators are left out.
+      stream: tokens; separators are skipped.
 
     Returns:
-      ``order0``: entropy of the byte histogram; ``gzip``, ``xz``: the compressors at
-      level 9 on the whole stream.
+      ``order0``: entropy of the byte histogram; ``gzip`` and ``xz``: compression of the
+      whole stream at level 9.
     """
     data = bytes(stream[stream < 256].astype(np.uint8))
     counts = np.bincount(np.frombuffer(data, np.uint8), minlength=256)
@@ -141,9 +140,9 @@ def baselines(stream: np.ndarray) -> dict[str, float]:
 class Windows:
     """Shuffled training windows, addressed by a global example index.
 
-    Example i of epoch e is a window of ``context + 1`` tokens; each epoch is a seeded
-    permutation of all windows, cut at an offset of its own. Nothing else is state: the
-    position of a run is one number, whatever the number of hosts.
+    An example is a window of ``context + 1`` tokens. Each epoch has a random offset and a
+    random permutation of all windows. The only state of a run is the index of its next
+    example, for any number of hosts.
     """
 
     def __init__(
@@ -153,10 +152,16 @@ class Windows:
         seed: int = 0,
         vocab_size: int | None = None,
     ):
-        """Args: token arrays, tokens per example minus one, seed, bound of the tokens.
+        """Windows of token streams.
+
+        Args:
+          streams: token arrays; those shorter than two windows are dropped.
+          context: tokens of an example, minus one.
+          seed: of offsets and permutations.
+          vocab_size: tokens must be below it; None: unchecked.
 
         Raises:
-          ValueError: no stream is longer than two windows.
+          ValueError: no stream has two windows.
         """
         self.streams = [s for s in streams if len(s) >= 2 * context + 1]
         self.context = context
@@ -168,7 +173,7 @@ class Windows:
                 f"context={context} needs; longest is "
                 f"{max((len(s) for s in streams), default=0)}"
             )
-        # One window less than fits: room for the epoch's offset.
+        # One window less than the stream has: room for the epoch's offset.
         counts = [(len(s) - 1) // context - 1 for s in self.streams]
         self._ends = np.cumsum(counts)
         self._epoch: tuple[int, np.ndarray] | None = None
@@ -191,7 +196,7 @@ class Windows:
         window = self.streams[which][start : start + self.context + 1]
         window = np.asarray(window, np.int32)
         if self.vocab_size is not None and window.max() >= self.vocab_size:
-            # Out of range, a label would be a wrong loss without any error.
+            # An out-of-range label gives a wrong loss without an error.
             raise ValueError(
                 f"data: token {window.max()} in a training stream, but "
                 f"config.net.vocab_size={self.vocab_size}; raise it (GPT-2 tokens: 50304)"
@@ -203,7 +208,7 @@ class Windows:
 
         Args:
           start: global index of the first example.
-          size: examples of the whole batch, over all hosts.
+          size: of the global batch.
           rows: the part of the batch that this host builds.
         """
         index = range(start, start + size)[rows]
@@ -213,14 +218,14 @@ class Windows:
 def score_windows(
     streams: Sequence[np.ndarray], context: int, batch: int
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Batches that score every token exactly once, with a quarter window before it.
+    """Evaluation batches that score each token once, after context of a quarter window.
 
-    Windows overlap by a quarter of the context; each scores what no earlier one did. A
-    separator precedes every stream, so that its first token is scored as well.
+    Windows overlap by a quarter of the context; a token is scored in the first window
+    that has it. A separator precedes every stream, so its first token is scored too.
 
     Yields:
-      {"tokens": int32 (batch, context + 1), "weight": float32 (batch, context)}; the
-      last batch is filled up with weight 0.
+      {"tokens": int32 (batch, context + 1), "weight": float32 (batch, context)}, with
+      weight 0 for unscored tokens and padding.
     """
     overlap = context // 4
     tokens = np.full((batch, context + 1), SEPARATOR, np.int32)
@@ -255,12 +260,10 @@ def write_shard(path: str | Path, tokens: np.ndarray) -> None:
 
 
 def read_shard(path: str | Path) -> np.ndarray:
-    """Memory-maps a token shard (the layout of the Dion repository's FineWeb shards).
-
-    Magic and version are given from memory by the source that documents the layout.
+    """Memory-maps a token shard in the layout of the Dion repository's FineWeb shards.
 
     Raises:
-      ValueError: wrong magic or version, or fewer tokens than the header says.
+      ValueError: wrong magic number or version, or fewer tokens than the header's count.
     """
     header = np.fromfile(path, "<i4", SHARD_HEADER)
     if len(header) < SHARD_HEADER or header[0] != SHARD_MAGIC:
@@ -271,16 +274,16 @@ def read_shard(path: str | Path) -> np.ndarray:
     if header[1] != SHARD_VERSION:
         raise ValueError(f"{path}: shard version {header[1]}, expected {SHARD_VERSION}")
     offset = SHARD_HEADER * 4
-    found = (Path(path).stat().st_size - offset) // 2
-    if found < header[2]:
+    count = (Path(path).stat().st_size - offset) // 2
+    if count < header[2]:
         raise ValueError(
-            f"{path}: shard is cut off, header says {header[2]} tokens, file has {found}"
+            f"{path}: truncated shard, header says {header[2]} tokens, file has {count}"
         )
     return np.memmap(path, "<u2", mode="r", offset=offset, shape=(int(header[2]),))
 
 
 def _python_files(root: Path) -> list[Path]:
-    """Sources of the standard library without site-packages and tests."""
+    """Sources of the standard library, without site-packages and tests."""
     return sorted(
         p
         for p in root.rglob("*.py")
@@ -296,7 +299,7 @@ def _from_files(name, root, files, fraction) -> Corpus:
         if data and b"\0" not in data[:8192]:
             splits[in_validation(relative, fraction)].append(data)
     if not splits[True] and len(splits[False]) > 1:
-        splits[True] = [splits[False].pop()]  # Few files: the last one validates.
+        splits[True] = [splits[False].pop()]  # Too few files for the hash.
     return _byte_corpus(name, splits[False], splits[True])
 
 
@@ -322,7 +325,7 @@ def _from_shards(name, shards, fraction) -> Corpus:
 
 
 def _is_shard(path: Path) -> bool:
-    """Whether a *.bin file begins as a token shard does."""
+    """Whether a *.bin file has the magic number of a token shard."""
     header = np.fromfile(path, "<i4", 1)
     return bool(len(header) and header[0] == SHARD_MAGIC)
 

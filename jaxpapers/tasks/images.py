@@ -88,7 +88,7 @@ def _evaluate(size, dataset, mesh, method, state) -> dict[str, float]:
     return {f"{net}error": count / len(test.label) for net, count in wrong.items()}
 
 
-def baselines(dataset: images.Pictures) -> dict[str, float]:
+def baselines(dataset: images.Dataset) -> dict[str, float]:
     """Errors of the most frequent class and of the nearest class mean."""
     train, test = dataset.train, dataset.test
     most = np.bincount(train.label).argmax()
@@ -101,7 +101,7 @@ def baselines(dataset: images.Pictures) -> dict[str, float]:
     }
 
 
-def load(config: Any) -> images.Pictures:
+def load(config: Any) -> images.Dataset:
     """The images that ``config.data`` names.
 
     Raises:
@@ -121,7 +121,7 @@ def load(config: Any) -> images.Pictures:
 
 
 @functools.lru_cache(maxsize=2)
-def _read(source: str, path: str) -> images.Pictures:
+def _read(source: str, path: str) -> images.Dataset:
     if source not in SOURCES:
         raise ValueError(f"config.data.source must be one of {SOURCES}, got {source!r}")
     if source == "digits":

@@ -33,7 +33,7 @@ def test_a_batch_does_not_depend_on_how_it_is_asked_for():
 
 
 def test_what_is_done_to_a_batch():
-    examples = arrays.Examples(fields(), change=lambda batch: {"y": 2 * batch["x"]})
+    examples = arrays.Examples(fields(), transform=lambda batch: {"y": 2 * batch["x"]})
     plain = arrays.Examples(fields())
     np.testing.assert_array_equal(examples.batch(0, 7)["y"], 2 * plain.batch(0, 7)["x"])
 

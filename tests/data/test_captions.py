@@ -83,7 +83,7 @@ def test_digit_captions_have_one_token_each():
     assert len(words) == 11 and found.tolist() == [[i] for i in range(1, 11)]
     with pytest.raises(ValueError, match=r"0 \.\. 9, got 3 \.\. 10"):
         captions.digit_captions(np.array([3, 10]))
-    with pytest.raises(ValueError, match="whole numbers"):
+    with pytest.raises(ValueError, match="must be integers"):
         captions.digit_captions(np.array([0.5]))
 
 
@@ -123,7 +123,7 @@ def drawn(n=4000):
     return image, rng.integers(0, 10, n)
 
 
-def test_inked_pictures():
+def test_inked_digits():
     image, label = drawn()
     found = captions.inked(image, label, 0)
     assert found.image.shape == (4000, 8, 8, 3) and found.image.dtype == np.float32

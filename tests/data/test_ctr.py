@@ -280,7 +280,7 @@ def test_errors_name_field_and_bound(clicks, ratings):
         everything * 0 + 1, everything, everything.astype(np.float32), everything,
         np.ones(8, np.int32), {"user": 3, "item": 8, "cate": 3},
     )  # fmt: skip
-    with pytest.raises(ValueError, match="has every item of the log"):
+    with pytest.raises(ValueError, match="has rated every item of the log"):
         ctr_tasks.task_next_item(one, test=2)
 
 

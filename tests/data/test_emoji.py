@@ -1,4 +1,4 @@
-"""Emoji: a font that the test builds, with pictures of known pixels."""
+"""Emoji: a font that the test builds, with glyphs of known pixels."""
 
 import io
 from pathlib import Path
@@ -50,7 +50,7 @@ def strike(ppem, names):
     return found
 
 
-def pictures(images):
+def bitmaps(images):
     from fontTools.ttLib.tables import C_B_D_T_, BitmapGlyphMetrics
 
     found = {}
@@ -65,7 +65,7 @@ def pictures(images):
 
 
 def write_font(path, images=None, strikes=(10, 20)):
-    """Strikes of these sizes, the largest with the right pictures."""
+    """Strikes of these sizes, the largest with the right glyphs."""
     from fontTools.fontBuilder import FontBuilder
     from fontTools.ttLib import newTable
 
@@ -81,9 +81,7 @@ def write_font(path, images=None, strikes=(10, 20)):
     cbdt, cblc = newTable("CBDT"), newTable("CBLC")
     cbdt.version = cblc.version = 3.0
     cblc.strikes = [strike(ppem, list(images)) for ppem in strikes]
-    cbdt.strikeData = [
-        pictures(images if p == max(strikes) else black) for p in strikes
-    ]
+    cbdt.strikeData = [bitmaps(images if p == max(strikes) else black) for p in strikes]
     font.font["CBDT"], font.font["CBLC"] = cbdt, cblc
     font.save(path)
     return path
@@ -112,10 +110,10 @@ def test_refused_fonts(tmp_path):
     with pytest.raises(ValueError, match="font.ttf: not a font"):
         emoji.emoji(path)
     write_font(path, {"apple": png(GLYPHS["apple"][1])[:45]})
-    with pytest.raises(ValueError, match=r"broken picture of U\+1F34E"):
+    with pytest.raises(ValueError, match=r"broken glyph of U\+1F34E"):
         emoji.emoji(path)
     write_font(path, {"private": png(GLYPHS["private"][1])})
-    with pytest.raises(ValueError, match="no pictures of code points with a name"):
+    with pytest.raises(ValueError, match="no glyphs of named code points"):
         emoji.emoji(path)
     with pytest.raises(ValueError, match="size must be at least 1, got 0"):
         emoji.emoji(path, 0)
@@ -127,7 +125,7 @@ def test_refused_fonts(tmp_path):
         font.save(tmp_path / "plain.ttf")
     with pytest.raises(ValueError, match="a broken one"):
         emoji.emoji(tmp_path / "broken.ttf")
-    with pytest.raises(ValueError, match="no table CBDT"):
+    with pytest.raises(ValueError, match="no CBDT table"):
         emoji.emoji(tmp_path / "plain.ttf")
 
 
@@ -165,7 +163,7 @@ def test_split_is_disjoint_and_keeps_pairs():
 
 @pytest.mark.parametrize("share", [0.0, 1.0, 0.01, 0.99, -1.0])
 def test_split_refuses(share):
-    with pytest.raises(ValueError, match=f"of 20 pairs on both sides, got {share}"):
+    with pytest.raises(ValueError, match=f"of 20 pairs in both splits, got {share}"):
         emoji.split(pairs(20), share)
 
 

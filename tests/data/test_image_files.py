@@ -83,7 +83,7 @@ def test_fashion_refuses(tmp_path):
     write_fashion(tmp_path)
     label = tmp_path / "train-labels-idx1-ubyte"
     for array, message in (
-        (np.zeros(5, np.uint8), "6 train pictures, 5 labels"),
+        (np.zeros(5, np.uint8), "6 train images, 5 labels"),
         (np.full(6, 10, np.uint8), r"labels must be 0 \.\. 9"),
         (np.zeros((6, 1, 1), np.uint8), "labels-idx1-ubyte: has 3 dimensions"),
     ):
@@ -213,7 +213,7 @@ def write_folder(folder, count, color, size=(6, 4)):
 def test_image_folder_of_classes(tmp_path):
     write_folder(tmp_path / "blue", 4, (0, 0, 255))
     write_folder(tmp_path / "amber", 6, (255, 100, 0))
-    (tmp_path / "amber" / "notes.txt").write_text("no picture")
+    (tmp_path / "amber" / "notes.txt").write_text("no image")
     (tmp_path / ".hidden").mkdir()
     found = image_files.image_folder(tmp_path, 3, held_out=0.3)
     assert found.train.image.shape == (7, 3, 3, 3) and found.classes == 2
@@ -242,21 +242,21 @@ def test_image_folder_takes_the_middle_square(tmp_path):
 def test_image_folder_refuses(tmp_path):
     with pytest.raises(FileNotFoundError, match="no folder"):
         image_files.image_folder(tmp_path / "absent", 4)
-    with pytest.raises(FileNotFoundError, match="no pictures named as in"):
+    with pytest.raises(FileNotFoundError, match="no images with a suffix of"):
         image_files.image_folder(tmp_path, 4)
     write_folder(tmp_path, 3, (0, 0, 0))
     for share in (0.0, 0.1, 1.0):
-        with pytest.raises(ValueError, match=f"of 3 on both sides, got {share}"):
+        with pytest.raises(ValueError, match=f"of 3 images in both splits, got {share}"):
             image_files.image_folder(tmp_path, 4, share)
     whole = (tmp_path / "0.png").read_bytes()
     (tmp_path / "0.png").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match="0.png: not a whole picture"):
+    with pytest.raises(ValueError, match="0.png: broken image"):
         image_files.image_folder(tmp_path, 4, 0.4)
     Image.new("I;16", (4, 4)).save(tmp_path / "0.png")
-    with pytest.raises(ValueError, match="0.png: pixels of the kind I;16"):
+    with pytest.raises(ValueError, match="0.png: pixel mode I;16"):
         image_files.image_folder(tmp_path, 4, 0.4)
     write_folder(tmp_path / "inside", 1, (0, 0, 0))
-    with pytest.raises(ValueError, match="pictures beside folders"):
+    with pytest.raises(ValueError, match="images beside folders"):
         image_files.image_folder(tmp_path, 4)
 
 

@@ -1,4 +1,4 @@
-"""Pictures: original files that the test writes, order of batches, what is refused."""
+"""Images: original files that the test writes, order of batches, what is refused."""
 
 import gzip
 import pickle
@@ -163,7 +163,7 @@ def test_parts_of_the_digits(tmp_path, count, sizes):
     order = np.random.default_rng(0).permutation(count)
     parts = images.digit_parts(tmp_path)
     assert tuple(len(x.label) for x in parts) == sizes
-    assert parts.reward is parts[1] and parts.judge is parts[2]
+    assert parts.reward is parts[1] and parts.held_out is parts[2]
     for found in (parts, images.digit_halves(tmp_path)):
         label = np.concatenate([x.label for x in found])
         image = np.concatenate([x.image for x in found])

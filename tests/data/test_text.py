@@ -130,7 +130,7 @@ def test_malformed_shards(tmp_path):
     text.write_shard(path, np.arange(100))
     path.write_bytes(path.read_bytes()[:-2])
     with pytest.raises(
-        ValueError, match="cut off, header says 100 tokens, file has 99"
+        ValueError, match="truncated shard, header says 100 tokens, file has 99"
     ):
         text.read_shard(path)
     header = np.zeros(256, "<i4")
