@@ -11,13 +11,21 @@ from jaxpapers import hlo
 from jaxpapers import mesh as meshes
 from jaxpapers.nets import embedding
 from jaxpapers.ops import rows
+from tests.programs import together
 
 V, D, B, T = 64, 4, 8, 3
-IDS = jax.random.randint(jax.random.key(1), (B, T), 0, V).at[0].set(0).at[1, 0].set(-5)
-IDS = IDS.at[1, 1].set(V).at[2].set(7).at[3, 0].set(rows.FILL)
-TABLE = embedding.normal(jax.random.key(0), V, D, 1.0)
-OUT = jax.random.normal(jax.random.key(2), (B, T, D))
-MESHES = [(2, 1), (1, 2), (8, 1), (4, 2), (2, 4), (1, 8)]
+RNG = np.random.default_rng(0)
+IDS = RNG.integers(0, V, (B, T)).astype(np.int32)
+IDS[0], IDS[1, :2], IDS[2], IDS[3, 0] = 0, (-5, V), 7, rows.FILL
+# As embedding.normal: the padding's row is zero.
+TABLE = RNG.normal(size=(V, D)).astype(np.float32)
+TABLE[0] = 0
+OUT = RNG.normal(size=(B, T, D)).astype(np.float32)
+# The rows that are read, and the sum of the cotangents of each.
+REAL = np.where((IDS < 0) | (IDS >= V), embedding.OOV, IDS)
+HOT = np.eye(V, dtype=np.float32)[REAL] * (REAL != 0)[..., None]
+FOUND, GRAD = HOT @ TABLE, np.einsum("btv,btd->vd", HOT, OUT)
+matrix = pytest.mark.matrix
 
 
 def grid(sizes):
@@ -30,39 +38,52 @@ def value(table, ids):
 
 
 def test_lookup_is_the_one_hot_product():
-    ids = jnp.where((IDS < 0) | (IDS >= V), embedding.OOV, IDS)
-    hot = jax.nn.one_hot(ids, V) * (ids != 0)[..., None]
-    found = embedding.lookup(TABLE, IDS)
-    np.testing.assert_allclose(found, hot @ TABLE, rtol=1e-6)
-    grad = jax.grad(value)(TABLE, IDS)
-    expected = jnp.einsum("btv,btd->vd", hot, OUT)
-    np.testing.assert_allclose(grad, expected, rtol=1e-5, atol=1e-6)
-    assert not np.asarray(grad[0]).any() and np.asarray(grad[1]).any()
+    def f(table, ids):
+        five = table.at[0].set(5.0)
+        zero = embedding.lookup(five, jnp.zeros((2, 2), int))
+        drawn = embedding.normal(jax.random.key(0), V, D, 1.0)
+        return (
+            embedding.lookup(table, ids), jax.grad(value)(table, ids), zero, drawn
+        )  # fmt: skip
+
+    found, grad, zero, drawn = together(f, TABLE, IDS)
+    np.testing.assert_allclose(found, FOUND, rtol=1e-6)
+    np.testing.assert_allclose(grad, GRAD, rtol=1e-5, atol=1e-6)
+    assert not grad[0].any() and grad[1].any()
+    assert not zero.any()  # Padding reads zero even if its row is not.
+    assert drawn.shape == (V, D) and abs(drawn[1:].std() - 1) < 0.2
+    assert not drawn[0].any()
 
 
-def test_padding_reads_zero_even_if_its_row_is_not():
-    table = TABLE.at[0].set(5.0)
-    assert not np.asarray(embedding.lookup(table, jnp.zeros((2, 2), int))).any()
-
-
-@pytest.mark.parametrize("sizes", MESHES, ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [(4, 2), *(pytest.param(m, marks=matrix)
+               for m in ((2, 1), (1, 2), (8, 1), (2, 4), (1, 8)))],
+    ids=str,
+)  # fmt: skip
 def test_split_tables_read_and_learn_the_same(sizes):
     mesh = grid(sizes)
-    expected = embedding.lookup(TABLE, IDS), jax.grad(value)(TABLE, IDS)
+
+    def f(table, ids):
+        found, grad = embedding.lookup(table, ids), jax.grad(value)(table, ids)
+        return found, grad, embedding.lookup(table, jnp.asarray(IDS[:3]))
+
     with jax.set_mesh(mesh):
         table = jax.device_put(TABLE, NamedSharding(mesh, P("model", None)))
         ids = jax.device_put(IDS, NamedSharding(mesh, P("data", None)))
-        found = jax.jit(embedding.lookup)(table, ids)
-        grad = jax.jit(jax.grad(value))(table, ids)
-        odd = jax.jit(embedding.lookup)(table, IDS[:3])
-    np.testing.assert_array_equal(found, expected[0])
-    np.testing.assert_allclose(grad, expected[1], rtol=1e-6, atol=1e-6)
-    np.testing.assert_array_equal(odd, expected[0][:3])
+        found, grad, odd = jax.jit(f)(table, ids)
+    np.testing.assert_array_equal(found, FOUND)
+    np.testing.assert_allclose(grad, GRAD, rtol=1e-6, atol=1e-6)
+    np.testing.assert_array_equal(odd, FOUND[:3])
     assert found.sharding.is_equivalent_to(NamedSharding(mesh, P("data")), 3)
     assert grad.sharding.is_equivalent_to(table.sharding, 2)
 
 
-@pytest.mark.parametrize("sizes", [(8, 1), (4, 2), (2, 4), (1, 8)], ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [(4, 2), *(pytest.param(m, marks=matrix) for m in ((8, 1), (2, 4), (1, 8)))],
+    ids=str,
+)
 def test_no_collective_is_as_large_as_the_table(sizes):
     """Forward and backward move the batch's ids, rows and cotangents, nothing else."""
     mesh = grid(sizes)
@@ -87,30 +108,32 @@ def test_no_collective_is_as_large_as_the_table(sizes):
 
 
 def test_rows_of_a_batch_read_as_the_whole_table():
-    found = rows.unique(IDS, V)
-    some = rows.Rows(found, rows.take(TABLE, found))
-    np.testing.assert_array_equal(
-        embedding.lookup(some, IDS), embedding.lookup(TABLE, IDS)
-    )
+    def f(table, ids):
+        found = rows.unique(ids, V)
+        some = rows.Rows(found, rows.take(table, found))
 
-    def loss(values):
-        return value(rows.Rows(found, values), IDS)
+        def loss(values):
+            return value(rows.Rows(found, values), ids)
 
-    grad = rows.add(jnp.zeros_like(TABLE), found, jax.grad(loss)(some.values))
-    np.testing.assert_allclose(grad, jax.grad(value)(TABLE, IDS), rtol=1e-5, atol=1e-6)
-    # Without the out-of-vocabulary row an unknown id is zero, not a neighbour.
-    few = rows.unique(jnp.array([3, 9]), V)
-    some = rows.Rows(few, rows.take(TABLE, few))
-    assert not np.asarray(embedding.lookup(some, jnp.array([4, 63, 2, 0]))).any()
-    np.testing.assert_array_equal(
-        embedding.lookup(some, jnp.array([3, 9])), TABLE[jnp.array([3, 9])]
-    )
+        grad = rows.add(jnp.zeros_like(table), found, jax.grad(loss)(some.values))
+        # Without the out-of-vocabulary row an unknown id is zero, not a neighbour.
+        few = rows.unique(jnp.array([3, 9]), V)
+        few = rows.Rows(few, rows.take(table, few))
+        unknown = embedding.lookup(few, jnp.array([4, 63, 2, 0]))
+        known = embedding.lookup(few, jnp.array([3, 9]))
+        return embedding.lookup(some, ids), grad, unknown, known
+
+    found, grad, unknown, known = together(f, TABLE, IDS)
+    np.testing.assert_array_equal(found, FOUND)
+    np.testing.assert_allclose(grad, GRAD, rtol=1e-5, atol=1e-6)
+    assert not unknown.any()
+    np.testing.assert_array_equal(known, TABLE[[3, 9]])
 
 
 @pytest.mark.parametrize("vocab", [V, 10_000])
 def test_unique_ids_are_static_in_number_and_exact(vocab):
-    ids = jnp.concatenate([IDS.reshape(-1), jnp.array([vocab - 1, 0])])
-    found = np.asarray(rows.unique(ids, vocab))
+    ids = np.concatenate([IDS.reshape(-1), [vocab - 1, 0]]).astype(np.int32)
+    found = together(lambda ids: rows.unique(ids, vocab), ids)
     assert found.shape == (min(vocab, ids.size),)
     real = np.where((ids < 0) | (ids >= vocab), 1, ids)
     expected = np.unique(real[real > 0])
@@ -119,14 +142,18 @@ def test_unique_ids_are_static_in_number_and_exact(vocab):
 
 
 def test_hash_is_stable_and_spreads():
-    ids = jnp.arange(1, 20_001)
-    found = np.asarray(embedding.hash_ids(ids, 100))
+    def f(ids):
+        zeros = embedding.hash_ids(jnp.zeros(3, int), 100)
+        return (
+            embedding.hash_ids(ids, 100), embedding.hash_ids(ids, 100, seed=1), zeros
+        )  # fmt: skip
+
+    found, other, zeros = together(f, np.arange(1, 20_001))
     assert found.min() == 2 and found.max() == 101
     counts = np.bincount(found)[2:]
     assert abs(counts - 200).max() < 5 * np.sqrt(200)
-    other = np.asarray(embedding.hash_ids(ids, 100, seed=1))
     assert 0.005 < (found == other).mean() < 0.02
-    assert np.asarray(embedding.hash_ids(jnp.zeros(3, int), 100)).tolist() == [0, 0, 0]
+    assert zeros.tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize(
@@ -134,7 +161,7 @@ def test_hash_is_stable_and_spreads():
     [
         (lambda: embedding.padded_rows(1), "vocab >= 2"),
         (lambda: embedding.padded_rows(5, 0), "multiple >= 1"),
-        (lambda: embedding.hash_ids(IDS, 0), "buckets"),
+        (lambda: embedding.hash_ids(jnp.asarray(IDS), 0), "buckets"),
     ],
 )
 def test_errors(call, message):

@@ -9,19 +9,19 @@ from jaxpapers.nets.critic import ConvCritic
 from jaxpapers.nets.denoiser import StepMLP
 from jaxpapers.nets.lora import lora_apply, lora_count, lora_init
 from jaxpapers.nets.transformer import Transformer
+from tests.programs import KEY, params_like, together
 
-X = jax.random.normal(jax.random.key(1), (3, 5))
-STEP = jnp.array([0, 1, 1])
+X = np.random.default_rng(1).normal(size=(3, 5)).astype(np.float32)
+STEP = np.array([0, 1, 1])
 NET = StepMLP((6, 7), outputs=4, steps=2)
-PARAMS = NET.init(jax.random.key(0), X, STEP)["params"]
+PARAMS = params_like(NET.init, KEY, X, STEP)["params"]
 
 
-def noise(adapters, seed=3):
-    """Adapters whose ``up`` has moved."""
-    leaves, tree = jax.tree.flatten(adapters)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    drawn = [0.3 * jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves)]
-    return jax.tree.unflatten(tree, drawn)
+def moved(params, *args, **options):
+    """Adapters of which ``up`` is not zero."""
+    return params_like(
+        lambda key: lora_init(key, params, *args, **options), KEY, seed=3
+    )
 
 
 def paths(tree):
@@ -36,7 +36,10 @@ def equal(a, b):
 
 
 def test_they_mirror_the_matched_leaves(key):
-    adapters = lora_init(key, PARAMS, 2, r"layer_[02]/kernel")
+    def init(*args):
+        return jax.eval_shape(lambda key: lora_init(key, PARAMS, *args), key)
+
+    adapters = init(2, r"layer_[02]/kernel")
     assert paths(adapters) == {
         f"layer_{i}/kernel/{name}" for i in (0, 2) for name in ("down", "up")
     }
@@ -44,110 +47,118 @@ def test_they_mirror_the_matched_leaves(key):
     assert adapters["layer_2"]["kernel"]["up"].shape == (2, 4)
     assert lora_count(adapters) == 2 * (5 + 6) + 2 * (7 + 4)
     # A regular expression that meets vectors too leaves them out.
-    assert paths(lora_init(key, PARAMS, 2, "layer_0/(kernel|bias)")) == {
+    assert paths(init(2, "layer_0/(kernel|bias)")) == {
         "layer_0/kernel/down", "layer_0/kernel/up",
     }  # fmt: skip
 
 
 def test_bit_identical_at_the_start(key):
-    adapters = lora_init(key, PARAMS, 2)
-    applied = lora_apply(PARAMS, adapters, 17.0)
+    def f(key, params):
+        applied = lora_apply(params, lora_init(key, params, 2), 17.0)
+        x, step = jnp.asarray(X), jnp.asarray(STEP)
+        outputs = [NET.apply({"params": p}, x, step) for p in (applied, params)]
+        return applied, outputs
+
+    applied, outputs = together(f, key, PARAMS)
     assert jax.tree.structure(applied) == jax.tree.structure(PARAMS)
     assert equal(applied, PARAMS)
-    np.testing.assert_array_equal(
-        NET.apply({"params": applied}, X, STEP), NET.apply({"params": PARAMS}, X, STEP)
-    )
+    np.testing.assert_array_equal(*outputs)
 
 
 def test_down_is_normal_with_deviation_one_over_rank(key):
-    params = {
-        "a": {"kernel": jnp.ones((500, 400))},
-        "b": {"kernel": jnp.ones((500, 400))},
-    }
-    adapters = lora_init(key, params, 40)
+    kernel = np.ones((500, 400), np.float32)
+    params = {"a": {"kernel": kernel}, "b": {"kernel": kernel}}
+
+    def f(key):
+        return lora_init(key, params, 40), lora_init(
+            key, dict(reversed(params.items())), 40
+        )
+
+    adapters, again = together(f, key)
     first, second = (adapters[n]["kernel"]["down"] for n in "ab")
     assert float(first.std()) == pytest.approx(1 / 40, rel=4 / (2 * 20_000) ** 0.5)
     assert abs(np.corrcoef(first.ravel(), second.ravel())[0, 1]) < 4 / 20_000**0.5
-    assert not np.array(adapters["a"]["kernel"]["up"]).any()
-    again = lora_init(key, dict(reversed(params.items())), 40)
+    assert not adapters["a"]["kernel"]["up"].any()
     assert equal(adapters, again)
 
 
-def test_applied_equals_a_side_branch(key):
+def test_applied_equals_a_side_branch():
     """y = x W + s (x down) up, the form in which adapters run beside a frozen net."""
-    adapters = noise(lora_init(key, PARAMS, 2, "layer_0/kernel"))
-    pair = jax.tree.map(np.asarray, adapters["layer_0"]["kernel"])
-    layer = jax.tree.map(np.asarray, PARAMS["layer_0"])
-    applied = lora_apply(PARAMS, adapters, 0.5)
+    adapters = moved(PARAMS, 2, "layer_0/kernel")
+    pair, layer = adapters["layer_0"]["kernel"], PARAMS["layer_0"]
+    applied = together(lambda p, a: lora_apply(p, a, 0.5), PARAMS, adapters)
     merged = X @ applied["layer_0"]["kernel"]
     beside = X @ layer["kernel"] + 0.5 * (X @ pair["down"]) @ pair["up"]
     np.testing.assert_allclose(merged, beside, rtol=1e-5, atol=1e-6)
-    change = np.asarray(applied["layer_0"]["kernel"]) - layer["kernel"]
+    change = applied["layer_0"]["kernel"] - layer["kernel"]
     assert np.linalg.matrix_rank(change, tol=1e-5) == 2
     for name in ("bias", "scale"):
         np.testing.assert_array_equal(applied["layer_0"][name], layer[name])
     assert equal(applied["layer_1"], PARAMS["layer_1"])
 
 
-def test_convolutions_are_matrices_of_patches(key):
-    net, x = ConvCritic((4,)), jax.random.normal(key, (2, 8, 8, 3))
-    params = net.init(key, x)["params"]
-    adapters = noise(lora_init(key, params, 2, "layer_0/kernel"))
+def test_convolutions_are_matrices_of_patches():
+    x = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
+    params = params_like(ConvCritic((4,)).init, KEY, x)["params"]
+    adapters = moved(params, 2, "layer_0/kernel")
     pair = adapters["layer_0"]["kernel"]
     assert pair["down"].shape == (4 * 4 * 3, 2) and pair["up"].shape == (2, 4)
-    applied = lora_apply(params, adapters)["layer_0"]["kernel"]
+    applied = together(lora_apply, params, adapters)["layer_0"]["kernel"]
     change = np.einsum("hwir,ro->hwio", pair["down"].reshape(4, 4, 3, 2), pair["up"])
     expected = params["layer_0"]["kernel"] + change
     np.testing.assert_allclose(applied, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_the_gradient_reaches_up_first_and_down_after(key):
-    adapters = lora_init(key, PARAMS, 2)
-
-    @jax.jit
-    def grad(adapters):
+    def grad(params, adapters):
         def loss(adapters):
-            y = NET.apply({"params": lora_apply(PARAMS, adapters)}, X, STEP)
+            x, step = jnp.asarray(X), jnp.asarray(STEP)
+            y = NET.apply({"params": lora_apply(params, adapters)}, x, step)
             return jnp.square(y - 1).mean()
 
         return jax.grad(loss)(adapters)
 
-    first = grad(adapters)
+    def steps(key, params):
+        adapters = lora_init(key, params, 2)
+        first = grad(params, adapters)
+        stepped = jax.tree.map(lambda a, g: a - 0.1 * g, adapters, first)
+        return first, grad(params, stepped)
+
+    first, second = together(steps, key, PARAMS)
     for layer in first.values():
-        assert not jnp.any(layer["kernel"]["down"])
-        assert jnp.any(layer["kernel"]["up"])
-    moved = jax.tree.map(lambda a, g: a - 0.1 * g, adapters, first)
-    assert all(jnp.any(layer["kernel"]["down"]) for layer in grad(moved).values())
+        assert not layer["kernel"]["down"].any()
+        assert layer["kernel"]["up"].any()
+    assert all(layer["kernel"]["down"].any() for layer in second.values())
 
 
-def test_stacked_layers_have_adapters_of_their_own(key):
+def test_stacked_layers_have_adapters_of_their_own():
     net = Transformer(vocab_size=11, width=8, layers=3, heads=2, hidden=12)
-    tokens = jnp.zeros((1, 4), jnp.int32)
-    shapes = jax.eval_shape(net.init, key, tokens)["params"]
+    tokens = jax.ShapeDtypeStruct((1, 4), jnp.int32)
+    params = params_like(net.init, KEY, tokens)["params"]
     query = r"attention/query/kernel"
-    adapters = lora_init(key, shapes, 2, query, stacked="^layers/")
+    adapters = moved(params, 2, query, stacked="^layers/")
     pair = adapters["layers"]["attention"]["query"]["kernel"]
     assert pair["down"].shape == (3, 8, 2) and pair["up"].shape == (3, 2, 8)
-    params = jax.tree.map(lambda s: jnp.ones(s.shape, s.dtype), shapes)
-    moved = noise(adapters)
-    applied = lora_apply(params, moved, 2.0)["layers"]["attention"]["query"]["kernel"]
-    pair = moved["layers"]["attention"]["query"]["kernel"]
+    applied = together(lambda p, a: lora_apply(p, a, 2.0), params, adapters)
+    applied, kernel = (
+        x["layers"]["attention"]["query"]["kernel"] for x in (applied, params)
+    )
     for layer in range(3):
-        expected = 1 + 2 * pair["down"][layer] @ pair["up"][layer]
+        expected = kernel[layer] + 2 * pair["down"][layer] @ pair["up"][layer]
         np.testing.assert_allclose(applied[layer], expected, rtol=1e-5, atol=1e-6)
     # Not stacked, the layers are rows of one matrix.
-    flat = lora_init(key, shapes, 2, query)["layers"]["attention"]["query"]["kernel"]
+    flat = moved(params, 2, query)["layers"]["attention"]["query"]["kernel"]
     assert flat["down"].shape == (24, 2)
 
 
-def test_half_precision_rounds_once(key):
-    params = {"kernel": jax.random.normal(key, (6, 4)).astype(jnp.bfloat16)}
-    adapters = noise(lora_init(key, params, 2))
+def test_half_precision_rounds_once():
+    kernel = np.random.default_rng(0).normal(size=(6, 4)).astype(jnp.bfloat16)
+    adapters = moved({"kernel": kernel}, 2)
     pair = jax.tree.map(lambda a: np.asarray(a, np.float32), adapters["kernel"])
-    exact = np.asarray(params["kernel"], np.float32) + pair["down"] @ pair["up"]
-    applied = lora_apply(params, adapters)["kernel"]
+    exact = np.asarray(kernel, np.float32) + pair["down"] @ pair["up"]
+    applied = together(lora_apply, {"kernel": kernel}, adapters)["kernel"]
     assert applied.dtype == jnp.bfloat16
-    np.testing.assert_array_equal(applied, jnp.asarray(exact).astype(jnp.bfloat16))
+    np.testing.assert_array_equal(applied, exact.astype(jnp.bfloat16))
 
 
 @pytest.mark.parametrize(
@@ -177,13 +188,13 @@ def test_init_refuses(key, rank, options, message):
 def test_apply_refuses(adapters, message):
     ((layer, leaves),) = adapters.items()
     ((name, (fan_in, fan_out)),) = leaves.items()
-    pair = {"down": jnp.ones((fan_in, 2)), "up": jnp.ones((2, fan_out))}
+    pair = {"down": np.ones((fan_in, 2)), "up": np.ones((2, fan_out))}
     with pytest.raises(ValueError, match=message):
         lora_apply(PARAMS, {layer: {name: pair}})
 
 
 def test_apply_refuses_parts_that_do_not_meet():
-    down, up = jnp.ones((5, 2)), jnp.ones((3, 6))
+    down, up = np.ones((5, 2)), np.ones((3, 6))
     with pytest.raises(ValueError, match="do not fit its shape"):
         lora_apply(PARAMS, {"layer_0": {"kernel": {"down": down, "up": up}}})
     with pytest.raises(ValueError, match=r"adapters \['down'\] at 'layer_0/kernel'"):
