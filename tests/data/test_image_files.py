@@ -246,7 +246,9 @@ def test_image_folder_refuses(tmp_path):
         image_files.image_folder(tmp_path, 4)
     write_folder(tmp_path, 3, (0, 0, 0))
     for share in (0.0, 0.1, 1.0):
-        with pytest.raises(ValueError, match=f"of 3 images in both splits, got {share}"):
+        with pytest.raises(
+            ValueError, match=f"of 3 images in both splits, got {share}"
+        ):
             image_files.image_folder(tmp_path, 4, share)
     whole = (tmp_path / "0.png").read_bytes()
     (tmp_path / "0.png").write_bytes(whole[: len(whole) // 2])
