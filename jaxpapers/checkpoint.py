@@ -1,8 +1,9 @@
 """Checkpoints over orbax: state, data position and config, on any mesh.
 
-Order of preference when a run starts: the latest checkpoint in its own workdir, then
-``config.train.init_from`` (parameters only), then a fresh init. A checkpoint is written
-beside the last one and renamed when complete, so a kill while writing loses nothing.
+A run starts from the latest checkpoint in its workdir, else from
+``config.train.init_from`` (parameters only), else from initialisation. Checkpoints are
+written to a temporary folder and renamed when complete, so an interrupted write loses
+nothing.
 """
 
 import functools
@@ -24,7 +25,7 @@ ITEMS = ("state", "data", "config")
 def open_manager(
     directory: str | Path, *, keep: int = 2, read_only: bool = False
 ) -> ocp.CheckpointManager:
-    """Manager of ``directory``; keeps the last ``keep`` checkpoints."""
+    """Orbax manager of a folder; keeps the last ``keep`` checkpoints."""
     logging.getLogger("absl").setLevel(logging.ERROR)
     return ocp.CheckpointManager(
         Path(directory).expanduser().resolve(),
@@ -38,13 +39,13 @@ def open_manager(
 def save(
     manager: ocp.CheckpointManager, state: Any, position: int, config: dict
 ) -> None:
-    """Saves in the background after copying the state off the devices.
+    """Saves a checkpoint asynchronously, after copying the state to the host.
 
     Args:
       manager: of ``open_manager``.
-      state: State; its step names the checkpoint. Saving a step twice does nothing.
+      state: State; its step names the checkpoint. An existing step is skipped.
       position: global index of the next training example.
-      config: resolved config, plain values.
+      config: resolved config of plain values.
     """
     step = int(state.step)
     if step in manager.all_steps():
@@ -67,18 +68,18 @@ def restore(
     *,
     resize: Callable | None = None,
 ) -> tuple[Any, int]:
-    """State and data position of a checkpoint, laid out as ``target`` says.
+    """State and data position of a checkpoint, with the shardings of ``target``.
 
     Args:
       manager: of ``open_manager``.
-      target: State of ShapeDtypeStruct with shardings; any mesh.
-      step: default the latest.
-      resize: (state, target) -> state of the target's shapes, for leaves that were
-        stored with others; raises ValueError for those that it cannot change.
+      target: State of ShapeDtypeStruct with shardings, on any mesh.
+      step: None: the latest.
+      resize: (state, target) -> state of the target's shapes, for leaves that are stored
+        with other shapes; raises ValueError for shapes that it cannot convert.
 
     Raises:
-      FileNotFoundError: no checkpoint there.
-      ValueError: its leaves are not those of ``target``; names the first difference.
+      FileNotFoundError: no checkpoint.
+      ValueError: leaves that differ from ``target``; names the first.
     """
     step = _step(manager, step)
     stored = _as_stored(manager, step, target) if resize else target
@@ -89,7 +90,7 @@ def restore(
         except ValueError:
             after = None
         if after is None or _forms(after) != _forms(target):
-            stored = target  # The comparison below says what differs.
+            stored = target  # _check_match names the difference.
     _check_match(manager, step, stored)
     restored = manager.restore(
         step,
@@ -106,7 +107,7 @@ def restore(
 
 
 def latest_step(directory: str | Path) -> int | None:
-    """Step of the latest complete checkpoint in a folder; None if there is none."""
+    """Step of the latest complete checkpoint in a folder; None without one."""
     if not Path(directory).is_dir():
         return None
     with open_manager(directory, read_only=True) as manager:
@@ -114,14 +115,14 @@ def latest_step(directory: str | Path) -> int | None:
 
 
 def read_config(manager: ocp.CheckpointManager, step: int | None = None) -> dict:
-    """The resolved config that a checkpoint was written with."""
+    """The resolved config in a checkpoint."""
     step = _step(manager, step)
     items = ocp.args.Composite(config=ocp.args.JsonRestore())
     return manager.restore(step, args=items)["config"]
 
 
 def restore_params(directory: str | Path, target: Any) -> Any:
-    """Parameters of the latest checkpoint in ``directory``, laid out as ``target``.
+    """Parameters of the latest checkpoint in a folder, with the shardings of ``target``.
 
     Raises:
       FileNotFoundError, ValueError: as ``restore``.
@@ -130,16 +131,16 @@ def restore_params(directory: str | Path, target: Any) -> Any:
 
 
 def restore_parts(directory: str | Path, targets: dict[str, Any]) -> dict[str, Any]:
-    """Fields of the State in the latest checkpoint of ``directory``.
+    """Some fields of the State in the latest checkpoint of a folder.
 
     Args:
       directory: workdir or checkpoint folder.
-      targets: name of the field -> ShapeDtypeStructs with shardings.
+      targets: field -> ShapeDtypeStructs with shardings.
 
     Raises:
       FileNotFoundError, ValueError: as ``restore``.
     """
-    # A field without leaves is not stored.
+    # Orbax does not store a field without leaves.
     stored = {k: v for k, v in targets.items() if jax.tree.leaves(v)}
     with open_manager(_folder(directory), read_only=True) as manager:
         step = _step(manager, None)
@@ -180,7 +181,7 @@ def _step(manager: ocp.CheckpointManager, step: int | None) -> int:
 
 
 def _as_stored(manager, step: int, target: Any) -> Any:
-    """``target`` with the shapes of the stored leaves, sharded as far as they allow."""
+    """``target`` with the stored shapes, sharded where the mesh divides them."""
     forms = _stored_forms(manager, step)
 
     def leaf(path, x):
@@ -188,7 +189,7 @@ def _as_stored(manager, step: int, target: Any) -> Any:
         shape, _ = forms.get(path_name(path), (x.shape, None))
         if is_key or shape == x.shape:
             return x
-        # What may differ is the size of an axis, or an axis in front of the others.
+        # The size of an axis may differ, or a leading axis may be missing or added.
         mesh, spec = x.sharding.mesh, tuple(x.sharding.spec)
         spec += (None,) * (len(x.shape) - len(spec))
         spec = ((None,) * len(shape) + spec)[-len(shape) :]
@@ -207,13 +208,13 @@ def _parts(mesh, entry: Any) -> int:
 
 
 def _stored_forms(manager, step: int) -> dict[str, tuple[tuple[int, ...], str]]:
-    # Not manager.item_metadata: it knows nothing of items that it has not written.
+    # manager.item_metadata has only items that this manager wrote.
     reader = ocp.PyTreeCheckpointHandler()
     return _forms(reader.metadata(manager.directory / str(step) / "state").tree)
 
 
 def _check_match(manager, step: int, target: Any, prefix: str = "") -> None:
-    """Compares leaves with the stored metadata before orbax reads anything."""
+    """Compares leaves with the stored metadata before orbax reads arrays."""
     stored = _stored_forms(manager, step)
     if prefix:
         stored = {k[len(prefix) + 1 :]: v for k, v in stored.items()
@@ -222,26 +223,26 @@ def _check_match(manager, step: int, target: Any, prefix: str = "") -> None:
     for name, form in expected.items():
         if name not in stored:
             raise ValueError(
-                f"checkpoint {manager.directory}/{step} has no leaf {name!r}, which this "
-                "config has; use the config that wrote it, or another --workdir"
+                f"checkpoint {manager.directory}/{step} has no leaf {name!r} of this "
+                "config; use the config that wrote it, or another --workdir"
             )
-        for what, found, wanted in zip(("shape", "dtype"), stored[name], form):
-            if found != wanted:
+        for what, actual, required in zip(("shape", "dtype"), stored[name], form):
+            if actual != required:
                 raise ValueError(
                     f"checkpoint {manager.directory}/{step}: leaf {name!r} has {what} "
-                    f"{found}, this config expects {wanted}; use the config that wrote "
-                    "it (config.json beside it), or another --workdir"
+                    f"{actual}, this config expects {required}; use the config that "
+                    "wrote it (config.json beside it), or another --workdir"
                 )
     extra = sorted(set(stored) - set(expected))
     if extra:
         raise ValueError(
             f"checkpoint {manager.directory}/{step} has a leaf {extra[0]!r} that this "
-            "config has not; use the config that wrote it, or another --workdir"
+            "config lacks; use the config that wrote it, or another --workdir"
         )
 
 
 def _forms(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Path -> (shape, dtype). Stored trees are dicts and lists: names compare as text."""
+    """Path -> (shape, dtype). Paths are text, since stored trees are dicts and lists."""
 
     def form(leaf: Any) -> tuple[tuple[int, ...], str]:
         if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):

@@ -1,9 +1,8 @@
-"""The collectives of a compiled program, read from its text.
+"""Collectives of a compiled program, parsed from its HLO text.
 
-``jax.jit(f).lower(...).compile().as_text()`` is what the compiler made of a program,
-after it inserted and combined collectives. Here each becomes a ``Collective`` with the
-mesh axes it runs over and the bytes that a device sends for it in a ring. Loops count as
-often as they run.
+The text, ``jax.jit(f).lower(...).compile().as_text()``, has the collectives that the
+compiler inserted and combined. Each becomes a ``Collective`` with its mesh axes and the
+bytes that a device sends in a ring, counted once per iteration of its loops.
 """
 
 import itertools
@@ -40,15 +39,15 @@ class Collective(NamedTuple):
     """One collective instruction.
 
     Attributes:
-      kind: of ``KINDS``.
-      axes: names of the mesh axes it runs over; None if its groups are no such axes.
-      group: devices in a group.
-      result_bytes: of its results on one device.
-      wire_bytes: that a device sends in a ring, one time.
-      elements: of its largest result.
-      matrix: of the last two axes of its largest result.
-      count: how often the program runs it.
-      op_name: the compiler's note of where it comes from.
+      kind: one of ``KINDS``.
+      axes: mesh axes it runs over; None if its groups are not those of axes.
+      group: number of devices in a group.
+      result_bytes: of the results on a device.
+      wire_bytes: that a device sends in a ring, per execution.
+      elements: of the largest result.
+      matrix: elements of the last two axes of the largest result.
+      count: number of executions.
+      op_name: the compiler's metadata of its origin.
     """
 
     kind: str
@@ -67,52 +66,52 @@ def collectives(text: str, mesh: Any = None) -> list[Collective]:
 
     Args:
       text: ``compiled.as_text()``.
-      mesh: Mesh or AbstractMesh of the program, to name the axes; its devices in order
-        are the program's partitions.
+      mesh: Mesh or AbstractMesh of the program, for the names of axes; its devices are
+        the program's partitions, in order.
 
     Raises:
-      ValueError: the text is no HLO module, or has groups in a form not known here.
+      ValueError: not the text of an HLO module, or an unknown form of replica groups.
     """
     bodies, entry = _computations(text)
     if entry is None:
-        raise ValueError("no HLO module: expected compiled.as_text()")
+        raise ValueError("not an HLO module: expected compiled.as_text()")
     names = {} if mesh is None else _groups_of_axes(mesh)
     header = re.search(r"num_partitions=(\d+)", text[: text.find("\n")])
     partitions = int(header.group(1)) if header else 1
-    found, chains = [], set()
+    result, chains = [], set()
     for name, count in _runs(bodies, entry):
         for line in bodies[name]:
             item = _parse(line, name, count, names, partitions)
             if item is None or item.group == 1:
                 continue
-            # TPUs cut one collective into a chain of fusions, each of which shows it.
+            # On TPUs one collective can be a chain of fusions, each of which has it.
             chain = _CHAIN.search(line)
             if chain and chain.groups() in chains:
                 continue
             if chain:
                 chains.add(chain.groups())
-            found.append(item)
-    return found
+            result.append(item)
+    return result
 
 
 def wire_bytes(
-    found: list[Collective],
+    collectives: list[Collective],
 ) -> dict[tuple[str, tuple[str, ...] | None], float]:
-    """Bytes that a device sends, by (kind, axes)."""
+    """Total bytes that a device sends, by (kind, axes)."""
     total: dict[tuple[str, tuple[str, ...] | None], float] = {}
-    for c in found:
+    for c in collectives:
         key = (c.kind, c.axes)
         total[key] = total.get(key, 0.0) + c.wire_bytes * c.count
     return total
 
 
 def ring_bytes(kind: str, size: int | float, group: int) -> float:
-    """Bytes that each of ``group`` devices sends in a ring.
+    """Bytes that each of ``group`` devices sends in a ring algorithm.
 
     Args:
-      kind: of ``KINDS``.
-      size: bytes on one device: of the result, for ``reduce-scatter`` of the operand.
-      group: devices.
+      kind: one of ``KINDS``.
+      size: bytes on a device, of the result or, for ``reduce-scatter``, of the operand.
+      group: number of devices.
 
     Example:
       >>> ring_bytes("all-reduce", 1024, 4), ring_bytes("all-gather", 1024, 4)
@@ -139,7 +138,7 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str | None]:
 
 
 def _runs(bodies: dict[str, list[str]], entry: str) -> Iterator[tuple[str, int]]:
-    """(computation, how often it runs), once for every place that calls it."""
+    """(computation, number of executions), once per call site."""
     pending = [(entry, 1)]
     while pending:
         name, count = pending.pop()
@@ -153,14 +152,14 @@ def _runs(bodies: dict[str, list[str]], entry: str) -> Iterator[tuple[str, int]]
 
 
 def _trips(line: str, bodies: dict[str, list[str]]) -> int:
-    """How often a while instruction runs its body; 1 for others, or if nothing tells.
+    """Trip count of a while instruction; 1 for other instructions and where unknown.
 
-    TPU programs do not say it: the loops of ``lax.scan`` count from 0 to the constant
-    that their condition compares with, and nothing else.
+    TPU programs have no annotated trip count: the condition of a ``lax.scan`` compares
+    its counter, which starts at 0, with one constant.
     """
-    known = _TRIPS.search(line)
-    if known:
-        return int(known.group(1))
+    annotated = _TRIPS.search(line)
+    if annotated:
+        return int(annotated.group(1))
     loop = _CONDITION.search(line)
     condition = bodies.get(loop.group(1), []) if loop else []
     bounds = [b.group(1) for b in map(_BOUND.search, condition) if b]
@@ -177,14 +176,14 @@ def _parse(
     results, kind, start = match.groups()
     shapes = [(_size_of(d), _numbers(dims)) for d, dims in _TYPE.findall(results)]
     if start and kind != "all-reduce":
-        # (operands..., results...) and for permutes two context words.
+        # (operands..., results...), for permutes with two context words.
         shapes = (
             shapes[1:2] if kind == "collective-permute" else shapes[len(shapes) // 2 :]
         )
     groups = _replica_groups(line, kind, partitions)
     group = max((len(g) for g in groups), default=1)
     result = float(sum(size * math.prod(dims) for size, dims in shapes))
-    # TPUs run a reduce-scatter as a fusion of an all-reduce with a slice.
+    # TPUs implement a reduce-scatter as a fusion of an all-reduce and a slice.
     if kind == "all-reduce" and "all-reduce-scatter" in computation:
         kind, wire = "reduce-scatter", ring_bytes("reduce-scatter", result, group)
     elif kind == "reduce-scatter":
@@ -242,23 +241,23 @@ def _numbers(text: str | None) -> list[int]:
 
 
 def _named_groups(sizes: str, dims, order, axes: str) -> Groups:
-    """mesh['a'=2,'b'=4] {'b'}, a part of an axis as 'b':(1)2: after 1, of size 2."""
+    """Groups of mesh['a'=2,'b'=4] {'b'}; 'b':(1)2 is a part of b, after 1, of size 2."""
     import numpy as np
 
     names = re.findall(r"'([^']+)'=(\d+)", sizes)
     ids = np.arange(math.prod(int(n) for _, n in names))
     if dims is not None:
         ids = ids.reshape(_numbers(dims)).transpose(_numbers(order) or None).reshape(-1)
-    used = {
+    sub_axes = {
         name: (int(before or 1), int(size or 0))
         for name, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", axes)
     }
     shape, last = [], []
     for name, size in names:
-        before, part = used.get(name, (int(size), 1))
+        before, part = sub_axes.get(name, (int(size), 1))
         part = part or int(size)
         shape += [before, part, int(size) // before // part]
-        if name in used:
+        if name in sub_axes:
             last.append(len(shape) - 2)
     rows = np.moveaxis(ids.reshape(shape), last, range(-len(last), 0))
     rows = rows.reshape(-1, math.prod(shape[i] for i in last))
@@ -274,7 +273,7 @@ def _iota_groups(shape, dims, order) -> Groups:
 
 
 def _connected(pairs: list[set[int]]) -> Groups:
-    """Devices that exchange with each other, directly or not."""
+    """Connected components of the graph of exchanging devices."""
     groups: list[set[int]] = []
     for pair in pairs:
         joined = [g for g in groups if g & pair]
@@ -283,18 +282,18 @@ def _connected(pairs: list[set[int]]) -> Groups:
 
 
 def _groups_of_axes(mesh: Any) -> dict[frozenset[frozenset[int]], tuple[str, ...]]:
-    """Groups of partitions that differ along each set of mesh axes only."""
+    """Partition groups along each combination of mesh axes -> the axes' names."""
     import numpy as np
 
     sizes = dict(zip(mesh.axis_names, mesh.axis_sizes))
     wide = [n for n in mesh.axis_names if sizes[n] > 1]
     ids = np.arange(math.prod(sizes.values())).reshape(list(sizes.values()))
-    found = {}
+    groups = {}
     for k in range(1, len(wide) + 1):
         for names in itertools.combinations(wide, k):
             axes = [mesh.axis_names.index(n) for n in names]
             last = range(ids.ndim - len(axes), ids.ndim)
             rows = np.moveaxis(ids, axes, last)
             rows = rows.reshape(-1, math.prod(sizes[n] for n in names))
-            found[frozenset(frozenset(map(int, g)) for g in rows)] = names
-    return found
+            groups[frozenset(frozenset(map(int, g)) for g in rows)] = names
+    return groups

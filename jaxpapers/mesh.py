@@ -1,4 +1,4 @@
-"""Meshes, and rules that say which axis of which leaf lies on which mesh axis."""
+"""Device meshes, sharding of a State by rules, and sharding of batches."""
 
 import math
 import re
@@ -16,7 +16,7 @@ AXES = ("replica", "data", "model")
 
 
 def parse_mesh(text: str) -> dict[str, int]:
-    """ "data:4,model:2" as {"data": 4, "model": 2}.
+    """Axis sizes of a mesh from text, e.g. of ``--mesh``.
 
     Raises:
       ValueError: unknown or repeated axis, or a size below 1.
@@ -43,12 +43,12 @@ def make_mesh(
     """Mesh with Auto axes ``data`` and ``model``.
 
     Args:
-      shape: size of each axis; default all devices on ``data``. Missing ones of ``data``
-        and ``model`` get size 1.
-      devices: default all.
+      shape: size of each axis; None: all devices on ``data``. ``data`` and ``model``
+        default to 1.
+      devices: of the mesh; None: all.
 
     Raises:
-      ValueError: the sizes do not multiply to the number of devices.
+      ValueError: the product of the sizes is not the number of devices.
     """
     count = jax.device_count() if devices is None else len(devices)
     shape = dict(shape or {"data": count})
@@ -61,35 +61,35 @@ def make_mesh(
             f"mesh {shape} needs {math.prod(sizes)} devices, got {count}; "
             "change --mesh, or try --fake-devices on a CPU"
         )
-    # jax.make_mesh defaults to Explicit axes, under which library code must spell out
-    # every output sharding; the compiler places activations here.
+    # jax.make_mesh defaults to Explicit axes, under which every output sharding must be
+    # spelled out; with Auto axes the compiler shards activations.
     types = (AxisType.Auto,) * len(names)
     try:
         return jax.make_mesh(sizes, names, axis_types=types, devices=devices)
     except NotImplementedError:
         last = jax.devices()[-1] if devices is None else devices[-1]
         raise ValueError(
-            f"mesh {shape} does not lie on these chips, the last of which is at "
-            f"{tuple(getattr(last, 'coords', ()))}: the size of every axis has to be a "
-            "product of sizes of the physical axes; change --mesh"
+            f"mesh {shape} does not fit the topology, whose last chip is at "
+            f"{tuple(getattr(last, 'coords', ()))}: each axis size must be a product of "
+            "sizes of physical axes; change --mesh"
         ) from None
 
 
 def state_shardings(state: Any, rules: Sequence[tuple[str, Any]], mesh: Mesh) -> Any:
     """NamedSharding of every leaf of a State, by rules.
 
-    A leaf that no rule matches is replicated. Optimizer state repeats its parameter's
-    path, so the parameter's rule serves both; axes reduced to size 1 are whole, and
-    leaves of any other shape are replicated unless a function rule before it says
-    otherwise (see ``Method.rules``).
+    A leaf that no rule matches is replicated. The path of optimizer state ends with its
+    parameter's path, so the parameter's rule applies to it as well: axes reduced to size
+    1 are not sharded, and leaves of any other shape are replicated unless an earlier
+    function rule applies (see ``Method.rules``).
 
     Args:
       state: State of arrays or shapes.
       rules: see ``Method.rules``.
-      mesh: target.
+      mesh: of the shardings.
 
     Raises:
-      ValueError: a rule matches nothing, or a leaf's axis does not divide.
+      ValueError: a rule that matches no leaf, or an axis that the mesh does not divide.
     """
     used: set[int] = set()
     params = {
@@ -102,7 +102,7 @@ def state_shardings(state: Any, rules: Sequence[tuple[str, Any]], mesh: Mesh) ->
         owner = next((p for p in by_length if f"/{name}".endswith(f"/{p}")), None)
         before = name[: len(name) - len(owner or "")]
         for i, (regex, spec) in enumerate(rules):
-            # A function's regex must not match in the parameter's own path.
+            # A function's regex applies to the part before the parameter's path.
             if not re.search(regex, before if callable(spec) else name):
                 continue
             if callable(spec):
@@ -138,7 +138,7 @@ def state_shardings(state: Any, rules: Sequence[tuple[str, Any]], mesh: Mesh) ->
 
 
 def _for_shape(spec: P, shape: Sequence[int], param_shape: Sequence[int]) -> P:
-    """The parameter's spec for a leaf that keeps or reduces each of its axes."""
+    """The parameter's spec for a leaf whose axes equal the parameter's or have size 1."""
     if tuple(shape) == tuple(param_shape):
         return spec
     if len(shape) != len(param_shape) or any(
@@ -150,7 +150,7 @@ def _for_shape(spec: P, shape: Sequence[int], param_shape: Sequence[int]) -> P:
 
 
 def check_divides(name: str, shape: Sequence[int], spec: P, mesh: Mesh) -> None:
-    """Raises ValueError naming leaf, shape, axis and size where a spec does not fit."""
+    """Raises ValueError, with leaf, shape and axis, for a spec that does not fit."""
     if len(spec) > len(shape):
         raise ValueError(
             f"{name}: rule {spec} has more entries than shape {tuple(shape)}"
@@ -167,23 +167,23 @@ def check_divides(name: str, shape: Sequence[int], spec: P, mesh: Mesh) -> None:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Leading axis over ``replica`` and ``data``, the rest whole."""
+    """Sharding of the leading axis over ``replica`` and ``data``."""
     return NamedSharding(mesh, P(_batch_axes(mesh)))
 
 
 def batch_rows(
     mesh: Mesh, size: int, *, parts: int = 1, name: str = "data.batch"
 ) -> slice:
-    """The rows of a global batch that this process has to build.
+    """Rows of a global batch that this process builds.
 
     Args:
       mesh: of ``make_mesh``.
       size: rows of the global batch.
-      parts: micro-batches that each have to divide over the mesh as well.
-      name: of the config field, for the message.
+      parts: micro-batches, each of which must divide over the mesh.
+      name: config field of the size, for the error text.
 
     Raises:
-      ValueError: the batch does not divide over the mesh's data axes.
+      ValueError: the data axes do not divide the batch.
     """
     sharding = batch_sharding(mesh)
     count = math.prod(mesh.shape[n] for n in _batch_axes(mesh))
@@ -200,7 +200,7 @@ def batch_rows(
 
 
 def put_batch(batch: Any, mesh: Mesh, size: int) -> Any:
-    """This process's rows as arrays of the global batch."""
+    """Global arrays from this process's rows of a batch of ``size`` rows."""
     sharding = batch_sharding(mesh)
     return jax.tree.map(
         lambda x: jax.make_array_from_process_local_data(
@@ -213,14 +213,14 @@ def put_batch(batch: Any, mesh: Mesh, size: int) -> Any:
 def start_distributed(
     local_device_ids: Sequence[int] | None = None, heartbeat: int = 100
 ) -> None:
-    """Joins the processes of a pod or SLURM job; call before anything touches a device.
+    """``jax.distributed.initialize`` for pods and SLURM jobs, before any device is used.
 
-    Coordinator, process count and rank are read from the environment by JAX.
+    JAX reads coordinator, number of processes and rank from the environment.
 
     Args:
-      local_device_ids: devices of this process; None: as JAX finds them.
-      heartbeat: seconds without a sign of life after which a process counts as dead and
-        the others end with an error; 100 is JAX's own choice.
+      local_device_ids: devices of this process; None: chosen by JAX.
+      heartbeat: seconds without a heartbeat until a process counts as dead and the others
+        stop with an error; JAX's default is 100.
 
     Raises:
       ValueError: heartbeat below 1.

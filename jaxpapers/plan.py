@@ -1,8 +1,7 @@
-"""Compiles a training step for a mesh that is not here: memory, collectives, FLOPs.
+"""Ahead-of-time compilation of a training step: memory, collectives, FLOPs.
 
-A TPU topology needs no TPU: ``libtpu`` compiles for a described slice of any size. What
-comes out is the compiler's own account of the program that the pod would run, not a
-measurement of a run.
+``libtpu`` compiles for TPU topologies of any size without a TPU. The numbers are the
+compiler's analysis of the pod's program, not measurements.
 """
 
 import functools
@@ -19,34 +18,34 @@ from jaxpapers import train as trainer
 from jaxpapers.method import Method
 from jaxpapers.optim.orthonormalize import RESCUE
 
-# Bytes of memory of one chip.
+# Bytes of HBM of a chip.
 HBM = {"v5e": 16e9, "v5p": 95e9, "v6e": 32e9}
 PARTS = ("forward/backward", "optimizer", f"optimizer, {RESCUE}")
 
 
 class DoesNotFit(ValueError):
-    """The compiler found no way to fit a step into a chip's memory."""
+    """The step does not fit into the memory of a chip."""
 
 
 class Plan(NamedTuple):
-    """What the compiler says of one step, per chip.
+    """The compiler's analysis of one step; bytes and FLOPs are per chip.
 
     Attributes:
       target: topology or "cpu".
-      mesh: size of every axis.
-      devices: chips.
-      parameters: number of parameters, over all chips.
-      parameter_bytes: per chip.
-      optimizer_bytes: optimizer state, per chip.
-      temporary_bytes: activations and all else that is no argument, at the peak.
-      peak_bytes: all that the chip's memory has to hold at once.
-      hbm_bytes: memory of the chip; None if unknown.
-      fits: whether the peak is below that; None if unknown.
-      flops: of the matrix products of a step, per chip, recomputation included.
-      collectives: rows of part, kind, axes, count, result_bytes, wire_bytes, largest,
-        matrix (see ``hlo.Collective``). Loops of unknown length count once: Dion's of
-        well-conditioned factors; what others need is a part of its own.
-      compile_seconds: spent here.
+      mesh: axis sizes.
+      devices: number of chips.
+      parameters: number of parameters in all.
+      parameter_bytes: of parameters.
+      optimizer_bytes: of optimizer state.
+      temporary_bytes: of activations and temporaries at the peak.
+      peak_bytes: peak memory, arguments included.
+      hbm_bytes: memory of a chip; None if unknown.
+      fits: whether the peak is at most that; None if unknown.
+      flops: of the matrix products of a step, including recomputation.
+      collectives: rows with part, kind, axes, count, result_bytes, wire_bytes, largest,
+        matrix (see ``hlo.Collective``). Loops of unknown length count once; Dion's
+        fallback for ill-conditioned factors is a part of its own.
+      compile_seconds: duration of the compilation.
     """
 
     target: str
@@ -65,7 +64,7 @@ class Plan(NamedTuple):
 
 
 def topology_devices(name: str) -> Sequence[Any]:
-    """Devices of a described TPU slice, e.g. ``v5e:4x4``, ``v6e:16x16``, ``v5p:8x8x8``.
+    """Abstract devices of a TPU slice, e.g. ``v5e:4x4``, ``v6e:16x16``, ``v5p:8x8x8``.
 
     Raises:
       ModuleNotFoundError: libtpu is not installed.
@@ -78,8 +77,8 @@ def topology_devices(name: str) -> Sequence[Any]:
             "compiling for TPUs needs libtpu: pip install 'jaxpapers[tpu]' (Linux "
             "x86-64), or use --fake-devices"
         )
-    # libtpu must not look for a TPU, nor ask a metadata server for one. Importing jax
-    # without a TPU has left warnings as values.
+    # Keeps libtpu from querying a metadata server for a TPU. Without one, importing jax
+    # has set these variables to warnings.
     for key, value in {
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_WORKER_HOSTNAMES": "localhost",
@@ -106,16 +105,19 @@ def topology_devices(name: str) -> Sequence[Any]:
 def plan(
     method: Method, mesh: jax.sharding.Mesh, batch: Any, target: str = "cpu"
 ) -> Plan:
-    """Compiles ``method``'s step for ``mesh`` and reads what the compiler made of it.
+    """Compiles the step of a method for a mesh and analyses the program.
 
     Args:
-      method: pure functions.
-      mesh: of devices that need not exist (``topology_devices``).
+      method: to be trained.
+      mesh: of devices, abstract ones (``topology_devices``) included.
       batch: shapes of a global batch.
-      target: topology of the mesh; its kind of chip gives the memory to compare with.
+      target: topology of the mesh, whose kind of chip determines ``hbm_bytes``.
+
+    Raises:
+      DoesNotFit: the compiler runs out of memory.
     """
     began = time.monotonic()
-    # A program for devices that are not here cannot be read back from a compile cache.
+    # Programs for abstract devices cannot be loaded from a compile cache.
     option = "jax_persistent_cache_min_compile_time_secs"
     write_after = getattr(jax.config, option)
     jax.config.update(option, math.inf)
@@ -135,11 +137,11 @@ def plan(
     seconds = time.monotonic() - began
     memory = compiled.executable.memory_analysis()
     hbm = HBM.get(target.partition(":")[0])
-    # The peak is the TPU compiler's; the CPU's reports none of use.
+    # The CPU compiler reports no useful peak.
     peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     if hbm is not None:
         peak = memory.peak_memory_in_bytes
-    found = hlo.collectives(compiled.executable.as_text(), mesh)
+    collectives = hlo.collectives(compiled.executable.as_text(), mesh)
     return Plan(
         target=target,
         mesh=dict(mesh.shape),
@@ -154,13 +156,13 @@ def plan(
         hbm_bytes=hbm,
         fits=None if hbm is None else peak <= hbm,
         flops=product_flops(compiled.jaxpr.jaxpr) / mesh.size,
-        collectives=_rows(found),
+        collectives=_rows(collectives),
         compile_seconds=seconds,
     )
 
 
 def local_bytes(tree: Any) -> int:
-    """Bytes on one device of arrays or shapes with shardings."""
+    """Bytes per device of arrays, or of shapes with shardings."""
     return sum(
         math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
         for x in jax.tree.leaves(tree)
@@ -168,15 +170,15 @@ def local_bytes(tree: Any) -> int:
 
 
 def product_flops(jaxpr: Any) -> float:
-    """FLOPs of the matrix products of a jaxpr on all devices, loops unrolled.
+    """FLOPs of the matrix products of a jaxpr, over all devices.
 
-    The compiler's own count takes the body of a loop once. A ``while`` loop of unknown
-    length counts once here as well.
+    Bodies of ``scan`` count once per iteration, unlike in the compiler's cost analysis;
+    those of ``while`` count once.
     """
     total = 0.0
     for eqn in jaxpr.eqns:
         if RESCUE in str(eqn.source_info.name_stack):
-            continue  # What only ill-conditioned factors need.
+            continue  # The fallback for ill-conditioned factors.
         if eqn.primitive.name == "dot_general":
             total += _dot_flops(eqn)
             continue
@@ -203,23 +205,23 @@ def _dot_flops(eqn: Any) -> float:
 
 
 def _inner_jaxprs(params: dict[str, Any]) -> list[Any]:
-    found = []
+    jaxprs = []
     for value in params.values():
         for item in value if isinstance(value, tuple | list) else (value,):
             item = getattr(item, "jaxpr", item)
             if hasattr(item, "eqns"):
-                found.append(item)
-    return found
+                jaxprs.append(item)
+    return jaxprs
 
 
-def _rows(found: list[hlo.Collective]) -> list[dict[str, Any]]:
-    """Collectives by part of the step, kind and axes; most bytes first.
+def _rows(collectives: list[hlo.Collective]) -> list[dict[str, Any]]:
+    """Collectives grouped by part of the step, kind and axes; most bytes first.
 
-    Where the compiler merged an all-reduce of the optimizer with one of the backward
-    pass, the merged one counts for the part whose note it kept.
+    An all-reduce that the compiler merged across parts counts for the part whose op name
+    it kept.
     """
     groups: dict[tuple, list[hlo.Collective]] = {}
-    for c in found:
+    for c in collectives:
         part = PARTS[("/optimizer/" in c.op_name) + (f"/{RESCUE}/" in c.op_name)]
         groups.setdefault((part, c.kind, c.axes), []).append(c)
     rows = [
@@ -239,7 +241,7 @@ def _rows(found: list[hlo.Collective]) -> list[dict[str, Any]]:
 
 
 def format_plan(p: Plan) -> list[str]:
-    """Lines for a terminal."""
+    """A plan as lines of text."""
     size = functools.partial(_decimal, unit="B")
     mesh = " x ".join(f"{k} {v}" for k, v in p.mesh.items())
     lines = [

@@ -112,7 +112,7 @@ def test_unknown_replica_groups_are_not_passed_over():
 
 
 def test_what_is_no_program_is_refused():
-    with pytest.raises(ValueError, match="no HLO module"):
+    with pytest.raises(ValueError, match="not an HLO module"):
         hlo.collectives("")
 
 

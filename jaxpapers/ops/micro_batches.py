@@ -1,4 +1,4 @@
-"""Gradients of a batch in micro-batches, which bounds the memory of activations."""
+"""Gradient accumulation over micro-batches."""
 
 from collections.abc import Callable
 
@@ -10,14 +10,14 @@ from jax import lax
 def value_and_grad(
     loss: Callable, accumulate: int = 1, axis: str | None = None
 ) -> Callable:
-    """Gradients of a loss, its metrics and its new extra state.
+    """Gradients of a loss, its metrics and its updated extra state.
 
     Args:
-      loss: (params, extra, batch, key) -> (scalar, (metrics, extra)). A metric ``weight``
-        makes it a weighted mean, and the other metrics too.
-      accumulate: micro-batches that the batch is cut into, along its leading axis; each
-        starts from the extra of the one before.
-      axis: mesh axis over which the batch varies inside a ``shard_map``.
+      loss: (params, extra, batch, key) -> (scalar, (metrics, extra)). With a metric
+        ``weight`` the loss and all other metrics are weighted means.
+      accumulate: number of micro-batches, cut along the batch's leading axis; each
+        continues from the extra of the previous one.
+      axis: mesh axis over which the batch varies inside ``shard_map``.
 
     Returns:
       (params, extra, batch, key) -> (gradients, metrics with ``loss``, extra).
@@ -41,7 +41,7 @@ def value_and_grad(
                 f"{x.shape[0]}; nearest batch that works: "
                 f"{accumulate * max(round(x.shape[0] / accumulate), 1)}"
             )
-        # Interleaved, so that every micro-batch keeps the batch's sharding.
+        # Strided rows: every micro-batch keeps the sharding of the batch.
         return x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1)
 
     def accumulated(params, extra, batch, key):
@@ -51,7 +51,7 @@ def value_and_grad(
                 params, extra, part, jax.random.fold_in(key, i)
             )
             weight = metrics.get("weight", jnp.ones(()))
-            # A micro-batch without weight counts for nothing, even if its mean is NaN.
+            # The mean of a micro-batch of weight 0 may be NaN.
             scaled = jax.tree.map(
                 lambda x: jnp.where(weight == 0, 0, x * weight), (grads, metrics)
             )

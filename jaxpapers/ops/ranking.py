@@ -1,8 +1,10 @@
 r"""Ranking and calibration metrics, on the host in float64.
 
-Ties decide these numbers, so everything is counted exactly: equal scores are one group,
-and a pair of them counts one half. All of it is sorting and sums over groups; no loop
-over users or queries.
+Ties are exact: a pair of equal scores counts one half. Everything is sorting and segment
+sums, without loops over users or queries.
+
+All metrics of rows take ``label`` (N,), 0 or 1; ``score`` or ``logit`` (N,); ``weight``
+(N,), not negative, None for 1. They raise ValueError for arrays of different shapes.
 """
 
 import numpy as np
@@ -21,7 +23,7 @@ def auc(label: ArrayLike, score: ArrayLike, weight: ArrayLike | None = None) -> 
       weight: per row, not negative; None: all 1.
 
     Raises:
-      ValueError: arrays that do not fit each other, or only one class.
+      ValueError: rows of one class only.
 
     Example:
       >>> auc([1, 0, 1, 0], [0.9, 0.9, 0.4, 0.1])
@@ -44,16 +46,16 @@ def gauc(
 
     $$ \mathrm{GAUC} = \sum_u n_u \mathrm{AUC}_u / \sum_u n_u $$
 
-    Users with rows of one class only are in neither sum: their AUC is not defined.
+    Users with rows of one class only have no AUC and are skipped.
 
     Args:
-      user: id per row, any order, anything that sorts.
+      user: sortable id per row, in any order.
       label: 0 or 1 per row.
       score: per row.
-      weight: of a row, in its user's AUC and in n_u; None: all 1.
+      weight: of a row in its user's AUC and in n_u; None: all 1.
 
     Raises:
-      ValueError: arrays that do not fit each other, or no user with both classes.
+      ValueError: no user with both classes.
 
     Example:
       >>> gauc([7, 7, 3, 3, 5], [1, 0, 1, 0, 1], [2.0, 1.0, 0.0, 0.0, 9.0])
@@ -72,18 +74,16 @@ def gauc(
 def pr_auc(
     label: ArrayLike, score: ArrayLike, weight: ArrayLike | None = None
 ) -> float:
-    """Trapezoid area under precision over recall, one point per distinct score.
+    """Area under the precision-recall curve by trapezoids, as delayed-feedback papers.
 
-    It starts at recall 0 with precision 1. Not the average precision, which is a sum of
-    steps: delayed-feedback papers report this one.
+    One point per distinct score, and precision 1 at recall 0. Average precision is the
+    step-wise sum instead.
 
     Args:
-      label: 0 or 1 per row.
-      score: per row.
-      weight: per row; None: all 1.
+      label, score, weight: see the module.
 
     Raises:
-      ValueError: arrays that do not fit each other, or no positive.
+      ValueError: no positive row.
     """
     y, s, w = _rows(label, score, weight)
     order = np.argsort(-s, kind="stable")
@@ -104,12 +104,9 @@ def log_loss(
     r"""Mean of $-y \log p - (1-y) \log(1-p)$ for $p = 1/(1+e^{-z})$, in nats.
 
     Args:
-      label: 0 or 1 per row (probabilities are fine too).
+      label: in [0, 1] per row.
       logit: z per row.
       weight: per row; None: all 1.
-
-    Raises:
-      ValueError: arrays that do not fit each other.
 
     Example:
       >>> round(log_loss([1, 0], [0.0, 0.0]), 6)
@@ -123,15 +120,13 @@ def log_loss(
 def normalized_entropy(
     label: ArrayLike, logit: ArrayLike, weight: ArrayLike | None = None
 ) -> float:
-    """Log-loss divided by that of the base rate (He et al. 2014); 1 is no information.
+    """Log-loss over the entropy of the base rate (He et al. 2014); 1: no information.
 
     Args:
-      label: 0 or 1 per row.
-      logit: per row.
-      weight: per row; None: all 1.
+      label, logit, weight: see the module.
 
     Raises:
-      ValueError: arrays that do not fit each other, or only one class.
+      ValueError: rows of one class only.
     """
     y, _, w = _rows(label, logit, weight)
     rate = (w * y).sum() / w.sum()
@@ -144,26 +139,20 @@ def normalized_entropy(
 def information_gain(
     label: ArrayLike, logit: ArrayLike, weight: ArrayLike | None = None
 ) -> float:
-    """Relative information gain: 1 - ``normalized_entropy``.
-
-    Args:
-      label: 0 or 1 per row.
-      logit: per row.
-      weight: per row; None: all 1.
-    """
+    """Relative information gain, 1 - ``normalized_entropy``."""
     return 1.0 - normalized_entropy(label, logit, weight)
 
 
 def rela_impr(value: float, base: float, chance: float = 0.5) -> float:
-    """Relative improvement over a base model, both above chance (DIN, section 6.2).
+    """Relative improvement over a base model, measured from chance (DIN, section 6.2).
 
     Args:
       value: AUC or GAUC of the model.
-      base: of the base model.
-      chance: of a random scorer.
+      base: AUC or GAUC of the base model.
+      chance: of random scores.
 
     Raises:
-      ValueError: the base model is at chance, where the ratio is not defined.
+      ValueError: a base at chance, where the ratio is undefined.
 
     Example:
       >>> f"{rela_impr(0.8871, 0.8624):.2%}"
@@ -177,18 +166,17 @@ def rela_impr(value: float, base: float, chance: float = 0.5) -> float:
 
 
 def recall_at_k(score: ArrayLike, relevant: ArrayLike, k: int) -> float:
-    """Share of a query's relevant items among its k best, mean over queries.
+    """Fraction of a query's relevant items in its top k, mean over queries.
 
-    Equal scores share their places: the value is the mean over all orders of ties.
+    With ties, the expectation over all their orders.
 
     Args:
-      score: (queries, items); -inf for what is not a candidate.
-      relevant: (queries, items), nonzero where relevant. Queries without any are left
-        out.
-      k: places.
+      score: (queries, items); -inf for items that are no candidates.
+      relevant: (queries, items), nonzero where relevant. Queries without any are skipped.
+      k: cutoff.
 
     Raises:
-      ValueError: shapes, k below 1, or no relevant item at all.
+      ValueError: shapes that differ, k below 1, or no relevant item.
 
     Example:
       >>> recall_at_k([[3.0, 2.0, 1.0]], [[1, 0, 1]], 2)
@@ -200,19 +188,19 @@ def recall_at_k(score: ArrayLike, relevant: ArrayLike, k: int) -> float:
 
 
 def ndcg_at_k(score: ArrayLike, gain: ArrayLike, k: int) -> float:
-    r"""Discounted gain of the k best over that of the ideal order, mean over queries.
+    r"""Normalised discounted cumulative gain of the top k, mean over queries.
 
     $$ \mathrm{DCG} = \sum_{r=1}^{k} g_{(r)} / \log_2(r+1) $$
 
-    Equal scores share their places, as in ``recall_at_k``.
+    With ties, the expectation over all their orders.
 
     Args:
       score: (queries, items).
-      gain: (queries, items), not negative. Queries without any are left out.
-      k: places.
+      gain: (queries, items), not negative. Queries without any are skipped.
+      k: cutoff.
 
     Raises:
-      ValueError: shapes, k below 1, or no gain at all.
+      ValueError: shapes that differ, k below 1, or no gain.
 
     Example:
       >>> round(ndcg_at_k([[1.0, 2.0]], [[1.0, 0.0]], 2), 6)
@@ -220,13 +208,13 @@ def ndcg_at_k(score: ArrayLike, gain: ArrayLike, k: int) -> float:
     """
     score, gain = _queries(score, gain, k)
     discount = 1 / np.log2(np.arange(score.shape[1]) + 2.0)
-    found = (_expected(score, k, discount) * gain).sum(1)
+    dcg = (_expected(score, k, discount) * gain).sum(1)
     ideal = (-np.sort(-gain, axis=1) * discount)[:, :k].sum(1)
-    return float((found / ideal).mean())
+    return float((dcg / ideal).mean())
 
 
 def _rows(label, score, weight):
-    """The three columns as float64; weights of 1 where there are none."""
+    """Label, score and weight as checked float64 vectors."""
     y, s = np.asarray(label, np.float64), np.asarray(score, np.float64)
     w = np.ones(y.shape) if weight is None else np.asarray(weight, np.float64)
     if y.ndim != 1 or s.shape != y.shape or w.shape != y.shape:
@@ -242,7 +230,7 @@ def _rows(label, score, weight):
 
 
 def _grouped_auc(group, y, s, w):
-    """AUC, weight and "has both classes" of every group, in the order of their ids."""
+    """AUC, weight, and whether both classes occur, of each group in the order of ids."""
     if not np.isin(y, (0.0, 1.0)).all():
         raise ValueError(f"labels must be 0 or 1, got {np.unique(y)[:5]}")
     # Two stable sorts: by score, then by group.
@@ -268,7 +256,7 @@ def _grouped_auc(group, y, s, w):
 
 
 def _queries(score, gain, k):
-    """Float64 matrices of the queries that have something to find."""
+    """Checked float64 matrices of the queries with a relevant item."""
     score, gain = np.asarray(score, np.float64), np.asarray(gain, np.float64)
     if score.ndim != 2 or gain.shape != score.shape:
         raise ValueError(
@@ -286,7 +274,7 @@ def _queries(score, gain, k):
 
 
 def _expected(score, k, discount):
-    """Mean discount of each item over all orders of ties, 0 beyond place k.
+    """Expected discount of each item over all orders of ties, 0 beyond rank k.
 
     McSherry and Najork, "Computing information retrieval performance measures
     efficiently in the presence of tied scores", 2008.
