@@ -9,6 +9,7 @@ from jax import lax
 from jax.sharding import AxisType
 
 from jaxpapers.ops import convolution
+from tests.programs import KEY, params_like, together
 
 CASES = [
     (3, 1, "SAME", 7), (3, 2, "SAME", 8), (3, 2, "SAME", 7), (4, 2, ((1, 1), (1, 1)), 8),
@@ -17,35 +18,38 @@ CASES = [
 ]  # fmt: skip
 
 
+def draw(*shape, seed=0, dtype=np.float32):
+    return np.random.default_rng(seed).normal(size=shape).astype(dtype)
+
+
+def pulled_back(f, dy, *args):
+    """f and its vector-Jacobian product with dy."""
+    y, back = jax.vjp(f, *args)
+    return y, back(dy)
+
+
 @pytest.mark.parametrize("size, stride, padding, side", CASES)
-def test_gradients_are_those_of_xla(size, stride, padding, side):
-    with jax.enable_x64():
-        keys = jax.random.split(jax.random.key(0), 3)
-        x = jax.random.normal(keys[0], (2, side, side + 1, 3), jnp.float64)
-        kernel = jax.random.normal(keys[1], (size, size, 3, 4), jnp.float64)
+def test_gradients_are_those_of_xla(size, stride, padding, side, float64):
+    def of(convolve):
+        return lambda x, kernel: convolve(
+            x, kernel, (stride, stride), padding, dimension_numbers=convolution.LAYOUT
+        )
 
-        def ours(x, kernel):
-            return convolution.conv_general_dilated(
-                x, kernel, (stride, stride), padding,
-                dimension_numbers=convolution.LAYOUT,
-            )  # fmt: skip
-
-        def theirs(x, kernel):
-            return lax.conv_general_dilated(
-                x, kernel, (stride, stride), padding,
-                dimension_numbers=convolution.LAYOUT,
-            )  # fmt: skip
-
-        found, back = jax.vjp(ours, x, kernel)
-        expected, usual = jax.vjp(theirs, x, kernel)
-        np.testing.assert_array_equal(found, expected)
-        dy = jax.random.normal(keys[2], expected.shape, jnp.float64)
-        for a, b in zip(back(dy), usual(dy)):
-            np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
+    ours, theirs = of(convolution.conv_general_dilated), of(lax.conv_general_dilated)
+    x = draw(2, side, side + 1, 3, dtype=np.float64)
+    kernel = draw(size, size, 3, 4, seed=1, dtype=np.float64)
+    shape = jax.eval_shape(theirs, x, kernel).shape
+    dy = draw(*shape, seed=2, dtype=np.float64)
+    found, expected = together(
+        lambda *args: [pulled_back(f, *args) for f in (ours, theirs)], dy, x, kernel
+    )
+    np.testing.assert_array_equal(found[0], expected[0])
+    for a, b in zip(found[1], expected[1]):
+        np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
 
 
 def test_a_flax_layer_takes_it():
-    x = jax.random.normal(jax.random.key(0), (2, 6, 6, 3))
+    x = draw(2, 6, 6, 3)
     layers = [
         nn.Conv(4, (3, 3), strides=2, **extra)
         for extra in (
@@ -53,36 +57,37 @@ def test_a_flax_layer_takes_it():
             {"conv_general_dilated": convolution.conv_general_dilated},
         )
     ]
-    params = layers[0].init(jax.random.key(1), x)
 
-    def loss(params, layer):
+    def loss(params, layer, x):
         return jnp.square(layer.apply(params, x)).sum()
 
-    plain, ours = (jax.grad(loss)(params, layer) for layer in layers)
+    plain, ours = together(
+        lambda params, x: [jax.grad(loss)(params, layer, x) for layer in layers],
+        params_like(layers[0].init, KEY, x),
+        x,
+    )
     for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(ours)):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
-def test_doubled_pictures_need_not_be_made():
-    with jax.enable_x64():
-        keys = jax.random.split(jax.random.key(0), 3)
-        x = jax.random.normal(keys[0], (2, 3, 5, 4), jnp.float64)
-        layers = [
-            nn.Conv(6, (3, 3), param_dtype=jnp.float64, **extra)
-            for extra in ({}, {"conv_general_dilated": convolution.conv_of_doubled})
-        ]
-        params = layers[1].init(keys[1], x)
+def test_doubled_images_need_not_be_made(float64):
+    x = draw(2, 3, 5, 4, dtype=np.float64)
+    plain, ours = (
+        nn.Conv(6, (3, 3), param_dtype=jnp.float64, **extra)
+        for extra in ({}, {"conv_general_dilated": convolution.conv_of_doubled})
+    )
 
-        def plain(params, x):
-            return layers[0].apply(params, jnp.repeat(jnp.repeat(x, 2, 1), 2, 2))
+    def doubled(params, x):
+        return plain.apply(params, jnp.repeat(jnp.repeat(x, 2, 1), 2, 2))
 
-        expected, usual = jax.vjp(plain, params, x)
-        found, back = jax.vjp(layers[1].apply, params, x)
-        assert found.shape == (2, 6, 10, 6)
-        np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)
-        dy = jax.random.normal(keys[2], expected.shape, jnp.float64)
-        for a, b in zip(jax.tree.leaves(back(dy)), jax.tree.leaves(usual(dy))):
-            np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
+    dy = draw(2, 6, 10, 6, seed=1, dtype=np.float64)
+    found, expected = together(
+        lambda *args: [pulled_back(f, *args) for f in (ours.apply, doubled)],
+        dy, params_like(ours.init, KEY, x), x,
+    )  # fmt: skip
+    assert found[0].shape == dy.shape
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected)):
+        np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -91,56 +96,67 @@ def test_doubled_pictures_need_not_be_made():
      {"feature_group_count": 2}],
     ids=str,
 )  # fmt: skip
-def test_only_plain_convolutions_of_doubled_pictures(options):
+def test_only_plain_convolutions_of_doubled_images(options):
     size = options.pop("size", (3, 3))
     layer = nn.Conv(
         4, size, conv_general_dilated=convolution.conv_of_doubled, **options
     )
     with pytest.raises(ValueError, match="conv_of_doubled is a 3 x 3"):
-        layer.init(jax.random.key(0), jnp.ones((1, 4, 4, 2)))
+        jax.eval_shape(layer.init, KEY, np.ones((1, 4, 4, 2), np.float32))
 
 
 @pytest.mark.parametrize("count", [5, 6])
-def test_kernel_gradients_are_sums_over_pictures(count):
+def test_kernel_gradients_are_sums_over_images(count):
     """In a loop over pairs on one device; at once where rows lie on several."""
-    keys = jax.random.split(jax.random.key(0), 3)
-    x = jax.random.normal(keys[0], (count, 6, 5, 3))
-    kernel = jax.random.normal(keys[1], (3, 3, 3, 4))
-    weight = jax.random.normal(keys[2], (count, 6, 5, 4))
+    x, kernel = draw(count, 6, 5, 3), draw(3, 3, 3, 4, seed=1)
+    weight = draw(count, 6, 5, 4, seed=2)
 
-    def grad(x):
-        def value(kernel):
-            y = convolution.convolve(x, kernel, 1, ((1, 1), (1, 1)))
-            return (weight * y).sum()
+    def ours(x, kernel):
+        return convolution.convolve(x, kernel, 1, ((1, 1), (1, 1)))
 
-        return jax.grad(value)(kernel)
+    def theirs(x, kernel):
+        return lax.conv_general_dilated(
+            x, kernel, (1, 1), "SAME", dimension_numbers=convolution.LAYOUT
+        )
 
-    lowered = jax.jit(grad).lower(x)
+    def grad(convolve):
+        def value(kernel, x):
+            return (weight * convolve(x, kernel)).sum()
+
+        return jax.jit(jax.grad(value))
+
+    lowered = grad(ours).lower(kernel, x)
     assert "stablehlo.while" in lowered.as_text()
-    expected = jax.grad(
-        lambda k: (weight * lax.conv_general_dilated(
-            x, k, (1, 1), "SAME", dimension_numbers=convolution.LAYOUT)).sum()
-    )(kernel)  # fmt: skip
-    np.testing.assert_allclose(lowered.compile()(x), expected, rtol=1e-5, atol=1e-4)
+    expected = grad(theirs)(kernel, x)
+    found = lowered.compile()(kernel, x)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-4)
     with jax.set_mesh(jax.make_mesh((2,), ("data",), (AxisType.Auto,))):
-        several = jax.jit(grad).lower(x)
+        several = grad(ours).lower(kernel, x)
         assert "stablehlo.while" not in several.as_text()
-        np.testing.assert_allclose(several.compile()(x), expected, rtol=1e-5, atol=1e-4)
+        found = several.compile()(kernel, x)
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-4)
 
 
 def test_half_precision_sums_in_single():
-    x = jnp.ones((8, 16, 16, 1), jnp.bfloat16)
-    kernel = jnp.ones((1, 1, 1, 1), jnp.bfloat16)
+    x = np.ones((8, 16, 16, 1), jnp.bfloat16)
+    kernel = np.ones((1, 1, 1, 1), jnp.bfloat16)
     pads = ((0, 0), (0, 0))
-    grad = jax.grad(lambda k: convolution.convolve(x, k, 1, pads).sum())(kernel)
+
+    def total(kernel, x):
+        return convolution.convolve(x, kernel, 1, pads).sum()
+
+    grad = together(jax.grad(total), kernel, x)
     # bfloat16 alone stops counting at 256.
     assert grad.dtype == jnp.bfloat16 and float(grad[0, 0, 0, 0]) == 2048
 
 
 def test_other_convolutions_are_left_to_xla():
-    x, kernel = jnp.ones((1, 5, 5, 4)), jnp.ones((3, 3, 2, 4))
-    found = convolution.conv_general_dilated(
-        x, kernel, (1, 1), "SAME", dimension_numbers=convolution.LAYOUT,
-        feature_group_count=2,
-    )  # fmt: skip
+    def f(x, kernel):
+        return convolution.conv_general_dilated(
+            x, kernel, (1, 1), "SAME", dimension_numbers=convolution.LAYOUT,
+            feature_group_count=2,
+        )  # fmt: skip
+
+    ones = np.ones((1, 5, 5, 4), np.float32), np.ones((3, 3, 2, 4), np.float32)
+    found = together(f, *ones)
     assert found.shape == (1, 5, 5, 4) and float(found[0, 2, 2, 0]) == 18
