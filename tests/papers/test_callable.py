@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxpapers.papers import dien, din, rocket, sim
+from jaxpapers.papers import defer, dien, din, rocket, sim
 from tests import clicks
 from tests.programs import KEY, params_like, together
 
@@ -47,11 +47,27 @@ def click(paper, net):
     return run, (*params_like(init, KEY), *batches)
 
 
+def delayed_feedback():
+    """DEFER's loss and predictions with the paper's network on Criteo's features."""
+    net, rng = defer.Net(), np.random.default_rng(0)
+    x = [rng.integers(0, size, 4) for size in (*net.bins, *net.buckets)]
+    batch = {"x": np.stack(x, 1).astype("i"), "label": np.array([1, 0, 0, 1], "f"),
+             "weight": np.ones(4, "f")}  # fmt: skip
+    params = params_like(defer.network(net).init, KEY, batch)
+
+    def run(params, batch):
+        value, metrics = defer.loss(params, batch, net=net)
+        return value, metrics, defer.predict(params, (), batch, net=net)
+
+    return run, (params, batch)
+
+
 ROWS = {
     "din": lambda: click(din, din.Net(**VOCABULARIES)),
     "dien": lambda: click(dien, dien.Net(**VOCABULARIES)),
     "sim": lambda: click(sim, sim.Net(**VOCABULARIES)),
     "rocket": lambda: click(rocket, rocket.DinNet(**VOCABULARIES)),
+    "defer": delayed_feedback,
 }
 
 
