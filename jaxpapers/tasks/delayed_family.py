@@ -107,8 +107,8 @@ def pretrain(clicks: conversions.Clicks, config: Any, seeds: Sequence[int]) -> A
     n = len(columns["weight"])
     shapes = {k: jax.ShapeDtypeStruct((c.batch, *v.shape[1:]), v.dtype)
               for k, v in columns.items()}  # fmt: skip
-    keys = jnp.stack([jax.random.key(s) for s in seeds])
-    state = jax.jit(jax.vmap(lambda key: method.init(key, shapes)))(keys)
+    init = jax.vmap(lambda seed: method.init(jax.random.key(seed), shapes))
+    state = jax.jit(init)(np.asarray(seeds))
     step = jax.jit(jax.vmap(method.update), donate_argnums=0)
     draws = [np.random.default_rng((c.seed, s)) for s in seeds]
     for _ in range(c.epochs):
@@ -136,7 +136,7 @@ def stream(
     method = defer.make(config)
     if config.method.name not in ("es_dfm", "defer"):
         state = state._replace(extra=())
-    state = jax.tree.map(jnp.copy, state)
+    state = _copied(state)
     step = jax.jit(jax.vmap(method.update, (0, None)), donate_argnums=0)
     predict = jax.jit(jax.vmap(functools.partial(_predict, method), (0, None)))
     if config.method.name == "pretrained":
@@ -153,6 +153,12 @@ def stream(
     )
     truth = conversions.truth(clicks, c.w2)
     return [truth[b.clicks] for b in buckets], found
+
+
+@jax.jit
+def _copied(state: Any) -> Any:
+    """A copy that may be donated."""
+    return jax.tree.map(jnp.copy, state)
 
 
 def _predict(method: Method, state: Any, rows: Mapping) -> jax.Array:

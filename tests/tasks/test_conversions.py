@@ -1,4 +1,4 @@
-"""The streaming protocol on synthetic clicks, and the learning gate on CDNOW."""
+"""Late conversions: the journey of a run, the family's rows, the streaming protocol."""
 
 import math
 
@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 
 from jaxpapers import mesh as meshes
+from jaxpapers import stages
 from jaxpapers.config import load_config
 from jaxpapers.papers import defer
-from jaxpapers.tasks import conversions
+from jaxpapers.study import Stage, last_step, with_seed
+from jaxpapers.tasks import conversions, delayed_family
 
 
 def config_of(*overrides):
@@ -36,7 +38,7 @@ def test_journey_is_every_resolved_click_then_every_event(clicks):
     journey = conversions.Journey(clicks, config)
     size = config.data.batch
     batches = [journey.batch(i * size, size) for i in range(journey.steps)]
-    shapes = conversions.batch_shapes(config)
+    shapes = conversions.abstract(config).shapes
     for batch in (batches[0], batches[-1]):
         assert {k: (v.shape, v.dtype) for k, v in batch.items()} == {
             k: (s.shape, s.dtype) for k, s in shapes.items()
@@ -89,25 +91,25 @@ def test_resolved_rows():
 def test_streaming_score_is_the_mean_weighted_by_clicks():
     y = [np.array([0.0, 1]), np.array([]), np.array([1.0, 1, 1, 1])]
     p = [np.array([0.2, 0.6]), np.array([]), np.full(4, 0.5)]
-    found = defer.streaming_score(y, p)
+    scores = defer.streaming_score(y, p)
     first = -(math.log(0.8) + math.log(0.6)) / 2
-    assert found["nll"] == pytest.approx((2 * first + 4 * math.log(2)) / 6)
-    assert found["mean_p"] == pytest.approx((0.8 + 4 * 0.5) / 6)
-    assert found["auc"] == 1.0  # The bucket with one class has none.
+    assert scores["nll"] == pytest.approx((2 * first + 4 * math.log(2)) / 6)
+    assert scores["mean_p"] == pytest.approx((0.8 + 4 * 0.5) / 6)
+    assert scores["auc"] == 1.0  # The bucket with one class has none.
+
+
+METHODS = ("pretrained", "oracle", "vanilla_win", "defer")
 
 
 @pytest.fixture(scope="module")
-def rows(clicks):
-    methods = ("pretrained", "oracle", "vanilla_win", "defer")
-    config = config_of("optim.lr=0.01")
-    return conversions.table(config, (0, 1), methods, clicks)
+def table(clicks):
+    return delayed_family.table(config_of("optim.lr=0.01"), (0, 1), METHODS, clicks)
 
 
-def test_table(rows):
-    """The weights recover what waiting alone destroys."""
-    values = {row.method: row.values for row in rows}
-    assert list(values) == ["pretrained", "oracle", "vanilla_win", "defer"]
-    assert all(v.shape == (2,) for row in rows for v in row.values.values())
+def test_weights_recover_what_waiting_alone_destroys(table):
+    values = {row.method: row.values for row in table}
+    assert tuple(values) == METHODS
+    assert all(v.shape == (2,) for row in table for v in row.values.values())
     np.testing.assert_array_equal(values["pretrained"]["ri_nll"], 0)
     np.testing.assert_allclose(values["oracle"]["ri_nll"], 100)
     nll = {name: v["nll"].mean() for name, v in values.items()}
@@ -116,86 +118,125 @@ def test_table(rows):
     mean_p = {name: v["mean_p"].mean() for name, v in values.items()}
     assert mean_p["vanilla_win"] < 0.6 * mean_p["oracle"]
     assert abs(mean_p["defer"] - mean_p["oracle"]) < 0.25 * mean_p["oracle"]
-    text = conversions.render(rows)
+    text = delayed_family.render(table)
     assert len(text.splitlines()) == 6 and "| defer | " in text
 
 
-def test_seeds_of_a_table_are_those_of_single_runs(clicks, rows):
+def test_seeds_of_a_table_are_those_of_single_runs(clicks, table):
     """Vmapping them changes nothing, nor does which methods ran before."""
-    alone = conversions.table(config_of("optim.lr=0.01"), (1,), ("defer",), clicks)
+    config = conversions.with_method(config_of("optim.lr=0.01"), "defer")
+    start = delayed_family.pretrain(clicks, config, (1,))
+    truths, predictions = delayed_family.stream(clicks, config, start)
+    alone = defer.streaming_score(truths, [p[0] for p in predictions])
+    together = table[-1].values
     for name in ("nll", "auc"):
-        assert alone[-1].values[name][0] == pytest.approx(
-            rows[-1].values[name][1], rel=1e-4
-        )
-    assert rows[-1].values["nll"][0] != rows[-1].values["nll"][1]
+        assert alone[name] == pytest.approx(together[name][1], rel=1e-4)
+    assert together["nll"][0] != together["nll"][1]
 
 
-def test_task(clicks):
-    config = config_of('method.rivals=("pretrained","oracle","defer")')
-    method = defer.make(config)
+@pytest.fixture
+def rows(clicks, monkeypatch):
+    """(names of methods beside DEFER, mesh) -> their rows for seed 4, by label."""
+    monkeypatch.setattr(conversions, "_load", lambda *args: clicks)
+
+    def rows(names, mesh, *fields):
+        config = config_of(f"data.baselines={tuple(names)}", *fields)
+        study = conversions.study("defer", config, conversions.read(config), mesh)
+        assert study.metric == "nll" and not study.rising
+        return {row.label: row for row in study.rows(4)}
+
+    return rows
+
+
+def grid():
+    return meshes.make_mesh({"data": 1}, jax.devices()[:1])
+
+
+def test_rows_are_scored_on_the_last_days_with_their_true_labels(clicks, rows):
+    """On a mesh of several devices as without."""
     mesh = meshes.make_mesh({"data": 4, "model": 2})
-    task = conversions.bind(clicks, config, method, mesh)
+    own = rows((), mesh)["this model"]
+    method = defer.make(own.stage.config)
     held = (clicks.click_ts >= 95) & (clicks.click_ts < 100)
-    with jax.set_mesh(mesh):
-        state = jax.jit(method.init)(jax.random.key(0), task.examples.batch(0, 64))
-    found = task.evaluate(state)
-    p = method.predict(state.params, state.extra, {"x": clicks.features["x"][held]})
+    shapes = conversions.abstract(own.stage.config).shapes
+
+    @jax.jit
+    def predicted(key):
+        state = method.init(key, shapes)
+        x = {"x": clicks.features["x"][held]}
+        return state, method.predict(state.params, state.extra, x)
+
+    state, p = jax.device_get(predicted(jax.random.key(0)))
     truth = np.isfinite(clicks.conv_ts[held]) * 1.0
-    expected = defer.score(truth, np.asarray(p))
-    for name, value in expected.items():
-        assert found[f"validation_{name}"] == pytest.approx(value, rel=1e-4)
-    assert set(task.baselines()) == {"one number"}
+    numbers = own.measure(method, state).numbers
+    for name, value in defer.score(truth, p).items():
+        assert numbers[name] == pytest.approx(value, rel=1e-4)
 
 
-def test_family_is_trained_for_every_seed_as_a_run_is(clicks):
-    config = config_of('method.rivals=("pretrained","oracle","defer")', "optim.lr=0.01")
-    mesh = meshes.make_mesh({"data": 1}, jax.devices()[:1])
-    task = conversions.bind(clicks, config, defer.make(config), mesh)
-    assert set(task.family) == {"pretrained", "oracle"}  # Not the run's own method.
-    found = {name: fit((3, 4)) for name, fit in task.family.items()}
-    assert {len(x) for x in found.values()} == {2}
-    assert max(found["oracle"]) < min(found["pretrained"])
-    own = conversions.with_method(config, "oracle")
-    method, size = defer.make(own), config.data.batch
-    alone = conversions.bind(clicks, own, method, mesh)
-    state = jax.jit(method.init)(jax.random.key(4), alone.examples.batch(0, size))
-    step = jax.jit(method.update)
-    for i in range(alone.examples.steps):
-        state, _ = step(state, alone.examples.batch(i * size, size))
-    expected = alone.evaluate(state)["validation_nll"]
-    assert found["oracle"][1] == pytest.approx(expected, rel=1e-5)
-    wrong = config_of('method.rivals=("orcale",)')
-    with pytest.raises(ValueError, match="rivals must be of .*'orcale'"):
-        conversions.bind(clicks, wrong, defer.make(wrong), mesh)
+def test_rows_of_the_family_are_runs_of_their_methods(clicks, rows):
+    """Each as long as its own stream; the pretrained one ends where the stream begins."""
+    models = rows(("pretrained", "oracle", "defer"), grid(), "train.steps=9")
+    assert list(models) == ["this model", "pretrained", "oracle", "constant rate"]
+    own = models["this model"].stage
+    assert own.config.method.name == "defer" and last_step(own) == 9
+    for name in ("pretrained", "oracle"):
+        config = with_seed(conversions.with_method(config_of(), name), 4)
+        steps = conversions.Journey(clicks, config).steps
+        assert models[name].stage.config.train.steps == steps != 9
+    alone = rows((), grid(), "method.name=oracle", "train.steps=0")["this model"].stage
+    same = with_baselines(models["oracle"].stage, ())
+    assert stages.same(with_baselines(alone, ()), same)
+    journey = conversions.Journey(clicks, own.config)
+    assert last_step(models["pretrained"].stage) == journey.first_event // 64
+    rate = np.isfinite(clicks.conv_ts[clicks.click_ts < 40]).mean()
+    held = np.isfinite(
+        clicks.conv_ts[(clicks.click_ts >= 95) & (clicks.click_ts < 100)]
+    )
+    expected = -np.log(np.where(held, rate, 1 - rate)).mean()
+    numbers = models["constant rate"].measure().numbers
+    assert numbers["nll"] == pytest.approx(expected)
+    with pytest.raises(ValueError, match="baselines must be of .*'orcale'"):
+        rows(("orcale",), grid())
 
 
-@pytest.mark.parametrize("name", ["dfm", "es_dfm"])
-def test_families_with_more_state_are_trained_too(clicks, name):
-    config = config_of(f'method.rivals=("{name}",)')
-    mesh = meshes.make_mesh({"data": 1}, jax.devices()[:1])
-    task = conversions.bind(clicks, config, defer.make(config), mesh)
-    found = task.family[name]((0, 1))
-    assert np.isfinite(found).all() and found[0] != found[1]
+def with_baselines(stage, names):
+    config = conversions.with_fields(stage.config, {"data.baselines": names})
+    return Stage(stage.paper, config, until=stage.until)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "pretrained",
+        *(pytest.param(x, marks=pytest.mark.matrix) for x in ("dfm", "es_dfm")),
+    ],
+)
+def test_rows_of_the_family_are_trained(clicks, rows, tmp_path, name):
+    """Also those with more outputs or more state than DEFER."""
+    row = rows((name,), grid(), "data.epochs=1")[name]
+    runs = stages.Stages(tmp_path, grid(), quiet=True)
+    state = runs.train(row.stage, watch=lambda *run: row.measure(*run).numbers)
+    assert int(state.step) == last_step(row.stage)
+    before = runs.compiled(row.stage).init(jax.random.key(4))
+    numbers = [row.measure(runs.method(row.stage), s).numbers for s in (before, state)]
+    assert np.isfinite([*numbers[1].values()]).all()
+    assert numbers[1]["auc"] != numbers[0]["auc"]
 
 
 @pytest.mark.parametrize(
     "field, message",
     [("pretrain_until=0.0", "no pretraining clicks"), ("holdout=0.0", "no held-out")],
 )
-def test_task_refuses_empty_phases(clicks, field, message):
-    config = config_of(f"data.{field}")
+def test_empty_phases_are_refused(clicks, field, message):
     with pytest.raises(ValueError, match=message):
-        conversions.bind(clicks, config, defer.make(config), meshes.make_mesh())
+        conversions.bind(clicks, config_of(f"data.{field}"))
 
 
-def test_read_refuses_an_unknown_source():
-    with pytest.raises(ValueError, match="synthetic, cdnow or criteo, got 'avazu'"):
-        conversions.read(config_of("data.source=avazu"))
-
-
-def test_criteo_needs_a_path():
+def test_sources_that_cannot_be_read():
+    with pytest.raises(ValueError, match="'synthetic', 'cdnow', 'criteo'.*'avazu'"):
+        conversions.load(config_of("data.source=avazu"))
     with pytest.raises(ValueError, match="data.path"):
-        conversions.read(load_config("defer"))
+        conversions.load(load_config("defer"))
 
 
 @pytest.mark.slow
@@ -203,12 +244,12 @@ def test_learning_gate_on_repeat_purchases(capsys):
     """Mean of 3 seeds: DEFER recovers half of what the drift costs, waiting none."""
     config = load_config("defer:cdnow")
     try:
-        clicks = conversions.read(config)
+        clicks = conversions.load(config)
     except FileNotFoundError as reason:
         pytest.skip(f"CDNOW is not here and cannot be fetched: {reason}")
-    rows = conversions.table(config, clicks=clicks)
+    rows = delayed_family.table(config, clicks=clicks)
     with capsys.disabled():
-        print("\n" + conversions.render(rows))
+        print("\n" + delayed_family.render(rows))
     values = {row.method: row.values for row in rows}
     nll = {name: v["nll"].mean() for name, v in values.items()}
     assert values["defer"]["ri_nll"].mean() >= 50

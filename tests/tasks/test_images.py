@@ -1,4 +1,4 @@
-"""The task of pictures: errors counted by hand, several nets, what does not fit."""
+"""Classification of images: errors counted by hand, several nets, what does not fit."""
 
 import gzip
 
@@ -11,7 +11,10 @@ from jaxpapers import mesh as meshes
 from jaxpapers import run, tasks
 from jaxpapers.method import Method, State
 from jaxpapers.papers.rocket import Predictions
+from jaxpapers.study import with_fields
 from jaxpapers.tasks import images
+
+STATE = State(0, {}, (), (), 0)
 
 
 @pytest.fixture(scope="module")
@@ -30,50 +33,54 @@ def config(tmp_path_factory):
     )
 
 
-def method(sampler):
-    return Method(lambda *a: None, lambda *a: None, lambda *a: None, sampler)
+@pytest.fixture(scope="module")
+def grid():
+    return meshes.make_mesh({"data": 1}, jax.devices()[:1])
 
 
-def test_errors_are_those_counted_by_hand(config):
-    def sampler(params, key, batch, extra):
+def test_errors_are_those_counted_by_hand(config, grid):
+    """Of the net that is compared, of the one beside it, and of no net."""
+
+    def predict(params, extra, batch):
+        assert set(batch) == {"image"}
         on = batch["image"][..., 0].reshape(len(batch["image"]), -1)[:, :10]
         guess = jnp.argmin(jnp.pad(on > 1.5, ((0, 0), (0, 1))), 1)
         logits = jnp.eye(10)[jnp.minimum(guess, 9)]
         return Predictions(logits, jnp.roll(logits, 1, 1))
 
-    grid = meshes.make_mesh({"data": 1}, jax.devices()[:1])
-    task = tasks.load(config, method(sampler), grid)
-    state = State(jnp.zeros(()), {}, (), (), jnp.zeros(()))
-    found = task.evaluate(state)
-    assert set(found) == {"validation_error", "validation_booster_error"}
-    assert found["validation_error"] == 0
-    assert found["validation_booster_error"] == 1
-    base = task.baselines()
-    labels = images.read(config).test.label
-    train = np.bincount(images.read(config).train.label)
-    expected = (labels != train.argmax()).mean()
-    assert base["most frequent class"] == pytest.approx(expected)
-    assert base["nearest class mean"] < 0.2
+    study = tasks.study("rocket", config, tasks.read(config), grid)
+    assert study.metric == "error" and not study.rising
+    rows = {row.label: row for row in study.rows(3)}
+    own, *others = rows.values()
+    assert own.label == "this model" and own.stage.config.train.seed == 3
+    finding = own.measure(Method(None, None, None, predict=predict), STATE)
+    assert finding.numbers == {"error": 0, "booster_error": 1}
+    dataset = images.load(config)
+    most = np.bincount(dataset.train.label).argmax()
+    expected = (dataset.test.label != most).mean()
+    constant = rows["most frequent class"].measure().numbers
+    assert constant["error"] == pytest.approx(expected)
+    assert rows["nearest class mean"].measure().numbers["error"] < 0.2
+    # The ablations differ from the model and are trained as long, with the same seed.
+    trained = [row.stage.config for row in others if row.stage]
+    assert {c.method.nets for c in trained} >= {"light", "booster"}
+    assert all(c.train == own.stage.config.train for c in trained)
 
 
-def test_pictures_have_to_fit_the_net(config):
-    other = config.copy_and_resolve_references().unlock()
-    other.net.size = 32
+def test_images_have_to_fit_the_net(config):
     with pytest.raises(ValueError, match="8, 8, 1"):
-        images.read(other)
-    other = run.load_config("rocket")
+        images.load(with_fields(config, {"net.size": 32}))
     with pytest.raises(FileNotFoundError, match="data.path"):
-        images.read(other)
+        images.load(run.load_config("rocket"))
     wrong = run.load_config("rocket", ["--config.data.source=mnist"])
     with pytest.raises(ValueError, match="cifar-10"):
-        images.read(wrong)
+        images.load(wrong)
 
 
 def test_shapes_are_those_of_the_batches(config):
-    shapes = tasks.batch_shapes(config)
-    grid = meshes.make_mesh({"data": 1}, jax.devices()[:1])
-    task = tasks.load(config, method(lambda *a: jnp.zeros((16, 10))), grid)
-    batch = task.examples.batch(0, config.data.batch)
-    assert {k: (v.shape, v.dtype) for k, v in batch.items()} == {
-        k: (v.shape, v.dtype) for k, v in shapes.items()
-    }
+    data = tasks.read(config)
+    batch = data.examples.batch(0, config.data.batch)
+    expected = {k: (v.shape, v.dtype) for k, v in batch.items()}
+    for shapes in (data.shapes, tasks.abstract(config).shapes):
+        assert {k: (v.shape, v.dtype) for k, v in shapes.items()} == expected
+    assert data.unit == "images" and "1,348 images" in data.summary
