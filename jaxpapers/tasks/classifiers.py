@@ -47,11 +47,18 @@ def train(image: np.ndarray, label: np.ndarray, classes: int, seed: int = 0) -> 
       seed: of parameters and batches.
     """
     classifier = untrained(image.shape[1:], classes, seed)
-    tx = optax.adam(RATE)
     x, y = jnp.asarray(image, jnp.float32), jnp.asarray(label, jnp.int32)
+    params = _fit(classifier.net, classifier.params, x, y, jax.random.key(seed + 1))
+    return classifier._replace(params=jax.device_get(params))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _fit(net, params, x, y, key):
+    """Parameters after training on images x of classes y; ``key`` draws the batches."""
+    tx = optax.adam(RATE)
 
     def loss(params, index):
-        logits, _ = classifier.net.apply({"params": params}, x[index])
+        logits, _ = net.apply({"params": params}, x[index])
         return optax.softmax_cross_entropy_with_integer_labels(logits, y[index]).mean()
 
     def step(carry, key):
@@ -60,12 +67,8 @@ def train(image: np.ndarray, label: np.ndarray, classes: int, seed: int = 0) -> 
         updates, opt_state = tx.update(jax.grad(loss)(params, index), opt_state)
         return (optax.apply_updates(params, updates), opt_state), None
 
-    @jax.jit
-    def fit(params):
-        keys = jax.random.split(jax.random.key(seed + 1), STEPS)
-        return jax.lax.scan(step, (params, tx.init(params)), keys)[0][0]
-
-    return classifier._replace(params=jax.device_get(fit(classifier.params)))
+    keys = jax.random.split(key, STEPS)
+    return jax.lax.scan(step, (params, tx.init(params)), keys)[0][0]
 
 
 def accuracy(classifier: Trained, x: np.ndarray, label: np.ndarray) -> float:

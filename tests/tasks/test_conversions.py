@@ -15,7 +15,8 @@ from jaxpapers.tasks import conversions, delayed_family
 
 
 def config_of(*overrides):
-    fields = ("data.batch=64", "data.epochs=2", "net.widths=(8, 4)", "net.features=3")
+    fields = ("data.batch=64", "data.epochs=2", "data.bucket=3.0", "net.widths=(8, 4)")
+    fields += ("net.features=3",)
     return load_config("defer:smoke", [f"--config.{f}" for f in (*fields, *overrides)])
 
 
@@ -122,6 +123,7 @@ def test_weights_recover_what_waiting_alone_destroys(table):
     assert len(text.splitlines()) == 6 and "| defer | " in text
 
 
+@pytest.mark.matrix
 def test_seeds_of_a_table_are_those_of_single_runs(clicks, table):
     """Vmapping them changes nothing, nor does which methods ran before."""
     config = conversions.with_method(config_of("optim.lr=0.01"), "defer")
