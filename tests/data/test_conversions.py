@@ -2,8 +2,6 @@
 
 import datetime
 import math
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -199,15 +197,9 @@ def test_bins_are_equal_parts_of_the_range():
 
 
 def test_hash_is_stable_and_even():
-    code = (
-        "from jaxpapers.data.conversions import stable_hash as h;"
-        "print([h(str(i), 512, 3) for i in range(50)])"
-    )
-    other = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
-    here = [conversions.stable_hash(str(i), 512, 3) for i in range(50)]
-    assert str(here) == other.stdout.strip()
+    # In every process: Python's own hash of texts is another in each.
+    hashes = [conversions.stable_hash(str(i), 512, 3) for i in range(5)]
+    assert hashes == [170, 36, 34, 511, 249]
     for buckets in (16, 100, 512):
         n = 100 * buckets
         found = [conversions.stable_hash(f"{i:x}", buckets) for i in range(n)]

@@ -78,10 +78,10 @@ def test_amazon_in_din_protocol(amazon):
 
 
 def test_amazon_in_dien_protocol(amazon):
-    for seed in range(30):
-        clicks = ctr_files.amazon(*amazon, protocol="dien", seed=seed)
-        if len(clicks.test.label) == 2 and clicks.test.user[0] == ctr.OOV:
-            break
+    seeds = [ctr_files.amazon(*amazon, protocol="dien", seed=s) for s in range(30)]
+    clicks = next(
+        x for x in seeds if len(x.test.label) == 2 and x.test.user[0] == ctr.OOV
+    )
     assert len(clicks.train.label) == 4  # U1, U2 or U4, one pair each.
     rows = unpack(clicks, "train") + unpack(clicks, "test")
     assert [r[4] for r in rows] == [1, 0] * 3
@@ -93,11 +93,8 @@ def test_amazon_in_dien_protocol(amazon):
             count[item] += 1
     known = count[1:-1]
     assert (np.diff(known) <= 0).all() and known.min() > 0 and count[0] == 0
-    shares = [
-        len(ctr_files.amazon(*amazon, protocol="dien", seed=s).test.label) / 6
-        for s in range(60)
-    ]
-    assert abs(np.mean(shares) - 0.1) < 4 * np.sqrt(0.09 / 180)
+    shares = [len(x.test.label) / 6 for x in seeds]
+    assert abs(np.mean(shares) - 0.1) < 4 * np.sqrt(0.09 / 90)
     with pytest.raises(ValueError, match="protocol must be 'din' or 'dien', got 'x'"):
         ctr_files.amazon(*amazon, protocol="x")
 

@@ -47,9 +47,16 @@ def test_standard_library_is_real_text_without_tests():
     assert len(files) > 300
     parts = {part for f in files for part in f.parts}
     assert not parts & {"site-packages", "test", "tests"}
-    share = sum(text.in_validation(f.as_posix(), 0.05) for f in files) / len(files)
-    assert 0.02 < share < 0.09
+    held = np.array([text.in_validation(f.as_posix(), 0.05) for f in files])
+    assert 0.02 < held.mean() < 0.09
+    size = np.array([(root / f).stat().st_size for f in files])
+    assert 0.04 < size[held].sum() / size.sum() < 0.07
+
+
+@pytest.mark.matrix
+def test_standard_library_is_the_default_corpus():
     corpus = text.load()
+    assert corpus.name == "stdlib" and corpus.byte_level
     size = sum(len(s) for s in corpus.validation)
     assert 0.04 < size / (size + sum(len(s) for s in corpus.train)) < 0.07
 
