@@ -200,7 +200,7 @@ def test_hash_is_stable_and_even():
     # In every process: Python's own hash of texts is another in each.
     hashes = [conversions.stable_hash(str(i), 512, 3) for i in range(5)]
     assert hashes == [170, 36, 34, 511, 249]
-    for buckets in (16, 100, 512):
+    for buckets in (16, 100):
         n = 100 * buckets
         found = [conversions.stable_hash(f"{i:x}", buckets) for i in range(n)]
         count = np.bincount(found, minlength=buckets)
