@@ -183,11 +183,18 @@ class _RunHelp(argparse.Action):
             except ValueError as e:
                 return parser.error(str(e))
             print(f"\nconfig fields of {target} (--config.group.field=value):")
-            for group, fields in sorted(config.items()):
-                for field, value in sorted(fields.items()):
-                    name = f"--config.{group}.{field}"
-                    print(f"  {name:<36} {type(value).__name__:<6} {value!r}")
+            for name, value in _fields(config, "--config"):
+                print(f"  {name:<36} {type(value).__name__:<6} {value!r}")
         parser.exit()
+
+
+def _fields(config, prefix):
+    """Every field of a config and of its groups, by name."""
+    for name, value in sorted(config.items()):
+        if hasattr(value, "items"):
+            yield from _fields(value, f"{prefix}.{name}")
+        else:
+            yield f"{prefix}.{name}", value
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -240,6 +240,7 @@ def measure(
     """
     findings: dict[tuple[int, int], Finding] = {}
     own: list[State] = []
+    done: set[str] = set()
 
     @functools.cache
     def untrained(j):
@@ -254,26 +255,33 @@ def measure(
         }
 
     def train(stage, j):
-        here = [i for i, row in enumerate(rows[j]) if same(row.stage, stage)]
-        if here and (here[0], j) in findings:
+        if stage_key(stage) in done:
             return
-        label = rows[j][here[0]].label if here else "first stage"
-        if here != [0] or len(seeds) > 1:
+        done.add(stage_key(stage))
+        # A stage without the seed in its config serves the rows of all seeds.
+        here = [
+            (i, k)
+            for k, of_seed in enumerate(rows)
+            for i, row in enumerate(of_seed)
+            if same(row.stage, stage)
+        ]
+        first = here[0][0] if here else None
+        label = "first stage" if first is None else rows[j][first].label
+        if first != 0 or len(seeds) > 1:
             announce(f"{label}, seed {seeds[j]}")
 
         def finish(method, state):
-            for i in here:
-                findings[i, j] = rows[j][i].measure(method, state)
-            if not here:
+            for i, k in here:
+                findings[i, k] = rows[k][i].measure(method, state)
+            if first is None:
                 return {}
-            numbers = findings[here[0], j].numbers
+            numbers = findings[here[0]].numbers
             final = {f"validation_{k}": v for k, v in numbers.items()}
-            return {**final, **untrained(j)} if here[0] == 0 else final
+            return {**final, **untrained(j)} if first == 0 else final
 
-        state = stages.train(
-            stage, label=label, watch=_watch(stage, others[j]), finish=finish
-        )
-        if 0 in here and not own:
+        watch = _watch(stage, others[j])
+        state = stages.train(stage, label=label, watch=watch, finish=finish)
+        if first == 0 and not own:
             own.append(state)
 
     for i in range(len(rows[0])):
