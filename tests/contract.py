@@ -35,7 +35,8 @@ class Contract(NamedTuple):
       refused: field -> value that ``make`` refuses, and a word of the message.
       data: folder -> ``data.path``, after writing tiny data there; None: no files.
       noisy: the loss draws noise for every row, so that micro-batches draw other noise.
-      falling: metric that falls in 20 steps, and to which share of its first value.
+      falling: metric of the paper's own stage that falls in 20 steps on one batch, and
+        to which share of its first value.
       stages: "" for the paper's own stage, "before" for the one that it starts from.
     """
 
@@ -61,6 +62,7 @@ class Case:
         self.config = self.row("1x1").stage.config
         self.data = tasks.read(self.config)
         self.traces = 0
+        self.falling = contract.falling[0] if not stage else "loss"
         self.method = self.make(self.config)
         self._programs: dict[Any, Any] = {}
 
@@ -112,10 +114,9 @@ class Case:
 
         def build():
             state, values = self.init(mesh), []
-            metric = self.contract.falling[0]
             for i in range(count):
                 state, metrics = self.step(state, mesh, i)
-                values.append(float(metrics[metric if metric in metrics else "loss"]))
+                values.append(float(metrics[self.falling]))
             return jax.device_get(state), values
 
         return self.program((mesh, count), build)
@@ -202,6 +203,6 @@ CLICK = {
     "data.source": "dien", "data.history": 8, "data.batch": 8, "data.eval_batch": 8,
     "net.item_dim": 4, "net.cate_dim": 4, "net.hidden": (8, 4), "train.steps": 20,
     "net.activation": "relu", "optim.name": "sgd", "optim.tables": "row_sgd",
-    "optim.lr": 0.3,
+    "optim.lr": 0.3, "net.std": 1.0,
 }  # fmt: skip
 """Fields of a click model's case."""

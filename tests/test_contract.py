@@ -87,7 +87,7 @@ def test_init_needs_only_shapes_and_a_step_keeps_them(case):
 
 
 def test_one_trace_however_many_steps(case):
-    case.steps("1x1", 20)
+    case.steps("1x1", 3)
     case.steps("4x2", 3)
     # One for each mesh.
     assert case.traces == 2
@@ -121,8 +121,12 @@ def test_same_numbers_on_every_mesh(case, mesh):
     assert difference < 1e-4, leaf
 
 
-def test_loss_falls(case):
-    _, values = case.steps("1x1", 20)
+def test_loss_of_a_batch_falls(case):
+    """Twenty steps on one batch, which any model of these sizes can learn."""
+    state, values = case.init("1x1"), []
+    for _ in range(20):
+        state, metrics = case.step(state, "1x1", 0)
+        values.append(float(metrics[case.falling]))
     assert np.mean(values[-3:]) < case.contract.falling[1] * values[0], values
 
 
@@ -163,7 +167,7 @@ def test_accumulation_agrees_with_the_whole_batch(case):
     state, metrics = case.step(case.init("1x1"), "1x1", 0, compiled)
     case.traces -= 1
     expected, values = case.steps("1x1", 1)
-    assert float(metrics["loss"]) == pytest.approx(values[0], rel=1e-6)
+    assert float(metrics[case.falling]) == pytest.approx(values[0], rel=1e-6)
     difference, leaf = largest_difference(expected.params, state.params)
     assert difference < 1e-4, leaf
 
