@@ -3,7 +3,7 @@
     python benchmarks/click_models.py             every row (an hour on two cores)
     python benchmarks/click_models.py DIN         rows whose name contains the word
 
-A row is one ``jaxpapers train`` with its config fields, three seeds on MovieLens and five
+A row is one ``jaxpapers run`` with its config fields, three seeds on MovieLens and five
 on digits. Hyper-parameters are those of the
 presets; what the presets leave open was chosen on held-out training users
 (``data.split=validation``). Writes

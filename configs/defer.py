@@ -1,8 +1,8 @@
 """Delayed conversions: DEFER and its family on one stream of clicks.
 
-    jaxpapers train defer:cdnow          repeat purchases of CDNOW
-    jaxpapers train defer:smoke          synthetic clicks, 26 CPU seconds
-    jaxpapers train defer --config.data.path=data.txt    Criteo's conversion logs
+    jaxpapers run defer:cdnow          repeat purchases of CDNOW
+    jaxpapers run defer:smoke          synthetic clicks, 26 CPU seconds
+    jaxpapers run defer --config.data.path=data.txt    Criteo's conversion logs
     --config.method.name=es_dfm          another method of the family
 
 ``jaxpapers.tasks.conversions.table`` compares the whole family by the streaming protocol.

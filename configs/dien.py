@@ -1,10 +1,10 @@
 """DIEN on behaviour sequences in time order, and its ablations.
 
-    jaxpapers train dien:ml100k          AUGRU without auxiliary loss, MovieLens-100k
-    jaxpapers train dien:ml100k --config.method.aux_weight=1.0    with it
-    jaxpapers train dien:ml100k --config.net.variant=agru | aigru | gru
-    jaxpapers train dien:smoke           a small one, < 20 s
-    jaxpapers train dien                 Amazon, the released code's sizes
+    jaxpapers run dien:ml100k          AUGRU without auxiliary loss, MovieLens-100k
+    jaxpapers run dien:ml100k --config.method.aux_weight=1.0    with it
+    jaxpapers run dien:ml100k --config.net.variant=agru | aigru | gru
+    jaxpapers run dien:smoke           a small one, < 20 s
+    jaxpapers run dien                 Amazon, the released code's sizes
 
 The fields of ``net`` are described at ``jaxpapers.papers.dien.Net``.
 

@@ -1,9 +1,9 @@
 """DIN on behaviour sequences, and the model without attention beside it.
 
-    jaxpapers train din:ml100k           DIN, softmax weights, MovieLens-100k
-    jaxpapers train din:ml100k --config.net.pooling=mean     the Base model
-    jaxpapers train din:smoke            a small one
-    jaxpapers train din | din:released   Amazon Electronics, the paper's and the code's
+    jaxpapers run din:ml100k           DIN, softmax weights, MovieLens-100k
+    jaxpapers run din:ml100k --config.net.pooling=mean     the Base model
+    jaxpapers run din:smoke            a small one
+    jaxpapers run din | din:released   Amazon Electronics, the paper's and the code's
 
 The fields of ``net`` are described at ``jaxpapers.nets.interest.Net``.
 

@@ -1,10 +1,10 @@
 """Language models trained with Dion, and the same model with AdamW and Muon.
 
-    jaxpapers train dion                 default: 4 minutes on 2 cores
-    jaxpapers train dion:smoke           20 seconds
-    jaxpapers train dion:standard        30 minutes
-    jaxpapers train dion:adamw | dion:muon    the default model, other optimizers
-    jaxpapers train dion:160m --config.data.path=SHARDS   the paper's model
+    jaxpapers run dion                 default: 4 minutes on 2 cores
+    jaxpapers run dion:smoke           20 seconds
+    jaxpapers run dion:standard        30 minutes
+    jaxpapers run dion:adamw | dion:muon    the default model, other optimizers
+    jaxpapers run dion:160m --config.data.path=SHARDS   the paper's model
     jaxpapers plan dion:3b --topology v5p:8x8x8 --mesh data:64,model:8
                                          3.1 B parameters, for pods
 

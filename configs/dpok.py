@@ -1,10 +1,10 @@
 """DPOK: a text-to-image model tuned to a reward by policy gradients with KL.
 
-    jaxpapers train dpok                 8 x 8 digits whose captions were half wrong
-    jaxpapers train dpok:colours         inked digits, combinations that were never named
-    jaxpapers train dpok:emoji           32 x 32 emoji and their names, a U-Net (a GPU)
-    jaxpapers train dpok:reference       the released code's clip, KL and old rounds
-    jaxpapers train dpok:smoke           a few steps
+    jaxpapers run dpok                 8 x 8 digits whose captions were half wrong
+    jaxpapers run dpok:colours         inked digits, combinations that were never named
+    jaxpapers run dpok:emoji           32 x 32 emoji and their names, a U-Net (a GPU)
+    jaxpapers run dpok:reference       the released code's clip, KL and old rounds
+    jaxpapers run dpok:smoke           a few steps
 
 The model is pretrained first, in the folder ``pretrain`` of the workdir, unless
 ``train.init_from`` names a run that did it (``method.stage=pretrain``).

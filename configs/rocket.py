@@ -1,11 +1,11 @@
 """Rocket Launching: a light net trained beside a booster.
 
-    jaxpapers train rocket:digits        residual nets, 8 x 8 scans
-    jaxpapers train rocket:ml100k        DIN with MLPs of 16-8 and 200-80, MovieLens-100k
-    jaxpapers train rocket:dien          DIEN with states of 8 and 24, MovieLens-100k
-    jaxpapers train rocket:smoke         DIN, a few steps
-    jaxpapers train rocket --config.data.path=FOLDER     WRN-16-1 in WRN-40-1, CIFAR-10
-    jaxpapers train rocket:svhn          the same on SVHN, Adam, dropout
+    jaxpapers run rocket:digits        residual nets, 8 x 8 scans
+    jaxpapers run rocket:ml100k        DIN with MLPs of 16-8 and 200-80, MovieLens-100k
+    jaxpapers run rocket:dien          DIEN with states of 8 and 24, MovieLens-100k
+    jaxpapers run rocket:smoke         DIN, a few steps
+    jaxpapers run rocket --config.data.path=FOLDER     WRN-16-1 in WRN-40-1, CIFAR-10
+    jaxpapers run rocket:svhn          the same on SVHN, Adam, dropout
 
 The fields of ``net`` are described at ``jaxpapers.papers.rocket.WrnNet``, ``DinNet`` and
 ``DienNet``, those of ``method`` at ``jaxpapers.papers.rocket.Options``.

@@ -1,13 +1,13 @@
 """A score model on points, with the bound of its Wasserstein distance along the run.
 
-    jaxpapers train score_wasserstein            four clusters, 90 s and its baselines
-    jaxpapers train score_wasserstein:moons      two half circles
-    jaxpapers train score_wasserstein:gaussian   one Gaussian
-    jaxpapers train score_wasserstein:line       two clusters on a line
-    jaxpapers train score_wasserstein:digits     scanned digits, two principal components
+    jaxpapers run score_wasserstein            four clusters, 90 s and its baselines
+    jaxpapers run score_wasserstein:moons      two half circles
+    jaxpapers run score_wasserstein:gaussian   one Gaussian
+    jaxpapers run score_wasserstein:line       two clusters on a line
+    jaxpapers run score_wasserstein:digits     scanned digits, two principal components
         '--config.net.shape=(8,)'                eight of them
         --config.method.start=prior              sampling from N(0, I), with its offset
-    jaxpapers train score_wasserstein:smoke      four clusters, a few steps
+    jaxpapers run score_wasserstein:smoke      four clusters, a few steps
 
 Gates: the exact W_2 of 256 points and of samples that start from them is below the bound
 at every logged step; the final exact W_2 is at most 1.3 of that of two sets of data

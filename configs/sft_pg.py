@@ -1,10 +1,10 @@
 """SFT-PG: shortcut fine-tuning of a few-step sampler, after training its denoiser.
 
-    jaxpapers train sft_pg               swiss roll, 10 steps
-    jaxpapers train sft_pg:digits        8 x 8 scans, 10 of 1,000 steps
-    jaxpapers train sft_pg:fashion --config.data.path=FOLDER   14 x 14, IDX files
-    jaxpapers train sft_pg:cifar --config.data.path=FOLDER     CIFAR-10, a U-Net
-    jaxpapers train sft_pg:smoke         swiss roll, a few steps
+    jaxpapers run sft_pg               swiss roll, 10 steps
+    jaxpapers run sft_pg:digits        8 x 8 scans, 10 of 1,000 steps
+    jaxpapers run sft_pg:fashion --config.data.path=FOLDER   14 x 14, IDX files
+    jaxpapers run sft_pg:cifar --config.data.path=FOLDER     CIFAR-10, a U-Net
+    jaxpapers run sft_pg:smoke         swiss roll, a few steps
 
 The denoiser is trained first, in the folder ``pretrain`` of the workdir, unless
 ``train.init_from`` names a run that did it (``method.stage=pretrain``).

@@ -1,9 +1,9 @@
 """SIM on long behaviour sequences, and the average of the history beside it.
 
-    jaxpapers train sim:ml100k           hard search, MovieLens-100k
-    jaxpapers train sim:ml100k --config.net.search=soft      average: pooling, no search
-    jaxpapers train sim:smoke            a small one, < 20 s
-    jaxpapers train sim                  Taobao: 400 behaviours to search, 100 recent
+    jaxpapers run sim:ml100k           hard search, MovieLens-100k
+    jaxpapers run sim:ml100k --config.net.search=soft      average: pooling, no search
+    jaxpapers run sim:smoke            a small one, < 20 s
+    jaxpapers run sim                  Taobao: 400 behaviours to search, 100 recent
 
 The fields of ``net`` are described at ``jaxpapers.papers.sim.Net``.
 
