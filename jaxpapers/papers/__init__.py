@@ -119,6 +119,15 @@ NAMES: dict[str, Paper] = {
         "diffusion",
         "a denoiser of a swiss roll and the tuning of its sampler, < 20 s",
     ),
+    "dnw": Paper(
+        "Efficient learning strategy of Chinese characters based on network approach",
+        "Yan, Xiaoyong and Fan, Ying and Di, Zengru and Havlin, Shlomo and Wu, Jinshan",
+        2013,
+        "1303.1599",
+        "networks",
+        "a learning order of 300 characters and what it costs, < 20 s",
+        trained=False,
+    ),
 }
 
 

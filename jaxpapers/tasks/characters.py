@@ -39,7 +39,7 @@ def read(config: Any) -> Data:
     """The network that ``config.data`` names; facts ``characters`` and ``network``.
 
     Raises:
-      ValueError: unknown names, several files, or a bad network.
+      ValueError: unknown names, or a bad network.
     """
     c, m = config.data, config.method
     for field, value, known in (
@@ -50,8 +50,6 @@ def read(config: Any) -> Data:
     ):
         if value not in known:
             raise ValueError(f"{field} must be one of {known}, got {value!r}")
-    if c.path and not isinstance(c.path, str):
-        raise ValueError(f"dnw reads one CSV file, got {len(c.path)}: {c.path}")
     table, seeds = _table(c)
     network = dnw.build_network(
         table.components,
@@ -153,47 +151,48 @@ def _primitive_costs(table: Characters, kind: str) -> dict[str, float]:
     }
 
 
-def _orders(config: Any, data: Data, mesh: Any) -> dict[str, Callable[[], jax.Array]]:
+def _orders(config: Any, data: Data, mesh: Any) -> dict[str, Callable[[], Any]]:
     """Label -> function that gives the order; DNW's first."""
     table, net, m = data.facts["characters"], data.facts["network"], config.method
     values = (m.b, *m.others)
-    weights = dnw.sweep(
-        net, values, mesh=mesh if mesh.size > 1 else None,
-        use_multiplicity=m.use_multiplicity,
-    )  # fmt: skip
-
-    def by(score):
-        return lambda: _sorted(score() if callable(score) else score, net)
-
-    def fitted():
-        b, _ = _fit(net, dnw.closures(net), **config.fit)
-        return dnw.level_scores(b, net)
-
-    scores = {f"DNW, b = {b:g}": by(w) for b, w in zip(values, weights)}
-    own = next(iter(scores))
-    orders = {
-        own: scores.pop(own),
-        "usage frequency": by(dnw.ufo(net)),
-        **scores,
-        "offspring, direct": by(lambda: dnw.noo_direct(net)),
-        "offspring, all": by(lambda: jnp.asarray(dnw.noo_all(net))),
-        "level": by(lambda: dnw.by_level(net)),
-        "frequency / cost": by(lambda: dnw.frequency_per_cost(net)),
-        "Loach-Wang": lambda: _loach(net),
-        "density greedy": lambda: jnp.asarray(dnw.density_greedy(net)),
-    }
-    if config.fit.steps:
-        orders["DNW, b per level"] = by(fitted)
+    several = mesh if mesh.size > 1 else None
+    weights = dnw.sweep(net, values, mesh=several, use_multiplicity=m.use_multiplicity)
+    weights = np.asarray(weights)  # What follows runs on one device.
+    own, *others = (f"DNW, b = {b:g}" for b in values)
+    scores = {own: weights[0], **dict(zip(others, weights[1:]))}
+    scores["offspring, all"] = dnw.noo_all(net)
+    graded = []
     if table.grade:
         last = max(table.grade.values()) + 1
-        grade = [-float(table.grade.get(c, last)) for c in net.chars]
-        label = "grades" if config.data.path else "HSK 3.0 levels (graded stand-in)"
-        orders[label] = by(jnp.asarray(grade))
-    return orders
+        graded = ["grades" if config.data.path else "HSK 3.0 levels (graded stand-in)"]
+        scores[graded[0]] = np.array(
+            [-table.grade.get(c, last) for c in net.chars], float
+        )
+    found = jax.device_get(_sorted(scores, net))
+    before = (own, "usage frequency", *others, "offspring, direct", "offspring, all",
+              "level", "frequency / cost", "Loach-Wang")  # fmt: skip
+    orders: dict[str, Callable[[], Any]] = {
+        label: functools.partial(found.get, label) for label in before
+    }
+    orders["density greedy"] = lambda: dnw.density_greedy(net)
+    if config.fit.steps:
+        orders["DNW, b per level"] = lambda: _fitted(net, **config.fit)
+    return orders | {label: functools.partial(found.get, label) for label in graded}
 
 
-_sorted = jax.jit(lambda score, net: dnw.order_from_score(score, jnp.asarray(net.freq)))
-_loach = jax.jit(dnw.loach_order)
+@jax.jit
+def _sorted(scores, net):
+    """Orders of the given scores, and those that the network alone gives."""
+    scores = {
+        "usage frequency": dnw.ufo(net),
+        "offspring, direct": dnw.noo_direct(net),
+        "level": dnw.by_level(net),
+        "frequency / cost": dnw.frequency_per_cost(net),
+        **scores,
+    }
+    freq = jnp.asarray(net.freq)
+    orders = {label: dnw.order_from_score(x, freq) for label, x in scores.items()}
+    return orders | {"Loach-Wang": dnw.loach_order(net)}
 
 
 @jax.jit
@@ -204,9 +203,16 @@ def _simulate(order, net, closures):
     return {c: (x, dnw.curve_metrics(x, limit)) for c, x in curves.items()}
 
 
-@functools.partial(jax.jit, static_argnames=("steps", "top"))
-def _fit(net, closures, *, steps, lr, tau, top):
-    return dnw.fit(net, closures, optax.adam(lr), steps=steps, tau=tau, top=top)
+def _fitted(net: dnw.CharNet, *, steps: int, lr: float, tau: float, top: int) -> Any:
+    """The order by W with a b per level, which is fitted here."""
+
+    @jax.jit
+    def fitted(net, closures):
+        tx = optax.adam(lr)
+        b, _ = dnw.fit(net, closures, tx, steps=steps, tau=tau, top=top)
+        return dnw.order_from_score(dnw.level_scores(b, net), jnp.asarray(net.freq))
+
+    return fitted(net, dnw.closures(net))
 
 
 def _numbers(metrics: dnw.Metrics) -> dict[str, float]:
@@ -224,10 +230,18 @@ def _other_credit(credit: str, courses: Mapping[str, Any]) -> Table:
 
 
 def _areas(count: int, credit: str, net: Any, closures: Any) -> tuple[list, list]:
+    """Area under the curve for values of b from 0 to 1."""
     b = np.linspace(0, 1, count)
-    orders = [_sorted(w, net) for w in dnw.sweep(net, b)]
-    areas = [_simulate(order, net, closures)[credit][1].area for order in orders]
-    return b.tolist(), [float(x) for x in jax.device_get(areas)]
+
+    @jax.jit
+    def areas(weights, net, closures):
+        def area(w):
+            order = dnw.order_from_score(w, jnp.asarray(net.freq))
+            return _simulate(order, net, closures)[credit][1].area
+
+        return jax.lax.map(area, weights)
+
+    return b.tolist(), areas(dnw.sweep(net, b), net, closures).tolist()
 
 
 def _points(curve: dnw.Curve, limit: float) -> tuple[list, list]:

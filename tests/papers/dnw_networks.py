@@ -91,3 +91,24 @@ def parts(net):
         if m:
             sets[w].add(int(c))
     return sets
+
+
+def course(order, net, credit):
+    """(C, F, N) after each target of an order, by sets and loops."""
+    below, known, points = parts(net), set(), []
+    cost = usage = 0.0
+    for target in order:
+        if target in known:
+            points.append((cost, usage, len(known)))
+            continue
+        closure, todo = {int(target)}, [int(target)]
+        while todo:
+            fresh = below[todo.pop()] - known - closure
+            closure |= fresh
+            todo += fresh
+        cost += net.own_cost[list(closure)].sum()
+        new = closure if credit == "learn" else {int(target)}
+        known |= new
+        usage += net.freq[list(new)].sum()
+        points.append((cost, usage, len(known)))
+    return np.array(points).T

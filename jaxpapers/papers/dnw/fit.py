@@ -82,7 +82,7 @@ def fit(
     *,
     steps: int,
     b: float = 0.35,
-    tau: float = 0.1,
+    tau: Float[Array, ""] | float = 0.1,
     top: int = 1000,
 ) -> tuple[Float[Array, " L"], Float[Array, " steps"]]:
     """b per level after some steps of an optax transformation, and the losses.
