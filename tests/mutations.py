@@ -70,7 +70,26 @@ DEFER = [
     ),
 ]
 
-DNW = []
+DNW = [
+    (
+        "jaxpapers/papers/dnw/measure.py",
+        "        return freq + b * inherited\n",
+        "        return w + b * inherited\n",
+        ["tests/papers/test_dnw.py::test_closed_forms"],
+    ),
+    (
+        "jaxpapers/papers/dnw/learning.py",
+        "later = place[nodes] > place[nodes[0]]",
+        "later = place[nodes] < place[nodes[0]]",
+        ["tests/papers/test_dnw_learning.py"],
+    ),
+    (
+        "jaxpapers/papers/dnw/orders.py",
+        "order_from_score(jnp.log(score) / temperature + noise)",
+        "order_from_score(jnp.log(score) / temperature - noise)",
+        ["tests/papers/test_dnw.py::test_plackett_luce"],
+    ),
+]
 
 MUTATIONS = [
     Mutation(paper, *row)
