@@ -2,10 +2,10 @@
 
     python benchmarks/diffusion_rollout.py
 
-The same nets with the same numbers (checked before anything is timed), the same chains
-and steps, one thread each, in turn: trajectories per second, and one whole update, of
-SFT-PG (swiss roll, 5 rounds of 128 chains and 10 policy steps) and of DPOK (40 chains of
-a 14 x 14 U-Net). Then the bytes of trajectories stored as states and as keys, and the
+The same nets with the same parameters (checked before anything is timed), the same
+schedules and steps, one thread each, in turn: trajectories per second, and one update, of
+SFT-PG (swiss roll, 5 rollouts of 128 trajectories and 10 policy steps) and of DPOK (40
+trajectories of a 14 x 14 U-Net). Then the bytes of trajectories stored as states and as keys, and the
 compile time of the U-Net's update. Writes results/diffusion_rollout.json.
 """
 
@@ -32,7 +32,9 @@ from torch import nn  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
 from jaxpapers.config import load_config  # noqa: E402
-from jaxpapers.ops import chains, diffusion, trajectories  # noqa: E402
+from jaxpapers.ops import diffusion, trajectories  # noqa: E402
+from jaxpapers.ops.schedules import reverse_schedule  # noqa: E402
+from jaxpapers.options import from_config  # noqa: E402
 from jaxpapers.papers import dpok, sft_pg  # noqa: E402
 
 os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
@@ -131,9 +133,9 @@ class UNet(nn.Module):
     def __init__(self, params, c):
         super().__init__()
         self.c, self.parts = c, nn.ModuleDict()
-        self.table = parameter(params["word_table"])
+        self.table = parameter(params["token_table"])
         for name, p in params.items():
-            if name == "word_table":
+            if name == "token_table":
                 continue
             if "block" in name:
                 self.parts[name] = Block(p, c.groups)
@@ -153,11 +155,13 @@ class UNet(nn.Module):
         half = self.c.channels // 2
         rate = torch.exp(-np.log(1e4) * torch.arange(half) / (half - 1))
         angle = time[:, None] * rate
-        told = torch.cat([angle.sin(), angle.cos()], -1)
-        told = parts["time_1"](F.silu(parts["time_0"](told))) + self.table[word]
+        condition = torch.cat([angle.sin(), angle.cos()], -1)
+        condition = (
+            parts["time_1"](F.silu(parts["time_0"](condition))) + self.table[word]
+        )
 
         def block(h, name, i):
-            h = parts[f"{name}_block_{i}"](h, told)
+            h = parts[f"{name}_block_{i}"](h, condition)
             attention = f"{name}_attention_{i}"
             return parts[attention](h) if attention in parts else h
 
@@ -170,9 +174,9 @@ class UNet(nn.Module):
                 # XLA pads what is halved on the right, PyTorch on both sides.
                 h = parts[f"down_{level}_conv"](F.pad(h, (0, 1, 0, 1)))
                 skips.append(h)
-        h = parts["middle_block_0"](h, told)
+        h = parts["middle_block_0"](h, condition)
         h = parts["middle_attention"](h)
-        h = parts["middle_block_1"](h, told)
+        h = parts["middle_block_1"](h, condition)
         for level in reversed(range(levels)):
             for i in range(2):
                 h = block(torch.cat([h, skips.pop()], 1), f"up_{level}", i)
@@ -212,20 +216,20 @@ def norm(p, groups):
     return layer
 
 
-def torch_chain(chain):
-    """Numbers of a chain as floats."""
+def torch_schedule(schedule):
+    """Coefficients of a schedule as floats."""
     return [
         tuple(float(v) for v in row)
-        for row in zip(chain.x_mult, chain.eps_mult, chain.std, chain.time)
+        for row in zip(schedule.x_mult, schedule.eps_mult, schedule.std, schedule.time)
     ]
 
 
-def torch_rollout(eps_fn, chain, shape):
-    """States and predictions of a chain, without gradients."""
+def torch_rollout(eps_fn, schedule, shape):
+    """States and predictions of a rollout, without gradients."""
     x = torch.randn(shape)
     states, found = [x], []
     with torch.no_grad():
-        for a, c, std, t in torch_chain(chain):
+        for a, c, std, t in torch_schedule(schedule):
             eps = eps_fn(x, t)
             x = a * x + c * eps + std * torch.randn(shape)
             states.append(x)
@@ -233,11 +237,11 @@ def torch_rollout(eps_fn, chain, shape):
     return torch.stack(states), torch.stack(found)
 
 
-def torch_sample(eps_fn, chain, shape):
-    """The last state of a chain, without gradients."""
+def torch_sample(eps_fn, schedule, shape):
+    """The last states of a rollout, without gradients."""
     x = torch.randn(shape)
     with torch.no_grad():
-        for a, c, std, t in torch_chain(chain):
+        for a, c, std, t in torch_schedule(schedule):
             x = a * x + c * eps_fn(x, t) + std * torch.randn(shape)
     return x
 
@@ -252,11 +256,11 @@ def times(count, run):
     return repeated
 
 
-def log_prob(chain, k, x, x_next, eps):
+def log_prob(schedule, k, x, x_next, eps):
     """Sum over coordinates of a step's log-density, up to a constant."""
     a, c, std = (
         torch.tensor(np.asarray(v))[k].reshape(-1, *(1,) * (x.ndim - 1))
-        for v in (chain.x_mult, chain.eps_mult, chain.std)
+        for v in (schedule.x_mult, schedule.eps_mult, schedule.std)
     )
     z = (x_next - a * x - c * eps) / std
     return (-0.5 * z**2 - std.log()).flatten(1).sum(1)
@@ -268,19 +272,19 @@ def swiss_roll_config():
 
 
 def unet_config():
-    """DPOK with a small U-Net on 14 x 14 pictures."""
+    """DPOK with a small U-Net on 14 x 14 images."""
     fields = {
         "data.batch": 40, "net.model": "unet", "net.shape": (14, 14, 1),
         "net.channels": 32, "net.multipliers": (1, 2), "net.blocks": 1,
-        "net.attention": (1,), "method.steps": 10, "method.transitions": 1,
+        "net.attention": (1,), "sampler.steps": 10, "method.transitions": 1,
         "method.policy_steps": 2, "method.value_steps": 1,
         "method.value_transitions": 1, "method.lora_rank": 0, "method.reward": "none",
     }  # fmt: skip
     return load_config("dpok", [f"--config.{k}={v}" for k, v in fields.items()])
 
 
-def torch_cycle(net, critic, value, config, chain, x):
-    """One cycle of SFT-PG as its released code runs it; 10 policy steps."""
+def torch_update_sft_pg(net, critic, value, config, schedule, x):
+    """One update of SFT-PG as its released code runs it; 10 policy steps."""
     c, rows = config.method, config.data.batch // config.method.n_critic
     txs = [
         torch.optim.Adam(m.parameters(), lr)
@@ -293,7 +297,7 @@ def torch_cycle(net, critic, value, config, chain, x):
     def run():
         kept = []
         for i in range(c.n_critic):
-            states, _ = torch_rollout(eps_fn, chain, (rows, 2))
+            states, _ = torch_rollout(eps_fn, schedule, (rows, 2))
             real = x[i * rows : (i + 1) * rows]
             cost = critic(states[-1])
             loss = critic(real).mean() - cost.mean()
@@ -313,7 +317,7 @@ def torch_cycle(net, critic, value, config, chain, x):
             with torch.no_grad():
                 cost = critic(states[-1]) - value(z, k)[:, 0]
             t = c.steps - 1 - k
-            loss = (cost * log_prob(chain, k, z, z_next, net(z, t))).mean()
+            loss = (cost * log_prob(schedule, k, z, z_next, net(z, t))).mean()
             txs[0].zero_grad()
             loss.backward()
             txs[0].step()
@@ -321,13 +325,13 @@ def torch_cycle(net, critic, value, config, chain, x):
     return run
 
 
-def torch_round(net, frozen, value, config, chain, word):
-    """One round of DPOK: rollout, a value step, policy steps with PPO's clip and KL."""
+def torch_update_dpok(net, frozen, value, config, schedule, word):
+    """One update of DPOK: rollout, a value step, policy steps with PPO's clip and KL."""
     c, rows = config.method, config.data.batch
     tx = torch.optim.AdamW(net.parameters(), 2e-3, weight_decay=1e-4)
     value_tx = torch.optim.Adam(value.parameters(), 1e-3)
-    told = F.one_hot(word.long(), config.net.words).float()
-    times = torch.tensor(np.asarray(chain.time))
+    condition = F.one_hot(word.long(), config.net.vocab).float()
+    times = torch.tensor(np.asarray(schedule.time))
 
     def guided(model, x, t):
         both = model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([word, 0 * word]))
@@ -342,25 +346,26 @@ def torch_round(net, frozen, value, config, chain, word):
         return k, states[k, row], states[k + 1, row], eps[k, row]
 
     def run():
-        states, eps = torch_rollout(eps_fn, chain, (rows, 1, 14, 14))
+        states, eps = torch_rollout(eps_fn, schedule, (rows, 1, 14, 14))
         reward = states[-1].mean((1, 2, 3))
         k, x, _, _ = at(states, eps)
-        v = value(torch.cat([x.flatten(1), told], 1), k)[:, 0]
+        v = value(torch.cat([x.flatten(1), condition], 1), k)[:, 0]
         value_tx.zero_grad()
         (v - reward).square().mean().backward()
         value_tx.step()
         for _ in range(c.policy_steps):
             k, x, x_next, old = at(states, eps)
             with torch.no_grad():
-                v = value(torch.cat([x.flatten(1), told], 1), k)[:, 0]
+                v = value(torch.cat([x.flatten(1), condition], 1), k)[:, 0]
                 ref = guided(frozen, x, times[k])
             new = guided(net, x, times[k])
             ratio = (
-                log_prob(chain, k, x, x_next, new) - log_prob(chain, k, x, x_next, old)
+                log_prob(schedule, k, x, x_next, new)
+                - log_prob(schedule, k, x, x_next, old)
             ).exp()
             gain = reward - v
             clipped = ratio.clamp(1 - c.clip_eps, 1 + c.clip_eps)
-            mult = torch.tensor(np.asarray(chain.eps_mult / chain.std))[k]
+            mult = torch.tensor(np.asarray(schedule.eps_mult / schedule.std))[k]
             kl = (
                 (0.5 * (mult[:, None, None, None] * (new - ref)) ** 2).flatten(1).sum(1)
             )
@@ -385,7 +390,8 @@ def compiled(f, *args):
 def mlp(repetitions):
     """SFT-PG on the swiss roll."""
     config = swiss_roll_config()
-    method, chain = sft_pg.make(config), chains.chain(config.method)
+    method, model = sft_pg.make(config), sft_pg.model()
+    schedule, parts = model.schedule, model.parts
     x = jax.random.normal(jax.random.key(1), (config.data.batch, 2))
     state = jax.jit(method.init)(jax.random.key(0), {"x": x})
     params, rows = state.params, 128
@@ -395,9 +401,8 @@ def mlp(repetitions):
         lambda p, key: method.sampler(p, key, (rows, 2)), params, jax.random.key(0)
     )
     update, seconds = compiled(method.update, state, {"x": x})
-    k = jnp.arange(rows) % config.method.steps
+    k = jnp.arange(rows) % config.sampler.steps
     z = np.array(x[:rows])
-    parts = sft_pg.nets.parts(config.net, config.method.steps, config.method.timesteps)
     agree(parts.eps(params["net"], x[:rows], k.astype(jnp.float32)),
           net(torch.tensor(z), torch.tensor(np.array(k))))  # fmt: skip
     agree(parts.critic(params["critic"], x[:rows]), critic(torch.tensor(z)))
@@ -415,11 +420,11 @@ def mlp(repetitions):
                 count, lambda: draw(params, next(keys)).block_until_ready()
             ),
             "rollout torch": times(
-                count, lambda: torch_sample(eps_fn, chain, (rows, 2))
+                count, lambda: torch_sample(eps_fn, schedule, (rows, 2))
             ),
             "update": lambda: jax.block_until_ready(update(state, {"x": x})),
-            "update torch": torch_cycle(
-                net, critic, value, config, chain, torch.tensor(np.array(x))
+            "update torch": torch_update_sft_pg(
+                net, critic, value, config, schedule, torch.tensor(np.array(x))
             ),
         },
         repetitions,
@@ -433,28 +438,31 @@ def unet(repetitions):
     """DPOK with a U-Net."""
     config = unet_config()
     method = dpok.make(config, reward_fn=lambda x, prompt: x.mean((1, 2, 3)))
-    rows, chain = config.data.batch, chains.chain(config.method)
+    rows = config.data.batch
+    net_options = from_config(dpok.Net, config.net, "net")
+    sampler = dpok.Sampler(**config.sampler)
+    schedule = reverse_schedule(dpok.NOISE, sampler)
     prompt = jnp.arange(rows, dtype=jnp.int32) % 10
-    batch = {"word": prompt + 1, "prompt": prompt}
+    batch = {"tokens": prompt + 1, "prompt": prompt}
     state = jax.jit(method.init)(jax.random.key(0), batch)
-    params, word = state.params, torch.tensor(np.array(batch["word"]))
+    params, word = state.params, torch.tensor(np.array(batch["tokens"]))
     net, frozen = (UNet(params["net"], config.net) for _ in range(2))
     value = StepNet(params["value"], F.relu)
     draw, _ = compiled(
         lambda p, key, word: method.sampler(p, key, word),
-        params, jax.random.key(0), batch["word"],
+        params, jax.random.key(0), batch["tokens"],
     )  # fmt: skip
     update, seconds = compiled(method.update, state, batch)
     last = params["net"]["last"]["kernel"]
     drawn = 0.1 * jax.random.normal(jax.random.key(3), last.shape)
     moved = {**params["net"], "last": {**params["net"]["last"], "kernel": drawn}}
-    parts = dpok.nets.parts(config.net, config.method.steps, config.method.timesteps)
+    parts = dpok.nets.parts(net_options, sampler.steps, dpok.NOISE.timesteps)
     x = jax.random.normal(jax.random.key(4), (rows, 14, 14, 1))
     time_ = jnp.linspace(0, 999, rows)
     other = UNet(moved, config.net)(
         torch.tensor(np.array(x)).movedim(-1, 1), torch.tensor(np.array(time_)), word
     )
-    agree(parts.eps(moved, x, time_, batch["word"]), other.movedim(1, -1))
+    agree(parts.eps(moved, x, time_, batch["tokens"]), other.movedim(1, -1))
 
     def eps_fn(x, t):
         both = net(
@@ -468,11 +476,13 @@ def unet(repetitions):
     found = timing.measure(
         {
             "rollout": lambda: draw(
-                params, next(keys), batch["word"]
+                params, next(keys), batch["tokens"]
             ).block_until_ready(),
-            "rollout torch": lambda: torch_sample(eps_fn, chain, (rows, 1, 14, 14)),
+            "rollout torch": lambda: torch_sample(eps_fn, schedule, (rows, 1, 14, 14)),
             "update": lambda: jax.block_until_ready(update(state, batch)),
-            "update torch": torch_round(net, frozen, value, config, chain, word),
+            "update torch": torch_update_dpok(
+                net, frozen, value, config, schedule, word
+            ),
         },
         repetitions,
     )
@@ -507,12 +517,12 @@ def memory():
     """Bytes of what a rollout of 128 CIFAR pictures keeps, and its temporaries."""
     shape, found = (128, 32, 32, 3), {}
     for steps in (10, 50, 1000):
-        chain = diffusion.ddpm_chain(diffusion.linear_betas(steps))
+        schedule = diffusion.ddpm_schedule(diffusion.linear_betas(steps))
         for store in ("all", "keys"):
             program = (
                 jax.jit(
-                    lambda key, chain=chain, store=store: trajectories.rollout(
-                        key, lambda x, time: 0.1 * x, chain, shape, store=store
+                    lambda key, schedule=schedule, store=store: trajectories.rollout(
+                        key, lambda x, time: 0.1 * x, schedule, shape, store=store
                     )
                 )
                 .lower(jax.random.key(0))

@@ -1,17 +1,18 @@
-"""DPOK: a text-to-image model tuned to a reward by policy gradients with KL.
+"""DPOK: a text-to-image model tuned to a reward by policy gradients with a KL penalty.
 
-    jaxpapers run dpok                 8 x 8 digits whose captions were half wrong
-    jaxpapers run dpok:colours         inked digits, combinations that were never named
+    jaxpapers run dpok                 8 x 8 digits, half of the captions wrong
+    jaxpapers run dpok:colours         coloured digits, combinations without captions
     jaxpapers run dpok:emoji           32 x 32 emoji and their names, a U-Net (a GPU)
-    jaxpapers run dpok:reference       the released code's clip, KL and old rounds
+    jaxpapers run dpok:reference       the released code's clip, KL and old rollouts
     jaxpapers run dpok:smoke           a few steps
 
 The model is pretrained first, in the folder ``pretrain`` of the workdir, unless
-``train.init_from`` names a run that did it (``method.stage=pretrain``).
+``train.init_from`` names a run with ``method.stage=pretrain``.
 
-Gates, 3 seeds, 6,000 rewards: judge's accuracy >= 0.93 from a start in [0.70, 0.85], path
-KL <= 60 nats and Frechet distance <= 12; without KL a path KL >= 5 times that; PPO's clip
->= 3 points over the hard one; reward's and judge's accuracy within 0.04.
+Gates, 3 seeds, 6,000 rewards: accuracy of the held-out classifier >= 0.93 from a start in
+[0.70, 0.85], path KL <= 60 nats and Frechet distance <= 12; without KL a path KL >= 5
+times that; PPO's clip >= 3 points over the hard one; accuracies of the reward's and the
+held-out classifier within 0.04.
 """
 
 from ml_collections import ConfigDict
@@ -30,16 +31,16 @@ def get_config(preset: str | None = None) -> ConfigDict:
                 "task": "text_to_image",
                 "source": "digits",  # colours, emoji
                 "path": "",
-                "batch": 100,  # chains of a round; a multiple of the prompts
-                "length": 0,  # words of a caption; 0: one
-                "misaligned": 0.5,  # share of captions drawn anew
-                "eval_each": 60,  # pictures for each prompt
+                "batch": 100,  # trajectories of an update; a multiple of the prompts
+                "length": 0,  # conditioning tokens of a caption; 0: one
+                "misaligned": 0.5,  # share of captions replaced by random ones
+                "eval_each": 60,  # images for each prompt
                 "seed": 0,
             },
             "net": {
                 "model": "mlp",  # unet
                 "shape": (8, 8, 1),
-                "words": 11,
+                "vocab": 11,
                 "width": 192,
                 "channels": 64,
                 "multipliers": (1, 2, 2),
@@ -73,43 +74,47 @@ def get_config(preset: str | None = None) -> ConfigDict:
                 "clip": 1.0,
                 "value_lr": 1e-3,
             },
-            "method": {
-                "stage": "tune",  # pretrain
-                "name": "dpok",  # sft, kl_d, kl_o
-                "reward": "task",  # none: to sample only
-                "prompts": 10,
+            "noise": {
                 "betas": "linear",
                 "timesteps": 1000,
                 "beta_start": 1e-4,
                 "beta_end": 0.02,
-                "sampler": "ddim",
+            },
+            "sampler": {
+                "name": "ddim",  # ddpm, fastdpm
                 "steps": 20,
                 "eta": 1.0,
                 "kappa": 1.0,  # fastdpm
                 "kind": "quadratic",  # fastdpm
                 "allow_saturation": True,  # fastdpm: as released nets were tuned
+            },
+            "method": {
+                "stage": "tune",  # pretrain
+                "name": "dpok",  # sft, kl_d, kl_o
+                "reward": "task",  # none: to sample only
+                "prompts": 10,
                 "guidance": 2.0,
                 "alpha": 1.0,
                 "beta": 0.01,
                 "kl": "exact",  # eps_mse
-                "kl_mode": "grad",  # reward: with the states' own gradient
-                "kl_target": 0.0,  # nats a chain that beta is adapted to; 0: fixed
+                "kl_mode": "grad",  # reward: also of the states
+                "kl_target": 0.0,  # path KL that beta is adapted to, nats; 0: none
                 "clip": "ppo",  # hard, none
                 "clip_eps": 0.2,
-                "reduce": "sum",  # mean, of log-probabilities over coordinates
+                "reduce": "sum",  # mean: log-probabilities over coordinates
                 "advantage": "value",  # batch, prompt, group
                 "policy_steps": 5,
-                "transitions": 4,  # of each chain in a policy step
+                "transitions": 4,  # of each trajectory in a policy step
                 "value_steps": 20,
                 "value_transitions": 5,
-                "rounds": 1,  # kept, with their own probabilities
+                "rollouts": 1,  # last rollouts that policy steps use
                 "lora_rank": 4,  # 0: all parameters
                 "lora_match": "kernel$",
                 "gamma": 1.0,  # of kl_d and kl_o
-                "reward_shift": 0.0,  # added for the supervised ones: no weight below 0
+                "reward_shift": 0.0,  # of sft, kl_d, kl_o: weights must be >= 0
             },
             "train": {
-                "steps": 60,  # rounds
+                "steps": 60,  # updates
                 "accumulate": 1,
                 "seed": 0,
                 "eval_every": 10,
@@ -127,18 +132,19 @@ def get_config(preset: str | None = None) -> ConfigDict:
         config.train.update(steps=5, eval_every=0)
     elif preset == "reference":
         config.method.update(clip="hard", clip_eps=1e-4, reduce="mean", kl="eps_mse")
-        config.method.update(alpha=10.0, beta=0.01, rounds=2)
+        config.method.update(alpha=10.0, beta=0.01, rollouts=2)
         config.optim.update(lr=1e-5, weight_decay=0.0, clip=0.1, value_lr=1e-4)
     elif preset == "colours":
         config.data.update(source="colours", batch=120, length=2, eval_each=15)
-        config.net.update(shape=(8, 8, 3), words=15, width=256)
+        config.net.update(shape=(8, 8, 3), vocab=15, width=256)
         config.method.prompts = 40
         config.pretrain.steps = 8000
         config.train.update(steps=120, eval_every=20)
     elif preset == "emoji":
         config.data.update(source="emoji", batch=76, length=11, eval_each=10)
-        config.net.update(model="unet", shape=(32, 32, 3), words=1500, blocks=1)
-        config.method.update(prompts=38, steps=50, guidance=4.0, transitions=5)
+        config.net.update(model="unet", shape=(32, 32, 3), vocab=1500, blocks=1)
+        config.sampler.steps = 50
+        config.method.update(prompts=38, guidance=4.0, transitions=5)
         # The last convolution has fewer channels than the adapters' rank.
         config.method.lora_match = "^(?!last/).*kernel$"
         config.pretrain.update(batch=64, steps=60_000, ema=0.999)

@@ -56,14 +56,16 @@ def get_config(preset: str | None = None) -> ConfigDict:
                 "weight_decay": 0.01,
                 "clip": 1.0,  # of the gradient's norm; 0: none
             },
+            "noise": {
+                "betas": "sigmoid",  # linear, scaled_linear, cosine
+                "timesteps": 10,
+                "beta_start": 1e-5,
+                "beta_end": 1e-2,
+            },
             "method": {
-                "steps": 10,  # of the chain
-                "schedule": "sigmoid",  # linear, cosine
-                "low": 1e-5,  # variances of the schedule
-                "high": 1e-2,
                 "weight": "g2",  # g2I, I2, simple
                 "start": "data",  # prior: sampling starts from N(0, I)
-                "ascend_steps": 320,  # first steps, which maximise the loss: 10 epochs
+                "ascend_steps": 320,  # first steps maximise the loss: 10 epochs
             },
             "train": {
                 "steps": 32_000,  # 1,000 epochs of 32

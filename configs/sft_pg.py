@@ -7,11 +7,11 @@
     jaxpapers run sft_pg:smoke         swiss roll, a few steps
 
 The denoiser is trained first, in the folder ``pretrain`` of the workdir, unless
-``train.init_from`` names a run that did it (``method.stage=pretrain``).
+``train.init_from`` names a run with ``method.stage=pretrain``.
 
-Pictures of ``cifar`` are not mirrored, unlike the paper's.
+Images of ``cifar`` are not flipped at random, unlike the paper's.
 
-Gates, 3 seeds: swiss roll, sliced W2 <= 0.045 within 30 epochs (474 cycles), exact W1
+Gates, 3 seeds: swiss roll, sliced W2 <= 0.045 within 30 epochs (474 updates), exact W1
 down by 30 %; digits, Frechet distance <= 0.7 of that before tuning.
 """
 
@@ -29,11 +29,11 @@ def get_config(preset: str | None = None) -> ConfigDict:
         {
             "data": {
                 "task": "generation",
-                "source": "swiss_roll",  # moons, clusters, gaussian, or pictures:
+                "source": "swiss_roll",  # moons, clusters, gaussian, or images:
                 # digits, fashion, mnist-5k, cifar-10
                 "path": "",
                 "spread": 0.05,  # noise of a synthetic source
-                "batch": 640,  # data of a cycle: n_critic rounds of chains
+                "batch": 640,  # data of an update: n_critic rollouts
                 "count": 10_000,  # points of a synthetic source
                 "eval_count": 10_000,
                 "seed": 0,
@@ -41,7 +41,7 @@ def get_config(preset: str | None = None) -> ConfigDict:
             "net": {
                 "model": "steps",  # mlp, unet
                 "shape": (2,),
-                "words": 0,
+                "vocab": 0,
                 "widths": (128, 128, 128),
                 "width": 192,
                 "channels": 128,
@@ -51,7 +51,7 @@ def get_config(preset: str | None = None) -> ConfigDict:
                 "groups": 32,
                 "dropout": 0.0,
                 "dtype": "float32",
-                "critic": (256, 256),  # widths, or channels of a U-Net's
+                "critic": (256, 256),  # widths; with unet, channels
                 "value": (256, 256),
                 "value_scale_output": True,
             },
@@ -75,18 +75,22 @@ def get_config(preset: str | None = None) -> ConfigDict:
                 "critic_lr": 1e-3,
                 "value_lr": 1e-3,
             },
-            "method": {
-                "stage": "tune",  # pretrain
+            "noise": {
                 "betas": "sigmoid",  # linear, scaled_linear, cosine
                 "timesteps": 10,
                 "beta_start": 1e-5,
                 "beta_end": 1e-2,
-                "sampler": "ddpm",  # ddim, fastdpm
+            },
+            "sampler": {
+                "name": "ddpm",  # ddim, fastdpm
                 "steps": 10,
                 "eta": 1.0,  # ddim
                 "kappa": 1.0,  # fastdpm
                 "kind": "quadratic",  # fastdpm
                 "allow_saturation": True,  # fastdpm: as released nets were tuned
+            },
+            "method": {
+                "stage": "tune",  # pretrain
                 "n_critic": 5,
                 "n_generator": 10,
                 "reduce": "sum",  # mean, over coordinates
@@ -117,7 +121,7 @@ def get_config(preset: str | None = None) -> ConfigDict:
         config.pretrain.update(steps=1000)
         config.train.update(steps=40, eval_every=0)
     if preset in ("digits", "fashion", "cifar"):
-        _pictures(config)
+        _images(config)
     if preset == "digits":
         config.data.update(source="digits", eval_count=1000)
         config.net.update(model="mlp", shape=(8, 8, 1), blocks=3)
@@ -145,10 +149,11 @@ def get_config(preset: str | None = None) -> ConfigDict:
     return config.lock()
 
 
-def _pictures(config: ConfigDict) -> None:
-    """What the papers' picture experiments share."""
-    config.method.update(betas="linear", timesteps=1000, beta_start=1e-4, beta_end=0.02)
-    config.method.update(sampler="fastdpm", steps=10, reduce="mean", value_weight=10.0)
+def _images(config: ConfigDict) -> None:
+    """Fields that the paper's image experiments share."""
+    config.noise.update(betas="linear", timesteps=1000, beta_start=1e-4, beta_end=0.02)
+    config.sampler.update(name="fastdpm", steps=10)
+    config.method.update(reduce="mean", value_weight=10.0)
     config.net.value_scale_output = False
     config.pretrain.batch = 128
     config.pretrain.optim.name = "adam"

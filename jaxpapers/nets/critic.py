@@ -1,7 +1,7 @@
 """Critics that score samples, and the bounds that keep them Lipschitz.
 
-Kernels are drawn Kaiming-normal and biases start at zero. No net here has a norm layer:
-a gradient penalty is per sample, and statistics of a batch would tie samples together.
+Kernels are Kaiming-normal, biases zero. No net here has batch statistics: a gradient
+penalty is per sample.
 """
 
 import functools
@@ -17,13 +17,13 @@ from jaxtyping import Array, Float
 from jaxpapers.nets.lora import select
 from jaxpapers.ops.convolution import conv_general_dilated
 
-# Critics are trained inside of loops.
+# Critics are trained inside loops, see ops.convolution.
 Conv = functools.partial(nn.Conv, conv_general_dilated=conv_general_dilated)
 KAIMING = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
 
 
 class MLPCritic(nn.Module):
-    """One number per sample, by ReLU layers on its flattened axes.
+    """A ReLU perceptron of flattened samples with one output.
 
     Parameters are ``layer_i`` of kernel (in, out) and bias.
 
@@ -42,10 +42,10 @@ class MLPCritic(nn.Module):
 
 
 class ConvCritic(nn.Module):
-    """One number per picture: 4 x 4 convolutions of stride 2, one to 1 channel, the mean.
+    """4 x 4 convolutions of stride 2, one to 1 channel, and the mean over pixels.
 
     The last convolution is 4 x 4 without padding, as in SFT-PG's critic, but not larger
-    than what it sees: pictures of 8 to 31 pixels leave fewer than 4 of them a side.
+    than its input: images of 8 to 31 pixels leave fewer than 4 per side.
 
     Attributes:
       channels: of the convolutions of stride 2, which halve the sides, rounding down.
@@ -55,16 +55,16 @@ class ConvCritic(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, " B"]:
-        """Scores of pictures.
+        """Scores of images.
 
         Raises:
-          ValueError: pictures that the convolutions of stride 2 shrink to nothing.
+          ValueError: images smaller than 2 to the number of convolutions.
         """
         smallest = 2 ** len(self.channels)
         if min(x.shape[1:3]) < smallest:
             raise ValueError(
                 f"ConvCritic with {len(self.channels)} convolutions of stride 2 needs "
-                f"pictures of {smallest} x {smallest} at least, got {x.shape[1:3]}; use "
+                f"images of {smallest} x {smallest} at least, got {x.shape[1:3]}; use "
                 "fewer channels"
             )
         for i, width in enumerate(self.channels):
@@ -77,10 +77,10 @@ class ConvCritic(nn.Module):
                 name=f"layer_{i}",
             )(x)
             x = nn.leaky_relu(x, 0.2)
-        seen = (min(4, x.shape[1]), min(4, x.shape[2]))
+        window = (min(4, x.shape[1]), min(4, x.shape[2]))
         last = Conv(
             1,
-            seen,
+            window,
             padding="VALID",
             kernel_init=KAIMING,
             name=f"layer_{len(self.channels)}",
@@ -89,7 +89,7 @@ class ConvCritic(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Logits and features of flattened samples, for rewards, judges and distances.
+    """A ReLU perceptron with logits and features of flattened samples.
 
     Attributes:
       widths: of the hidden layers; the last one's activations are the features.
@@ -119,14 +119,14 @@ def spectral_normalize(
 
     A perceptron with 1-Lipschitz activations and nothing else but kernels and biases is
     then 1-Lipschitz. A kernel with more than two axes is read as the matrix (prod of the
-    others, out), which bounds every one of stacked layers. A convolution whose windows
+    others, out), which bounds each of stacked layers. A convolution whose windows
     overlap is then Lipschitz with the root of the number of windows over a pixel, 2 for
     the 4 x 4 ones of stride 2. Scales of norms and of steps are left alone.
 
     Args:
       params: of a net.
-      iterations: of the power method from a fixed start, for large kernels; it comes to
-        sigma_1 from below. 0: exact, by SVD.
+      iterations: of the power method from a fixed start, which approaches sigma_1 from
+        below; for large kernels. 0: exact, by SVD.
       match: searched for in a leaf's path.
 
     Returns:
@@ -168,7 +168,7 @@ def clip_weights(params: Any, bound: float) -> dict:
 
 
 def _hidden(x, widths):
-    """ReLU layers ``layer_0, layer_1, ..`` of the module that calls it."""
+    """ReLU layers ``layer_0``, ``layer_1``, ... of the calling module."""
     h = x.reshape(len(x), -1)
     for i, width in enumerate(widths):
         h = nn.relu(nn.Dense(width, kernel_init=KAIMING, name=f"layer_{i}")(h))

@@ -1,8 +1,8 @@
 """Perceptrons that predict noise from a state and its time, for points and small images.
 
-``MLPDenoiser`` is told time as sinusoids, and optionally a word. ``StepMLP`` has learned
-vectors for each of a fixed number of steps instead, as the toy denoiser and the value
-nets of SFT-PG (Fan and Lee, arXiv 2301.13362) have; it serves as either.
+``MLPDenoiser`` embeds time as sinusoids and is optionally conditioned on tokens.
+``StepMLP`` learns a scale vector for each of a fixed number of steps, as the toy denoiser
+and the value nets of SFT-PG (Fan and Lee, arXiv 2301.13362) do.
 """
 
 import functools
@@ -18,13 +18,13 @@ from jaxtyping import Array, Float, Int, Real
 
 # Of MLPDenoiser: outputs of a block's first map and its FiLM, inputs of its second, so
 # that one sum per block crosses devices. Replicated: the stream between blocks with the
-# maps into and out of it, the map of time and word, the table of words.
+# maps into and out of it, the map of time and tokens, the token table.
 RULES = (
     (r"block_\d+/(first|scale|shift)/kernel$", P(None, "model")),
     (r"block_\d+/(first|scale|shift)/bias$", P("model")),
     (r"block_\d+/second/kernel$", P("model", None)),
 )
-# Not glorot_normal, which is cut at two standard deviations.
+# Not glorot_normal, which is truncated at two standard deviations.
 XAVIER = nn.initializers.variance_scaling(1.0, "fan_avg", "normal")
 
 
@@ -36,7 +36,7 @@ def time_embedding(
     The angles are $t\,L^{-i/(w/2-1)}$, i = 0 .. w/2-1, from t to t / L, as in DDPM.
 
     Args:
-      time: in steps, whole or not; bfloat16 does not tell large ones apart.
+      time: in steps, whole or not; bfloat16 does not resolve large ones.
       width: w, even and at least 4.
       longest: L, steps per radian of the slowest sinusoid.
 
@@ -61,49 +61,53 @@ def time_embedding(
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1)
 
 
-def word_embedding(
-    table: Float[Array, "N W"], word: Int[Array, " B"] | Int[Array, "B L"]
+def token_embedding(
+    table: Float[Array, "N W"], tokens: Int[Array, " B"] | Int[Array, "B L"]
 ) -> Float[Array, "B W"]:
-    """Rows of words, or the mean row of the words of each caption.
+    """Embeddings of single tokens, or mean embeddings of token sequences.
 
-    In captions 0 is padding and does not count; one of padding alone reads row 0, which
-    therefore is the natural null word.
+    In sequences 0 is padding and is not averaged; a sequence of padding alone gives
+    row 0, the embedding of the null token.
 
     Args:
-      table: one row per word.
-      word: a word each, or captions of L tokens, padded with 0.
+      table: one row per token.
+      tokens: one for each row, or L of them, padded with 0.
 
     Raises:
-      ValueError: a word outside 0 .. N-1. Under ``jax.jit``, where values are not known,
-        it reads the nearest row instead.
+      ValueError: a token outside 0 .. N-1. Under ``jax.jit``, where values are not
+        known, it is clipped to that range.
 
     Example:
       >>> table = jnp.array([[0.0], [1.0], [5.0]])
-      >>> word_embedding(table, jnp.array([2, 0])).tolist()
+      >>> token_embedding(table, jnp.array([2, 0])).tolist()
       [[5.0], [0.0]]
-      >>> word_embedding(table, jnp.array([[1, 2, 0], [0, 0, 0]])).tolist()
+      >>> token_embedding(table, jnp.array([[1, 2, 0], [0, 0, 0]])).tolist()
       [[3.0], [0.0]]
     """
-    rows = _rows(table, word, "word")
-    if word.ndim == 1:
+    rows = _rows(table, tokens, "tokens")
+    if tokens.ndim == 1:
         return rows
-    counts = word != 0
-    empty = ~counts.any(-1, keepdims=True)
-    first = (jnp.arange(word.shape[1]) == 0)[None, :]
-    weight = (counts | (empty & first)).astype(rows.dtype)
+    present = tokens != 0
+    empty = ~present.any(-1, keepdims=True)
+    first = (jnp.arange(tokens.shape[1]) == 0)[None, :]
+    weight = (present | (empty & first)).astype(rows.dtype)
     weight = weight / weight.sum(-1, keepdims=True)
     return (rows * weight[..., None]).sum(1)
 
 
-def check_word(words: int, word: Any) -> None:
-    """Raises ValueError where a net with ``words`` rows needs a word or takes none."""
-    if words and word is None:
+def check_tokens(vocab: int, tokens: Any) -> None:
+    """Checks that tokens are given to conditional nets and to no others.
+
+    Raises:
+      ValueError: tokens that are missing, or given to an unconditional net.
+    """
+    if vocab and tokens is None:
         raise ValueError(
-            f"a net with words={words} needs a word for every row; use the null word's "
-            "row for none"
+            f"a net with vocab={vocab} needs tokens for every row; use the null token 0 "
+            "for none"
         )
-    if not words and word is not None:
-        raise ValueError("a net with words=0 takes no word; build it with words > 0")
+    if not vocab and tokens is not None:
+        raise ValueError("a net with vocab=0 takes no tokens; build it with vocab > 0")
 
 
 class FilmBlock(nn.Module):
@@ -116,7 +120,7 @@ class FilmBlock(nn.Module):
     def __call__(
         self, x: Float[Array, "B W"], condition: Float[Array, "B C"]
     ) -> Float[Array, "B W"]:
-        """What a block adds to x."""
+        """The residual of a block."""
         dense = functools.partial(nn.Dense, self.width, dtype=self.dtype)
         kind = jnp.promote_types(self.dtype, jnp.float32)
         y = nn.LayerNorm(use_bias=False, use_scale=False, dtype=kind, name="norm")(x)
@@ -126,26 +130,26 @@ class FilmBlock(nn.Module):
 
 
 class MLPDenoiser(nn.Module):
-    """Residual perceptron whose blocks time and word scale and shift (FiLM).
+    """Residual perceptron with FiLM conditioning on time and tokens.
 
-    The last layer starts at zero: the first prediction is 0, the mean of the noise, so
-    that the loss starts at 1 per coordinate and guidance starts as the identity. The
-    other layers get a gradient from the second step on.
+    The last layer is initialised to zero: the first prediction is 0, the mean of the
+    noise, and the loss starts at 1 per coordinate. The other layers have gradients from
+    the second step on.
 
     Attributes:
       width: of the stream and of the blocks.
       blocks: number of blocks, >= 1.
       time_width: of ``time_embedding``.
-      words: rows of the word table, the null word's included; 0: no words.
-      word_width: of a word's row.
+      vocab: conditioning tokens, the null token included; 0: unconditional.
+      token_width: of a token's embedding.
       dtype: of the products, e.g. bfloat16; parameters, norms and the output are float32.
     """
 
     width: int = 192
     blocks: int = 3
     time_width: int = 64
-    words: int = 0
-    word_width: int = 32
+    vocab: int = 0
+    token_width: int = 32
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -153,7 +157,7 @@ class MLPDenoiser(nn.Module):
         self,
         x: Float[Array, " B *X"],
         time: Real[Array, " B"],
-        word: Int[Array, " B"] | Int[Array, "B L"] | None = None,
+        tokens: Int[Array, " B"] | Int[Array, "B L"] | None = None,
         *,
         train: bool = False,
     ) -> Float[Array, " B *X"]:
@@ -162,25 +166,25 @@ class MLPDenoiser(nn.Module):
         Args:
           x: states; their axes are flattened.
           time: see ``time_embedding``.
-          word: see ``word_embedding``; None for a net without words.
-          train: changes nothing here (there is no dropout); every net takes it.
+          tokens: see ``token_embedding``; None for an unconditional net.
+          train: unused, there is no dropout.
 
         Raises:
-          ValueError: no blocks; a word missing, or given to a net without words.
+          ValueError: no blocks; see ``check_tokens``.
         """
-        check_word(self.words, word)
-        if min(self.width, self.blocks) < 1 or self.words < 0:
+        check_tokens(self.vocab, tokens)
+        if min(self.width, self.blocks) < 1 or self.vocab < 0:
             raise ValueError(
-                "MLPDenoiser needs width, blocks >= 1 and words >= 0, got "
-                f"{self.width}, {self.blocks} and {self.words}"
+                "MLPDenoiser needs width, blocks >= 1 and vocab >= 0, got "
+                f"{self.width}, {self.blocks} and {self.vocab}"
             )
-        given = [time_embedding(time, self.time_width)]
-        if word is not None:
-            shape = (self.words, self.word_width)
-            table = self.param("word_table", nn.initializers.normal(1.0), shape)
-            given.append(word_embedding(table, word))
+        embedded = [time_embedding(time, self.time_width)]
+        if tokens is not None:
+            shape = (self.vocab, self.token_width)
+            table = self.param("token_table", nn.initializers.normal(1.0), shape)
+            embedded.append(token_embedding(table, tokens))
         dense = functools.partial(nn.Dense, self.width, dtype=self.dtype)
-        condition = nn.silu(dense(name="condition")(jnp.concatenate(given, -1)))
+        condition = nn.silu(dense(name="condition")(jnp.concatenate(embedded, -1)))
         rows = x.reshape(len(x), -1)
         h = dense(name="inputs")(rows)
         for i in range(self.blocks):
@@ -197,12 +201,11 @@ class MLPDenoiser(nn.Module):
 
 @jax.custom_jvp
 def softplus(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    r"""log(1 + exp(x)) to the last digits of float32 and float64, also far below 0.
+    r"""log(1 + exp(x)), accurate to rounding in float32 and float64, also far below 0.
 
     $\max(x, 0) + 2\,\mathrm{artanh}(e / (2 + e))$ with $e = \exp(-|x|)$, by the power
-    series of artanh in at most 1/3: on a CPU a third of the time of
-    ``jax.nn.softplus``, whose log1p was half of a rollout of ``StepMLP``, and a fifth for
-    its derivative, the sigmoid.
+    series of artanh. On a CPU it takes a third of the time of ``jax.nn.softplus``, whose
+    log1p was half of a rollout of ``StepMLP``, and its derivative a fifth.
 
     Example:
       >>> [f"{y:.4g}" for y in softplus(jnp.array([-80.0, 0.0, 3.0])).tolist()]
@@ -210,7 +213,7 @@ def softplus(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """
     e = jnp.exp(-jnp.abs(x))
     s = e / (2 + e)
-    # The first term left out is 2 s^(2n + 1) / (2n + 1): below half a unit of the last.
+    # The first omitted term, 2 s^(2n + 1) / (2n + 1), is below half an ulp.
     terms = 17 if x.dtype == jnp.float64 else 7
     series = jnp.zeros_like(x)
     for i in reversed(range(terms)):
@@ -226,8 +229,8 @@ ACTIVATIONS = {"softplus": softplus, "relu": nn.relu}
 class StepDense(nn.Module):
     """E[k] * (x W + b) with a row E[k] for each step; steps=0: x W + b.
 
-    W is drawn Xavier-normal, E uniformly from [0, 1), b from +-1/sqrt(fan in), which is
-    what PyTorch's linear layer leaves there in the reference.
+    W is Xavier-normal, E uniform on [0, 1), b uniform on +-1/sqrt(fan in), PyTorch's
+    default, as in the reference.
     """
 
     features: int
@@ -237,15 +240,15 @@ class StepDense(nn.Module):
     def __call__(
         self, x: Float[Array, "B I"], step: Int[Array, " B"]
     ) -> Float[Array, "B O"]:
-        """Rows x, each at its step."""
+        """Outputs of rows x at their steps."""
 
-        def between(key, shape):
+        def uniform(key, shape):
             bound = x.shape[-1] ** -0.5
             return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
 
         kernel_shape = (x.shape[-1], self.features)
         kernel = self.param("kernel", XAVIER, kernel_shape)
-        bias = self.param("bias", between, (self.features,))
+        bias = self.param("bias", uniform, (self.features,))
         y = x @ kernel + bias[None, :]
         if not self.steps:
             return y
@@ -255,20 +258,20 @@ class StepDense(nn.Module):
 
 
 class StepMLP(nn.Module):
-    """Perceptron whose layers are multiplied by learned vectors of the step.
+    """Perceptron whose layers are scaled by learned vectors of the step.
 
-    With softplus and outputs=2 the toy denoiser of SFT-PG, whose last layer alone starts
-    otherwise there (PyTorch's default); with ReLU and outputs=1 its value nets, or with a
-    caption as context DPOK's. Parameters are ``layer_i`` of kernel (in, out), bias (out,)
-    and scale (steps, out).
+    With softplus and outputs=2 it is the toy denoiser of SFT-PG, but for the last
+    layer's initialisation (PyTorch's default there); with ReLU and outputs=1 the value
+    net of SFT-PG, and with token counts as context that of DPOK. Parameters are
+    ``layer_i`` of kernel (in, out), bias (out,) and scale (steps, out).
 
     Attributes:
       widths: of the hidden layers.
       outputs: width of the output.
       steps: number of steps.
       activation: of ``ACTIVATIONS``.
-      scale_output: multiply the last layer too; else it is a plain one.
-      residual: add x to the output, which then has x's width.
+      scale_output: whether the last layer is scaled too.
+      residual: whether x is added to the output, which then has x's width.
     """
 
     widths: tuple[int, ...] = (128, 128, 128)
@@ -291,10 +294,10 @@ class StepMLP(nn.Module):
 
         Args:
           x: states; their axes are flattened.
-          step: in 0 .. steps-1; out of range it raises, but under ``jax.jit``, where
-            values are not known, it reads the nearest.
+          step: in 0 .. steps-1. Under ``jax.jit``, where values are not known, it is
+            clipped to that range.
           context: appended to x.
-          train: changes nothing here; every net takes it.
+          train: unused, there is no dropout.
 
         Raises:
           ValueError: unknown activation, sizes below 1, a step out of range, or a
@@ -330,9 +333,9 @@ class StepMLP(nn.Module):
 
 
 def _rows(table: jax.Array, index: jax.Array, name: str) -> jax.Array:
-    """Rows of a table; an index out of range raises where its value is known."""
+    """Rows of a table; an index out of range raises if its value is known."""
     if not isinstance(index, jax.core.Tracer) and index.size:
-        known = np.asarray(index)  # JAX's own min would be traced under jit.
+        known = np.asarray(index)  # jnp.min would be traced under jit.
         low, high = known.min(), known.max()
         if low < 0 or high >= len(table):
             raise ValueError(

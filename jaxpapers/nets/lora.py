@@ -1,9 +1,9 @@
 """Low-rank adapters as a transformation of parameters, for any linen net.
 
 Hu et al., "LoRA", arXiv 2106.09685: a matrix W of a pretrained net becomes
-$W + s\\,D U$ with D (in, r) and U (r, out), and D and U alone are trained. The net is not
-changed: its parameters are. What ``lora_apply`` returns is the merged net, to be
-run, saved or exported like any other parameters:
+$W + s\\,D U$ with D (in, r) and U (r, out), and only D and U are trained. Adapters
+transform parameters, not modules: ``lora_apply`` returns merged parameters, to be used,
+saved or exported like any others:
 
     adapters = lora_init(key, params, rank=4)
     grad = jax.grad(lambda a: loss(net.apply({"params": lora_apply(params, a)}, x)))
@@ -27,19 +27,19 @@ def lora_init(
     *,
     stacked: str | None = None,
 ) -> dict:
-    """Adapters that change nothing yet: ``up`` is zero.
+    """Adapters whose product is zero: ``up`` is zero.
 
-    ``down`` is normal with standard deviation 1 / rank, as in the adapters that DPOK's
-    code trains. A leaf of shape (..., out) is read as the matrix (prod(...), out), so
-    that a convolution's ``down`` sees whole patches. Vectors and scalars never match.
+    ``down`` is normal with standard deviation 1 / rank, as in DPOK's code. A leaf of
+    shape (..., out) is read as the matrix (prod(...), out), so that a convolution's
+    ``down`` acts on whole patches. Vectors and scalars never match.
 
     Args:
       key: of ``down``.
       params: of a net; arrays or their shapes.
       rank: r.
       match: searched for in a leaf's path, e.g. ``r"attention.*(query|value)/kernel"``.
-      stacked: searched for likewise; where found, the leading axis holds layers that
-        ``nn.scan`` stacked, and every layer gets adapters of its own.
+      stacked: leaves whose path contains this have a leading axis of layers, stacked by
+        ``nn.scan``; every layer gets its own adapters.
 
     Returns:
       For every matched leaf {"down": (in, r), "up": (r, out)}, nested as in ``params``;
@@ -83,14 +83,14 @@ def lora_init(
 
 
 def lora_apply(params: Any, adapters: Any, scale: Any = 1.0) -> dict:
-    """W + scale * down @ up for every leaf with adapters; the others as they are.
+    """W + scale * down @ up for leaves with adapters; other leaves unchanged.
 
-    Bit-identical to ``params`` while ``up`` is zero. The product is made in float32 or
-    wider and rounded to the leaf's type after the sum.
+    Bitwise equal to ``params`` while ``up`` is zero. Computed in float32 or wider, then
+    cast to the leaf's dtype.
 
     Args:
       params: of a net.
-      adapters: see ``lora_init``; none for a leaf leaves it alone.
+      adapters: see ``lora_init``.
       scale: s, a number or a traced scalar.
 
     Raises:
@@ -113,7 +113,7 @@ def lora_apply(params: Any, adapters: Any, scale: Any = 1.0) -> dict:
 
 
 def lora_count(adapters: Any) -> int:
-    """Numbers in the adapters: (in + out) r per matrix.
+    """Number of adapter parameters: (in + out) r per matrix.
 
     Example:
       >>> params = {"kernel": jnp.ones((6, 4))}
@@ -124,18 +124,18 @@ def lora_count(adapters: Any) -> int:
 
 
 def select(params: Any, match: str) -> dict[str, Any]:
-    """Leaves by "/"-joined path in which a regular expression is found.
+    """Leaves whose "/"-joined path matches a regular expression, by path.
 
     Raises:
-      ValueError: it is found in none.
+      ValueError: none matches.
     """
     leaves = flatten_dict(params, sep="/")
-    found = {path: leaf for path, leaf in leaves.items() if re.search(match, path)}
-    if not found:
+    matched = {path: leaf for path, leaf in leaves.items() if re.search(match, path)}
+    if not matched:
         raise ValueError(
             f"{match!r} matches no parameter; they are {sorted(leaves)[:6]} ..."
         )
-    return found
+    return matched
 
 
 def _matrix_shape(shape, stacked):

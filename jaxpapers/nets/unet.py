@@ -1,13 +1,13 @@
-"""The U-Net of denoising diffusion: predicts the noise in a picture at a time.
+"""The U-Net of denoising diffusion, which predicts the noise in an image.
 
 Ho et al., "Denoising Diffusion Probabilistic Models", arXiv 2006.11239. Residual blocks
 (group norm, swish, 3 x 3 convolution, twice) at every level, half the size and more
-channels from one level to the next, and skips from every layer on the way down to one
-on the way up. ``UNet(128, (1, 2, 2, 2), 2, dropout=0.1, groups=32)`` is DDPM's
-net for CIFAR-10, which SFT-PG fine-tunes, but for three things: only the last convolution
-starts at zero, not each block's last as well, so that one step later every parameter has
-a gradient; kernels are drawn with variance 1 / fan in; keys have no bias, which the
-softmax would not see.
+channels from one level to the next, and skip connections from every layer of the downward
+path to one of the upward path. ``UNet(128, (1, 2, 2, 2), 2, dropout=0.1, groups=32)`` is
+DDPM's net for CIFAR-10, which SFT-PG fine-tunes, but for three things: only the last
+convolution is initialised to zero, not each block's last as well, so that every parameter
+has a gradient from the second step on; kernels have variance 1 / fan in; keys have no
+bias, to which the softmax is invariant.
 """
 
 import functools
@@ -19,13 +19,13 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, Real
 
-from jaxpapers.nets.denoiser import check_word, time_embedding, word_embedding
+from jaxpapers.nets.denoiser import check_tokens, time_embedding, token_embedding
 from jaxpapers.ops.convolution import conv_general_dilated, conv_of_doubled
 
 # Out-channels of the first map of each block, in-channels of its second, so that one sum
 # per block crosses devices; whole groups of the norm between stay on one device where the
 # axis divides their number. Replicated: the stream between blocks with its norms, stem,
-# shortcuts, convolutions that change the size and the last one; the table of words.
+# shortcuts, convolutions that change the size and the last one; the token table.
 RULES = (
     (r"conv_0/kernel$", P(None, None, None, "model")),
     (r"conv_1/kernel$", P(None, None, "model", None)),
@@ -41,15 +41,15 @@ RULES = (
 )
 
 
-# Policies are trained inside of loops.
+# Policies are trained inside loops, see ops.convolution.
 Conv = functools.partial(nn.Conv, conv_general_dilated=conv_general_dilated)
 
 
 class GroupNorm(nn.Module):
-    """``flax.linen.GroupNorm`` of pictures, with its parameters.
+    """``flax.linen.GroupNorm`` of images, with the same parameters.
 
-    The pixels are summed channel by channel and the channels of a group after that: on
-    XLA's CPU backend 2 to 4 times as fast as one sum over both.
+    Sums over pixels first, then over the channels of a group: on XLA's CPU backend 2 to
+    4 times as fast as one sum over both.
 
     Attributes:
       groups: of channels.
@@ -61,15 +61,15 @@ class GroupNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
-        """Each group of each picture with mean 0 and variance 1, scaled and moved."""
+        """Groups normalised to mean 0 and variance 1, then scaled and shifted."""
         channels = x.shape[-1]
         scale = self.param("scale", nn.initializers.ones, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
         x = x.astype(self.dtype)
 
         def of_groups(means):
-            found = means.reshape(-1, self.groups, channels // self.groups).mean(-1)
-            return jnp.repeat(found, channels // self.groups, -1)
+            groups = means.reshape(-1, self.groups, channels // self.groups).mean(-1)
+            return jnp.repeat(groups, channels // self.groups, -1)
 
         mean = of_groups(x.mean((1, 2)))
         variance = of_groups(jnp.square(x).mean((1, 2))) - jnp.square(mean)
@@ -81,7 +81,7 @@ class GroupNorm(nn.Module):
 class ResidualBlock(nn.Module):
     """x + conv(drop(swish(norm(conv(swish(norm(x))) + condition)))).
 
-    Where the number of channels changes, x is mapped by a shortcut.
+    If the number of channels changes, x is mapped by a linear shortcut.
     """
 
     channels: int
@@ -96,7 +96,7 @@ class ResidualBlock(nn.Module):
         condition: Float[Array, "B E"],
         train: bool,
     ) -> Float[Array, "B H W O"]:
-        """``condition`` is that of time and word, before its swish."""
+        """``condition`` is the embedding of time and tokens, before its swish."""
         conv = functools.partial(Conv, self.channels, (3, 3), dtype=self.dtype)
         dense = functools.partial(nn.Dense, self.channels, dtype=self.dtype)
         y = conv(name="conv_0")(_norm_swish(x, self.groups, self.dtype, "norm_0"))
@@ -111,7 +111,7 @@ class ResidualBlock(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """x + out(attention(norm(x))) between all pixels of a picture."""
+    """x + out(attention(norm(x))) between all pixels of an image."""
 
     heads: int
     groups: int
@@ -122,7 +122,7 @@ class SelfAttention(nn.Module):
         """Softmax in float32."""
         batch, height, width, channels = x.shape
         dense = functools.partial(nn.Dense, channels, dtype=self.dtype)
-        # Rows: XLA's CPU backend is slower on the gradients of products with more axes.
+        # Rows, because XLA's CPU backend is slower on products with more axes.
         rows = _norm(x, self.groups, self.dtype, "norm").reshape(-1, channels)
 
         def project(name):
@@ -135,7 +135,7 @@ class SelfAttention(nn.Module):
 
 
 class UNet(nn.Module):
-    """Noise of pictures at times, optionally given words.
+    """Noise in images at given times, optionally conditioned on tokens.
 
     Attributes:
       channels: of the stem; ``groups`` divides it.
@@ -146,7 +146,7 @@ class UNet(nn.Module):
         it too.
       heads: of the attention; divides the channels of its levels.
       dropout: rate inside the blocks, in training.
-      words: rows of the word table, the null word's included; 0: no words.
+      vocab: conditioning tokens, the null token included; 0: unconditional.
       groups: of the group norms.
       dtype: of the products, e.g. bfloat16; parameters, norms and the output are float32.
     """
@@ -157,7 +157,7 @@ class UNet(nn.Module):
     attention: tuple[int, ...] = (1,)
     heads: int = 1
     dropout: float = 0.0
-    words: int = 0
+    vocab: int = 0
     groups: int = 8
     dtype: Any = jnp.float32
 
@@ -166,25 +166,25 @@ class UNet(nn.Module):
         self,
         x: Float[Array, "B H W C"],
         time: Real[Array, " B"],
-        word: Int[Array, " B"] | Int[Array, "B L"] | None = None,
+        tokens: Int[Array, " B"] | Int[Array, "B L"] | None = None,
         *,
         train: bool = False,
     ) -> Float[Array, "B H W C"]:
         """The noise in x.
 
         Args:
-          x: pictures, channels last.
+          x: images, channels last.
           time: see ``nets.denoiser.time_embedding``.
-          word: see ``nets.denoiser.word_embedding``; None for a net without words.
-          train: drop out, with the key "dropout" of ``rngs``.
+          tokens: see ``nets.denoiser.token_embedding``; None for an unconditional net.
+          train: apply dropout, with the key "dropout" of ``rngs``.
 
         Raises:
-          ValueError: fields that do not fit each other, sides that cannot be halved for
-            every level, a word missing, or given to a net without words.
+          ValueError: inconsistent fields, sides that cannot be halved for every level;
+            see also ``nets.denoiser.check_tokens``.
         """
         self._check(x.shape)
-        check_word(self.words, word)
-        condition = self._condition(time, word)
+        check_tokens(self.vocab, tokens)
+        condition = self._condition(time, tokens)
         conv = functools.partial(Conv, kernel_size=(3, 3), dtype=self.dtype)
         h = conv(self.channels, name="stem")(x)
         skips, last = [h], len(self.multipliers) - 1
@@ -207,22 +207,22 @@ class UNet(nn.Module):
                     conv_general_dilated=conv_of_doubled,
                     name=f"up_{level}_conv",
                 )(h)
-        # The output in float32, and at first 0, the mean of the noise.
+        # The output is float32, and at first 0, the mean of the noise.
         kind = jnp.promote_types(self.dtype, jnp.float32)
         h = _norm_swish(h, self.groups, self.dtype, "norm")
         zeros = nn.initializers.zeros
         return Conv(x.shape[-1], (3, 3), dtype=kind, kernel_init=zeros, name="last")(h)
 
-    def _condition(self, time, word):
-        """Embedding of time and word, 4 times as wide as the stem."""
+    def _condition(self, time, tokens):
+        """Embedding of time and tokens, 4 times as wide as the stem."""
         dense = functools.partial(nn.Dense, 4 * self.channels, dtype=self.dtype)
         embedded = time_embedding(time, self.channels)
         y = dense(name="time_1")(nn.silu(dense(name="time_0")(embedded)))
-        if word is None:
+        if tokens is None:
             return y
-        shape = (self.words, 4 * self.channels)
-        table = self.param("word_table", nn.initializers.normal(1.0), shape)
-        return y + word_embedding(table, word).astype(y.dtype)
+        shape = (self.vocab, 4 * self.channels)
+        table = self.param("token_table", nn.initializers.normal(1.0), shape)
+        return y + token_embedding(table, tokens).astype(y.dtype)
 
     def _block(self, name, i, level, h, condition, train):
         """A residual block of a level, and its attention."""
@@ -250,13 +250,13 @@ class UNet(nn.Module):
         return block(name="middle_block_1")(h, condition, train)
 
     def _check(self, shape) -> None:
-        """Raises ValueError where the fields fit neither each other nor the pictures."""
+        """Raises ValueError for inconsistent fields or image sizes."""
         levels = len(self.multipliers)
         smallest = min(self.channels, self.blocks, self.groups, self.heads)
-        if not levels or min(smallest, *self.multipliers) < 1 or self.words < 0:
+        if not levels or min(smallest, *self.multipliers) < 1 or self.vocab < 0:
             raise ValueError(
                 "UNet needs channels, multipliers, blocks, groups and heads >= 1 and "
-                f"words >= 0, got {self}"
+                f"vocab >= 0, got {self}"
             )
         if self.channels % self.groups:
             raise ValueError(
@@ -275,7 +275,7 @@ class UNet(nn.Module):
         stride = 2 ** (levels - 1)
         if shape[1] % stride or shape[2] % stride:
             raise ValueError(
-                f"pictures of {shape[1]} x {shape[2]} cannot be halved {levels - 1} "
+                f"images of {shape[1]} x {shape[2]} cannot be halved {levels - 1} "
                 f"times for multipliers={self.multipliers}, {levels} levels; pad them "
                 f"to a multiple of {stride}, or use fewer levels"
             )

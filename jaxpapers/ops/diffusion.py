@@ -1,13 +1,13 @@
-r"""Denoising diffusion in discrete steps: schedules, chains, log-probabilities.
+r"""Denoising diffusion in discrete steps: noise schedules, samplers, log-probabilities.
 
 The forward process is $x_t = \sqrt{\bar\alpha_t} x_0 + \sqrt{1-\bar\alpha_t} \epsilon$
-for t = 0 .. T-1. A ``Chain`` is a reverse process of S Gaussian steps, counted from noise
-to data, k = 0 .. S-1, over a net that predicts the noise:
+for t = 0 .. T-1. A ``Schedule`` has the coefficients of a reverse process of S Gaussian
+steps, counted from noise to data, k = 0 .. S-1, whose net predicts the noise:
 
 $$ x_{k+1} \sim N(a_k x_k + c_k\,\epsilon(x_k, t_k),\ \sigma_k^2 I) $$
 
-DDPM, DDIM and FastDPM differ in these numbers only, which are computed on the host in
-float64; whatever samples, scores or penalises a step works for all of them.
+DDPM, DDIM and FastDPM differ in these coefficients only, which are computed on the host
+in float64. Sampling, log-probabilities and KL divergences are the same for all of them.
 """
 
 import math
@@ -23,14 +23,14 @@ from jaxtyping import Array, Float, Int, Key, Shaped
 REDUCTIONS = ("sum", "mean")
 
 
-class Chain(NamedTuple):
-    r"""A reverse process of S steps; arrays of (S,), float32 on the host.
+class Schedule(NamedTuple):
+    r"""Coefficients of a reverse process; NumPy arrays of shape (S,), float32.
 
     Attributes:
       x_mult: $a_k$, of the state.
       eps_mult: $c_k$, of the predicted noise.
       std: $\sigma_k$; 0 for a deterministic step, which has no density.
-      time: $t_k$, what the net is told; FastDPM's are not whole numbers.
+      time: $t_k$, the net's time input; FastDPM's are not whole numbers.
       alpha_bar: (S + 1,) of the states, from noise to data.
     """
 
@@ -96,7 +96,7 @@ def q_sample(
 def predict_x0(
     x: Float[Array, "B ..."], alpha_bar: Float[Array, " B"], eps: Float[Array, "B ..."]
 ) -> Float[Array, "B ..."]:
-    """The clean sample that a predicted noise stands for."""
+    """Clean samples for states and their predicted noise."""
     a = _rows(alpha_bar, x)
     return (x - jnp.sqrt(1 - a) * eps) / jnp.sqrt(a)
 
@@ -136,7 +136,7 @@ def noise_loss(
     return jnp.square(noise - eps).reshape(len(x), -1).mean(1)
 
 
-def ddpm_chain(betas: Any, variance: str = "beta") -> Chain:
+def ddpm_schedule(betas: Any, variance: str = "beta") -> Schedule:
     r"""Ancestral sampling over all T steps, DDPM eq 11.
 
     Args:
@@ -154,7 +154,7 @@ def ddpm_chain(betas: Any, variance: str = "beta") -> Chain:
         raise ValueError(f"variance must be 'beta' or 'posterior', got {variance!r}")
     var = betas if variance == "beta" else betas * (1 - before) / (1 - bars)
     root = np.sqrt(1 - betas)
-    return _chain(
+    return _schedule(
         1 / root,
         -betas / (np.sqrt(1 - bars) * root),
         np.sqrt(var),
@@ -165,11 +165,11 @@ def ddpm_chain(betas: Any, variance: str = "beta") -> Chain:
 
 
 def ddim_times(total: int, steps: int) -> np.ndarray:
-    """Steps of a sub-sampled chain, leading spacing: k T / S + 1, falling.
+    """Timesteps of a sub-sampled process, leading spacing: k T / S + 1, falling.
 
     Raises:
       ValueError: S outside 1 .. T - 1, or that does not divide T. With S = T the first
-        step would lie past the last one of training: ``ddpm_chain`` takes all.
+        step would lie past the last one of training: ``ddpm_schedule`` takes all.
     """
     if not 1 <= steps < total:
         raise ValueError(f"steps must be in 1 .. {total - 1}, got {steps}")
@@ -181,10 +181,10 @@ def ddim_times(total: int, steps: int) -> np.ndarray:
     return np.arange(steps)[::-1] * (total // steps) + 1
 
 
-def ddim_chain(
+def ddim_schedule(
     alpha_bar: Any, steps: int, eta: float = 1.0, final_alpha_bar: float | None = None
-) -> Chain:
-    r"""A sub-sampled chain, DDIM (arXiv 2010.02502) eq 12 and 16.
+) -> Schedule:
+    r"""A sub-sampled process, DDIM (arXiv 2010.02502) eq 12 and 16.
 
     $$ \sigma^2 = \eta^2 \tfrac{1-\bar\alpha'}{1-\bar\alpha}
        (1 - \bar\alpha/\bar\alpha'), \quad
@@ -218,36 +218,37 @@ def ddim_chain(
     var = eta**2 * (1 - to) / (1 - now) * (1 - now / to)
     ratio = np.sqrt(to / now)
     c = np.sqrt(np.maximum(1 - to - var, 0)) - np.sqrt(1 - now) * ratio
-    return _chain(ratio, c, np.sqrt(var), times, np.append(now, final))
+    return _schedule(ratio, c, np.sqrt(var), times, np.append(now, final))
 
 
-def check_density(chain: Chain) -> None:
-    """Refuses a chain with a deterministic step.
+def check_density(schedule: Schedule) -> None:
+    """Checks that every step has a density.
 
     Raises:
       ValueError: a standard deviation of zero.
     """
-    zero = np.flatnonzero(~(np.asarray(chain.std) > 0))
+    zero = np.flatnonzero(~(np.asarray(schedule.std) > 0))
     if len(zero):
         raise ValueError(
-            f"a deterministic step has no density: the chain's std is 0 at steps "
-            f"{zero.tolist()} of {len(chain.std)}; log-probabilities need eta > 0, "
+            f"a deterministic step has no density: the schedule's std is 0 at steps "
+            f"{zero.tolist()} of {len(schedule.std)}; log-probabilities need eta > 0, "
             "kappa > 0, variance='beta', or final_alpha_bar=None"
         )
 
 
 def step_mean(
-    chain: Chain, k: Any, x: Float[Array, "B ..."], eps: Float[Array, "B ..."]
+    schedule: Schedule, k: Any, x: Float[Array, "B ..."], eps: Float[Array, "B ..."]
 ) -> Float[Array, "B ..."]:
     """Mean of x_{k+1} given x_k and the predicted noise; k (B,) or one number."""
     a, c = (
-        _rows(jnp.asarray(v, x.dtype)[k], x) for v in (chain.x_mult, chain.eps_mult)
+        _rows(jnp.asarray(v, x.dtype)[k], x)
+        for v in (schedule.x_mult, schedule.eps_mult)
     )
     return a * x + c * eps
 
 
 def step_log_prob(
-    chain: Chain,
+    schedule: Schedule,
     k: Any,
     x: Float[Array, "B ..."],
     x_next: Float[Array, "B ..."],
@@ -257,24 +258,23 @@ def step_log_prob(
     """Log-density of a step, nats.
 
     Args:
-      chain: its steps must have a density, see ``check_density``.
+      schedule: with a density in every step, see ``check_density``.
       k: step of each row, (B,), or of all.
       x: states.
-      x_next: where they went.
+      x_next: next states.
       eps: predicted noise.
-      reduce: "sum" over the coordinates; "mean", as released code has it, divides the
-        density's logarithm by their number.
+      reduce: "sum" over the coordinates, or "mean", as in released code.
     """
-    check_density(chain)
-    std = _rows(jnp.asarray(chain.std, x.dtype)[k], x)
-    z = (x_next - step_mean(chain, k, x, eps)) / std
+    check_density(schedule)
+    std = _rows(jnp.asarray(schedule.std, x.dtype)[k], x)
+    z = (x_next - step_mean(schedule, k, x, eps)) / std
     return _reduce(
         -0.5 * jnp.square(z) - jnp.log(std) - 0.5 * math.log(2 * math.pi), reduce
     )
 
 
 def step_log_ratio(
-    chain: Chain,
+    schedule: Schedule,
     k: Any,
     x: Float[Array, "B ..."],
     x_next: Float[Array, "B ..."],
@@ -289,23 +289,23 @@ def step_log_ratio(
 
     with z the old policy's noise. It is exactly 0 where the nets agree, and its error is
     that of the nets; the difference of two log-probabilities has an error of
-    $10^{-7} |x| / \sigma_k$ a coordinate, which reaches 1e-4 at the last step of a chain.
+    $10^{-7} |x| / \sigma_k$ a coordinate, which reaches 1e-4 at the last step.
 
     Args:
-      chain, k, x, x_next, reduce: see ``step_log_prob``.
-      eps: of the policy that is trained.
-      eps_old: of the one that took the step.
+      schedule, k, x, x_next, reduce: see ``step_log_prob``.
+      eps: noise predicted by the policy that is trained.
+      eps_old: noise predicted by the policy that took the step.
     """
-    check_density(chain)
-    std = _rows(jnp.asarray(chain.std, x.dtype)[k], x)
-    kappa = _rows(jnp.asarray(chain.eps_mult, x.dtype)[k], x) / std
-    z = lax.stop_gradient((x_next - step_mean(chain, k, x, eps_old)) / std)
+    check_density(schedule)
+    std = _rows(jnp.asarray(schedule.std, x.dtype)[k], x)
+    kappa = _rows(jnp.asarray(schedule.eps_mult, x.dtype)[k], x) / std
+    z = lax.stop_gradient((x_next - step_mean(schedule, k, x, eps_old)) / std)
     delta = kappa * (lax.stop_gradient(eps_old) - eps)
     return _reduce(-delta * (z + 0.5 * delta), reduce)
 
 
 def step_kl(
-    chain: Chain,
+    schedule: Schedule,
     k: Any,
     eps: Float[Array, "B ..."],
     eps_ref: Float[Array, "B ..."],
@@ -315,8 +315,8 @@ def step_kl(
 
     Means differ by $c_k (\epsilon - \epsilon')$; the variance is the same.
     """
-    check_density(chain)
-    mult = jnp.asarray(chain.eps_mult / chain.std, eps.dtype)[k]
+    check_density(schedule)
+    mult = jnp.asarray(schedule.eps_mult / schedule.std, eps.dtype)[k]
     return _reduce(0.5 * jnp.square(_rows(mult, eps) * (eps - eps_ref)), reduce)
 
 
@@ -327,31 +327,31 @@ def guided(eps_fn: Callable, weight: float) -> Callable[[Array, Array, Array], A
     1 is the conditional prediction, 0 the unconditional one).
 
     Args:
-      eps_fn: (x, time, word) -> predicted noise; word 0 is the null word.
+      eps_fn: (x, time, tokens) -> predicted noise; token 0 is the null token.
       weight: w.
 
     Returns:
       A function of the same arguments.
     """
 
-    def apply(x, time, word):
-        # Both rows of a chain beside each other: they stay on its device.
+    def apply(x, time, tokens):
+        # Both rows of a sample beside each other, so that they stay on its device.
         pairs = [jnp.repeat(v, 2, axis=0) for v in (x, time)]
-        told = jnp.stack([word, jnp.zeros_like(word)], 1)
-        both = eps_fn(*pairs, told.reshape(-1, *word.shape[1:]))
+        with_null = jnp.stack([tokens, jnp.zeros_like(tokens)], 1)
+        both = eps_fn(*pairs, with_null.reshape(-1, *tokens.shape[1:]))
         both = both.reshape(len(x), 2, *x.shape[1:])
-        conditional, free = both[:, 0], both[:, 1]
-        return free + weight * (conditional - free)
+        conditional, unconditional = both[:, 0], both[:, 1]
+        return unconditional + weight * (conditional - unconditional)
 
     return apply
 
 
-def _chain(x_mult, eps_mult, std, time, alpha_bar, reverse=False):
+def _schedule(x_mult, eps_mult, std, time, alpha_bar, reverse=False):
     order = slice(None, None, -1 if reverse else 1)
     a, c, std, time = (
         np.array(v[order], np.float32) for v in (x_mult, eps_mult, std, time)
     )
-    return Chain(a, c, std, time, np.asarray(alpha_bar, np.float32))
+    return Schedule(a, c, std, time, np.asarray(alpha_bar, np.float32))
 
 
 def _divisor(total, steps):

@@ -1,4 +1,4 @@
-r"""FastDPM's short chains with a noise schedule of their own (VAR, arXiv 2106.00132).
+r"""FastDPM: few-step samplers with a noise schedule of their own (VAR, arXiv 2106.00132).
 
 The user's variances $\eta_s$ need not be among those of training: each cumulative product
 $\bar\gamma_s = \prod_{r \le s}(1 - \eta_r)$ is met by a continuous step $\tau_s$ of the
@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from jaxpapers.ops.diffusion import Chain, alpha_bars, linear_betas
+from jaxpapers.ops.diffusion import Schedule, alpha_bars, linear_betas
 
 KINDS = ("quadratic", "linear")
 _HALVINGS = 1000
@@ -29,7 +29,7 @@ def fastdpm_noise(
     r"""User variances $\eta_s$ (S,) whose product reaches that of training.
 
     Quadratic: $\eta_s = \beta_0 (1 + s u)^2$; linear: from $\beta_0$ to u. The number u
-    is found by halving an interval.
+    is found by bisection.
 
     Args:
       steps: S.
@@ -37,7 +37,7 @@ def fastdpm_noise(
       beta_start, beta_end: of training's linear betas.
       kind: one of ``KINDS``.
       allow_saturation: where u runs into the interval's upper end, 0.95 / (S
-        sqrt(beta_0)), take that, as released nets do: at S = 10 the chain then starts
+        sqrt(beta_0)), take that, as released nets do: at S = 10 sampling then starts
         from $\bar\gamma = 0.0208$ instead of 4e-5.
 
     Raises:
@@ -100,20 +100,20 @@ def continuous_steps(
     def log_bar(t):
         return (t + 1) * math.log(slope) + _log_gamma(c + 1) - _log_gamma(c - t)
 
-    found = []
+    steps = []
     for value in alpha_bar:
         inside = np.flatnonzero((bars[:-1] >= value) & (value > bars[1:]))
         if len(inside):
             i = float(inside[0])
-            found.append(_bisect(log_bar, math.log(value), i - 0.01, i + 1.01))
+            steps.append(_bisect(log_bar, math.log(value), i - 0.01, i + 1.01))
         elif value > bars[0]:
-            found.append(_bisect(log_bar, math.log(value), -0.99, 0.01))
+            steps.append(_bisect(log_bar, math.log(value), -0.99, 0.01))
         else:
-            found.append(timesteps - 1.0)
-    return np.array(found)
+            steps.append(timesteps - 1.0)
+    return np.array(steps)
 
 
-def fastdpm_var_schedule(
+def fastdpm_schedule(
     steps: int,
     *,
     timesteps: int = 1000,
@@ -123,8 +123,8 @@ def fastdpm_var_schedule(
     kappa: float = 1.0,
     last_std: float = 1e-3,
     allow_saturation: bool = True,
-) -> Chain:
-    r"""The chain that SFT-PG fine-tunes: VAR with the DDPM-like reverse process.
+) -> Schedule:
+    r"""The sampler that SFT-PG fine-tunes: VAR with the DDPM-like reverse process.
 
     With $\bar\gamma'$ after and $\bar\gamma$ before a step,
 
@@ -150,7 +150,7 @@ def fastdpm_var_schedule(
         steps, timesteps=timesteps, beta_start=beta_start, beta_end=beta_end, kind=kind,
         allow_saturation=allow_saturation,
     )  # fmt: skip
-    # Released nets saw products that were rounded so: near 1 it moves sigma by 1e-4.
+    # Released nets were trained with products rounded like this: it moves sigma by 1e-4.
     kept = np.float32(1) - noise.astype(np.float32)
     bars = np.cumprod(kept).astype(np.float64)
     now, to = bars[::-1], np.append(bars[-2::-1], 1.0)
@@ -159,7 +159,7 @@ def fastdpm_var_schedule(
     c = np.sqrt(1 - to - std**2) - np.sqrt(1 - now) * ratio
     std[-1] = last_std if kappa else 0.0
     tau = continuous_steps(now, timesteps, beta_start, beta_end)
-    return Chain(
+    return Schedule(
         *(v.astype(np.float32) for v in (ratio, c, std, tau, np.append(now, 1)))
     )
 

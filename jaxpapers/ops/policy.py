@@ -1,8 +1,7 @@
 r"""Policy gradients: surrogates, advantages, statistics by prompt.
 
-Rewards are to be raised and losses to be lowered: every function here returns what
-gradient descent is run on. $\rho = p_\theta / p_{old}$ is the ratio of the policy that is
-trained to the one that acted, A the advantage, which no gradient flows through.
+Objectives are losses, to be minimised. $\rho = p_\theta / p_{old}$ is the likelihood
+ratio of the trained policy to the one that acted, A the advantage, without a gradient.
 """
 
 from collections.abc import Callable
@@ -13,17 +12,17 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Key
 
 from jaxpapers.ops import diffusion, trajectories
-from jaxpapers.ops.diffusion import Chain
+from jaxpapers.ops.diffusion import Schedule
 
 CLIPS = ("ppo", "hard", "none")
 
 
 class PromptStats(NamedTuple):
-    """The last rewards of every prompt, as rings.
+    """Ring buffers of the last rewards of every prompt.
 
     Attributes:
       reward: (P, N).
-      count: (P,) int32, rewards seen.
+      count: (P,) int32, rewards added so far.
     """
 
     reward: Any
@@ -54,10 +53,9 @@ def clipped_surrogate(
       advantage: A.
       clip: half width of the band, > 0.
       mode: "ppo": $-\min(\rho A, \mathrm{clip}(\rho) A)$ (arXiv 1707.06347, eq 7), whose
-        gradient stops only where a step has gone far enough the right way; "hard":
-        $-A\,\mathrm{clip}(\rho)$ (DPOK's released code), whose gradient stops outside
-        the band whatever the sign of A, so that what was pushed the wrong way stays
-        there; "none": $-A \rho$.
+        gradient is zero only beyond the band in the direction of the advantage; "hard":
+        $-A\,\mathrm{clip}(\rho)$ (DPOK's released code), whose gradient is zero
+        outside the band whatever the sign of A; "none": $-A \rho$.
 
     Raises:
       ValueError: unknown mode, clip <= 0.
@@ -79,7 +77,7 @@ def clipped_surrogate(
 def ratio_metrics(
     log_ratio: Float[Array, "..."], clip: float
 ) -> dict[str, Float[Array, ""]]:
-    """Mean ratio, its largest deviation from 1, share outside the band, samples' worth.
+    """Mean ratio, largest deviation from 1, share outside the band, effective size.
 
     ``ratio_ess`` is the effective sample size over the number of samples, at most 1.
     """
@@ -93,7 +91,7 @@ def ratio_metrics(
 
 
 def to_go(cost: Float[Array, "S B"]) -> Float[Array, "S B"]:
-    """Sum of what comes after each step, itself excluded."""
+    """Sum of the costs after each step, its own excluded."""
     return jnp.flip(jnp.cumsum(jnp.flip(cost, 0), 0), 0) - cost
 
 
@@ -101,30 +99,30 @@ def path_kl(
     key: Key[Array, ""],
     eps: Callable[[Array, Array], Array],
     eps_ref: Callable[[Array, Array], Array],
-    chain: Chain,
+    schedule: Schedule,
     shape: tuple[int, ...],
 ) -> Float[Array, " B"]:
-    r"""KL of two policies along fresh chains of the first, nats a chain.
+    r"""KL of two policies along new trajectories of the first, nats per trajectory.
 
     $\sum_k KL(p(x_{k+1} | x_k) || p_{ref}(x_{k+1} | x_k))$, each exact (Gaussians of one
-    variance); its mean over chains is the KL of the laws of whole paths, which bounds
-    that of the samples. Keeps keys, not states.
+    variance). Its mean is the KL of the distributions of whole paths, which bounds that
+    of the samples. Stores keys, not states.
 
     Args:
-      key: of the chains.
+      key: of the trajectories.
       eps: (x, time (B,)) -> predicted noise of the policy that acts.
       eps_ref: of the other.
-      chain: see ``ops.chains.chain``; with noise in every step.
+      schedule: with noise in every step, see ``ops.schedules.reverse_schedule``.
       shape: (B, ...) of the samples.
     """
-    kept = trajectories.rollout(key, eps, chain, shape, store="keys")
+    kept = trajectories.rollout(key, eps, schedule, shape, store="keys")
 
-    def visit(total, k, x, x_next, found):
+    def visit(total, k, x, x_next, eps_k):
         del x_next
-        time = jnp.broadcast_to(jnp.asarray(chain.time, jnp.float32)[k], len(x))
-        return total + diffusion.step_kl(chain, k, found, eps_ref(x, time))
+        time = jnp.broadcast_to(jnp.asarray(schedule.time, jnp.float32)[k], len(x))
+        return total + diffusion.step_kl(schedule, k, eps_k, eps_ref(x, time))
 
-    return trajectories.replay(kept, eps, chain, visit, jnp.zeros(shape[0]))
+    return trajectories.replay(kept, eps, schedule, visit, jnp.zeros(shape[0]))
 
 
 def standardize(x: Float[Array, " B"], eps: float = 1e-6) -> Float[Array, " B"]:
@@ -147,26 +145,26 @@ def group_advantage(
       eps: added to the standard deviation.
 
     Returns:
-      The advantages, and the share of groups whose rewards are all equal, from which
-      nothing can be learned.
+      The advantages, and the share of groups whose rewards are all equal and give no
+      gradient.
     """
     mean, std = _moments(reward, prompt, prompts)
     highest = jnp.full(prompts, -jnp.inf).at[prompt].max(reward)
     lowest = jnp.full(prompts, jnp.inf).at[prompt].min(reward)
-    there = jnp.isfinite(highest)
-    equal = (there & (highest == lowest)).sum() / jnp.maximum(there.sum(), 1)
+    present = jnp.isfinite(highest)
+    equal = (present & (highest == lowest)).sum() / jnp.maximum(present.sum(), 1)
     return (reward - mean[prompt]) / (std[prompt] + eps), equal
 
 
 def init_prompt_stats(prompts: int, size: int = 16) -> PromptStats:
-    """Empty rings of ``size`` rewards for each prompt."""
+    """Empty buffers of ``size`` rewards for each prompt."""
     return PromptStats(jnp.zeros((prompts, size)), jnp.zeros(prompts, jnp.int32))
 
 
 def push_prompt_stats(
     stats: PromptStats, reward: Float[Array, " B"], prompt: Int[Array, " B"]
 ) -> PromptStats:
-    """Rings with a batch's rewards added, in the batch's order, the oldest dropped."""
+    """Buffers with a batch's rewards appended in order, the oldest dropped."""
     size = stats.reward.shape[1]
     rank = _rank(prompt)
     total = jnp.zeros_like(stats.count).at[prompt].add(1)
@@ -192,22 +190,22 @@ def prompt_advantage(
       stats: after the batch was pushed.
       reward: of the batch.
       prompt: its prompts.
-      least: rewards that a prompt needs; one with fewer is standardised by the batch.
+      least: rewards that a prompt needs; with fewer, the batch standardises.
       eps: added to the standard deviation.
     """
     size = stats.reward.shape[1]
-    there = jnp.arange(size)[None] < stats.count[:, None]
-    count = jnp.maximum(there.sum(1), 1)
-    mean = (stats.reward * there).sum(1) / count
-    var = (jnp.square(stats.reward - mean[:, None]) * there).sum(1) / count
-    own = (reward - mean[prompt]) / (jnp.sqrt(var)[prompt] + eps)
-    return jnp.where(stats.count[prompt] >= least, own, standardize(reward, eps))
+    filled = jnp.arange(size)[None] < stats.count[:, None]
+    count = jnp.maximum(filled.sum(1), 1)
+    mean = (stats.reward * filled).sum(1) / count
+    var = (jnp.square(stats.reward - mean[:, None]) * filled).sum(1) / count
+    by_prompt = (reward - mean[prompt]) / (jnp.sqrt(var)[prompt] + eps)
+    return jnp.where(stats.count[prompt] >= least, by_prompt, standardize(reward, eps))
 
 
 def explained_variance(
     value: Float[Array, "..."], target: Float[Array, "..."]
 ) -> Float[Array, ""]:
-    """1 - Var(target - value) / Var(target): a baseline's worth; 0 without variance."""
+    """1 - Var(target - value) / Var(target); 0 if the targets are constant."""
     var = target.var()
     return jnp.where(
         var > 0, 1 - (target - value).var() / jnp.where(var > 0, var, 1), 0

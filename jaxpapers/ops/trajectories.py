@@ -1,4 +1,4 @@
-"""Chains drawn from noise to data, kept whole or as keys, and spread over devices."""
+"""Trajectories of reverse processes: drawn, replayed, and sharded over devices."""
 
 import functools
 from collections.abc import Callable
@@ -11,21 +11,21 @@ from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Float, Int, Key, Shaped
 
 from jaxpapers.ops import diffusion
-from jaxpapers.ops.diffusion import Chain
+from jaxpapers.ops.diffusion import Schedule
 
 STORES = ("all", "last", "keys")
-# Numbers of noise that a whole chain may have for them to be drawn before it.
+# Largest number of noise values of a rollout that are drawn in one call before it.
 AT_ONCE = 2**18
 
 
 class Trajectory(NamedTuple):
-    """What ``rollout`` keeps of B chains of S steps.
+    """B trajectories of S steps, see ``rollout``.
 
     Attributes:
       sample: (B, ...), the last state.
       states: (S + 1, B, *X) with store="all", else None.
-      eps: (S, B, *X), the noise that the net predicted, with store="all", else None.
-      log_prob: (S, B), log-probabilities of the steps taken, or None.
+      eps: (S, B, *X), predicted noise, with store="all", else None.
+      log_prob: (S, B), log-probabilities of the steps, or None.
       start: (B, ...), the first state, with store="keys", else None.
       key: of the noise, with store="keys", else None.
     """
@@ -41,7 +41,7 @@ class Trajectory(NamedTuple):
 def rollout(
     key: Key[Array, ""],
     eps_fn: Callable,
-    chain: Chain,
+    schedule: Schedule,
     shape: tuple[int, ...] | None = None,
     *,
     start: Float[Array, "B ..."] | None = None,
@@ -50,21 +50,21 @@ def rollout(
     reduce: str = "sum",
     remat: bool = False,
 ) -> Trajectory:
-    """Draws B chains from noise to data, as one ``lax.scan``.
+    """Draws B trajectories from noise to data in one ``lax.scan``.
 
     Args:
       key: of the first states and of every step's noise.
       eps_fn: (x, time (B,)) -> predicted noise.
-      chain: of S steps.
+      schedule: of S steps.
       shape: (B, ...), to start from N(0, I).
       start: first states, instead of ``shape``.
       store: "all" states and predictions, the "last" state, or "keys": the first state
-        and the key, from which ``replay`` makes the rest again; memory then does not
+        and the key, from which ``replay`` recomputes the rest; memory then does not
         grow with S.
       log_prob: also the steps' log-probabilities.
       reduce: see ``ops.diffusion.step_log_prob``.
-      remat: recompute each step in a backward pass through the chain, whose memory is
-        then S states and one net.
+      remat: recompute each step in the backward pass, whose memory is then S states
+        and the activations of one step.
 
     Raises:
       ValueError: unknown store; log-probabilities of a deterministic step.
@@ -74,22 +74,24 @@ def rollout(
     if (shape is None) == (start is None):
         raise ValueError("rollout takes either shape= or start=")
     if log_prob:
-        diffusion.check_density(chain)
+        diffusion.check_density(schedule)
     key_start, key_noise = jax.random.split(key)
     first: Any = start if shape is None else jax.random.normal(key_start, shape)
     first = over_data(first)
-    step = functools.partial(_step, eps_fn, chain, key_noise)
+    step = functools.partial(_step, eps_fn, schedule, key_noise)
 
     def body(x, now):
         k, noise = now
         x_next, eps = step(x, k, noise)
         score = None
         if log_prob:
-            score = diffusion.step_log_prob(chain, k, x, x_next, eps, reduce)
+            score = diffusion.step_log_prob(schedule, k, x, x_next, eps, reduce)
         return x_next, (*((x, eps) if store == "all" else (None, None)), score)
 
     scan: Any = lax.scan(
-        jax.checkpoint(body) if remat else body, first, _steps(chain, key_noise, first)
+        jax.checkpoint(body) if remat else body,
+        first,
+        _steps(schedule, key_noise, first),
     )
     last, (states, eps, scores) = scan
     if store == "keys":
@@ -100,10 +102,9 @@ def rollout(
 
 
 def over_data(x: Float[Array, "B ..."]) -> Float[Array, "B ..."]:
-    """Rows spread over the mesh axis ``data``, where there is one that they fit.
+    """Rows sharded over the mesh axis ``data``, if it exists and divides them.
 
-    Noise is drawn from one key, so that nothing else tells the compiler to share chains
-    out between devices.
+    Noise is drawn from one key: without this constraint the compiler replicates it.
     """
     mesh = jax.sharding.get_abstract_mesh()
     auto = dict(zip(mesh.axis_names, mesh.axis_types)).get("data") == AxisType.Auto
@@ -115,7 +116,7 @@ def over_data(x: Float[Array, "B ..."]) -> Float[Array, "B ..."]:
 def of_each(
     x: Shaped[Array, "S B ..."], k: Int[Array, "B N"]
 ) -> Shaped[Array, "B N ..."]:
-    """Entries k of every chain, x[k[b, n], b]; nothing moves between devices."""
+    """Entries x[k[b, n], b] of every trajectory, without moving rows between devices."""
     rows = jnp.moveaxis(x, 1, 0)
     index = k.reshape(*k.shape, *(1,) * (rows.ndim - 2))
     return jnp.take_along_axis(rows, index, 1)
@@ -124,41 +125,41 @@ def of_each(
 def replay(
     trajectory: Trajectory,
     eps_fn: Callable,
-    chain: Chain,
+    schedule: Schedule,
     visit: Callable[[Any, Any, Any, Any, Any], Any],
     carry: Any,
 ) -> Any:
-    """Walks a chain again that was kept as keys; its states are bitwise the same.
+    """Recomputes trajectories that were stored as keys; states are bitwise the same.
 
     Args:
       trajectory: of ``rollout`` with store="keys".
       eps_fn: the policy that drew it.
-      chain: the same.
+      schedule: of ``rollout``.
       visit: (carry, k, x, x_next, eps) -> carry, at every step.
-      carry: what ``visit`` starts from, e.g. the sum of a gradient.
+      carry: initial carry, e.g. zeros for the sum of a gradient.
 
     Returns:
       The last carry.
 
     Raises:
-      ValueError: a trajectory that was kept in another way.
+      ValueError: a trajectory stored in another way.
     """
     if trajectory.key is None:
         raise ValueError("replay needs a trajectory of rollout(..., store='keys')")
-    step = functools.partial(_step, eps_fn, chain, trajectory.key)
+    step = functools.partial(_step, eps_fn, schedule, trajectory.key)
 
     def body(state, now):
         (x, carry), (k, noise) = state, now
         x_next, eps = step(x, k, noise)
         return (x_next, visit(carry, k, x, x_next, eps)), None
 
-    steps = _steps(chain, trajectory.key, trajectory.start)
+    steps = _steps(schedule, trajectory.key, trajectory.start)
     return lax.scan(body, (trajectory.start, carry), steps)[0][1]
 
 
-def _steps(chain, key_noise, x):
-    """Numbers of the steps, and their noise if it is little: one draw instead of S."""
-    k = jnp.arange(len(chain.std))
+def _steps(schedule, key_noise, x):
+    """Indices of the steps, and their noise if it is small: one draw instead of S."""
+    k = jnp.arange(len(schedule.std))
     if len(k) * x.size > AT_ONCE:
         return k, None
     return k, jax.vmap(functools.partial(_noise, key_noise, x))(k)
@@ -168,10 +169,10 @@ def _noise(key_noise, x, k):
     return jax.random.normal(jax.random.fold_in(key_noise, k), x.shape, x.dtype)
 
 
-def _step(eps_fn, chain, key_noise, x, k, noise=None):
-    """One step and the noise that the net predicted."""
-    time = jnp.broadcast_to(jnp.asarray(chain.time, jnp.float32)[k], x.shape[:1])
+def _step(eps_fn, schedule, key_noise, x, k, noise=None):
+    """The next state and the predicted noise."""
+    time = jnp.broadcast_to(jnp.asarray(schedule.time, jnp.float32)[k], x.shape[:1])
     eps = eps_fn(x, time)
     noise = _noise(key_noise, x, k) if noise is None else noise
-    std = jnp.asarray(chain.std, x.dtype)[k]
-    return diffusion.step_mean(chain, k, x, eps) + std * noise, eps
+    std = jnp.asarray(schedule.std, x.dtype)[k]
+    return diffusion.step_mean(schedule, k, x, eps) + std * noise, eps

@@ -34,9 +34,9 @@ class Source(NamedTuple):
 
     Attributes:
       image: (n, H, W, C) in [-1, 1].
-      word: (n,) or (n, L) int32, tokens of the captions in pretraining.
+      tokens: (n,) or (n, L) int32, tokens of the captions in pretraining.
       prompts: texts, P of them.
-      prompt_word: (P,) or (P, L), their tokens.
+      prompt_tokens: (P,) or (P, L), their tokens.
       unseen: (P,) bool, prompts that no image was rightly captioned with.
       reward: (images, prompt ids) -> (B,), jits.
       agrees: (images, prompt ids) -> (B,) bool, by the classifiers of the reward.
@@ -48,9 +48,9 @@ class Source(NamedTuple):
     """
 
     image: np.ndarray
-    word: np.ndarray
+    tokens: np.ndarray
     prompts: tuple[str, ...]
-    prompt_word: np.ndarray
+    prompt_tokens: np.ndarray
     unseen: np.ndarray
     reward: Callable
     agrees: Callable
@@ -76,12 +76,12 @@ def load(config: Any) -> Source:
     if c.eval_each < 1:
         raise ValueError(f"config.data.eval_each must be >= 1, got {c.eval_each}")
     source = _read(c.source, c.path, c.misaligned)
-    shape, length = tuple(config.net.shape), source.word.shape[1:]
-    words = int(max(source.word.max(), source.prompt_word.max())) + 1
-    if source.image.shape[1:] != shape or config.net.words < words:
+    shape, length = tuple(config.net.shape), source.tokens.shape[1:]
+    vocab = int(max(source.tokens.max(), source.prompt_tokens.max())) + 1
+    if source.image.shape[1:] != shape or config.net.vocab < vocab:
         raise ValueError(
-            f"config.net: shape and words are {shape} and {config.net.words}, but "
-            f"{c.source} has {source.image.shape[1:]} and {words}"
+            f"config.net: shape and vocab are {shape} and {config.net.vocab}, but "
+            f"{c.source} has {source.image.shape[1:]} and {vocab}"
         )
     if length != ((c.length,) if c.length else ()):
         raise ValueError(

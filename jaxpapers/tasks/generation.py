@@ -16,7 +16,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxpapers import figures
 from jaxpapers.data import arrays, fetch, image_files, images, points
-from jaxpapers.ops import chains, distance
+from jaxpapers.ops import diffusion, distance
+from jaxpapers.ops.schedules import NoiseSchedule, Sampler, reverse_schedule
 from jaxpapers.papers import sft_pg
 from jaxpapers.papers.score_wasserstein.bound import warn_inexact
 from jaxpapers.study import Data, Finding, Row, Stage, Study, with_fields, with_seed
@@ -213,7 +214,7 @@ def _evaluate(
     """Distances of the model's samples, and what the method says of itself."""
     count = config.data.eval_count
     values = _distances(source, sample(method, state, 0, count), quick)
-    if not quick and "sampler" in config.method and config.method.sampler != "ddpm":
+    if not quick and "sampler" in config and config.sampler.name != "ddpm":
         full = sample(method, state, 0, count, full=True)
         values |= {
             f"full_chain_{k}": v for k, v in _distances(source, full, True).items()
@@ -254,9 +255,13 @@ def _sampling(config: Any, mesh: Any, source: Source) -> Callable:
     @functools.cache
     def compiled(sampler, full):
         options = {}
-        if "sampler" in config.method:
-            make = chains.full_chain if full else chains.chain
-            options["chain"] = make(config.method)
+        if "sampler" in config:
+            noise = NoiseSchedule(**config.noise)
+            options["schedule"] = (
+                diffusion.ddpm_schedule(noise.variances())
+                if full
+                else reverse_schedule(noise, Sampler(**config.sampler))
+            )
 
         @functools.partial(jax.jit, static_argnames="count")
         def draw(params, extra, key, start, count):
@@ -277,7 +282,7 @@ def _sampling(config: Any, mesh: Any, source: Source) -> Callable:
             if config.net.get("model") != "unet":
                 return np.asarray(draw(key, start, count))
             # What a step of training holds, a rollout of as many rows holds too.
-            size = min(config.pretrain.batch, count)
+            size = min(config.get("pretrain", config.data).batch, count)
             parts = [
                 np.asarray(draw(jax.random.fold_in(key, i), None, size))
                 for i in range(-(-count // size))

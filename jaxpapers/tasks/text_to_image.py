@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxpapers import figures
 from jaxpapers.data import arrays
-from jaxpapers.ops import chains
+from jaxpapers.ops.schedules import NoiseSchedule, Sampler, reverse_schedule
 from jaxpapers.papers import dpok
 from jaxpapers.study import Data, Finding, Row, Stage, Study, with_fields, with_seed
 from jaxpapers.tasks import captioned, classifiers
@@ -23,8 +23,8 @@ def abstract(config: Any) -> Data:
     Pretraining reads captioned images, tuning the prompts to draw images for.
     """
     size, length = config.data.batch, config.data.length
-    word = (size, length) if length else (size,)
-    shapes = {"word": jax.ShapeDtypeStruct(word, jnp.int32)}
+    tokens = (size, length) if length else (size,)
+    shapes = {"tokens": jax.ShapeDtypeStruct(tokens, jnp.int32)}
     if config.method.stage == "pretrain":
         image = (size, *config.net.shape)
         return Data(
@@ -46,7 +46,7 @@ def read(config: Any) -> Data:
         f"{len(source.prompts)} prompts"
     )
     if not tunes:
-        fields = {"x": source.image, "word": source.word}
+        fields = {"x": source.image, "tokens": source.tokens}
         return data._replace(examples=arrays.Examples(fields, config.data.seed))
     if len(source.prompts) != config.method.prompts:
         raise ValueError(
@@ -54,7 +54,7 @@ def read(config: Any) -> Data:
             f"{config.data.source}, got {config.method.prompts}"
         )
     number = np.arange(len(source.prompts), dtype=np.int32)
-    fields = {"word": source.prompt_word, "prompt": number}
+    fields = {"tokens": source.prompt_tokens, "prompt": number}
     return data._replace(
         examples=arrays.Examples(fields, config.data.seed),
         facts={"reward_fn": source.reward},
@@ -74,7 +74,7 @@ def study(name: str, config: Any, data: Data, mesh: Any) -> Study:
         values = _scores(source, draw(method, state, prompt), prompt)
         if not method.diagnose:
             return values
-        batch = {"word": jnp.asarray(source.prompt_word[prompt])}
+        batch = {"tokens": jnp.asarray(source.prompt_tokens[prompt])}
         with jax.set_mesh(mesh):
             diagnosis = _jitted(method.diagnose)(
                 state.params, state.extra, batch, jax.random.key(1)
@@ -156,14 +156,15 @@ def _variants(config: Any) -> dict[str, dict[str, Any]]:
 def _drawing(config: Any, mesh: Any, source: captioned.Source) -> Callable:
     """(method, state, prompt ids, guidance, seed) -> images, numpy."""
     replicated = NamedSharding(mesh, PartitionSpec())
-    schedule = chains.chain(config.method)
+    noise, steps = NoiseSchedule(**config.noise), Sampler(**config.sampler)
+    schedule = reverse_schedule(noise, steps)
 
     @functools.cache
     def compiled(sampler, guidance):
         @jax.jit
-        def sample(params, extra, key, word):
+        def sample(params, extra, key, tokens):
             images = sampler(
-                params, key, word, extra=extra, guidance=guidance, chain=schedule
+                params, key, tokens, extra=extra, guidance=guidance, schedule=schedule
             )
             return jax.lax.with_sharding_constraint(images, replicated)
 
@@ -172,9 +173,9 @@ def _drawing(config: Any, mesh: Any, source: captioned.Source) -> Callable:
     def draw(method, state, prompt, guidance=None, seed=0):
         weight = config.method.guidance if guidance is None else guidance
         sample = compiled(method.sampler, weight)
-        word = source.prompt_word[prompt]
+        tokens = source.prompt_tokens[prompt]
         with jax.set_mesh(mesh):
-            images = sample(state.params, state.extra, jax.random.key(seed), word)
+            images = sample(state.params, state.extra, jax.random.key(seed), tokens)
             return np.asarray(images)
 
     return draw

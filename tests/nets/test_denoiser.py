@@ -15,13 +15,13 @@ from jaxpapers.nets.denoiser import (
     StepMLP,
     softplus,
     time_embedding,
-    word_embedding,
+    token_embedding,
 )
 
-SMALL = {"width": 16, "blocks": 2, "time_width": 8, "word_width": 4}
+SMALL = {"width": 16, "blocks": 2, "time_width": 8, "token_width": 4}
 X = jax.random.normal(jax.random.key(1), (3, 2, 5))
 TIME = jnp.array([0.0, 28.293, 999.0])
-WORD = jnp.array([0, 2, 1])
+TOKENS = jnp.array([0, 2, 1])
 
 
 def count(params):
@@ -37,8 +37,8 @@ def opened(params):
 
 def build(**options):
     net = MLPDenoiser(**{**SMALL, **options})
-    word = WORD if net.words else None
-    return net, jax.jit(net.init)(jax.random.key(0), X, TIME, word)["params"]
+    tokens = TOKENS if net.vocab else None
+    return net, jax.jit(net.init)(jax.random.key(0), X, TIME, tokens)["params"]
 
 
 @pytest.mark.parametrize("dtype, tol", [("float32", 3e-7), ("float64", 1e-15)])
@@ -85,7 +85,7 @@ def test_time_embedding_refuses(width, longest):
         time_embedding(TIME, width, longest)
 
 
-def test_captions_are_means_of_their_words():
+def test_sequences_are_means_of_their_tokens():
     table = jax.random.normal(jax.random.key(0), (5, 3))
     captions = jnp.array([[4, 0, 0], [1, 3, 0], [0, 0, 0], [2, 2, 3]])
     expected = [
@@ -94,19 +94,19 @@ def test_captions_are_means_of_their_words():
         table[0],
         (2 * table[2] + table[3]) / 3,
     ]
-    found = word_embedding(table, captions)
+    found = token_embedding(table, captions)
     np.testing.assert_allclose(found, jnp.stack(expected), rtol=1e-5, atol=1e-6)
     # Padding gets no gradient but from a caption of padding alone.
-    grad = jax.grad(lambda t: word_embedding(t, captions[:2]).sum())(table)
+    grad = jax.grad(lambda t: token_embedding(t, captions[:2]).sum())(table)
     np.testing.assert_allclose(grad[:, 0], [0, 0.5, 0, 0.5, 1.0])
 
 
-def test_words_out_of_range():
+def test_tokens_out_of_range():
     table = jnp.arange(4.0)[:, None]
-    for word in (jnp.array([4]), jnp.array([[-1, 2]])):
-        with pytest.raises(ValueError, match=r"word must be in 0 \.\. 3, got"):
-            word_embedding(table, word)
-    traced = jax.jit(word_embedding)(table, jnp.array([9, -1]))
+    for tokens in (jnp.array([4]), jnp.array([[-1, 2]])):
+        with pytest.raises(ValueError, match=r"tokens must be in 0 \.\. 3, got"):
+            token_embedding(table, tokens)
+    traced = jax.jit(token_embedding)(table, jnp.array([9, -1]))
     np.testing.assert_array_equal(traced[:, 0], [3, 0])
 
 
@@ -117,26 +117,26 @@ def test_mlp_denoiser_count_and_first_output():
     net, params = build()
     assert count(params) == (t * w + w) + 2 * block + ends
     np.testing.assert_array_equal(net.apply({"params": params}, X, TIME), 0 * X)
-    _, params = build(words=3)
+    _, params = build(vocab=3)
     assert count(params) == ((t + 4) * w + w) + 2 * block + ends + 3 * 4
 
 
 def test_mlp_denoiser_sees_all_it_is_given():
-    net, params = build(words=3)
+    net, params = build(vocab=3)
     apply = jax.jit(functools.partial(net.apply, {"params": opened(params)}))
-    y = apply(X, TIME, WORD)
+    y = apply(X, TIME, TOKENS)
     assert y.shape == X.shape and jnp.isfinite(y).all()
     others = [
-        apply(X + 0.1, TIME, WORD),
-        apply(X, TIME + 0.25, WORD),
+        apply(X + 0.1, TIME, TOKENS),
+        apply(X, TIME + 0.25, TOKENS),
         apply(X, TIME, jnp.array([1, 1, 2])),
     ]
     for other in others:
         assert (jnp.abs(other - y).max((1, 2)) > 1e-3)[jnp.array([0, 1])].all()
     # Rows do not see each other.
-    alone = apply(X[:1], TIME[:1], WORD[:1])
+    alone = apply(X[:1], TIME[:1], TOKENS[:1])
     np.testing.assert_allclose(alone, y[:1], rtol=1e-5, atol=1e-6)
-    captions = jnp.stack([WORD, WORD], 1)
+    captions = jnp.stack([TOKENS, TOKENS], 1)
     both = apply(X, TIME, captions)
     np.testing.assert_allclose(both, y, rtol=1e-5, atol=1e-5)
 
@@ -153,12 +153,12 @@ def test_mlp_denoiser_in_bfloat16():
 
 
 def test_every_parameter_gets_a_gradient_once_the_last_layer_has_moved():
-    net, params = build(words=3)
+    net, params = build(vocab=3)
 
     @jax.jit
     @jax.grad
     def grad(params):
-        return jnp.square(net.apply({"params": params}, X, TIME, WORD) - X).mean()
+        return jnp.square(net.apply({"params": params}, X, TIME, TOKENS) - X).mean()
 
     first = grad(params)
     assert jnp.abs(first["outputs"]["kernel"]).max() > 0
@@ -168,19 +168,19 @@ def test_every_parameter_gets_a_gradient_once_the_last_layer_has_moved():
 
 
 @pytest.mark.parametrize(
-    "options, word, message",
+    "options, tokens, message",
     [
-        ({"words": 3}, None, "words=3 needs a word"),
-        ({}, WORD, "words=0 takes no word"),
+        ({"vocab": 3}, None, "vocab=3 needs tokens"),
+        ({}, TOKENS, "vocab=0 takes no tokens"),
         ({"blocks": 0}, None, "blocks >= 1"),
         ({"time_width": 3}, None, "even width"),
-        ({"words": 2}, WORD, r"word must be in 0 \.\. 1"),
+        ({"vocab": 2}, TOKENS, r"tokens must be in 0 \.\. 1"),
     ],
 )
-def test_mlp_denoiser_refuses(options, word, message):
+def test_mlp_denoiser_refuses(options, tokens, message):
     net = MLPDenoiser(**{**SMALL, **options})
     with pytest.raises(ValueError, match=message):
-        net.init(jax.random.key(0), X, TIME, word)
+        net.init(jax.random.key(0), X, TIME, tokens)
 
 
 def test_rules_split_both_maps_of_a_block():

@@ -13,17 +13,17 @@ from jaxpapers.method import State
 from jaxpapers.nets import unet
 from jaxpapers.nets.unet import UNet
 
-SMALL = {"channels": 8, "groups": 4, "dropout": 0.5, "words": 3, "heads": 2}
+SMALL = {"channels": 8, "groups": 4, "dropout": 0.5, "vocab": 3, "heads": 2}
 X = jax.random.normal(jax.random.key(1), (2, 8, 8, 1))
 TIME = jnp.array([3.0, 616.734])
-WORD = jnp.array([0, 2])
+TOKENS = jnp.array([0, 2])
 KEY = jax.random.key(4)
 
 
-def shapes(net, x, word=None):
+def shapes(net, x, tokens=None):
     time = jax.ShapeDtypeStruct(x.shape[:1], jnp.float32)
     x = jax.ShapeDtypeStruct(x.shape, jnp.float32)
-    return jax.eval_shape(net.init_with_output, jax.random.key(0), x, time, word)
+    return jax.eval_shape(net.init_with_output, jax.random.key(0), x, time, tokens)
 
 
 def count(params):
@@ -37,17 +37,17 @@ def small():
     The last layer starts at zero, which hides everything below it: ``opened`` draws it.
     """
     net = UNet(**SMALL)
-    params = dict(jax.jit(net.init)(jax.random.key(0), X, TIME, WORD)["params"])
+    params = dict(jax.jit(net.init)(jax.random.key(0), X, TIME, TOKENS)["params"])
     noise = jax.random.normal(jax.random.key(2), params["last"]["kernel"].shape)
     opened = {**params, "last": {**params["last"], "kernel": noise}}
 
     @functools.partial(jax.jit, static_argnames="train")
-    def run(params, x, time, word, key=KEY, train=False):
+    def run(params, x, time, tokens, key=KEY, train=False):
         return net.apply(
-            {"params": params}, x, time, word, train=train, rngs={"dropout": key}
+            {"params": params}, x, time, tokens, train=train, rngs={"dropout": key}
         )
 
-    np.testing.assert_array_equal(run(params, X, TIME, WORD), 0 * X)
+    np.testing.assert_array_equal(run(params, X, TIME, TOKENS), 0 * X)
     return opened, functools.partial(run, opened)
 
 
@@ -71,29 +71,33 @@ def test_group_norm_is_that_of_flax(key):
     )
 
 
-def test_it_sees_picture_time_and_word(small):
+def test_it_depends_on_image_time_and_tokens(small):
     _, apply = small
-    y = apply(X, TIME, WORD)
+    y = apply(X, TIME, TOKENS)
     assert y.shape == X.shape and jnp.isfinite(y).all()
-    for change in ((X + 0.1, TIME, WORD), (X, TIME + 0.25, WORD), (X, TIME, 2 - WORD)):
+    for change in (
+        (X + 0.1, TIME, TOKENS),
+        (X, TIME + 0.25, TOKENS),
+        (X, TIME, 2 - TOKENS),
+    ):
         assert (jnp.abs(apply(*change) - y).max((1, 2, 3)) > 1e-4).all()
     # The rows of a batch do not see each other.
-    other = apply(X.at[1].set(0.0), TIME.at[1].set(9.0), WORD.at[1].set(1))
+    other = apply(X.at[1].set(0.0), TIME.at[1].set(9.0), TOKENS.at[1].set(1))
     np.testing.assert_allclose(other[0], y[0], rtol=1e-4, atol=1e-5)
 
 
 def test_every_pixel_sees_every_other(small):
     _, apply = small
-    moved = apply(X.at[:, 0, 0].add(3.0), TIME, WORD) - apply(X, TIME, WORD)
+    moved = apply(X.at[:, 0, 0].add(3.0), TIME, TOKENS) - apply(X, TIME, TOKENS)
     assert (jnp.abs(moved) > 0).all()
 
 
 def test_dropout_in_training_only(small):
     _, apply = small
-    y = apply(X, TIME, WORD)
-    np.testing.assert_array_equal(apply(X, TIME, WORD, jax.random.key(5)), y)
+    y = apply(X, TIME, TOKENS)
+    np.testing.assert_array_equal(apply(X, TIME, TOKENS, jax.random.key(5)), y)
     first, again, other = (
-        apply(X, TIME, WORD, key, train=True) for key in (KEY, KEY, jax.random.key(5))
+        apply(X, TIME, TOKENS, key, train=True) for key in (KEY, KEY, jax.random.key(5))
     )
     np.testing.assert_array_equal(first, again)
     assert jnp.abs(first - y).max() > 1e-3 and jnp.abs(first - other).max() > 1e-3
@@ -104,25 +108,25 @@ def test_without_dropout_training_is_the_same_program_and_needs_no_key(small):
 
     def program(train):
         apply = functools.partial(net.apply, train=train)
-        return str(jax.make_jaxpr(apply)({"params": small[0]}, X, TIME, WORD))
+        return str(jax.make_jaxpr(apply)({"params": small[0]}, X, TIME, TOKENS))
 
     assert program(True) == program(False)
 
 
-def test_captions_of_one_word_are_that_word(small):
+def test_sequences_of_one_token_are_that_token(small):
     _, apply = small
     y = apply(X, TIME, jnp.array([[0, 0], [0, 2]]))
-    np.testing.assert_allclose(y, apply(X, TIME, WORD), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(y, apply(X, TIME, TOKENS), rtol=1e-4, atol=1e-5)
 
 
 def test_bfloat16_keeps_parameters_and_output_in_float32(small):
     params, apply = small
     net = UNet(**SMALL, dtype=jnp.bfloat16)
-    (y, made) = shapes(net, X, WORD)
+    (y, made) = shapes(net, X, TOKENS)
     kinds = {leaf.dtype for leaf in jax.tree.leaves((y, made))}
     assert kinds == {jnp.dtype("float32")}
-    found = jax.jit(net.apply)({"params": params}, X, TIME, WORD)
-    full = apply(X, TIME, WORD)
+    found = jax.jit(net.apply)({"params": params}, X, TIME, TOKENS)
+    full = apply(X, TIME, TOKENS)
     error = jnp.linalg.norm(found - full) / jnp.linalg.norm(full)
     assert 0 < error < 0.05
 
@@ -134,7 +138,7 @@ def test_every_parameter_gets_a_gradient(small):
     @jax.jit
     @jax.grad
     def grad(params):
-        return jnp.square(net.apply({"params": params}, X, TIME, WORD) - X).mean()
+        return jnp.square(net.apply({"params": params}, X, TIME, TOKENS) - X).mean()
 
     for path, g in jax.tree_util.tree_flatten_with_path(grad(params))[0]:
         assert jnp.isfinite(g).all() and jnp.abs(g).max() > 0, path
@@ -142,7 +146,7 @@ def test_every_parameter_gets_a_gradient(small):
 
 @pytest.mark.parametrize("train", [False, True])
 def test_an_odd_size_below_a_level(train):
-    net = UNet(**{**SMALL, "words": 0})
+    net = UNet(**{**SMALL, "vocab": 0})
     y = jax.eval_shape(
         lambda x, t: net.init_with_output(
             {"params": KEY, "dropout": KEY}, x, t, train=train
@@ -170,8 +174,8 @@ def test_count_in_closed_form():
     up += block(24, 8, e) + block(16, 8, e)
     ends = (9 * 1 * 8 + 8) + 2 * 8 + (9 * 8 * 1 + 1)
     total = time + down + middle + up + ends
-    assert count(shapes(UNet(**{**SMALL, "words": 0}), X)[1]) == total
-    assert count(shapes(UNet(**SMALL), X, WORD)[1]) == total + 3 * e
+    assert count(shapes(UNet(**{**SMALL, "vocab": 0}), X)[1]) == total
+    assert count(shapes(UNet(**SMALL), X, TOKENS)[1]) == total + 3 * e
 
 
 def test_the_net_of_ddpm_for_cifar10():
@@ -189,7 +193,7 @@ def test_the_net_of_ddpm_for_cifar10():
 
 @pytest.mark.parametrize("attention", [(), (0, 1)])
 def test_rules_fit_with_attention_and_without(attention):
-    net = UNet(**{**SMALL, "words": 0, "attention": attention})
+    net = UNet(**{**SMALL, "vocab": 0, "attention": attention})
     params = shapes(net, X)[1]["params"]
     state = State(jnp.zeros(()), params, (), (), jax.random.key(0))
     grid = meshes.make_mesh({"data": 4, "model": 2})
@@ -220,8 +224,8 @@ def test_rules_fit_with_attention_and_without(attention):
         ({"attention": (2,)}, r"attention=\(2,\) names levels other than 0 \.\. 1"),
         ({"heads": 3}, "heads=3 must divide the channels"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
-        ({"words": 0}, "words=0 takes no word"),
-        ({"words": 2}, r"word must be in 0 \.\. 1, got 0 to 2"),
+        ({"vocab": 0}, "vocab=0 takes no tokens"),
+        ({"vocab": 2}, r"tokens must be in 0 \.\. 1, got 0 to 2"),
     ],
 )
 def test_refuses(options, message):
@@ -229,11 +233,11 @@ def test_refuses(options, message):
     if "heads" in options:
         net = net.clone(attention=(1,))
     with pytest.raises(ValueError, match=message):
-        net.init(jax.random.key(0), X, TIME, WORD)
+        net.init(jax.random.key(0), X, TIME, TOKENS)
 
 
-def test_refuses_a_missing_word_and_odd_sides():
-    with pytest.raises(ValueError, match="words=3 needs a word"):
+def test_refuses_missing_tokens_and_odd_sides():
+    with pytest.raises(ValueError, match="vocab=3 needs tokens"):
         UNet(**SMALL).init(jax.random.key(0), X, TIME)
     with pytest.raises(ValueError, match="7 x 8 cannot be halved 1 times"):
-        UNet(**SMALL).init(jax.random.key(0), X[:, :7], TIME, WORD)
+        UNet(**SMALL).init(jax.random.key(0), X[:, :7], TIME, TOKENS)

@@ -5,16 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpapers.ops import chains, diffusion, fastdpm, trajectories
+from jaxpapers.ops import diffusion, fastdpm, schedules, trajectories
+from jaxpapers.ops.schedules import NoiseSchedule, Sampler
 
 LINEAR = diffusion.linear_betas(40, 1e-3, 0.2)
 CHAINS = {
-    "ddpm": diffusion.ddpm_chain(LINEAR),
-    "posterior": diffusion.ddpm_chain(LINEAR, "posterior"),
-    "ddim": diffusion.ddim_chain(diffusion.alpha_bars(LINEAR), 8),
-    "fastdpm": fastdpm.fastdpm_var_schedule(
-        6, timesteps=40, beta_start=1e-3, beta_end=0.2
-    ),
+    "ddpm": diffusion.ddpm_schedule(LINEAR),
+    "posterior": diffusion.ddpm_schedule(LINEAR, "posterior"),
+    "ddim": diffusion.ddim_schedule(diffusion.alpha_bars(LINEAR), 8),
+    "fastdpm": fastdpm.fastdpm_schedule(6, timesteps=40, beta_start=1e-3, beta_end=0.2),
 }
 
 
@@ -51,7 +50,7 @@ def test_recorded_fastdpm_schedule(case):
         fastdpm.fastdpm_noise(steps, **options), z["eta"], rtol=1e-10
     )
     kappa = float(z["kappa"])
-    chain = fastdpm.fastdpm_var_schedule(steps, kappa=kappa, **options)
+    chain = fastdpm.fastdpm_schedule(steps, kappa=kappa, **options)
     np.testing.assert_allclose(chain.x_mult, z["x_mult"], rtol=2e-5)
     np.testing.assert_allclose(chain.eps_mult, z["theta_mult"], rtol=2e-5)
     np.testing.assert_allclose(chain.std, z["std"], rtol=2e-5)
@@ -61,7 +60,7 @@ def test_recorded_fastdpm_schedule(case):
 @pytest.mark.parity("diffusion", only=files("w", "b", "grad_w"))
 def test_recorded_log_prob_and_policy_gradient(case):
     z, params = load(case)
-    chain = fastdpm.fastdpm_var_schedule(params.get("S", 10))
+    chain = fastdpm.fastdpm_schedule(params.get("S", 10))
     x, x_next = (jnp.moveaxis(z[k], 1, -1) for k in ("x_prev", "x_next"))
     k = jnp.asarray(z["t"], jnp.int32)
 
@@ -90,7 +89,7 @@ def test_recorded_toy_step(case):
     betas = diffusion.sigmoid_betas(len(z["betas"]))
     np.testing.assert_allclose(betas, z["betas"], rtol=2e-5)
     np.testing.assert_allclose(diffusion.alpha_bars(betas), z["alphas_bar"], rtol=2e-5)
-    chain = diffusion.ddpm_chain(betas)
+    chain = diffusion.ddpm_schedule(betas)
     k = jnp.asarray(len(betas) - 1 - z["t"], jnp.int32)
     np.testing.assert_array_equal(np.asarray(chain.time)[k], z["t"])
     found = diffusion.step_log_prob(
@@ -109,7 +108,7 @@ def test_recorded_ddim_step(case):
     np.testing.assert_array_equal(
         diffusion.ddim_times(len(bars), steps), z["timesteps"]
     )
-    chain = diffusion.ddim_chain(bars, steps)
+    chain = diffusion.ddim_schedule(bars, steps)
     k = jnp.asarray(z["step_index"], jnp.int32)
     x, x_next, eps, ref = (
         jnp.moveaxis(z[n], 1, -1) for n in ("x", "x_next", "eps", "eps_ref")
@@ -151,7 +150,7 @@ def test_ddim_with_eta_one_is_the_posterior_of_its_grid():
     bars = diffusion.alpha_bars(LINEAR)
     times = diffusion.ddim_times(40, 8)
     assert times.tolist() == [36, 31, 26, 21, 16, 11, 6, 1]
-    chain = diffusion.ddim_chain(bars, 8)
+    chain = diffusion.ddim_schedule(bars, 8)
     now, to = bars[times], np.append(bars[times[1:]], bars[0])
     beta = 1 - now / to
     np.testing.assert_allclose(
@@ -255,7 +254,7 @@ def test_step_kl_is_that_of_the_gaussians():
 
 def test_noise_drawn_at_once_is_that_of_the_steps(monkeypatch):
     """A large chain draws step by step, a small one before it; replay does the same."""
-    chain = diffusion.ddpm_chain(diffusion.linear_betas(6))
+    chain = diffusion.ddpm_schedule(diffusion.linear_betas(6))
 
     def eps_fn(x, time):
         return 0.1 * x + 0.01 * time[:, None]
@@ -315,7 +314,7 @@ def test_replay_is_bitwise_the_same(users_options):
 
 def test_kept_bytes_do_not_grow_with_the_steps():
     def bytes_of(steps, store):
-        chain = diffusion.ddpm_chain(diffusion.linear_betas(steps, 1e-3, 0.2))
+        chain = diffusion.ddpm_schedule(diffusion.linear_betas(steps, 1e-3, 0.2))
         shapes = jax.eval_shape(
             lambda: trajectories.rollout(
                 jax.random.key(0), linear_eps, chain, (8, 4), store=store
@@ -338,16 +337,16 @@ def test_start_and_remat_change_nothing():
 def test_deterministic_chains_have_no_density():
     bars = diffusion.alpha_bars(LINEAR)
     for chain in (
-        diffusion.ddim_chain(bars, 8, eta=0.0),
-        diffusion.ddim_chain(bars, 8, final_alpha_bar=1.0),
-        fastdpm.fastdpm_var_schedule(4, kappa=0.0),
+        diffusion.ddim_schedule(bars, 8, eta=0.0),
+        diffusion.ddim_schedule(bars, 8, final_alpha_bar=1.0),
+        fastdpm.fastdpm_schedule(4, kappa=0.0),
         CHAINS["posterior"],
     ):
         with pytest.raises(ValueError, match="no density"):
             trajectories.rollout(
                 jax.random.key(0), linear_eps, chain, (2, 2), log_prob=True
             )
-    chain = diffusion.ddim_chain(bars, 8, eta=0.0)
+    chain = diffusion.ddim_schedule(bars, 8, eta=0.0)
     start = jnp.ones((3, 2))
     one, two = (
         trajectories.rollout(jax.random.key(i), linear_eps, chain, start=start).sample
@@ -387,22 +386,22 @@ def test_noise_loss_of_a_perfect_and_a_silent_net():
     [
         (lambda: diffusion.check_betas([0.1, 1.0]), r"\(0, 1\)"),
         (lambda: diffusion.check_betas([]), r"\(0, 1\)"),
-        (lambda: diffusion.ddpm_chain(LINEAR, "learned"), "posterior"),
+        (lambda: diffusion.ddpm_schedule(LINEAR, "learned"), "posterior"),
         (lambda: diffusion.ddim_times(40, 0), "1 .. 39"),
         (lambda: diffusion.ddim_times(40, 40), "1 .. 39"),
         (lambda: diffusion.ddim_times(40, 7), "try 5"),
-        (lambda: diffusion.ddim_chain(np.linspace(0.9, 0.1, 8), 4, eta=2.0), "eta"),
+        (lambda: diffusion.ddim_schedule(np.linspace(0.9, 0.1, 8), 4, eta=2.0), "eta"),
         (lambda: fastdpm.fastdpm_noise(0), "1 .. 1000"),
         (lambda: fastdpm.fastdpm_noise(1001), "1 .. 1000"),
         (lambda: fastdpm.fastdpm_noise(10, kind="cubic"), "quadratic"),
         (lambda: fastdpm.fastdpm_noise(10, beta_start=0.1, beta_end=0.1), "below"),
         (
-            lambda: diffusion.ddim_chain(np.linspace(0.9, 0.1, 8), 4, 1.0, 0.3),
+            lambda: diffusion.ddim_schedule(np.linspace(0.9, 0.1, 8), 4, 1.0, 0.3),
             "final_alpha_bar",
         ),
-        (lambda: diffusion.ddim_chain(np.linspace(0.1, 0.9, 8), 4), "must fall"),
+        (lambda: diffusion.ddim_schedule(np.linspace(0.1, 0.9, 8), 4), "must fall"),
         (lambda: fastdpm.fastdpm_noise(10, allow_saturation=False), "allow_saturation"),
-        (lambda: fastdpm.fastdpm_var_schedule(10, kappa=1.5), "kappa"),
+        (lambda: fastdpm.fastdpm_schedule(10, kappa=1.5), "kappa"),
         (
             lambda: trajectories.rollout(
                 jax.random.key(0), linear_eps, CHAINS["ddim"], (2, 2), store="some"
@@ -426,32 +425,43 @@ def test_refusals(attempt, message):
         attempt()
 
 
-class Named:
-    """Fields of a config."""
-
-    def __init__(self, **fields):
-        base = {
-            "betas": "linear", "timesteps": 40, "beta_start": 1e-3, "beta_end": 0.2,
-            "sampler": "ddim", "steps": 8, "eta": 1.0, "kappa": 1.0,
-            "kind": "quadratic", "allow_saturation": True,
-        }  # fmt: skip
-        self.__dict__.update({**base, **fields})
+NOISE = {"timesteps": 40, "beta_start": 1e-3, "beta_end": 0.2}
 
 
-def test_chains_by_name():
-    same = {"ddim": {}, "ddpm": {"steps": 40}, "fastdpm": {"steps": 6}}
-    for name, fields in same.items():
-        found = chains.chain(Named(sampler=name, **fields))
-        for a, b in zip(found, CHAINS[name]):
-            np.testing.assert_array_equal(a, b)
-    assert len(chains.betas(Named(betas="cosine"))) == 40
-    for fields, message in (
-        ({"sampler": "euler"}, "sampler"),
-        ({"betas": "cubic"}, "betas"),
-        ({"steps": 0}, "steps"),
-        ({"timesteps": 0}, "timesteps"),
-        ({"sampler": "ddpm"}, "fewer"),
-        ({"sampler": "fastdpm", "betas": "cosine"}, "linear"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            chains.chain(Named(**fields))
+@pytest.mark.parametrize("name, steps", [("ddim", 8), ("ddpm", 40), ("fastdpm", 6)])
+def test_schedules_by_options(name, steps):
+    noise = NoiseSchedule(**NOISE)
+    schedule = schedules.reverse_schedule(noise, Sampler(name, steps))
+    for a, b in zip(schedule, CHAINS[name], strict=True):
+        np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(noise.alpha_bars(), diffusion.alpha_bars(LINEAR))
+
+
+@pytest.mark.parametrize(
+    "noise, sampler, message",
+    [
+        ({}, {"name": "euler"}, "sampler.name"),
+        ({"betas": "cubic"}, {}, "noise.betas"),
+        ({}, {"steps": 0}, "sampler.steps"),
+        ({"timesteps": 0}, {}, "noise.timesteps"),
+        ({"beta_end": 1.5}, {}, r"betas must be .* \(0, 1\)"),
+        ({}, {"name": "ddpm"}, "fewer"),
+        ({"betas": "cosine"}, {"name": "fastdpm"}, "linear"),
+    ],
+)
+def test_refused_options(noise, sampler, message):
+    with pytest.raises(ValueError, match=message):
+        schedules.reverse_schedule(
+            NoiseSchedule(**{**NOISE, **noise}),
+            Sampler(**{"name": "ddim", "steps": 8, **sampler}),
+        )
+
+
+def test_betas_by_name():
+    made = {name: NoiseSchedule(name, **NOISE).variances() for name in schedules.BETAS}
+    np.testing.assert_array_equal(made["linear"], LINEAR)
+    np.testing.assert_array_equal(made["cosine"], diffusion.cosine_betas(40))
+    assert made["sigmoid"][0] > 1e-3 and made["sigmoid"][-1] < 0.2
+    np.testing.assert_allclose(
+        np.diff(np.sqrt(made["scaled_linear"]), 2), 0, atol=1e-15
+    )

@@ -14,7 +14,7 @@ def test_recorded_clipped_losses_and_gradients(case):
     folder, name, _ = case
     z = np.load(folder / f"{name}.npz")
     bars, steps = np.asarray(z["alphas_cumprod"], np.float64), len(z["timesteps"])
-    chain = diffusion.ddim_chain(bars, steps)
+    chain = diffusion.ddim_schedule(bars, steps)
     k = jnp.asarray(z["step_index"], jnp.int32)
     x, x_next, eps, ref = (jnp.asarray(z[n]) for n in ("x", "x_next", "eps", "eps_ref"))
     clip, advantage = float(z["clip"]), jnp.asarray(z["reward"] - z["value"])
@@ -101,7 +101,7 @@ def test_to_go_leaves_a_step_itself_out():
 def test_path_kl_of_two_constant_policies():
     """A difference c of predictions costs |eps_mult c / std|^2 / 2 a step and number."""
     bars = diffusion.alpha_bars(diffusion.linear_betas(50))
-    chain = diffusion.ddim_chain(bars, 5, eta=1.0)
+    chain = diffusion.ddim_schedule(bars, 5, eta=1.0)
     found = policy.path_kl(
         jax.random.key(0),
         lambda x, time: jnp.zeros_like(x),

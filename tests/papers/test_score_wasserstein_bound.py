@@ -240,12 +240,12 @@ def test_recorded_chain(case):
         close(factor.value**2, z["I2"])
         bound = sw.w2_bound_cor1(betas, factor.log, 1.0, None)
         close(bound.log_intercept, z["log_intercept"])
-        terms = sw.chain_terms(
+        terms = sw.discrete_terms(
             z["eps"], z["noise"], betas, z["alphas_bar"], coord_mean=True
         )
         # 1 - alpha_bar has lost 4 digits at the first steps, here as there.
         close(terms, z["dsm_terms"])
-        summed = sw.chain_terms(z["eps"], z["noise"], betas, z["alphas_bar"])
+        summed = sw.discrete_terms(z["eps"], z["noise"], betas, z["alphas_bar"])
         close(summed, z["noise"].shape[1] * terms)
 
 

@@ -121,15 +121,15 @@ def test_chain_weights():
     betas = diffusion.linear_betas(3, 0.1, 0.3)
     bars, log_I = diffusion.alpha_bars(betas), jnp.array([0.0, 1.0, 200.0])
     close = functools.partial(np.testing.assert_allclose, rtol=1e-5)
-    close(sw.chain_weights("g2", betas, bars), betas)
-    plain = sw.chain_weights("simple", betas, bars)
+    close(sw.discrete_weights("g2", betas, bars), betas)
+    plain = sw.discrete_weights("simple", betas, bars)
     close(plain / plain[0], (1 - bars) / (1 - bars[0]))
     for name, power in (("g2I", 1), ("I2", 2)):
-        found = sw.chain_weights(name, betas, bars, log_I)
+        found = sw.discrete_weights(name, betas, bars, log_I)
         assert np.isfinite(found).all()
         close(found.sum(), betas.sum())
         close(found, [0.0, 0.0, betas.sum()], atol=1e-20)
-        mild = sw.chain_weights(name, betas, bars, log_I / 200)
+        mild = sw.discrete_weights(name, betas, bars, log_I / 200)
         close(mild[2] / mild[0], betas[2] / betas[0] * np.exp(power))
 
 
@@ -154,6 +154,6 @@ def test_functions_refuse():
     with pytest.raises(ValueError, match="mode must be one of"):
         sw.one_sided_lipschitz(score, x, jnp.ones(1), "hessian")
     with pytest.raises(ValueError, match="log_I"):
-        sw.chain_weights("I2", [0.1], [0.9])
+        sw.discrete_weights("I2", [0.1], [0.9])
     with pytest.raises(ValueError, match="layers"):
         sw.one_sided_lipschitz_upper([], jnp.ones(1))

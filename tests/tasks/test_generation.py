@@ -185,7 +185,7 @@ def test_generation_refuses(fields, error, message):
 
 SMALL = {
     "data.eval_each": 4, "data.batch": 40, "net.width": 16, "net.blocks": 1,
-    "net.value": "(16,)", "method.steps": 4, "method.transitions": 2,
+    "net.value": "(16,)", "sampler.steps": 4, "method.transitions": 2,
     "method.value_transitions": 2, "pretrain.steps": 3, "train.steps": 2,
 }  # fmt: skip
 
@@ -195,14 +195,14 @@ def test_prompts_are_rewarded_by_one_classifier_and_judged_by_another(folder):
     source = text_to_image.read(c)
     complete, options = tasks.prepare(c)
     assert complete is c
-    label = (source.word - 1)[:40]
+    label = (source.tokens - 1)[:40]
     assert len(source.image) == 160 and len(source.held_out) == 80
     reward = options["reward_fn"](jnp.asarray(source.held_out), np.arange(80) % 10)
     assert reward.shape == (80,) and float(reward.min()) >= 0
     # Half of the captions are drawn anew, a tenth of those to what they were.
     flat = source.image.reshape(160, -1)[:, :27]
     real = (flat > 0.9).sum(1) // 3
-    wrong = (source.word - 1 != real).mean()
+    wrong = (source.tokens - 1 != real).mean()
     assert 0.3 < wrong < 0.6 and label.max() <= 9
     found = text_to_image._scores(source, source.image, real)
     assert found["validation_judge_accuracy"] > 0.9
@@ -235,7 +235,7 @@ def test_colours_hold_out_combinations(folder):
     c = config("dpok:colours", **{"data.path": folder})
     source = text_to_image.read(c)
     assert source.prompts[17] == "a green seven" and source.unseen.sum() == 8
-    assert source.word.shape == (160, 2)
+    assert source.tokens.shape == (160, 2)
     inked = source.held_out[:4]
     reward = source.reward(jnp.asarray(inked), np.array([0, 17, 25, 39]))
     assert reward.shape == (4,) and float(reward.max()) <= 0
@@ -246,7 +246,7 @@ def test_colours_hold_out_combinations(folder):
     [
         ({"data.source": "faces"}, "digits"),
         ({"data.eval_each": 0}, "eval_each"),
-        ({"net.words": 5}, "words"),
+        ({"net.vocab": 5}, "vocab"),
         ({"net.shape": "(9, 8, 1)"}, "shape"),
         ({"data.length": 3}, "length"),
         ({"method.prompts": 11}, "prompts"),

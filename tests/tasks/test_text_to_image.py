@@ -13,8 +13,8 @@ from jaxpapers.tasks import text_to_image
 
 SMALL = {
     "net.shape": (8, 8, 3), "net.channels": 8, "net.multipliers": (1,),
-    "net.attention": (), "net.groups": 4, "net.words": 12, "net.value": (8,),
-    "method.steps": 5, "method.prompts": 14, "method.value_steps": 1,
+    "net.attention": (), "net.groups": 4, "net.vocab": 12, "net.value": (8,),
+    "sampler.steps": 5, "method.prompts": 14, "method.value_steps": 1,
     "method.policy_steps": 1, "data.batch": 28, "data.length": 2, "data.eval_each": 1,
     "method.lora_rank": 1, "method.transitions": 1,
 }  # fmt: skip
@@ -83,7 +83,7 @@ def test_emoji_are_tuned_and_evaluated(glyphs):
     )
     task = tasks.load(c, method, mesh)
     batch = task.examples.batch(0, c.data.batch)
-    assert set(batch) == {"word", "prompt"} and batch["word"].shape == (28, 2)
+    assert set(batch) == {"tokens", "prompt"} and batch["tokens"].shape == (28, 2)
     with jax.set_mesh(mesh):
         state = jax.jit(method.init)(jax.random.key(0), batch)
         state, metrics = jax.jit(method.update)(state, batch)

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning on the pretrained model's own pictures, weighted by rewards."""
+"""Baselines: reward-weighted denoising of the pretrained model's own images."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -11,23 +11,22 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Key
 
 from jaxpapers.method import State, only_if
-from jaxpapers.ops import chains, diffusion, trajectories
-from jaxpapers.papers.dpok.rounds import (
-    Bound,
+from jaxpapers.ops import diffusion, trajectories
+from jaxpapers.papers.dpok.options import MODES
+from jaxpapers.papers.dpok.rollouts import (
+    Model,
     guided_eps,
     policy_params,
     reference_params,
-    reward_of,
+    rewards,
 )
-
-MODES = ("sft", "kl_d", "kl_o")
 
 
 def sft_loss(
     eps_fn: Callable,
     pretrained: Callable,
     x: Float[Array, "B ..."],
-    word: Int[Array, "B ..."],
+    tokens: Int[Array, "B ..."],
     reward: Float[Array, " B"],
     key: Key[Array, ""],
     *,
@@ -35,26 +34,26 @@ def sft_loss(
     mode: str = "sft",
     gamma: float = 0.0,
 ) -> Float[Array, ""]:
-    r"""Reward-weighted denoising of the pretrained model's own pictures.
+    r"""Reward-weighted denoising loss.
 
     $$ \mathrm{sft}: r |\epsilon - \epsilon_\theta|^2, \quad
        \mathrm{kl\_d}: (r + \gamma) |\epsilon - \epsilon_\theta|^2, \quad
        \mathrm{kl\_o}: r |\epsilon - \epsilon_\theta|^2
          + \gamma |\epsilon_{pre} - \epsilon_\theta|^2 $$
 
-    means over coordinates, rows and drawn steps. The names and the simple weighting by
-    steps are from memory of the paper's section 4.3.
+    Means over coordinates, rows and timesteps. The names and the uniform weight of the
+    timesteps follow the paper's section 4.3 from memory.
 
     Args:
-      eps_fn: the model, (x, time, word) -> noise, without guidance.
+      eps_fn: the model, (x, time, tokens) -> noise, without guidance.
       pretrained: the frozen model, likewise.
-      x: pictures that it made.
-      word: their prompts.
+      x: images drawn from the pretrained model.
+      tokens: conditioning tokens of the images.
       reward: not negative.
-      key: of steps and noise.
+      key: of timesteps and noise.
       alpha_bar: (T,) of the forward process.
-      mode: as above.
-      gamma: weight of staying near.
+      mode: one of ``MODES``.
+      gamma: weight of the pretrained model.
 
     Raises:
       ValueError: unknown mode, gamma < 0.
@@ -69,76 +68,78 @@ def sft_loss(
     noise = jax.random.normal(key_noise, x.shape, x.dtype)
     noisy = diffusion.q_sample(x, bars[t], noise)
     time = t.astype(jnp.float32)
-    eps = eps_fn(noisy, time, word)
+    eps = eps_fn(noisy, time, tokens)
     weight = reward + (gamma if mode == "kl_d" else 0.0)
-    # A negative weight would teach the model to miss without bound.
+    # With a negative weight the loss has no lower bound.
     weight = jnp.where(weight < 0, jnp.nan, weight)
-    total = weight * _square(noise - eps)
+    total = weight * _mean_square(noise - eps)
     if mode == "kl_o":
-        near = lax.stop_gradient(pretrained(noisy, time, word))
-        total = total + gamma * _square(near - eps)
+        target = lax.stop_gradient(pretrained(noisy, time, tokens))
+        total = total + gamma * _mean_square(target - eps)
     return total.mean()
 
 
-def supervised_round(
+def supervised_update(
     state: State,
     batch: dict,
     key: Key[Array, ""],
-    bound: Bound,
+    model: Model,
     txs: Mapping[str, optax.GradientTransformation],
 ) -> tuple[State, dict[str, Array]]:
-    """A round of as many rewards as DPOK's: pretrained pictures, then denoising steps.
+    """Draws images from the pretrained model, then takes denoising steps on them.
+
+    One image and reward for each prompt of the batch, as in ``dpok.update``.
 
     Args:
-      state, batch, bound, txs: see ``update``.
-      key: of pictures and steps.
+      state, batch, model, txs: see ``dpok.update``.
+      key: of images and steps.
     """
-    c = bound.options
-    key_roll, key_steps = jax.random.split(key)
+    options = model.options
+    key_rollout, key_steps = jax.random.split(key)
     frozen = reference_params(state.params)
-    word = batch["word"]
-    ref = guided_eps(bound, frozen)
+    tokens = batch["tokens"]
+    reference = guided_eps(model, frozen)
     x = trajectories.rollout(
-        key_roll, lambda x, time: ref(x, time, word), bound.chain,
-        (len(word), *bound.parts.shape),
+        key_rollout, lambda x, time: reference(x, time, tokens), model.schedule,
+        (len(tokens), *model.parts.shape),
     ).sample  # fmt: skip
-    reward = reward_of(bound.reward_fn, x, batch["prompt"]) + c.reward_shift
-    alpha_bar = diffusion.alpha_bars(chains.betas(c))
+    reward = rewards(model.reward_fn, x, batch["prompt"]) + options.reward_shift
     name = "lora" if "lora" in state.params else "net"
 
     def step(carry, key):
-        own, opt = carry
+        trained, opt = carry
 
-        def objective(own):
-            net = policy_params({**state.params, **own})
+        def objective(trained):
+            net = policy_params({**state.params, **trained})
             return sft_loss(
-                functools.partial(bound.parts.eps, net),
-                functools.partial(bound.parts.eps, frozen),
-                x, word, reward, key, alpha_bar=alpha_bar, mode=c.name, gamma=c.gamma,
+                functools.partial(model.parts.eps, net),
+                functools.partial(model.parts.eps, frozen),
+                x, tokens, reward, key, alpha_bar=model.alpha_bar, mode=options.name,
+                gamma=options.gamma,
             )  # fmt: skip
 
-        value, grads = jax.value_and_grad(objective)(own)
-        updates, opt = txs["policy"].update(grads, opt, own)
-        return (optax.apply_updates(own, updates), opt), (
-            value, optax.tree.norm(grads),
-        )  # fmt: skip
+        value, grads = jax.value_and_grad(objective)(trained)
+        updates, opt = txs["policy"].update(grads, opt, trained)
+        trained = optax.apply_updates(trained, updates)
+        return (trained, opt), (value, optax.tree.norm(grads))
 
-    keys = jax.random.split(key_steps, c.policy_steps)
+    keys = jax.random.split(key_steps, options.policy_steps)
     carry = ({name: state.params[name]}, state.opt_state["policy"])
-    (own, opt), (losses, norms) = lax.scan(step, carry, keys)
+    (trained, opt), (losses, norms) = lax.scan(step, carry, keys)
     new = state._replace(
-        params={**state.params, **own}, opt_state={**state.opt_state, "policy": opt}
+        params={**state.params, **trained},
+        opt_state={**state.opt_state, "policy": opt},
     )
-    good = jnp.isfinite(reward).all() & (reward >= 0).all()
+    valid = jnp.isfinite(reward).all() & (reward >= 0).all()
     metrics = {
         "loss": losses.mean(),
         "grad_norm": norms.mean(),
-        "reward": reward.mean() - c.reward_shift,
-        # Not finite where a weight is negative, which stops the run.
-        "least_weight": jnp.where(good, reward.min(), jnp.nan),
+        "reward": reward.mean() - options.reward_shift,
+        # NaN if a weight is negative, which stops the run.
+        "least_weight": jnp.where(valid, reward.min(), jnp.nan),
     }
-    return only_if(good, new, state), metrics
+    return only_if(valid, new, state), metrics
 
 
-def _square(x):
+def _mean_square(x):
     return jnp.square(x).reshape(len(x), -1).mean(1)

@@ -4,10 +4,11 @@ Dohyun Kwon, Ying Fan, Kangwook Lee. "Score-based Generative Modeling Secretly M
 the Wasserstein Distance", arXiv 2212.06359, 2022 (NeurIPS 2022).
 
 Score matching was known to bound a KL divergence. Here W_2 between the data p_0 and the
-samples q_0 is at most a constant times the root of the loss, plus an offset for starting
-the reverse process elsewhere than the forward one ended. The constant is made of the
-drift's Lipschitz constant and the score's one-sided one, so that both can be watched and
-made smaller: by spectral normalisation, by clipping weights, by a longer horizon.
+samples q_0 is at most a constant times the root of the loss, plus an offset for
+starting the reverse process from another distribution than the forward one's end. The
+constant depends on the drift's Lipschitz constant and the score's one-sided one, which
+can be estimated, and reduced by spectral normalisation, by clipping weights, by a
+longer horizon.
 
 With b(t) = E_{p_t} |grad log p_t - s|^2 and J = 1/2 int g^2 b dt:
 
@@ -17,17 +18,23 @@ $$ W_2(p_0,q_0) \le \Big(2 \int_0^T g^2 I^2\,dt\; J\Big)^{1/2}
    + I(T)\,W_2(p_T,q_T) \quad (16) $$
 
 ``bound`` has the theorem and its corollaries, ``lipschitz`` the constants, ``matching``
-the losses, ``ops.sde`` the diffusions. ``chain`` is a net that predicts noise on the
-paper's short chain, ``certify`` its bound; this file trains it.
+the losses, ``ops.sde`` the diffusions, ``discrete`` the score model in discrete steps,
+``certify`` its bound; this file trains it.
 
-Departures. J sums over coordinates, as |.|^2 in the theorem says; the released code takes
-their mean, a J smaller by d (``chain_terms(coord_mean=True)``; the training loss keeps
-it, since the gradient is clipped at that scale). L_s is the Jacobian's, on data, noised
-data and samples; the released code looks at pairs of 100 points of one quadrant. Both are
-lower values, so that the bound is an estimate; ``certificate(mode="upper")`` is certified
-up to the sums that stand for integrals and to the mean over draws, and loose. b is the
-denoising error, which is at least the true one (Theorem 2). The chain's offset uses the
-coupling of x_T and its own noise, at least W_2(p_T, q_T).
+Departures. J sums over coordinates, as |.|^2 in the theorem; the released code takes
+their mean, a J smaller by d (``discrete_terms(coord_mean=True)``; the training loss
+keeps the mean, since the gradient is clipped at that scale). L_s is the Jacobian's, on
+data, noised data and samples; the released code uses pairs of 100 points of one
+quadrant. Both are lower values, so that the bound is an estimate;
+``certificate(mode="upper")`` is certified up to the sums that replace integrals and to
+the mean over draws, and loose. b is the denoising error, which is at least the true one
+(Theorem 2). The offset in discrete steps uses the coupling of x_T with its noise, at
+least W_2(p_T, q_T).
+
+    model = sw.model()
+    params = sw.init_params(key, model)
+    value, metrics = sw.loss(params, {"x": x}, key, model=model)
+    bound, parts = sw.certificate(params, x, key, model=model)
 """
 
 import functools
@@ -44,6 +51,8 @@ from jaxpapers import optim
 from jaxpapers.method import Method, gradient
 from jaxpapers.nets.critic import clip_weights
 from jaxpapers.ops import diffusion
+from jaxpapers.ops.schedules import NoiseSchedule
+from jaxpapers.options import from_config
 from jaxpapers.papers.score_wasserstein.bound import (
     Bound,
     Factor,
@@ -58,12 +67,11 @@ from jaxpapers.papers.score_wasserstein.certify import (
     certificate,
     diagnose,
 )
-from jaxpapers.papers.score_wasserstein.chain import (
-    STARTS,
+from jaxpapers.papers.score_wasserstein.discrete import (
     Model,
-    chain_model,
-    choose,
     factor,
+    init_params,
+    model,
     sampler,
     score_lipschitz,
 )
@@ -73,20 +81,21 @@ from jaxpapers.papers.score_wasserstein.lipschitz import (
     one_sided_lipschitz_upper,
 )
 from jaxpapers.papers.score_wasserstein.matching import (
-    WEIGHTS,
     antithetic_steps,
-    chain_terms,
-    chain_weights,
+    discrete_terms,
+    discrete_weights,
     dsm_loss,
     sm_loss,
 )
+from jaxpapers.papers.score_wasserstein.options import Net, Options
 
 __all__ = [
-    "Bound", "Certificate", "Factor", "Lipschitz", "Model", "antithetic_steps",
-    "certificate", "chain_model", "chain_terms", "chain_weights", "diagnose", "dsm_loss",
-    "integrating_factor", "loss", "make", "one_sided_lipschitz",
-    "one_sided_lipschitz_upper", "sampler", "score_lipschitz", "sm_loss",
-    "w2_bound_cor1", "w2_bound_general", "w2_bound_theorem1", "w2_offset_vp",
+    "Bound", "Certificate", "Factor", "Lipschitz", "Model", "Net", "NoiseSchedule",
+    "Options", "antithetic_steps", "certificate", "diagnose", "discrete_terms",
+    "discrete_weights", "dsm_loss", "init_params", "integrating_factor", "loss", "make",
+    "model", "one_sided_lipschitz", "one_sided_lipschitz_upper", "sampler",
+    "score_lipschitz", "sm_loss", "w2_bound_cor1", "w2_bound_general",
+    "w2_bound_theorem1", "w2_offset_vp",
 ]  # fmt: skip
 
 
@@ -107,13 +116,13 @@ def loss(
       params: of the net.
       batch: x (B, d).
       key: of steps and noise.
-      model: net and chain.
-      weight: see ``chain_weights``. The two with I take it from L_s over the pairs of the
-        batch's points, without a gradient.
+      model: net and forward process.
+      weight: see ``discrete_weights``. The two with I compute it from L_s over pairs of
+        the batch's points, without a gradient.
 
     Returns:
       The loss; metrics ``J``, the batch's estimate of the theorem's loss with weight g^2,
-      and ``eps_error``, the plain error per coordinate.
+      and ``eps_error``, the unweighted error per coordinate.
 
     Raises:
       ValueError: unknown weight.
@@ -128,11 +137,11 @@ def loss(
     log_I = None
     if "I" in weight:
         fixed = lax.stop_gradient(params)
-        seen = score_lipschitz(fixed, x, model=model, mode="pairs")
-        log_I = lax.stop_gradient(factor(seen.value, model=model).log)
-    lam = chain_weights(weight, betas, bars, log_I) / jnp.asarray(1 - bars, x.dtype)
-    plain = jnp.asarray(betas / (1 - bars), x.dtype)
-    J = 0.5 * len(betas) * x.shape[1] * (plain[step] * error).mean()
+        constant = score_lipschitz(fixed, x, model=model, mode="pairs")
+        log_I = lax.stop_gradient(factor(constant.value, model=model).log)
+    lam = discrete_weights(weight, betas, bars, log_I) / jnp.asarray(1 - bars, x.dtype)
+    g2 = jnp.asarray(betas / (1 - bars), x.dtype)
+    J = 0.5 * len(betas) * x.shape[1] * (g2[step] * error).mean()
     return (lam[step] * error).mean(), {"J": J, "eps_error": error.mean()}
 
 
@@ -140,42 +149,43 @@ def make(config: Any) -> Method:
     """Binds ``config`` (see configs/score_wasserstein.py).
 
     Args:
-      config: groups ``net``, ``optim``, ``train``, ``method``.
+      config: groups ``net``, ``noise``, ``optim``, ``method``, ``train``.
 
     Raises:
-      ValueError: unknown names, or values out of range.
+      ValueError: unknown fields or names, values out of range.
     """
-    own, bound = config.method, chain_model(config)
-    choose("method.weight", own.weight, WEIGHTS)
-    choose("method.start", own.start, STARTS)
+    net = from_config(Net, config.net, "net")
+    noise = from_config(NoiseSchedule, config.noise, "noise")
+    options = from_config(Options, config.method, "method")
+    bound = model(net, noise)
 
-    def init_params(key, batch):
-        x, shape = batch["x"], tuple(config.net.shape)
-        if x.shape[1:] != shape:
+    def init(key, batch):
+        if batch["x"].shape[1:] != net.shape:
             raise ValueError(
-                f"config.net.shape={shape} must be the shape of the data, got x of shape "
-                f"{x.shape}"
+                f"net.shape={net.shape} must be the shape of the data, got x of shape "
+                f"{batch['x'].shape}"
             )
-        # The net's widths are all that it needs of a batch.
-        zero = jnp.zeros((1, *shape))
-        return bound.net.init(key, zero, jnp.zeros(1, jnp.int32))["params"]
+        return init_params(key, bound)
+
+    def sample(params, key, start, extra=()):
+        return sampler(params, key, start, model=bound, starts=options.start)
 
     method = gradient(
-        init_params,
-        functools.partial(loss, model=bound, weight=own.weight),
-        _optimizer(config),
-        sampler=functools.partial(sampler, model=bound, starts=own.start),
+        init,
+        functools.partial(loss, model=bound, weight=options.weight),
+        _optimizer(config, net, options),
+        sampler=sample,
         accumulate=config.train.accumulate,
     )
     return method._replace(
         diagnose=lambda params, extra, batch, key: diagnose(
-            params, extra, batch["x"], key, config
+            params, batch["x"], key, model=bound, starts=options.start
         )
     )
 
 
 def ascend_first(steps: int) -> optax.GradientTransformation:
-    """Turns the gradient round for the first steps, which then maximise the loss."""
+    """Negates the gradient in the first steps, which then maximise the loss."""
 
     def sign(count: Any) -> Array:
         return jnp.where(count < steps, -1.0, 1.0)
@@ -186,8 +196,7 @@ def ascend_first(steps: int) -> optax.GradientTransformation:
 def clipped_weights(bound: float) -> optax.GradientTransformation:
     """Keeps kernels and biases within [-bound, bound] after every update.
 
-    The vectors that multiply a layer at each step are left alone: the net would be nearly
-    zero with them.
+    The scales of the steps are not clipped: with small ones the net is nearly zero.
 
     Args:
       bound: the paper's is 0.1.
@@ -196,25 +205,22 @@ def clipped_weights(bound: float) -> optax.GradientTransformation:
       ValueError: a bound that is not positive.
     """
     if not bound > 0:
-        raise ValueError(f"config.net.clip must be > 0, got {bound}")
+        raise ValueError(f"net.clip must be > 0, got {bound}")
 
     def update(updates, state, params: Any = None):
-        moved = optax.apply_updates(params, updates)
-        kept = jax.tree_util.tree_map_with_path(
-            lambda path, old, new: new if path[-1].key == "scale" else old,
-            clip_weights(moved, bound), moved,
+        new = optax.apply_updates(params, updates)
+        bounded = jax.tree_util.tree_map_with_path(
+            lambda path, clipped, free: free if path[-1].key == "scale" else clipped,
+            clip_weights(new, bound), new,
         )  # fmt: skip
-        return jax.tree.map(lambda new, old: new - old, kept, params), state
+        return jax.tree.map(lambda new, old: new - old, bounded, params), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
-def _optimizer(config) -> optax.GradientTransformation:
-    ascend = config.method.ascend_steps
-    if ascend < 0:
-        raise ValueError(f"method.ascend_steps must be >= 0, got {ascend}")
-    parts = [ascend_first(ascend)] if ascend else []
+def _optimizer(config, net, options) -> optax.GradientTransformation:
+    parts = [ascend_first(options.ascend_steps)] if options.ascend_steps else []
     parts.append(optim.from_config(config.optim, config.train.steps))
-    if config.net.regularizer == "clip":
-        parts.append(clipped_weights(config.net.clip))
+    if net.regularizer == "clip":
+        parts.append(clipped_weights(net.clip))
     return optax.chain(*parts)

@@ -1,9 +1,9 @@
 r"""The bound: integrating factor, Theorem 1, its corollaries, the offset.
 
 Arrays of K numbers belong to increasing times ``t``, and integrals are trapezoids over
-them; ``t=None`` is the discrete chain, whose integrals are sums over its steps, from
-the first to the step itself. Everything is computed as logarithms: what would overflow is
-infinite and flagged, never NaN, and its logarithm is still there.
+them; ``t=None`` is a process in discrete steps, whose integrals are sums from the first
+step to the step itself. Computations are in logarithms: values that overflow are infinite
+and flagged, never NaN, and their logarithms stay finite.
 """
 
 import warnings
@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 LARGEST = 80.0
 """Logarithm above which a value is reported as infinite; float32 ends at 88."""
 INEXACT = 20.0
-"""Logarithm above which float32 deserves a warning."""
+"""Size of a logarithm above which float32 is too inexact, with a warning."""
 
 
 class Factor(NamedTuple):
@@ -26,7 +26,7 @@ class Factor(NamedTuple):
     Attributes:
       log: (K,).
       value: (K,), infinite where the logarithm is above ``LARGEST``.
-      overflow: whether any is.
+      overflow: whether any value is infinite.
     """
 
     log: Any
@@ -38,12 +38,12 @@ class Bound(NamedTuple):
     r"""A bound of W_2(p_0, q_0).
 
     Attributes:
-      first_term: what the loss contributes.
+      first_term: contribution of the loss.
       offset_term: I(T) W_2(p_T, q_T).
       total: their sum, the bound.
       log_intercept: c of the line $\log W_2 \le \tfrac12 \log J + c$ of the corollary;
         in Theorem 1's struct that of Corollary 1.
-      log_total: logarithm of the total, finite where the total is not.
+      log_total: logarithm of the total, finite also if the total is not.
       overflow: whether the total is infinite because its logarithm is above ``LARGEST``.
     """
 
@@ -64,11 +64,11 @@ def integrating_factor(
     r"""$I(t) = \exp \int_0^t (L_f + L_s g^2)\,dr$ (eq 15).
 
     Args:
-      L_f: drift's constant, $-(x-y) \cdot (f(x)-f(y)) \le L_f |x-y|^2$: the sign in front
-        makes it +beta / 2 for f = -beta x / 2.
+      L_f: constant of the drift, $-(x-y) \cdot (f(x)-f(y)) \le L_f |x-y|^2$: for
+        f = -beta x / 2 it is +beta / 2.
       L_s: one-sided Lipschitz constant of the score, often negative.
-      g2: squared diffusion; for the chain its betas.
-      t: times from 0 on; None: the steps of a chain.
+      g2: squared diffusion; in discrete steps the betas.
+      t: times from 0 on; None: discrete steps.
 
     Raises:
       ValueError: lengths that differ, times that do not increase, values that are not
@@ -96,7 +96,7 @@ def integrating_factor(
 
 
 def warn_inexact(largest: float) -> None:
-    """Warns of a |log I| in float32 above ``INEXACT``, always in the same words."""
+    """Warns if |log I| in float32 is above ``INEXACT``."""
     if largest > INEXACT:
         warnings.warn(
             f"|log I| is above {INEXACT:g} in float32; a bound of that size needs "
@@ -118,7 +118,7 @@ def w2_bound_theorem1(
     Args:
       g2: squared diffusion.
       log_I: logarithm of the integrating factor.
-      b: $E_{p_t} |\nabla \log p_t - s|^2$, or what it is at most.
+      b: $E_{p_t} |\nabla \log p_t - s|^2$, or an upper bound.
       t: see ``integrating_factor``.
       offset: W_2(p_T, q_T).
 
@@ -256,13 +256,15 @@ def _traced(*values):
 
 
 def _check(t, **arrays):
-    """Lengths, and where there are values already, that they are usable."""
+    """Checks lengths and, outside of jit, values."""
     named = arrays if t is None else {**arrays, "t": t}
     lengths = {name: len(x) for name, x in named.items()}
     if len(set(lengths.values())) > 1 or not min(lengths.values()):
         raise ValueError(f"lengths must be equal and not 0, got {lengths}")
     if t is not None and len(t) < 2:
-        raise ValueError("an integral needs two times at least; a chain has t=None")
+        raise ValueError(
+            "an integral needs two times or more; discrete steps have t=None"
+        )
     for name, x in named.items():
         if not _traced(x) and not np.isfinite(np.asarray(x)).all():
             raise ValueError(

@@ -1,4 +1,4 @@
-"""The bound of a trained net, with all that it is made of."""
+"""The bound of a trained score model, with its parts."""
 
 from typing import Any, NamedTuple
 
@@ -15,28 +15,26 @@ from jaxpapers.papers.score_wasserstein.bound import (
     w2_bound_cor1,
     w2_bound_theorem1,
 )
-from jaxpapers.papers.score_wasserstein.chain import (
-    STARTS,
+from jaxpapers.papers.score_wasserstein.discrete import (
     Model,
-    chain_model,
-    choose,
     factor,
     sampler,
     score_lipschitz,
 )
 from jaxpapers.papers.score_wasserstein.lipschitz import Lipschitz
+from jaxpapers.papers.score_wasserstein.options import STARTS
 
 
 class Certificate(NamedTuple):
-    """Parts of a bound on a chain of K steps.
+    """Parts of a bound in K discrete steps.
 
     Attributes:
       J: denoising loss with weight g^2, summed over coordinates.
       b: (K,), denoising error of the score, at least that of eq 14.
-      lipschitz: of the score, which also says on which side it is.
+      lipschitz: one-sided constants of the score.
       factor: integrating factor.
       theorem1: eq 14.
-      corollary1: eq 16, the line over log J.
+      corollary1: eq 16, a line over log J.
       start_distance: at least W_2(p_T, q_T); 0 where sampling starts from noised data.
     """
 
@@ -66,12 +64,12 @@ def certificate(
       params: of the net.
       data: draws of p_0.
       key: of the noise.
-      model: net and chain.
+      model: net and forward process.
       starts: see ``sampler``; "data" has no offset.
-      points: where L_s is looked for besides the data and the data noised to every step,
+      points: where L_s is estimated besides the data and the data noised to every step,
         e.g. samples.
-      mode: see ``chain.score_lipschitz``.
-      draws: of noise for every data point and step.
+      mode: see ``score_lipschitz``.
+      draws: noise draws for every data point and step.
 
     Returns:
       The bound of Theorem 1, and its parts.
@@ -80,7 +78,8 @@ def certificate(
       ValueError: unknown names, no data, no draws; outside of jit also a score or a loss
         that is not finite.
     """
-    choose("starts", starts, STARTS)
+    if starts not in STARTS:
+        raise ValueError(f"starts must be one of {STARTS}, got {starts!r}")
     if not len(data) or draws < 1:
         raise ValueError(f"needs data and draws >= 1, got {len(data)} and {draws}")
     bars = model.alpha_bar
@@ -99,13 +98,13 @@ def certificate(
     b = error / jnp.asarray(1 - bars, error.dtype)
     betas = jnp.asarray(model.betas, error.dtype)
     J = 0.5 * (betas * b).sum()
-    around = [data, noised.reshape(-1, data.shape[1])]
-    around += [] if points is None else [points]
-    constant = score_lipschitz(params, jnp.concatenate(around), model=model, mode=mode)
+    nearby = [data, noised.reshape(-1, data.shape[1])]
+    nearby += [] if points is None else [points]
+    constant = score_lipschitz(params, jnp.concatenate(nearby), model=model, mode=mode)
     integral = factor(constant.value, model=model)
     offset = jnp.zeros((), b.dtype)
     if starts == "prior":
-        # x_T = sqrt(a) x_0 + sqrt(1 - a) z stands beside its own z, which is N(0, I).
+        # Coupling of x_T = sqrt(a) x_0 + sqrt(1 - a) z with its z, which is N(0, I).
         square = bars[-1] * jnp.square(data).sum(1).mean()
         offset = jnp.sqrt(square + (1 - np.sqrt(1 - bars[-1])) ** 2 * data.shape[1])
     theorem1 = w2_bound_theorem1(betas, integral.log, b, None, offset)
@@ -116,19 +115,20 @@ def certificate(
 
 def diagnose(
     params: dict,
-    extra: Any,
     data: Float[Array, "N d"],
     key: Key[Array, ""],
-    config: Any,
+    *,
+    model: Model,
+    starts: str = "data",
 ) -> dict[str, Array]:
-    """The certificate's numbers along a training run; jits.
+    """Numbers of the certificate along a training run.
 
     Args:
       params: of the net.
-      extra: unused.
       data: draws of p_0.
       key: of noise and samples.
-      config: of the run.
+      model: net and forward process.
+      starts: see ``sampler``.
 
     Returns:
       ``log_J`` and ``log_intercept``, point and line of eq 16; ``bound`` (eq 14) and
@@ -136,12 +136,10 @@ def diagnose(
       their second term; ``lipschitz``, the largest L_s of all steps; ``log_factor``, the
       largest |log I|: above 20 (``INEXACT``) float32 is not enough.
     """
-    del extra
-    net, starts = chain_model(config), config.method.start
     key_sample, key = jax.random.split(key)
-    drawn = sampler(params, key_sample, data, model=net, starts=starts)
+    samples = sampler(params, key_sample, data, model=model, starts=starts)
     bound, parts = certificate(
-        params, data, key, model=net, starts=starts, points=drawn
+        params, data, key, model=model, starts=starts, points=samples
     )
     return {
         "log_J": jnp.log(parts.J),

@@ -1,4 +1,4 @@
-"""One-sided Lipschitz constants of a score: estimates from below, one from above."""
+"""One-sided Lipschitz constants of a score: lower estimates and an upper bound."""
 
 import dataclasses
 from collections.abc import Callable
@@ -14,12 +14,11 @@ MODES = ("jacobian", "power", "pairs")
 
 @dataclasses.dataclass(frozen=True)
 class Lipschitz:
-    """Constants L_s(t), and on which side of the true ones they are.
+    """Constants L_s(t), and whether they are lower or upper values.
 
     Attributes:
       value: (K,).
-      side: "lower": the supremum over given points, at most the one over all. "upper": a
-        certified value.
+      side: "lower": the supremum over given points; "upper": a certified bound.
     """
 
     value: Any
@@ -42,14 +41,14 @@ def one_sided_lipschitz(
 
     Args:
       score_fn: (x (B, d), t (B,)) -> (B, d).
-      points: where to look.
+      points: where the supremum is taken.
       t: times.
       mode: "jacobian": largest eigenvalue of the symmetric part of the Jacobian at each
         point, d forward derivatives of the score; "power": the same by power iteration,
         for large d, at most that; "pairs": the quotient itself over all pairs, as the
-        released code has it. Pairs of equal points do not count; pairs that are very near
-        carry the score's rounding divided by their distance.
-      chunk: points, or rows of the table of pairs, at a time; bounds the memory.
+        released code has it. Pairs of equal points are left out; those of close points
+        have the rounding error of the score divided by their distance.
+      chunk: points, or rows of the table of pairs, that are computed at a time.
       iterations: of "power".
 
     Returns:
@@ -92,13 +91,12 @@ def one_sided_lipschitz(
 def one_sided_lipschitz_upper(
     layers: Any, std: Float[Array, " K"], slope: float = 1.0
 ) -> Lipschitz:
-    r"""$\prod_l \|W_l\|_2 \cdot a^{L-1} / \sigma_k$: an upper value, and a loose one.
+    r"""$\prod_l \|W_l\|_2 \cdot a^{L-1} / \sigma_k$, a loose upper bound.
 
     For the score -eps / std of a net of L linear maps with activations between them.
 
     Args:
-      layers: their matrices, each (K, fan_in, fan_out), or (fan_in, fan_out) if it is the
-        same at all times.
+      layers: matrices (K, fan_in, fan_out), or (fan_in, fan_out) if constant in time.
       std: of x_t given x_0.
       slope: largest slope a of the activation: 1 for ReLU, softplus, tanh.
 
@@ -118,11 +116,11 @@ def one_sided_lipschitz_upper(
 
 
 def largest_eigenvalue(matrix: Float[Array, "d d"]) -> Float[Array, ""]:
-    """Of the symmetric part."""
+    """Largest eigenvalue of the symmetric part."""
     half = 0.5 * (matrix + matrix.T)
     if len(half) == 1:
         return half[0, 0]
-    if len(half) == 2:  # Batches of small matrices are slow in LAPACK.
+    if len(half) == 2:  # LAPACK is slow on batches of small matrices.
         centre = 0.5 * (half[0, 0] + half[1, 1])
         return centre + jnp.hypot(0.5 * (half[0, 0] - half[1, 1]), half[0, 1])
     return jnp.linalg.eigvalsh(half)[-1]
@@ -144,8 +142,8 @@ def _over_pairs(score_fn, points, time, chunk):
 def _by_power(single, x, iterations):
     """Largest eigenvalue of the Jacobian's symmetric part, from below.
 
-    The first iteration finds the size of the spectrum; the second shifts by it, so that
-    the largest eigenvalue is also the one that is largest in size.
+    A first power iteration estimates the spectral radius; the second is shifted by it,
+    so that the largest eigenvalue is also largest in modulus.
     """
     _, forward = jax.linearize(single, x)
     backward = jax.linear_transpose(forward, x)

@@ -1,4 +1,4 @@
-"""Score-matching losses, in continuous time and on a chain of discrete steps."""
+"""Score-matching losses, in continuous time and in discrete steps."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,9 +9,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from jaxpapers.ops.sde import SDE
+from jaxpapers.papers.score_wasserstein.options import WEIGHTS
 
 SAMPLERS = ("uniform", "antithetic", "importance")
-WEIGHTS = ("g2", "g2I", "I2", "simple")
 _CELLS = 1000
 
 
@@ -30,14 +30,14 @@ def sm_loss(
       true_score_fn: of the forward marginals, the same.
       sde: forward diffusion.
       x_t: draws of p_t for each time.
-      t: increasing times; the integral is their trapezoid.
+      t: increasing times, nodes of the trapezoidal rule.
       weight: "g2" or a function of t.
 
     Raises:
       ValueError: unknown weight, one time only.
     """
     if len(t) < 2:
-        raise ValueError(f"an integral over t needs two times at least, got {len(t)}")
+        raise ValueError(f"an integral over t needs two times or more, got {len(t)}")
 
     def error(x, time):
         time = jnp.broadcast_to(time, x.shape[:1])
@@ -101,7 +101,7 @@ def dsm_loss(
     return 0.5 * (lam(t) / density * error).mean(), {"t": t, "per_t": error}
 
 
-def chain_terms(
+def discrete_terms(
     eps: Float[Array, "K B d"],
     noise: Float[Array, "*K B d"],
     betas: Float[Array, " K"],
@@ -113,10 +113,10 @@ def chain_terms(
     Args:
       eps: noise that a net predicts at every step.
       noise: that was added; the same at all steps if it has no axis K.
-      betas: of the chain.
-      alpha_bar: of the chain.
-      coord_mean: mean over the coordinates instead of their sum, as in the released code,
-        which makes J smaller by their number than the theorem's.
+      betas: of the forward process.
+      alpha_bar: of the forward process.
+      coord_mean: mean over coordinates instead of their sum, as in the released code,
+        whose J is smaller than the theorem's by the factor d.
     """
     noise = noise if noise.ndim == 3 else noise[None]
     square = jnp.square(eps - noise)
@@ -125,22 +125,22 @@ def chain_terms(
 
 
 def antithetic_steps(key: Key[Array, ""], count: int, steps: int) -> Int[Array, " n"]:
-    """Steps of ``count`` samples: half drawn, the others mirrored, K - 1 - t."""
+    """Antithetic steps of ``count`` samples: t for one half, K - 1 - t for the other."""
     drawn = jax.random.randint(key, (count // 2 + 1,), 0, steps)
     return jnp.concatenate([drawn, steps - 1 - drawn])[:count]
 
 
-def chain_weights(
+def discrete_weights(
     name: str, betas: Any, alpha_bar: Any, log_I: Float[Array, " K"] | None = None
 ) -> Float[Array, " K"]:
-    r"""Weights $\lambda_k$ of a chain's loss, of sum $\sum_k \beta_k$.
+    r"""Weights $\lambda_k$ of the discrete loss, of sum $\sum_k \beta_k$.
 
     Args:
       name: "g2": beta; "g2I": beta I, closest to Theorem 1; "I2": beta I^2, whose
-        intercept no longer depends on the net; "simple": $1-\bar\alpha$, the plain
+        intercept does not depend on the net; "simple": $1-\bar\alpha$, the unweighted
         noise-prediction loss.
-      betas: of the chain.
-      alpha_bar: of the chain.
+      betas: of the forward process.
+      alpha_bar: of the forward process.
       log_I: logarithm of the integrating factor, for the two with I.
 
     Raises:
@@ -151,11 +151,11 @@ def chain_weights(
             f"weight must be one of {WEIGHTS}, those with I need log_I; got {name!r}"
         )
     betas, alpha_bar = (np.asarray(v, np.float64) for v in (betas, alpha_bar))
-    plain = 1 - alpha_bar if name == "simple" else betas
-    log = jnp.asarray(np.log(plain), jnp.result_type(float))
+    unweighted = 1 - alpha_bar if name == "simple" else betas
+    log = jnp.asarray(np.log(unweighted), jnp.result_type(float))
     if log_I is not None and "I" in name:
         log = log + (2 if name == "I2" else 1) * log_I
-    # I as it is would overflow, and only the weights' ratios matter.
+    # A softmax, because I overflows and only ratios of the weights matter.
     return jnp.asarray(betas.sum(), log.dtype) * jax.nn.softmax(log)
 
 
@@ -180,7 +180,7 @@ def _even(key, count, t_sampler, t_min, last):
 
 
 def _by_importance(key, count, lam, sde, t_min, dtype):
-    """Times of a density that is constant on each of many cells, and that density."""
+    """Times from a piecewise constant density, and their density."""
     ends = jnp.asarray(np.geomspace(t_min, sde.T, _CELLS + 1), dtype)
     middle, width = 0.5 * (ends[1:] + ends[:-1]), jnp.diff(ends)
     _, std = sde.marginal(jnp.zeros((_CELLS, 1), dtype), middle)

@@ -3,15 +3,15 @@ r"""SFT-PG: optimizing DDPM sampling with shortcut fine-tuning.
 Ying Fan, Kangwook Lee. "Optimizing DDPM Sampling with Shortcut Fine-Tuning", ICML 2023,
 arXiv 2301.13362.
 
-A sampler of a few steps need not imitate the backward diffusion. A pretrained denoiser
-keeps S of its steps and is tuned so that the law of the last state alone minimises an
-integral probability metric to the data. The reverse chain is the policy, a learned
-critic's value of the last state its terminal cost, and the gradient is REINFORCE's with a
-learned baseline: nothing is differentiated through the chain.
+A few-step sampler need not imitate the backward diffusion. A pretrained denoiser is
+sampled in S steps and tuned so that the distribution of the last state minimises an
+integral probability metric to the data. The sampler is the policy, a learned critic of
+the last state its terminal cost, and the gradient is REINFORCE's with a learned baseline:
+no gradient flows through the sampler.
 
 With policy $p_\theta(x_{k+1} | x_k) = N(a_k x_k + c_k \epsilon_\theta(x_k, t_k),
-\sigma_k^2 I)$, k = 0 .. S-1 from noise to the sample $y = x_S$ (B, ...), critic f, which
-is high on fakes, and baseline $V_w(x_k, k)$:
+\sigma_k^2 I)$, k = 0 .. S-1 from noise to the sample $y = x_S$ (B, ...), critic f, high
+on samples, and value net $V_w(x_k, k)$:
 
 $$ \Phi = \sup_f E_{p_\theta} f(y) - E_{data} f(x) $$
 $$ \nabla \Phi = E [f(y) \textstyle\sum_k \nabla_\theta \log p_\theta(x_{k+1}|x_k)] $$
@@ -19,20 +19,25 @@ $$ L_f = E f(x) - E f(y) + \lambda_{GP} E (|\nabla f(\hat x)| - 1)^2, \quad
    L_w = E \textstyle\sum_k (V_w(x_k, k) - f(y))^2 $$
 $$ L_\theta = E [\mathrm{sg}(f(y) - V_w(x_k, k)) \log p_\theta(x_{k+1} | x_k)] $$
 
-One update: ``n_critic`` times, draw chains with the present policy and take a step of f
-and w on them; then ``n_generator`` steps of the policy on those chains.
+One update: ``n_critic`` rollouts of the present policy with a step of f and w on each;
+then ``n_generator`` steps of the policy on these rollouts.
 
-Departures. ``leak=True`` is the released code's variant (B): $L_w$ is differentiated with
-respect to f too, which keeps f predictable instead of Lipschitz. The released code draws
-the policy's transitions from one permutation of all; here each step takes one transition
-of every chain of a round, no two alike, so that chains stay on their device. The toy's
-released code takes one policy step whatever ``n_generator`` says. The paper's gradient
-penalty is not in the released code; its weight here is WGAN-GP's 10.
+Departures. ``leak=True`` is the released code's variant (B): $L_w$ has a gradient to f
+too, which keeps f predictable instead of Lipschitz. The released code draws the policy's
+transitions from one permutation of all; here each step takes one transition of every
+trajectory of a rollout, none twice, so that trajectories stay on their device. The toy's
+released code takes one policy step whatever ``n_generator`` is. The paper's gradient
+penalty is not in the released code.
+
+    model = sft_pg.model()
+    params = sft_pg.init_params(key, model)
+    value, metrics = sft_pg.loss(params, {"x": x}, key, model=model)
+    samples = sft_pg.sampler(params, key, (1000, 2), model=model)
 """
 
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,12 +53,16 @@ from jaxpapers.method import (
     from_average,
     gradient,
     only_if,
+    stages,
 )
 from jaxpapers.nets import diffusion as nets
 from jaxpapers.nets.critic import clip_weights, spectral_normalize
-from jaxpapers.ops import chains, diffusion, policy, trajectories
-from jaxpapers.ops.diffusion import Chain
+from jaxpapers.nets.diffusion import Denoiser, Net, Parts
+from jaxpapers.ops import diffusion, policy, trajectories
+from jaxpapers.ops.diffusion import Schedule
+from jaxpapers.ops.schedules import NoiseSchedule, Sampler, reverse_schedule
 from jaxpapers.ops.trajectories import over_data
+from jaxpapers.options import from_config
 from jaxpapers.papers.sft_pg.objectives import (
     advantage,
     critic_loss,
@@ -63,129 +72,316 @@ from jaxpapers.papers.sft_pg.objectives import (
     transitions,
     value_loss,
 )
-from jaxpapers.papers.sft_pg.options import STAGES, check_batch, check_options
+from jaxpapers.papers.sft_pg.options import (
+    STAGES,
+    Options,
+    Pretraining,
+    check_batch,
+    check_schedule,
+    check_training,
+)
 
 __all__ = [
-    "advantage", "critic_loss", "gradient_penalty", "loss", "make", "pathwise_loss",
-    "policy_loss", "sampler", "transitions", "update", "value_loss",
+    "Model", "Net", "NoiseSchedule", "Options", "Pretraining", "Sampler", "advantage",
+    "critic_loss", "gradient_penalty", "init_params", "loss", "make", "model",
+    "pathwise_loss", "policy_loss", "pretraining", "sampler", "transitions", "update",
+    "value_loss",
 ]  # fmt: skip
+
+NET = Net(model="steps", shape=(2,), value_scale_output=True)
+NOISE = NoiseSchedule("sigmoid", timesteps=10, beta_start=1e-5, beta_end=1e-2)
+SAMPLER = Sampler("ddpm", steps=10)
+OPTIONS = Options()
+
+
+class Model(NamedTuple):
+    """Nets, sampler and hyper-parameters, see ``sft_pg.model``.
+
+    Attributes:
+      parts: functions of the nets' parameters.
+      schedule: coefficients of the sampler's steps.
+      options: hyper-parameters.
+    """
+
+    parts: Parts
+    schedule: Schedule
+    options: Options
+
+
+def model(
+    net: Net = NET,
+    noise: NoiseSchedule = NOISE,
+    sampler: Sampler = SAMPLER,
+    options: Options = OPTIONS,
+) -> Model:
+    """Nets, sampler and hyper-parameters as the functions here take them.
+
+    Args:
+      net: denoiser, critic and value net.
+      noise: noise schedule that the denoiser was trained on.
+      sampler: steps of the policy.
+      options: hyper-parameters.
+
+    Raises:
+      ValueError: options that do not fit each other; a deterministic sampler.
+    """
+    schedule = reverse_schedule(noise, sampler)
+    check_schedule(options, net.model, schedule)
+    return Model(nets.parts(net, sampler.steps, noise.timesteps), schedule, options)
+
+
+def init_params(key: Key[Array, ""], model: Model) -> dict:
+    """Parameters ``net``, ``critic`` and ``value``."""
+    _, *keys = jax.random.split(key, 4)
+    parts, options = model.parts, model.options
+    critic = parts.init_critic(keys[1])
+    if options.regularizer == "clip":
+        critic = clip_weights(critic, options.weight_bound)
+    net, value = parts.init_net(keys[0]), parts.init_value(keys[2])
+    return {"net": net, "critic": critic, "value": value}
 
 
 def loss(
-    params: dict,
-    batch: dict,
-    key: Key[Array, ""],
-    *,
-    parts: nets.Parts,
-    chain: Chain,
-    options: Any,
+    params: dict, batch: dict, key: Key[Array, ""], *, model: Model
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """All three objectives on one round of chains; each moves its own net only.
+    """Losses of critic, value net and policy on one rollout, each of its own net only.
 
     Args:
-      params: dict of net, critic and value.
+      params: see ``init_params``.
       batch: x (B, *X).
-      key: of the chains.
-      parts: functions of the nets.
-      chain: see ``ops.chains.chain``.
-      options: ``config.method``.
+      key: of the trajectories.
+      model: see ``model``.
     """
-    key_roll, key_mix = jax.random.split(key)
-    eps_fn = functools.partial(parts.eps, params["net"])
-    f, v = _critics(params, parts, options)
-    found = trajectories.rollout(key_roll, eps_fn, chain, batch["x"].shape, store="all")
-    found = lax.stop_gradient(found)
+    options, schedule = model.options, model.schedule
+    key_rollout, key_mix = jax.random.split(key)
+    eps_fn = functools.partial(model.parts.eps, params["net"])
+    f, v = _critics(params, model)
+    rollout = trajectories.rollout(
+        key_rollout, eps_fn, schedule, batch["x"].shape, store="all"
+    )
+    rollout = lax.stop_gradient(rollout)
     total, metrics = critic_loss(
-        f, v, batch["x"], found, key_mix, leak=options.leak,
+        f, v, batch["x"], rollout, key_mix, leak=options.leak,
         value_weight=options.value_weight, penalty=options.penalty,
     )  # fmt: skip
-    count, rows = found.eps.shape[:2]
+    count, rows = rollout.eps.shape[:2]
     k = jnp.tile(jnp.arange(count), rows)
     x, x_next = (
         s.swapaxes(0, 1).reshape(-1, *s.shape[2:])
-        for s in (found.states[:-1], found.states[1:])
+        for s in (rollout.states[:-1], rollout.states[1:])
     )
-    cost = advantage(f, v, x, k, jnp.repeat(found.sample, count, axis=0))
-    own = policy_loss(eps_fn, chain, k, x, x_next, cost, reduce=options.reduce)
-    return total + own, {**metrics, "policy_loss": own}
+    cost = advantage(f, v, x, k, jnp.repeat(rollout.sample, count, axis=0))
+    of_policy = policy_loss(eps_fn, schedule, k, x, x_next, cost, reduce=options.reduce)
+    return total + of_policy, {**metrics, "policy_loss": of_policy}
 
 
 def update(
     state: State,
     batch: dict,
     *,
-    parts: nets.Parts,
-    chain: Chain,
-    options: Any,
+    model: Model,
     txs: Mapping[str, optax.GradientTransformation],
 ) -> tuple[State, dict[str, Array]]:
-    """One cycle: rounds of chains with critic steps, then policy steps on the chains.
+    """Rollouts with critic steps, then policy steps on the rollouts.
+
+    If a loss or gradient is not finite, the state keeps all but its step, and the metric
+    ``loss`` is not finite, which stops the trainer.
 
     Args:
       state: params and opt_state are dicts of net, critic and value.
-      batch: x (n_critic B, *X), the data of all rounds.
-      parts, chain, options: see ``loss``.
+      batch: x (n_critic B, *X), the data of all rollouts.
+      model: see ``model``.
       txs: an optimizer for each net.
 
-    A cycle whose numbers are not finite (a critic that gives NaN) leaves the state as it
-    was but for its step; the metric ``loss`` is then not finite, which stops the trainer.
-
     Returns:
-      The state, and means of ``critic_loss``'s metrics over the rounds and of
-      policy_loss, advantage_std, ratio_deviation (0 at the first step: the policy that is
-      trained is the one that acted) and grad_norm (of the policy) over the steps.
+      The state, and means of ``critic_loss``'s metrics over the rollouts and of
+      policy_loss, advantage_std, ratio_deviation (0 at the first step: the trained policy
+      is the one that acted) and grad_norm (of the policy) over the steps.
     """
+    options = model.options
     key = jax.random.fold_in(state.key, state.step)
-    key_rounds, key_order = jax.random.split(key)
-    rounds = options.n_critic
-    check_batch(batch["x"], parts.shape, rounds)
-    # Rows of a device stay there: each round takes every rounds-th of them.
+    key_rollouts, key_order = jax.random.split(key)
+    check_batch(batch["x"], model.parts.shape, options.n_critic)
+    # Rows of a device stay there: each rollout takes every n_critic-th of them.
     x = over_data(batch["x"])
-    x = x.reshape(-1, rounds, *x.shape[1:]).swapaxes(0, 1)
-    critics = {name: state.params[name] for name in ("critic", "value")}
-    critic_opt = {name: state.opt_state[name] for name in critics}
-    acting = functools.partial(parts.eps, state.params["net"])
+    x = x.reshape(-1, options.n_critic, *x.shape[1:]).swapaxes(0, 1)
+    critics, critic_opt, rollouts, metrics = _critic_steps(
+        state, x, jax.random.split(key_rollouts, options.n_critic), model, txs
+    )
+    net, net_opt, of_policy = _policy_steps(
+        state, critics, rollouts, key_order, model, txs
+    )
+    metrics = jax.tree.map(lambda m: m.mean(0), {**metrics, **of_policy})
+    metrics["first_ratio_deviation"] = of_policy["ratio_deviation"][0]
+    # The sum of the objectives, as in ``loss``.
+    metrics["loss"] = (
+        metrics["policy_loss"]
+        - metrics["wasserstein"]
+        + options.value_weight * metrics["value_loss"]
+        + options.penalty * metrics.get("gradient_penalty", 0.0)
+    )
+    new = state._replace(params={**net, **critics}, opt_state={**net_opt, **critic_opt})
+    finite = jnp.isfinite(metrics["loss"] + metrics["grad_norm"])
+    return only_if(finite, new, state), metrics
 
-    def critic_step(carry, inputs):
+
+def sampler(
+    params: dict,
+    key: Key[Array, ""],
+    shape: tuple[int, ...],
+    *,
+    model: Model,
+    schedule: Schedule | None = None,
+) -> Float[Array, "B ..."]:
+    """Samples of shape (B, *X), from N(0, I).
+
+    Args:
+      params: dict with net.
+      key: of the trajectories.
+      shape: of the result.
+      model: see ``model``.
+      schedule: instead of the policy's, e.g. all steps of training.
+    """
+    eps_fn = functools.partial(model.parts.eps, params["net"])
+    schedule = schedule or model.schedule
+    return trajectories.rollout(key, eps_fn, schedule, shape).sample
+
+
+def pretraining(config: Any) -> Any:
+    """Config of the run whose checkpoint the tuning starts from.
+
+    None for that run itself, and where ``train.init_from`` names a checkpoint. Configs
+    that differ in tuning only have equal ones, see ``method.stages.pretraining``.
+    """
+    if config.method.stage == "pretrain" or config.train.init_from:
+        return None
+    return stages.pretraining(config, Denoiser, Pretraining)
+
+
+def make(config: Any) -> Method:
+    """Binds ``config`` (see configs/sft_pg.py) at its ``method.stage``.
+
+    Args:
+      config: groups ``data``, ``net``, ``noise``, ``sampler``, ``pretrain``, ``optim``,
+        ``method``, ``train``; or those of ``pretraining(config)``.
+
+    Raises:
+      ValueError: unknown fields or names, values out of range.
+    """
+    stage = config.method.stage
+    if stage not in STAGES:
+        raise ValueError(f"method.stage must be one of {STAGES}, got {stage!r}")
+    if stage == "pretrain":
+        return _make_pretraining(stages.pretraining(config, Denoiser, Pretraining))
+    fields = {k: v for k, v in config.method.items() if k != "stage"}
+    options = from_config(Options, fields, "method")
+    bound = model(
+        from_config(Net, config.net, "net"),
+        from_config(NoiseSchedule, config.noise, "noise"),
+        from_config(Sampler, config.sampler, "sampler"),
+        options,
+    )
+    check_training(config, options)
+    txs = {
+        "net": optim.from_config(config.optim, config.train.steps),
+        "critic": optax.adam(config.optim.critic_lr),
+        "value": optax.adam(config.optim.value_lr),
+    }
+
+    def init(key, batch):
+        params = init_params(key, bound)
+        opt_state = {name: tx.init(params[name]) for name, tx in txs.items()}
+        first = jax.random.split(key, 4)[0]
+        return State(jnp.zeros((), jnp.int32), params, opt_state, (), first)
+
+    return Method(
+        init,
+        functools.partial(loss, model=bound),
+        functools.partial(update, model=bound, txs=txs),
+        lambda params, key, shape, extra=None, **kwargs: sampler(
+            params, key, shape, model=bound, **kwargs
+        ),
+        nets.RULES[config.net.model],
+        warm_start=from_average("net"),
+    )
+
+
+def _make_pretraining(config) -> Method:
+    net = from_config(Denoiser, config.net, "net")
+    noise = from_config(NoiseSchedule, config.noise, "noise")
+    steps = from_config(Sampler, config.sampler, "sampler")
+    options = from_config(Pretraining, config.method, "method")
+    default = reverse_schedule(noise, steps)
+    eps, init_net = nets.denoiser(net, noise.timesteps)
+
+    def sample(params, key, shape, schedule=default):
+        eps_fn = functools.partial(eps, params["net"])
+        return trajectories.rollout(key, eps_fn, schedule, shape).sample
+
+    method = gradient(
+        lambda key, batch: {"net": init_net(key)},
+        functools.partial(nets.denoising_loss, eps=eps, alpha_bar=noise.alpha_bars()),
+        optim.from_config(config.optim, config.train.steps),
+        sampler=sample,
+        rules=nets.RULES[net.model],
+        accumulate=config.train.accumulate,
+    )
+    return averaged(method, options.ema)
+
+
+def _critic_steps(state, x, keys, model, txs):
+    """Critics, their optimizer states, stacked rollouts and metrics of each."""
+    options = model.options
+    critics = {name: state.params[name] for name in ("critic", "value")}
+    opt = {name: state.opt_state[name] for name in critics}
+    acting = functools.partial(model.parts.eps, state.params["net"])
+
+    def step(carry, inputs):
         params, opt = carry
         x, key = inputs
-        key_roll, key_mix = jax.random.split(key)
-        found = trajectories.rollout(key_roll, acting, chain, x.shape, store="all")
+        key_rollout, key_mix = jax.random.split(key)
+        rollout = trajectories.rollout(
+            key_rollout, acting, model.schedule, x.shape, store="all"
+        )
 
         def objective(params):
             return critic_loss(
-                *_critics(params, parts, options), x, found, key_mix,
-                leak=options.leak, value_weight=options.value_weight,
-                penalty=options.penalty,
+                *_critics(params, model), x, rollout, key_mix, leak=options.leak,
+                value_weight=options.value_weight, penalty=options.penalty,
             )  # fmt: skip
 
         grads, metrics = jax.grad(objective, has_aux=True)(params)
         params, opt = _apply(txs, params, opt, grads)
         if options.regularizer == "clip":
             params["critic"] = clip_weights(params["critic"], options.weight_bound)
-        return (params, opt), (found, metrics)
+        return (params, opt), (rollout, metrics)
 
-    keys = jax.random.split(key_rounds, rounds)
-    (critics, critic_opt), (found, metrics) = lax.scan(
-        critic_step, (critics, critic_opt), (x, keys)
-    )
-    f, v = _critics(critics, parts, options)
-    order = jax.random.uniform(key_order, (*x.shape[:2], len(chain.std))).argsort(-1)
+    (critics, opt), (rollouts, metrics) = lax.scan(step, (critics, opt), (x, keys))
+    return critics, opt, rollouts, metrics
 
-    def policy_step(carry, j):
+
+def _policy_steps(state, critics, rollouts, key, model, txs):
+    """The net, its optimizer state, and metrics of each step."""
+    options, schedule = model.options, model.schedule
+    f, v = _critics(critics, model)
+    count, steps, rows = rollouts.eps.shape[:3]
+    order = jax.random.uniform(key, (count, rows, steps)).argsort(-1)
+
+    def step(carry, j):
         params, opt = carry
-        round_ = j % rounds
-        own = jax.tree.map(lambda s: s[round_], found)
-        k = order[round_, :, j // rounds]
-        x, x_next, eps_old = transitions(own, k)
+        i = j % count
+        rollout = jax.tree.map(lambda s: s[i], rollouts)
+        k = order[i, :, j // count]
+        x, x_next, eps_old = transitions(rollout, k)
         cost = advantage(
-            f, v, x, k, own.sample, normalize=options.normalize, clip=options.cost_clip
-        )
+            f, v, x, k, rollout.sample, normalize=options.normalize,
+            clip=options.cost_clip,
+        )  # fmt: skip
 
         def objective(params):
-            eps_fn = functools.partial(parts.eps, params["net"])
+            eps_fn = functools.partial(model.parts.eps, params["net"])
             return _policy_objective(
-                eps_fn, chain, k, x, x_next, eps_old, cost, options
+                eps_fn, schedule, k, x, x_next, eps_old, cost, options
             )
 
         (value, log_ratio), grads = jax.value_and_grad(objective, has_aux=True)(params)
@@ -197,147 +393,36 @@ def update(
             "grad_norm": optax.tree.norm(grads),
         }
 
-    net = {"net": state.params["net"]}
-    net_opt = {"net": state.opt_state["net"]}
-    steps = jnp.arange(options.n_generator)
-    (net, net_opt), policy_metrics = lax.scan(policy_step, (net, net_opt), steps)
-    metrics = jax.tree.map(lambda m: m.mean(0), {**metrics, **policy_metrics})
-    metrics["first_ratio_deviation"] = policy_metrics["ratio_deviation"][0]
-    # The objectives' sum, as in ``loss``: none of them falls by itself.
-    metrics["loss"] = (
-        metrics["policy_loss"]
-        - metrics["wasserstein"]
-        + options.value_weight * metrics["value_loss"]
-        + options.penalty * metrics.get("gradient_penalty", 0.0)
-    )
-    new = state._replace(params={**net, **critics}, opt_state={**net_opt, **critic_opt})
-    good = jnp.isfinite(metrics["loss"] + metrics["grad_norm"])
-    return only_if(good, new, state), metrics
+    carry = ({"net": state.params["net"]}, {"net": state.opt_state["net"]})
+    (net, opt), metrics = lax.scan(step, carry, jnp.arange(options.n_generator))
+    return net, opt, metrics
 
 
-def sampler(
-    params: dict,
-    key: Key[Array, ""],
-    shape: tuple[int, ...],
-    *,
-    parts: nets.Parts,
-    chain: Chain,
-) -> Float[Array, "B ..."]:
-    """Samples of shape (B, *X) by the chain, from N(0, I).
-
-    Args:
-      params: dict with net.
-      key: of the chains.
-      shape: of the result.
-      parts: functions of the nets.
-      chain: any chain over the same net, e.g. all of training's steps.
-    """
-    eps_fn = functools.partial(parts.eps, params["net"])
-    return trajectories.rollout(key, eps_fn, chain, shape).sample
-
-
-def pretraining(config: Any) -> Any:
-    """Config of the run whose checkpoint the tuning starts from.
-
-    None for that run itself, and where ``train.init_from`` names a checkpoint.
-    """
-    if config.method.stage == "pretrain" or config.train.init_from:
-        return None
-    before = config.copy_and_resolve_references().unlock()
-    before.method.stage = "pretrain"
-    before.data.batch = config.pretrain.batch
-    before.train.update(
-        steps=config.pretrain.steps, eval_every=config.pretrain.eval_every
-    )
-    return before.lock()
-
-
-def make(config: Any) -> Method:
-    """Binds ``config`` (see configs/sft_pg.py) at its ``method.stage``.
-
-    Args:
-      config: groups ``data``, ``net``, ``pretrain``, ``optim``, ``method``, ``train``.
-
-    Raises:
-      ValueError: unknown names, or values out of range.
-    """
-    options = config.method
-    if options.stage not in STAGES:
-        raise ValueError(
-            f"config.method.stage must be one of {STAGES}, got {options.stage!r}"
-        )
-    chain = chains.chain(options)
-    parts = nets.parts(config.net, options.steps, options.timesteps)
-    sample = functools.partial(sampler, parts=parts, chain=chain)
-    if options.stage == "pretrain":
-        return _pretrain(config, parts, sample)
-    check_options(config, chain)
-    txs = {
-        "net": optim.from_config(config.optim, config.train.steps),
-        "critic": optax.adam(config.optim.critic_lr),
-        "value": optax.adam(config.optim.value_lr),
-    }
-    bound = {"parts": parts, "chain": chain, "options": options}
-
-    def init(key, batch):
-        del batch
-        key, *keys = jax.random.split(key, 4)
-        params = {
-            "net": parts.init_net(keys[0]),
-            "critic": parts.init_critic(keys[1]),
-            "value": parts.init_value(keys[2]),
-        }
-        if options.regularizer == "clip":
-            params["critic"] = clip_weights(params["critic"], options.weight_bound)
-        opt_state = {name: tx.init(params[name]) for name, tx in txs.items()}
-        return State(jnp.zeros((), jnp.int32), params, opt_state, (), key)
-
-    return Method(
-        init,
-        functools.partial(loss, **bound),
-        functools.partial(update, txs=txs, **bound),
-        lambda params, key, shape, extra=None, **kw: sample(params, key, shape, **kw),
-        nets.RULES[config.net.model],
-        warm_start=from_average("net"),
-    )
-
-
-def _pretrain(config, parts, sample):
-    alpha_bar = diffusion.alpha_bars(chains.betas(config.method))
-    method = gradient(
-        lambda key, batch: {"net": parts.init_net(key)},
-        functools.partial(nets.denoising_loss, parts=parts, alpha_bar=alpha_bar),
-        optim.from_config(config.pretrain.optim, config.train.steps),
-        sampler=sample,
-        rules=nets.RULES[config.net.model],
-        accumulate=config.train.accumulate,
-    )
-    return averaged(method, config.pretrain.ema)
-
-
-def _critics(params, parts, options):
+def _critics(params, model):
     critic = params["critic"]
-    if options.regularizer == "spectral":
-        # The power method: an exact decomposition of every kernel would be the step.
+    if model.options.regularizer == "spectral":
+        # Power iteration: an exact SVD of every kernel would dominate the step.
         critic = spectral_normalize(critic, iterations=20)
     return (
-        functools.partial(parts.critic, critic),
-        functools.partial(parts.value, params["value"]),
+        functools.partial(model.parts.critic, critic),
+        functools.partial(model.parts.value, params["value"]),
     )
 
 
-def _policy_objective(eps_fn, chain, k, x, x_next, eps_old, cost, options):
+def _policy_objective(eps_fn, schedule, k, x, x_next, eps_old, cost, options):
     """The policy's loss and the log-ratios to the policy that acted."""
-    time = jnp.asarray(chain.time, jnp.float32)[k]
+    time = jnp.asarray(schedule.time, jnp.float32)[k]
     eps = eps_fn(x, time)
     log_ratio = diffusion.step_log_ratio(
-        chain, k, x, x_next, eps, eps_old, options.reduce
+        schedule, k, x, x_next, eps, eps_old, options.reduce
     )
     if options.ratio_clip:
-        own = policy.clipped_surrogate(log_ratio, -cost, options.ratio_clip)
-        return own.mean(), log_ratio
-    own = policy_loss(lambda *_: eps, chain, k, x, x_next, cost, reduce=options.reduce)
-    return own, log_ratio
+        surrogate = policy.clipped_surrogate(log_ratio, -cost, options.ratio_clip)
+        return surrogate.mean(), log_ratio
+    value = policy_loss(
+        lambda *_: eps, schedule, k, x, x_next, cost, reduce=options.reduce
+    )
+    return value, log_ratio
 
 
 def _apply(txs, params, opt, grads):

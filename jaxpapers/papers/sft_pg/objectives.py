@@ -1,4 +1,4 @@
-"""Losses of critic, baseline and policy, and what a policy step looks at."""
+"""Losses of critic, value net and policy, and transitions of trajectories."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +9,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Key
 
 from jaxpapers.ops import diffusion, policy, trajectories
-from jaxpapers.ops.diffusion import Chain
+from jaxpapers.ops.diffusion import Schedule
 from jaxpapers.ops.trajectories import Trajectory
 
 
@@ -18,19 +18,18 @@ def gradient_penalty(
 ) -> Float[Array, ""]:
     r"""$E (|\nabla f(\hat x)| - 1)^2$ at points between data and samples (WGAN-GP).
 
-    With weight w the critic's estimate of a translation by d tends to d (1 + d / 2 w):
-    steeper than 1 pays off where the gap is large against the weight.
+    With weight w the critic's estimate of a translation by d tends to d (1 + d / 2 w).
 
     Args:
       f: (B, *X) -> (B,).
       x: data.
       y: samples.
-      mix: (B,) of U(0, 1), the share of the data.
+      mix: (B,) drawn from U(0, 1), weights of the data.
     """
     mix = jnp.reshape(mix, (-1, *(1,) * (x.ndim - 1)))
     grads = jax.grad(lambda z: f(z).sum())(mix * x + (1 - mix) * y)
     square = jnp.square(grads.reshape(len(x), -1)).sum(1)
-    # The root's own gradient is infinite where a ReLU net is flat.
+    # The square root has an infinite gradient where a ReLU net is flat.
     norm = jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
     return jnp.square(norm - 1).mean()
 
@@ -38,12 +37,12 @@ def gradient_penalty(
 def value_loss(
     v: Callable, states: Float[Array, "S B ..."], cost: Float[Array, " B"]
 ) -> Float[Array, ""]:
-    """Mean over steps and chains of (V(x_k, k) - f(y))^2."""
+    """Mean over steps and trajectories of (V(x_k, k) - f(y))^2."""
     count, rows = states.shape[:2]
-    # Chains first, so that the rows of a device stay together.
+    # Trajectories are the outer axis, so that the rows of a device stay together.
     flat = states.swapaxes(0, 1).reshape(rows * count, *states.shape[2:])
-    found = v(flat, jnp.tile(jnp.arange(count), rows)).reshape(rows, count)
-    return jnp.square(found - cost[:, None]).mean()
+    value = v(flat, jnp.tile(jnp.arange(count), rows)).reshape(rows, count)
+    return jnp.square(value - cost[:, None]).mean()
 
 
 def critic_loss(
@@ -57,21 +56,21 @@ def critic_loss(
     value_weight: float = 1.0,
     penalty: float = 0.0,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
-    r"""$L_f + L_w$: one loss for critic and baseline.
+    r"""$L_f + L_w$, the loss of critic and value net.
 
     Args:
       f: critic, (B, *X) -> (B,).
-      v: baseline, (B, *X), k (B,) -> (B,).
+      v: value net, (B, *X), k (B,) -> (B,).
       x: data.
-      trajectory: chains of the present policy, with their states.
+      trajectory: of the present policy, with states.
       key: of the gradient penalty's points.
-      leak: whether the baseline's loss moves f.
-      value_weight: of the baseline's loss; S makes the mean over steps their sum.
+      leak: whether the value net's loss has a gradient to f.
+      value_weight: of the value net's loss; S makes the mean over steps their sum.
       penalty: weight of the gradient penalty.
 
     Returns:
       The loss; metrics wasserstein (the critic's estimate of the distance), value_loss,
-      critic_max, and gradient_penalty where it has a weight.
+      critic_max, and gradient_penalty if its weight is not 0.
     """
     y = trajectory.sample
     real, cost = f(x), f(y)
@@ -101,24 +100,24 @@ def advantage(
     normalize: bool = False,
     clip: float = 0.0,
 ) -> Float[Array, " B"]:
-    """Cost of a transition's chain less its baseline, f(y) - V(x_k, k); no gradient.
+    """f(y) - V(x_k, k), the cost of a trajectory less its baseline; no gradient.
 
     Args:
       f, v: see ``critic_loss``.
       x: states.
       k: their steps.
-      y: last states of the same chains.
-      normalize: to mean 0 and deviation 1 (not in the paper).
+      y: last states of the same trajectories.
+      normalize: whether to standardise (not in the paper).
       clip: bound of its size (not in the paper); 0: none.
     """
-    found = f(y) - v(x, k)
-    found = policy.standardize(found) if normalize else found
-    return lax.stop_gradient(jnp.clip(found, -clip, clip) if clip else found)
+    cost = f(y) - v(x, k)
+    cost = policy.standardize(cost) if normalize else cost
+    return lax.stop_gradient(jnp.clip(cost, -clip, clip) if clip else cost)
 
 
 def policy_loss(
     eps_fn: Callable,
-    chain: Chain,
+    schedule: Schedule,
     k: Int[Array, " B"],
     x: Float[Array, "B ..."],
     x_next: Float[Array, "B ..."],
@@ -126,20 +125,20 @@ def policy_loss(
     *,
     reduce: str = "sum",
 ) -> Float[Array, ""]:
-    r"""$L_\theta$: mean of the advantage times the step's log-probability, descended.
+    r"""$L_\theta$: mean of the advantage times the step's log-probability.
 
     Args:
       eps_fn: the policy, (x, time) -> predicted noise.
-      chain: see ``ops.diffusion``.
+      schedule: coefficients of the sampler's steps.
       k: steps of the transitions.
       x: states.
-      x_next: where they went.
-      cost: advantages; high is bad.
+      x_next: next states.
+      cost: advantages; positive is worse than the baseline.
       reduce: of the log-probability over coordinates; the toy's code sums, that for
         images takes the mean.
     """
-    time = jnp.asarray(chain.time, jnp.float32)[k]
-    score = diffusion.step_log_prob(chain, k, x, x_next, eps_fn(x, time), reduce)
+    time = jnp.asarray(schedule.time, jnp.float32)[k]
+    score = diffusion.step_log_prob(schedule, k, x, x_next, eps_fn(x, time), reduce)
     return policy.reinforce(score, -cost).mean()
 
 
@@ -147,20 +146,21 @@ def pathwise_loss(
     key: Key[Array, ""],
     f: Callable,
     eps_fn: Callable,
-    chain: Chain,
+    schedule: Schedule,
     shape: tuple[int, ...],
 ) -> Float[Array, ""]:
-    """E f(y), differentiable through the whole chain: what the paper avoids, for tests.
+    """E f(y), differentiable through the whole sampler, which the paper avoids.
 
-    Memory is that of S states and one net.
+    For comparisons. Memory is that of S states and the activations of one step.
     """
-    return f(trajectories.rollout(key, eps_fn, chain, shape, remat=True).sample).mean()
+    trajectory = trajectories.rollout(key, eps_fn, schedule, shape, remat=True)
+    return f(trajectory.sample).mean()
 
 
 def transitions(
     trajectory: Trajectory, k: Int[Array, " B"]
 ) -> tuple[Float[Array, "B ..."], Float[Array, "B ..."], Float[Array, "B ..."]]:
-    """(x_k, x_{k+1}, predicted noise) of each chain at its own step k."""
+    """(x_k, x_{k+1}, predicted noise) of each trajectory at its step k."""
     step, states = k[:, None], trajectory.states
     x, x_next, eps = (
         trajectories.of_each(*pair)[:, 0]

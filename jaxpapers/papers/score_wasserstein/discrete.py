@@ -1,4 +1,4 @@
-"""The net on the paper's chain of discrete steps, its constants and its samples."""
+"""A score model in discrete steps: its Lipschitz constants, its samples."""
 
 import math
 from collections.abc import Callable
@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Key
 from jaxpapers.nets.critic import spectral_normalize
 from jaxpapers.nets.denoiser import StepMLP
 from jaxpapers.ops import diffusion, trajectories
+from jaxpapers.ops.schedules import NoiseSchedule
 from jaxpapers.papers.score_wasserstein.bound import Factor, integrating_factor
 from jaxpapers.papers.score_wasserstein.lipschitz import (
     MODES,
@@ -19,25 +20,20 @@ from jaxpapers.papers.score_wasserstein.lipschitz import (
     one_sided_lipschitz,
     one_sided_lipschitz_upper,
 )
+from jaxpapers.papers.score_wasserstein.options import STARTS, Net
 
-REGULARIZERS = ("none", "spectral", "clip")
-SCHEDULES = {
-    "sigmoid": diffusion.sigmoid_betas,
-    "linear": diffusion.linear_betas,
-    "cosine": lambda steps, low, high: diffusion.cosine_betas(steps),
-}
-STARTS = ("data", "prior")
+NOISE = NoiseSchedule("sigmoid", timesteps=10, beta_start=1e-5, beta_end=1e-2)
+NET = Net()
 
 
 class Model(NamedTuple):
-    """A net that predicts noise on a chain.
+    """A net that predicts the noise of a discrete forward process, see ``model``.
 
     Attributes:
       net: (x (B, d), step (B,)) -> (B, d).
-      betas: (K,), float64 on the host.
-      regularizer: "spectral" divides the kernels by their norms, where these exceed 1,
-        before every use; "clip" is the optimizer's, "none" is none.
-      iterations: of the power method that finds these norms, from below; 0: exact, which
+      betas: (K,), float64 NumPy.
+      regularizer: see ``Net``; only "spectral" has an effect here.
+      iterations: of the power iteration for spectral norms; 0: exact, by SVD, which
         costs more than the rest of a step.
     """
 
@@ -48,22 +44,22 @@ class Model(NamedTuple):
 
     @property
     def alpha_bar(self) -> np.ndarray:
-        """Of the chain, float64."""
+        """Products of 1 - beta, (K,) float64."""
         return diffusion.alpha_bars(self.betas)
 
     def weights(self, params: dict) -> dict:
-        """The parameters that the net is used with."""
+        """Parameters after regularization."""
         if self.regularizer != "spectral":
             return params
         return spectral_normalize(params, self.iterations)
 
     def eps(self, params: dict) -> Callable:
-        """(x (B, d), step (B,)) -> the noise in x; steps may be given as floats."""
-        used = self.weights(params)
-        return lambda x, step: self.net.apply({"params": used}, x, step.astype(int))
+        """(x (B, d), step (B,)) -> predicted noise; steps may be floats."""
+        weights = self.weights(params)
+        return lambda x, step: self.net.apply({"params": weights}, x, step.astype(int))
 
     def score(self, params: dict) -> Callable:
-        """(x (B, d), step (B,)) -> score of the chain's marginal after that step."""
+        """(x (B, d), step (B,)) -> score of the marginal after that step."""
         eps, std = self.eps(params), np.sqrt(1 - self.alpha_bar)
 
         def apply(x, step):
@@ -72,28 +68,30 @@ class Model(NamedTuple):
         return apply
 
 
-def chain_model(config: Any) -> Model:
-    """The net and chain of ``config``.
+def model(net: Net = NET, noise: NoiseSchedule = NOISE) -> Model:
+    """Net and forward process as the functions here take them.
 
-    Raises:
-      ValueError: unknown names, sizes or variances out of range.
+    Args:
+      net: options of the net.
+      noise: options of the forward process.
     """
-    net, own = config.net, config.method
-    choose("net.regularizer", net.regularizer, REGULARIZERS)
-    choose("method.schedule", own.schedule, tuple(SCHEDULES))
-    if own.steps < 1:
-        raise ValueError(f"config.method.steps must be >= 1, got {own.steps}")
-    betas = SCHEDULES[own.schedule](own.steps, own.low, own.high)
-    outputs = math.prod(net.shape)
-    perceptron = StepMLP(tuple(net.widths), outputs, own.steps, net.activation)
-    return Model(perceptron, betas, net.regularizer)
+    perceptron = StepMLP(
+        net.widths, math.prod(net.shape), noise.timesteps, net.activation
+    )
+    return Model(perceptron, noise.variances(), net.regularizer)
+
+
+def init_params(key: Key[Array, ""], model: Model) -> dict:
+    """Parameters of the net."""
+    x = jnp.zeros((1, model.net.outputs))
+    variables: Any = model.net.init(key, x, jnp.zeros(1, jnp.int32))
+    return variables["params"]
 
 
 def sampler(
     params: dict,
     key: Key[Array, ""],
     start: Float[Array, "B d"] | tuple[int, ...] | int,
-    extra: Any = (),
     *,
     model: Model,
     starts: str = "data",
@@ -103,17 +101,15 @@ def sampler(
     Args:
       params: of the net.
       key: of the noise.
-      start: clean points, which the chain noises and starts from (with "prior" only their
-        number counts), or the shape or number of the samples.
-      extra: unused.
-      model: net and chain.
+      start: with starts="data" clean points, which are noised to T; with "prior" points
+        whose number counts, or the shape or number of the samples.
+      model: net and forward process.
       starts: "data": q_T = p_T, so that the bound has no offset; "prior": N(0, I).
 
     Raises:
-      ValueError: a number where points are needed, or one below 1.
+      ValueError: unknown ``starts``; a number without points, or below 1.
     """
-    del extra
-    choose("starts", starts, STARTS)
+    _check_name("starts", starts, STARTS)
     if isinstance(start, int | tuple):
         count = start[0] if isinstance(start, tuple) else start
         if starts == "data" or count < 1:
@@ -122,13 +118,13 @@ def sampler(
                 f"prior a number >= 1; got {start} with starts={starts!r}"
             )
         start = jnp.zeros((count, model.net.outputs))
-    key_start, key_chain = jax.random.split(key)
+    key_start, key_noise = jax.random.split(key)
     x = jax.random.normal(key_start, start.shape, start.dtype)
     if starts == "data":
         bar = jnp.full(len(x), model.alpha_bar[-1], x.dtype)
         x = diffusion.q_sample(start, bar, x)
-    chain = diffusion.ddpm_chain(model.betas, "beta")
-    return trajectories.rollout(key_chain, model.eps(params), chain, start=x).sample
+    schedule = diffusion.ddpm_schedule(model.betas, "beta")
+    return trajectories.rollout(key_noise, model.eps(params), schedule, start=x).sample
 
 
 def score_lipschitz(
@@ -138,15 +134,15 @@ def score_lipschitz(
 
     Args:
       params: of the net.
-      points: where to look, see ``one_sided_lipschitz``; unused with "upper".
-      model: net and chain.
-      mode: of ``one_sided_lipschitz``; "upper": the product of the layers' norms, which
-        is certified.
+      points: where the constants are estimated; unused with "upper".
+      model: net and forward process.
+      mode: of ``one_sided_lipschitz``; "upper": the product of the layers' norms, a
+        certified bound.
 
     Raises:
       ValueError: unknown mode.
     """
-    choose("mode", mode, (*MODES, "upper"))
+    _check_name("mode", mode, (*MODES, "upper"))
     if mode != "upper":
         steps = jnp.arange(len(model.betas), dtype=points.dtype)
         return one_sided_lipschitz(model.score(params), points, steps, mode)
@@ -159,12 +155,11 @@ def score_lipschitz(
 
 
 def factor(L_s: Float[Array, " K"], *, model: Model) -> Factor:
-    """Integrating factor of the chain: L_f is beta / 2 and g^2 is beta."""
+    """Integrating factor of the discrete process: L_f is beta / 2 and g^2 is beta."""
     betas = jnp.asarray(model.betas, L_s.dtype)
     return integrating_factor(0.5 * betas, L_s, betas, None)
 
 
-def choose(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Raises ValueError for a name that is none of the choices."""
+def _check_name(name, value, choices):
     if value not in choices:
         raise ValueError(f"{name} must be one of {choices}, got {value!r}")
