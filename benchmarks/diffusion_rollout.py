@@ -5,7 +5,8 @@
 The same nets with the same parameters (checked before anything is timed), the same
 schedules and steps, one thread each, in turn: trajectories per second, and one update, of
 SFT-PG (swiss roll, 5 rollouts of 128 trajectories and 10 policy steps) and of DPOK (40
-trajectories of a 14 x 14 U-Net). Then the bytes of trajectories stored as states and as keys, and the
+trajectories of a 14 x 14 U-Net). Then the bytes of trajectories stored as states and as
+keys, and the
 compile time of the U-Net's update. Writes results/diffusion_rollout.json.
 """
 
