@@ -8,13 +8,13 @@ events and labels from the times.
 import datetime
 import functools
 import math
-import zlib
 from array import array
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from jaxpapers.data.features import bucketize, stable_hash, standardize
 from jaxpapers.data.lines import Progress, records
 
 DAY = 86400.0
@@ -174,23 +174,6 @@ def _cdnow_features(customer, day, cds, dollars) -> dict[str, np.ndarray]:
     }
 
 
-def standardize(values: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Columns scaled to mean 0 and standard deviation 1 over ``rows``, float32.
-
-    A column that is constant over ``rows`` is only centred.
-
-    Example:
-      >>> standardize(np.array([[1.0, 5], [3, 5], [9, 6]]), np.array([True, True, False]))
-      array([[-1.,  0.],
-             [ 1.,  0.],
-             [ 7.,  1.]], dtype=float32)
-    """
-    values = values.astype(np.float64)
-    mean, deviation = values[rows].mean(0), values[rows].std(0)
-    deviation = np.where(deviation > 0, deviation, 1)
-    return ((values - mean) / deviation).astype(np.float32)
-
-
 def criteo(
     path: str | Path,
     *,
@@ -297,41 +280,6 @@ def criteo_features(
     return np.column_stack([*bins, categories]).astype(np.int32)
 
 
-def bucketize(values: np.ndarray, bins: int, rows: np.ndarray) -> np.ndarray:
-    """Equal-width bins of a column over its range in ``rows``.
-
-    With the range scaled to [0, 1] the boundaries are j / (bins - 1), j = 0 .. bins - 2,
-    each the lowest value of a bin. Bin 0 is below the range; the last bin has the range's
-    top 1 / (bins - 1) and all above.
-
-    Example:
-      >>> bucketize(np.array([0.0, 2, 4, -9, 99]), 5, np.array([1, 1, 1, 0, 0], bool))
-      array([1, 3, 4, 0, 4])
-    """
-    if bins < 2:
-        raise ValueError(f"bins must be at least 2, got {bins}")
-    low, high = float(values[rows].min()), float(values[rows].max())
-    scaled = (values - low) / ((high - low) or 1.0)
-    return np.searchsorted(np.arange(bins - 1) / (bins - 1), scaled, side="right")
-
-
-def stable_hash(text: str, buckets: int, column: int = 0) -> int:
-    """Hash bucket of a category, the same in every process and on every machine.
-
-    Args:
-      text: the category, may be empty.
-      buckets: number of buckets.
-      column: seed of the hash, one per column.
-
-    Example:
-      >>> stable_hash("a", 512), stable_hash("a", 512, 1)
-      (124, 12)
-    """
-    code = zlib.crc32(f"{column}:{text}".encode())
-    # CRC-32 is linear and its low bits a poor hash: multiply, take the high bits.
-    return (code * 0x9E3779B97F4A7C15 % 2**64 >> 32) * buckets >> 32
-
-
 def synthetic(
     n: int, *, seed: int = 0, w1: float = 1.0, w2: float = 30.0, span: float = 100.0
 ) -> Synthetic:
@@ -367,24 +315,3 @@ def synthetic(
     conv_ts = np.where(converts, click_ts + np.minimum(delay, w2), np.inf)
     p_dp = p * (np.exp(-rate * w1) - np.exp(-rate * w2)) / kept
     return Synthetic(x, click_ts, conv_ts, p, p_dp)
-
-
-def check(click_ts: np.ndarray, conv_ts: np.ndarray) -> None:
-    """Checks the times of clicks and conversions.
-
-    Raises:
-      ValueError: shapes that differ, a negative, infinite or NaN click time, a NaN
-        conversion time or one before its click; names the first such row.
-    """
-    if click_ts.ndim != 1 or click_ts.shape != conv_ts.shape:
-        raise ValueError(
-            "click_ts and conv_ts must be vectors of one length, got "
-            f"{click_ts.shape} and {conv_ts.shape}"
-        )
-    wrong = ~((click_ts >= 0) & (click_ts < np.inf) & (conv_ts >= click_ts))
-    if wrong.any():
-        row = int(np.argmax(wrong))
-        raise ValueError(
-            "click_ts must be finite and not negative, conv_ts not before it (inf for "
-            f"no conversion), got {click_ts[row]} and {conv_ts[row]} in row {row}"
-        )

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxpapers import mesh as meshes
 from jaxpapers.config import load_config
-from jaxpapers.data import ctr, ctr_files, ctr_tasks, fetch, lines
+from jaxpapers.data import ctr, ctr_files, ctr_tasks, fetch, lines, movielens
 from jaxpapers.nets import embedding
 from jaxpapers.ops import ranking
 from jaxpapers.papers import dien, rocket, sim
@@ -27,7 +27,7 @@ FILES = {
     "mimn": ("*train*.txt", "*test*.txt"),
 }
 _READERS: dict[str, Callable] = {
-    "movielens-20m": ctr_files.movielens_20m,
+    "movielens-20m": movielens.movielens_20m,
     "amazon": ctr_files.amazon,
     "taobao": ctr_files.taobao,
     "dien": ctr_files.dien_text,
@@ -270,7 +270,7 @@ def _read(source, path, target, order, categories, protocol) -> ctr.Clicks:
     if target not in TARGETS:
         raise ValueError(f"config.data.target must be one of {TARGETS}, got {target!r}")
     if source == "ml-100k":
-        ratings = ctr_files.ml_100k(path or fetch.get("ml-100k"), category=categories)
+        ratings = movielens.ml_100k(path or fetch.get("ml-100k"), category=categories)
         task = (
             ctr_tasks.task_next_item if target == "next_item" else ctr_tasks.task_rating
         )

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jaxpapers.data import ctr, ctr_files, ctr_tasks, fetch
+from jaxpapers.data import ctr, ctr_tasks, fetch, movielens
 
 USERS, ITEMS, CATES = 12, 40, 5
 
@@ -315,9 +315,9 @@ def test_ml_100k_is_as_the_digest_says():
         folder = fetch.get("ml-100k")
     except FileNotFoundError as e:
         pytest.skip(str(e))
-    ratings = ctr_files.ml_100k(folder)
+    ratings = movielens.ml_100k(folder)
     assert ratings.rows == {"user": 945, "item": 1684, "cate": 21}
-    combined = ctr_files.ml_100k(folder, category="combination")
+    combined = movielens.ml_100k(folder, category="combination")
     assert combined.rows["cate"] == 216 + 2
     nexts = ctr_tasks.task_next_item(ratings)
     assert len(nexts.train.label) == 179_254 and len(nexts.test.label) == 47_150

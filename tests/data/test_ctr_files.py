@@ -7,7 +7,7 @@ import pickle
 import numpy as np
 import pytest
 
-from jaxpapers.data import ctr, ctr_files, ids, lines
+from jaxpapers.data import ctr, ctr_files, ids, lines, movielens
 
 # user -> products in time; written in another order, with single quotes.
 REVIEWS = {"U2": "b a d", "U1": "a b c", "U3": "c", "U4": "d e"}
@@ -133,11 +133,11 @@ def test_malformed_film(tmp_path):
     ratings.write_text("userId,movieId,rating,timestamp\n1,1,4.0,10\n")
     movies.write_text("movieId,title,genres\n1,Film,Drama\nx,Film,Drama\n")
     with pytest.raises(ValueError, match="movies.csv, line 3 is malformed"):
-        ctr_files.movielens_20m(ratings, movies)
+        movielens.movielens_20m(ratings, movies)
     (tmp_path / "ml-100k.item").write_text("item_id:token\n1\tFilm\t1995\n")
     (tmp_path / "ml-100k.inter").write_text("user_id:token\n")
     with pytest.raises(ValueError, match="ml-100k.item, line 2 is malformed"):
-        ctr_files.ml_100k(tmp_path)
+        movielens.ml_100k(tmp_path)
 
 
 def test_progress_of_large_files_alone_is_printed(capsys):
@@ -217,20 +217,20 @@ def test_movielens_20m(tmp_path):
     lines = [f"{u},{m},{r},{t}" for u in (1, 2, 5) for m, r, t in
              ((3, 4.5, 10), (7, 3.5, 20), (9, 4.0, 20))]  # fmt: skip
     ratings.write_text(header + "\r\n".join(lines))
-    clicks = ctr_files.movielens_20m(ratings, movies, train_users=2)
+    clicks = movielens.movielens_20m(ratings, movies, train_users=2)
     rows = unpack(clicks, "train") + unpack(clicks, "test")
     assert [r[1:] for r in rows] == [
         (3, 3, 10, 1, []), (7, 2, 20, 0, [3]), (9, 1, 20, 1, [3])
     ] * 3  # fmt: skip
     assert len(set(clicks.train.user)) == 2
-    combined = ctr_files.movielens_20m(
+    combined = movielens.movielens_20m(
         ratings, movies, train_users=2, category="combination"
     )
     assert combined.rows["cate"] == 5
     with pytest.raises(ValueError, match="train_users must be between 1 and 2"):
-        ctr_files.movielens_20m(ratings, movies)
+        movielens.movielens_20m(ratings, movies)
     with pytest.raises(ValueError, match="category must be 'first' or 'combination'"):
-        ctr_files.movielens_20m(ratings, movies, category="last")
+        movielens.movielens_20m(ratings, movies, category="last")
     for line in (
         "1,10,4,10",
         "1,3,6,10",
@@ -241,7 +241,7 @@ def test_movielens_20m(tmp_path):
     ):
         ratings.write_text(f"{header}1,3,4,10\n{line}\n")
         with pytest.raises(ValueError, match="ratings.csv, line 3 is malformed"):
-            ctr_files.movielens_20m(ratings, movies, train_users=1)
+            movielens.movielens_20m(ratings, movies, train_users=1)
 
 
 def test_ml_100k_files(tmp_path):
@@ -252,14 +252,14 @@ def test_ml_100k_files(tmp_path):
     inter = tmp_path / "ml-100k.inter"
     head = "user_id:token\titem_id:token\trating:float\ttimestamp:float\n"
     inter.write_text(head + "2\t1\t3\t881250949\n1\t2\t5\t891717742\n")
-    ratings = ctr_files.ml_100k(tmp_path)
+    ratings = movielens.ml_100k(tmp_path)
     assert ratings.rows == {"user": 4, "item": 4, "cate": 4}
     assert ratings.cate.tolist() == [0, 1, 3, 2]
     assert ratings.user.tolist() == [3, 2] and ratings.item.tolist() == [2, 3]
     assert ratings.rating.tolist() == [3, 5] and ratings.time[1] == 891717742
     inter.write_text(head + "2\t1\t3\n")
     with pytest.raises(ValueError, match="ml-100k.inter, line 2 is malformed"):
-        ctr_files.ml_100k(tmp_path)
+        movielens.ml_100k(tmp_path)
 
 
 DIEN_TRAIN = (

@@ -118,6 +118,7 @@ def test_stream_of_criteos_size():
         ({"w3": 3.0, "method": "fnw"}, "no real negatives"),
         ({"click_ts": np.array([1.0, -5.0])}, r"click_ts\[1\]: expected finite"),
         ({"click_ts": np.array([np.nan, 5.0])}, r"click_ts\[0\]"),
+        ({"click_ts": np.array([1.0, np.inf])}, r"click_ts\[1\]: expected finite"),
         ({"conv_ts": np.array([np.nan, 6.0])}, r"conv_ts\[0\]"),
         ({"conv_ts": np.array([-7.0, 6.0])}, r"conv_ts\[0\]: .*-1 or inf"),
         ({"conv_ts": np.array([7.0])}, "one length"),
