@@ -1,6 +1,6 @@
 """The measure of DNW on 100,000 nodes for 21 values of b, beside SciPy and networkx.
 
-    pip install networkx
+    pip install 'jaxpapers[bench]'
     python benchmarks/dnw.py             some minutes, of which networkx takes most
 
 A random network of 250,000 links on 8 levels. Every row computes the same, W of all nodes

@@ -55,7 +55,7 @@ def read(config: Any) -> Data:
         table.components,
         table.count,
         seeds,
-        close=c.close if c.path else True,
+        close=c.close or not c.path,
         cost=m.cost,
         costs={**_primitive_costs(table, m.primitive), **table.cost},
     )

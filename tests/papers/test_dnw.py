@@ -152,7 +152,7 @@ def test_the_network_by_hand():
                               cost="combinations")  # fmt: skip
     assert by_name(fewer, fewer.own_cost) == {"林": 1, "木": 4}
     closed = dnw.build_network(
-        {"照": ["昭", "灬"], "昭": ["日", "召"]}, {"照": 1}, ["照"]
+        {"照": ["昭", "灬"], "昭": ["日", "召"]}, {"照": 1}, ["照"], close=True
     )
     assert set(closed.chars) == set("照昭灬日召")
     alone = dnw.build_network({"口": ["口"]}, {"口": 1})
@@ -166,7 +166,7 @@ def test_the_network_by_hand():
             {"a": ["c"], "b": ["a"], "c": ["b"], "d": ["a"]}, {"a": 1}, {},
             r"cycle: (a -> b -> c -> a|b -> c -> a -> b|c -> a -> b -> c) ",
         ),
-        ({"a": ["b"]}, {"a": 1}, {"close": False}, "'b' of 'a' is not among.*close=True"),
+        ({"a": ["b"]}, {"a": 1}, {}, "'b' of 'a' is not among.*close=True"),
         ({"a": []}, {"a": -1}, {}, "finite and >= 0, got -1.0 for 'a'"),
         ({"a": []}, {"a": float("nan")}, {}, "finite and >= 0, got nan"),
         ({"a": []}, {}, {}, "all frequencies are 0"),

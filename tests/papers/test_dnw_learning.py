@@ -116,6 +116,8 @@ def test_the_hand_made_network():
     assert metrics.area[0] < metrics.area[1]
     with pytest.raises(ValueError, match="credit must be one of"):
         dnw.simulate(jnp.asarray(order), net, closures, "half")
+    with pytest.raises(ValueError, match="permutation of 0 .. 29"):
+        dnw.simulate(jnp.asarray(order[:-1]), net, closures)
 
 
 @pytest.mark.matrix

@@ -70,7 +70,7 @@ def counts():
 @pytest.fixture(scope="module")
 def network(counts):
     components = characters.ids(fetched("cjk-characters") / "ids.txt")
-    return dnw.build_network(components, counts, list(counts)[:3500])
+    return dnw.build_network(components, counts, list(counts)[:3500], close=True)
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +153,7 @@ def test_other_networks(counts, components, seeds, expected, total, costs):
     read = getattr(characters, components)
     table = read(fetched("cjk-characters") / name)
     nodes = characters.gb2312_level1() if seeds == "gb2312" else list(counts)[:3500]
-    net = dnw.build_network(table, counts, nodes)
+    net = dnw.build_network(table, counts, nodes, close=True)
     assert sizes(net) == expected and total in (None, net.own_cost.sum())
     closures = dnw.closures(net)
     for w, values in zip(dnw.sweep(net, list(costs)), costs.values()):
@@ -164,7 +164,7 @@ def test_other_networks(counts, components, seeds, expected, total, costs):
 @pytest.mark.programs(20)
 def test_chaizi_has_a_network_too(counts):
     table = characters.chaizi(fetched("chaizi") / "data.pkl")
-    net = dnw.build_network(table, counts, list(counts)[:3500])
+    net = dnw.build_network(table, counts, list(counts)[:3500], close=True)
     closures = dnw.closures(net)
     ufo, own = (
         jax.device_get(simulated(by(w, net), net, closures))["transient"]
@@ -202,7 +202,7 @@ def test_the_authors_order(counts):
         c: () if row["decomposition"] == c else tuple(row["decomposition"])
         for c, row in rows.items()
     }
-    net = dnw.build_network(table, counts)
+    net = dnw.build_network(table, counts, close=True)
     assert len(net.comp) == 7715 and net.n_levels == 6
     listed = [i for i, c in enumerate(net.chars) if c in rows]
     published = [int(rows[net.chars[i]]["loa"]) for i in listed]

@@ -3,11 +3,13 @@
 import csv
 import io
 import json
+import pickle
 
 import numpy as np
 import pytest
 
 from jaxpapers import run, tasks
+from jaxpapers.data import fetch
 from jaxpapers.mesh import make_mesh
 from jaxpapers.study import with_fields
 from jaxpapers.tasks import characters
@@ -90,6 +92,54 @@ def test_what_is_read():
     data = tasks.read(config)
     assert "30 nodes, 27 links, 16 primitives, 4 levels" in data.summary
     assert data.examples is None and data.shapes == tasks.abstract(config).shapes == {}
+
+
+@pytest.fixture
+def packages(tmp_path, monkeypatch):
+    """The files of all packages, of a few characters each."""
+    files = {
+        "ids.txt": "U+660E\t明\t⿰日月\nU+6797\t林\t⿰木木\nU+65E5\t日\t日\n",
+        "cjk-decomp.txt": "明:a(日,月)\n林:ra(木)\n月:d(冂,二)\n",
+        "junda.tsv": "1\t明\t60\t60\tming2\tbright\n2\t林\t30\t90\n3\t日\t10\t100\n",
+        "hsk30_chars.tsv": "character\tlevel\n林\t1\n明\t2\n",
+        "Unihan_IRGSources.txt": "U+65E5\tkTotalStrokes\t4\nU+660E\tkTotalStrokes\t8\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    (tmp_path / "data.pkl").write_bytes(pickle.dumps({"明": [["日", "月"]]}))
+    monkeypatch.setattr(fetch, "get", lambda name: tmp_path)
+
+
+@pytest.mark.parametrize(
+    "fields, nodes, cost",
+    [
+        (("data.count=2",), "明林日月木", 7),
+        (("data.count=1", "data.grades=False"), "明日月", 4),
+        (("data.count=2", "data.source=cjk-decomp"), "明林二冂日月木", 10),
+        (("data.count=3", "data.source=chaizi"), "明林日月", 5),
+        (("data.count=2", "method.cost=combinations"), "明林日月木", 5),
+        # Only primitives cost their strokes; those of 月 and 木 are not known.
+        (("data.count=2", "method.primitive=strokes"), "明林日月木", 10),
+        (("data.count=2", "method.primitive=tenth_strokes"), "明林日月木", 7.4),
+    ],
+)
+def test_networks_of_packages(packages, fields, nodes, cost):
+    config = run.load_config("dnw", [f"--config.{x}" for x in fields])
+    facts = tasks.read(config).facts
+    net, table = facts["network"], facts["characters"]
+    assert set(net.chars) == set(nodes) and net.own_cost.sum() == pytest.approx(cost)
+    counts = {"明": 60, "林": 30, "日": 10}
+    assert net.freq[0] == pytest.approx(60 / sum(counts.get(c, 0) for c in nodes))
+    assert table.grade == ({} if "data.grades=False" in fields else {"林": 1, "明": 2})
+    assert table.gloss == {"明": "bright"}
+
+
+def test_common_characters_and_too_many(packages):
+    config = run.load_config("dnw:gb2312", ["--config.data.count=3"])
+    net = tasks.read(config).facts["network"]
+    assert len(net.chars) == 3755 and net.chars[:3] == ("明", "林", "日")
+    with pytest.raises(ValueError, match=r"data.count must be 1 .. 3, got 3500"):
+        tasks.read(run.load_config("dnw"))
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from jaxpapers.papers.dnw.network import CharNet, Closures
+from jaxpapers.papers.dnw.network import CharNet, Closures, check_order
 from jaxpapers.papers.dnw.orders import components_first, first_needed, rank_of
 
 CREDITS = ("transient", "learn")
@@ -132,16 +132,18 @@ def simulate(
     """The course of learning with a point per learned node, for either credit.
 
     Args:
-      order: permutation of the nodes.
+      order: permutation of the nodes; inside jit its values are not checked.
       net: the network.
       closures: ``network.closures(net)``.
       credit: "transient" or "learn".
 
     Raises:
-      ValueError: another credit.
+      ValueError: another credit, or an order that is no permutation.
     """
     if credit not in CREDITS:
         raise ValueError(f"credit must be one of {CREDITS}, got {credit!r}")
+    if not isinstance(order, jax.core.Tracer):
+        check_order(order, len(net.chars))
     if credit == "learn":
         return simulate_learn(components_first(order, net), net)
     return simulate_transient(order, net, closures)

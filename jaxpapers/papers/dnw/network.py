@@ -50,7 +50,7 @@ def build_network(
     freq: Mapping[str, float | int],
     seeds: Iterable[str] | None = None,
     *,
-    close: bool = True,
+    close: bool = False,
     cost: str = "parts",
     costs: Mapping[str, float | int] | None = None,
 ) -> CharNet:
