@@ -54,19 +54,19 @@ DEFER = [
         "jaxpapers/papers/defer/weights.py",
         "    p = jax.lax.stop_gradient(p)\n",
         "",
-        ["tests/papers/test_defer.py::test_no_gradient_through_weights"],
+        ["tests/papers/test_defer_weights.py::test_no_gradient_through_weights"],
     ),
     (
         "jaxpapers/papers/defer/weights.py",
         "w_pos = p / jnp.maximum(p - late / 2, 1e-6)",
         "w_pos = p / jnp.maximum(p - late, 1e-6)",
-        ["tests/papers/test_defer.py"],
+        ["tests/papers/test_defer_weights.py"],
     ),
     (
         "jaxpapers/papers/defer/weights.py",
         "pending = -jnp.logaddexp(log_not, log_p - rate * elapsed)",
         "pending = -jnp.logaddexp(log_not, log_p + rate * elapsed)",
-        ["tests/papers/test_defer.py"],
+        ["tests/papers/test_defer_weights.py"],
     ),
 ]
 

@@ -91,12 +91,16 @@ def compare(outcome, members, rtol=1e-5):
 @pytest.mark.parametrize(
     "shared, vectorize, axes",
     [
-        (True, None, {"data": 2}),
-        (False, True, {"data": 1}),
-        pytest.param(True, None, {"data": 4, "model": 2}, marks=pytest.mark.matrix),
-        pytest.param(True, None, {"data": 1}, marks=pytest.mark.matrix),
-        pytest.param(False, None, {"data": 8}, marks=pytest.mark.matrix),
-        pytest.param(True, True, {"data": 8}, marks=pytest.mark.matrix),
+        (False, None, {"data": 2}),
+        *(
+            pytest.param(*case, marks=pytest.mark.matrix)
+            for case in [
+                (True, None, {"data": 4, "model": 2}),
+                (True, None, {"data": 1}),
+                (True, True, {"data": 8}),
+                (False, True, {"data": 1}),
+            ]
+        ),
     ],
 )
 def test_members_are_runs_of_their_own(shared, vectorize, axes, key):
