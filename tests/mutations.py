@@ -125,10 +125,9 @@ def survives(mutation: Mutation) -> bool:
     mutated = text(mutation).replace(mutation.before, mutation.after)
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "tree"
-        for name in ("jaxpapers", "configs", "tests"):
-            ignored = shutil.ignore_patterns("__pycache__")
-            shutil.copytree(ROOT / name, copy / name, ignore=ignored)
-        shutil.copy(ROOT / "pyproject.toml", copy)
+        # Neither the environment nor the history, nor what runs wrote.
+        ignored = shutil.ignore_patterns(".*", "__pycache__", "runs")
+        shutil.copytree(ROOT, copy, ignore=ignored)
         (copy / mutation.file).write_text(mutated)
         cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
         env = os.environ | {
