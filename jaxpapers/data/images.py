@@ -233,8 +233,8 @@ def _svhn_file(path: Path) -> Split:
     if not path.exists():
         raise FileNotFoundError(f"no file {path}")
     try:
-        found = loadmat(path)
-        image, label = found["X"], found["y"].reshape(-1).astype(np.int32)
+        content = loadmat(path)
+        image, label = content["X"], content["y"].reshape(-1).astype(np.int32)
     except (ValueError, KeyError, NotImplementedError) as e:
         raise ValueError(f"{path}: not a file of SVHN ({e}); expected X and y") from e
     if image.ndim != 4 or image.shape != (32, 32, 3, len(label)):

@@ -20,17 +20,17 @@ WORDS = captions.Vocabulary(("red", "green", "x-ray", "seven"))
     ],
 )
 def test_encode(text, tokens):
-    found = WORDS.encode(text)
-    assert found.tolist() == tokens and found.dtype == np.int32
+    encoded = WORDS.encode(text)
+    assert encoded.tolist() == tokens and encoded.dtype == np.int32
     assert WORDS.encode(text, 3).tolist() == (tokens + [0, 0])[:3]
-    assert WORDS.encode(WORDS.decode(found)).tolist() == tokens
+    assert WORDS.encode(WORDS.decode(encoded)).tolist() == tokens
 
 
 def test_encode_all_fills_with_the_null_token():
-    found = WORDS.encode_all(("red", "a red seven"))
-    assert found.tolist() == [[1, 0], [1, 4]] and found.dtype == np.int32
+    encoded = WORDS.encode_all(("red", "a red seven"))
+    assert encoded.tolist() == [[1, 0], [1, 4]] and encoded.dtype == np.int32
     assert WORDS.encode_all(("red",), 3).tolist() == [[1, 0, 0]]
-    assert WORDS.decode(found[0]) == "red" and WORDS.decode([0]) == ""
+    assert WORDS.decode(encoded[0]) == "red" and WORDS.decode([0]) == ""
 
 
 @pytest.mark.parametrize(
@@ -79,8 +79,8 @@ def test_vocabulary_of_texts():
 
 def test_digit_captions_have_one_token_each():
     words = captions.digit_vocabulary()
-    found = words.encode_all(captions.digit_captions(np.arange(10)))
-    assert len(words) == 11 and found.tolist() == [[i] for i in range(1, 11)]
+    encoded = words.encode_all(captions.digit_captions(np.arange(10)))
+    assert len(words) == 11 and encoded.tolist() == [[i] for i in range(1, 11)]
     with pytest.raises(ValueError, match=r"0 \.\. 9, got 3 \.\. 10"):
         captions.digit_captions(np.array([3, 10]))
     with pytest.raises(ValueError, match="must be integers"):
@@ -90,15 +90,15 @@ def test_digit_captions_have_one_token_each():
 def test_misaligned_share_and_law():
     n, share = 20000, 0.5
     label = np.full(n, 3)
-    found = captions.misaligned(label, 10, share, seed=0)
-    assert found.dtype == np.int32
+    noisy = captions.misaligned(label, 10, share, seed=0)
+    assert noisy.dtype == np.int32
     # A tenth of the redrawn labels is right by chance; four deviations.
     expected = np.full(10, share / 10)
     expected[3] += 1 - share
-    counts = np.bincount(found, minlength=10)
+    counts = np.bincount(noisy, minlength=10)
     assert (abs(counts - n * expected) < 4 * np.sqrt(n * expected)).all()
-    np.testing.assert_array_equal(found, captions.misaligned(label, 10, share, seed=0))
-    assert (found != captions.misaligned(label, 10, share, seed=1)).any()
+    np.testing.assert_array_equal(noisy, captions.misaligned(label, 10, share, seed=0))
+    assert (noisy != captions.misaligned(label, 10, share, seed=1)).any()
     assert (captions.misaligned(label, 10, 0.0, seed=0) == 3).all()
     counts = np.bincount(captions.misaligned(label, 10, 1.0, seed=0), minlength=10)
     assert (abs(counts - n / 10) < 4 * np.sqrt(n / 10)).all()
@@ -125,33 +125,33 @@ def drawn(n=4000):
 
 def test_inked_digits():
     image, label = drawn()
-    found = captions.inked(image, label, 0)
-    assert found.image.shape == (4000, 8, 8, 3) and found.image.dtype == np.float32
+    digits = captions.inked(image, label, 0)
+    assert digits.image.shape == (4000, 8, 8, 3) and digits.image.dtype == np.float32
     channels = {0: [0], 1: [1], 2: [2], 3: [0, 1]}
     for colour, used in channels.items():
-        mine = found.colour == colour
+        mine = digits.colour == colour
         assert abs(mine.sum() - 1000) < 4 * np.sqrt(750)
         for c in range(3):
             expected = image[mine, ..., 0] if c in used else 0 * image[mine, ..., 0]
-            np.testing.assert_array_equal(found.image[mine, ..., c], expected)
-    np.testing.assert_array_equal(found.digit, label)
+            np.testing.assert_array_equal(digits.image[mine, ..., c], expected)
+    np.testing.assert_array_equal(digits.digit, label)
 
 
 def test_held_out_combinations_are_never_captioned_rightly():
-    found = captions.inked(*drawn(), 0)
+    digits = captions.inked(*drawn(), 0)
     prompts = captions.colour_prompts()
-    right = np.array([prompts[10 * c + d] for d, c in zip(found.digit, found.colour)])
-    wrong = (found.digit + found.colour) % 5 == 0
-    np.testing.assert_array_equal(captions.held_out(found.digit, found.colour), wrong)
-    np.testing.assert_array_equal(np.array(found.caption) == right, ~wrong)
+    right = np.array([prompts[10 * c + d] for d, c in zip(digits.digit, digits.colour)])
+    wrong = (digits.digit + digits.colour) % 5 == 0
+    np.testing.assert_array_equal(captions.held_out(digits.digit, digits.colour), wrong)
+    np.testing.assert_array_equal(np.array(digits.caption) == right, ~wrong)
     # All others are drawn, among them prompts that are held out themselves.
-    assert len(set(np.array(found.caption)[wrong])) == 40
+    assert len(set(np.array(digits.caption)[wrong])) == 40
     words = captions.colour_vocabulary()
-    assert len(words) == 15 and words.encode_all(found.caption).shape == (4000, 2)
+    assert len(words) == 15 and words.encode_all(digits.caption).shape == (4000, 2)
     assert len(set(prompts)) == 40 and "a green seven" in prompts
     again = captions.inked(*drawn(), 0)
-    assert again.caption == found.caption
-    assert captions.inked(*drawn(), 1).caption != found.caption
+    assert again.caption == digits.caption
+    assert captions.inked(*drawn(), 1).caption != digits.caption
 
 
 def test_inked_refuses():

@@ -200,8 +200,8 @@ def test_hash_is_stable_and_even():
     assert hashes == [170, 36, 34, 511, 249]
     for buckets in (16, 100):
         n = 100 * buckets
-        found = [features.stable_hash(f"{i:x}", buckets) for i in range(n)]
-        count = np.bincount(found, minlength=buckets)
+        hashes = [features.stable_hash(f"{i:x}", buckets) for i in range(n)]
+        count = np.bincount(hashes, minlength=buckets)
         assert len(count) == buckets
         chi2 = ((count - 100) ** 2 / 100).sum()
         assert abs(chi2 - buckets) < 5 * np.sqrt(2 * buckets)
@@ -211,16 +211,16 @@ def test_criteo_features_of_texts_and_of_buckets():
     draw = np.random.default_rng(0)
     numbers, rows = draw.uniform(-1, 9, (6, 8)), np.arange(6) < 4
     texts = np.array([[f"{i}{j % 2}" for j in range(9)] for i in range(6)])
-    found = conversions.criteo_features(numbers, texts, rows)
-    assert found.shape == (6, 17) and found.dtype == np.int32
+    columns = conversions.criteo_features(numbers, texts, rows)
+    assert columns.shape == (6, 17) and columns.dtype == np.int32
     for i, bins in enumerate(conversions.CRITEO_BINS):
-        own = features.bucketize(numbers[:, i], bins, rows)
-        np.testing.assert_array_equal(found[:, i], own)
+        expected = features.bucketize(numbers[:, i], bins, rows)
+        np.testing.assert_array_equal(columns[:, i], expected)
     for i, count in enumerate(conversions.CRITEO_BUCKETS):
-        own = [features.stable_hash(x, count, i) for x in texts[:, i]]
-        assert found[:, 8 + i].tolist() == own
-    again = conversions.criteo_features(numbers, found[:, 8:], rows)
-    np.testing.assert_array_equal(again, found)
+        expected = [features.stable_hash(x, count, i) for x in texts[:, i]]
+        assert columns[:, 8 + i].tolist() == expected
+    again = conversions.criteo_features(numbers, columns[:, 8:], rows)
+    np.testing.assert_array_equal(again, columns)
     with pytest.raises(ValueError, match="9 categories"):
         conversions.criteo_features(numbers, texts[:, :8], rows)
 

@@ -52,11 +52,11 @@ def test_next_item_is_what_a_loop_gives(ratings, order):
             expected[split].append((user, items[k], items[:k]))
     for split, each in (("train", 2), ("test", 5)):
         samples = getattr(clicks, split)
-        found = [
+        rows = [
             (samples.user[i], samples.item[i], history(clicks, samples, i))
             for i in range(0, len(samples.label), each)
         ]
-        assert found == expected[split]
+        assert rows == expected[split]
         label = samples.label.reshape(-1, each)
         assert (label[:, 0] == 1).all() and (label[:, 1:] == 0).all()
         np.testing.assert_array_equal(
@@ -189,8 +189,8 @@ def test_a_pool_of_nearly_one_item(clicks):
 
 
 def test_negatives_of_the_source_are_taken(clicks):
-    own = clicks.log.item % ITEMS + 1, clicks.log.cate % CATES + 1
-    given = ctr.Examples(clicks._replace(negatives=own), 8, negatives=True)
+    negatives = clicks.log.item % ITEMS + 1, clicks.log.cate % CATES + 1
+    given = ctr.Examples(clicks._replace(negatives=negatives), 8, negatives=True)
     batch = given.batch(0, 30)
     valid = np.arange(8) < batch["length"][:, None]
     expected = np.where(valid, batch["hist_item"] % ITEMS + 1, 0)
@@ -330,7 +330,7 @@ def test_ml_100k_is_as_the_digest_says():
     np.testing.assert_allclose(rating.test.label.mean(), 0.569, atol=5e-4)
     test, mean = rating.test, ctr.item_mean(rating)
     np.testing.assert_allclose(auc(test.label, mean), 0.7084, atol=5e-5)
-    found = grouped_auc(test.user, test.label, mean)
-    np.testing.assert_allclose(found, 0.7098, atol=5e-5)
-    found = auc(test.label, ctr.popularity(rating))
-    np.testing.assert_allclose(found, 0.6660, atol=5e-5)
+    value = grouped_auc(test.user, test.label, mean)
+    np.testing.assert_allclose(value, 0.7098, atol=5e-5)
+    value = auc(test.label, ctr.popularity(rating))
+    np.testing.assert_allclose(value, 0.6660, atol=5e-5)

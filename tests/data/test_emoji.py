@@ -30,8 +30,8 @@ def png(image):
 def strike(ppem, names):
     from fontTools.ttLib.tables import E_B_L_C_
 
-    found = E_B_L_C_.Strike()
-    size = found.bitmapSizeTable
+    strike = E_B_L_C_.Strike()
+    size = strike.bitmapSizeTable
     size.hori, size.vert = (E_B_L_C_.SbitLineMetrics() for _ in range(2))
     for line in (size.hori, size.vert):
         for name in (
@@ -46,22 +46,22 @@ def strike(ppem, names):
     table = E_B_L_C_.eblc_index_sub_table_1(b"", None)
     table.names, table.imageFormat, table.indexFormat = names, 17, 1
     table.imageDataOffset = 0
-    found.indexSubTables = [table]
-    return found
+    strike.indexSubTables = [table]
+    return strike
 
 
 def bitmaps(images):
     from fontTools.ttLib.tables import C_B_D_T_, BitmapGlyphMetrics
 
-    found = {}
+    glyphs = {}
     for name, data in images.items():
         glyph = C_B_D_T_.cbdt_bitmap_format_17(b"", None)
         glyph.metrics = BitmapGlyphMetrics.SmallGlyphMetrics()
         for value in ("height", "width", "BearingX", "BearingY", "Advance"):
             setattr(glyph.metrics, value, 4)
         glyph.imageData = data
-        found[name] = glyph
-    return found
+        glyphs[name] = glyph
+    return glyphs
 
 
 def write_font(path, images=None, strikes=(10, 20)):
@@ -89,16 +89,16 @@ def write_font(path, images=None, strikes=(10, 20)):
 
 @pytest.mark.parametrize("strikes", [(20,), (10, 20), (20, 10)])
 def test_named_single_code_points_in_order(tmp_path, strikes):
-    found = emoji.emoji(write_font(tmp_path / "font.ttf", strikes=strikes), 6)
-    assert found.caption == ("red apple", "blue heart")
-    assert found.code.tolist() == [0x1F34E, 0x1F499] and found.code.dtype == np.int32
-    assert found.image.shape == (2, 6, 6, 3) and found.image.dtype == np.float32
+    pairs = emoji.emoji(write_font(tmp_path / "font.ttf", strikes=strikes), 6)
+    assert pairs.caption == ("red apple", "blue heart")
+    assert pairs.code.tolist() == [0x1F34E, 0x1F499] and pairs.code.dtype == np.int32
+    assert pairs.image.shape == (2, 6, 6, 3) and pairs.image.dtype == np.float32
     # 6 x 4 pixels in the middle of 6 x 6 white ones.
-    np.testing.assert_array_equal(found.image[0, 1:5], np.full((4, 6, 3), [1, 0, 0]))
-    assert (found.image[0, [0, 5]] == 1).all()
+    np.testing.assert_array_equal(pairs.image[0, 1:5], np.full((4, 6, 3), [1, 0, 0]))
+    assert (pairs.image[0, [0, 5]] == 1).all()
     # Half transparent on white.
     np.testing.assert_allclose(
-        found.image[1], np.full((6, 6, 3), [127, 127, 255]) / 255
+        pairs.image[1], np.full((6, 6, 3), [127, 127, 255]) / 255
     )
 
 
@@ -169,11 +169,11 @@ def test_split_refuses(share):
 
 @pytest.mark.skipif(not Path(emoji.FONT).exists(), reason="no fonts-noto-color-emoji")
 def test_the_real_font():
-    found = emoji.emoji(size=8)
-    assert len(found.code) >= 1405
+    pairs = emoji.emoji(size=8)
+    assert len(pairs.code) >= 1405
     for name in ("red apple", "green apple", "blue heart", "orange book"):
-        assert name in found.caption
-    apple = found.image[found.caption.index("red apple"), 3:6, 2:6]
+        assert name in pairs.caption
+    apple = pairs.image[pairs.caption.index("red apple"), 3:6, 2:6]
     assert apple[..., 0].mean() > 2 * apple[..., 1:].mean()
-    words = captions.Vocabulary.of(found.caption, ignored=())
-    assert words.decode(words.encode(found.caption[0])) == found.caption[0]
+    words = captions.Vocabulary.of(pairs.caption, ignored=())
+    assert words.decode(words.encode(pairs.caption[0])) == pairs.caption[0]

@@ -64,14 +64,17 @@ def write_fashion(folder, side=28, counts=(6, 4)):
 
 def test_fashion(tmp_path):
     train, test = write_fashion(tmp_path)
-    found = image_files.fashion(tmp_path)
-    np.testing.assert_allclose(found.train.image[..., 0], train / 255, rtol=1e-6)
-    np.testing.assert_allclose(found.test.image[..., 0], test / 255, rtol=1e-6)
-    assert found.train.image.shape == (6, 28, 28, 1)
-    assert found.train.label.tolist() == list(range(6)) and found.classes == 10
-    assert found.train.image.dtype == np.float32 and found.train.label.dtype == np.int32
-    np.testing.assert_allclose(found.mean, [(train / 255).mean()])
-    np.testing.assert_allclose(found.std, [(train / 255).std()], rtol=1e-6)
+    dataset = image_files.fashion(tmp_path)
+    np.testing.assert_allclose(dataset.train.image[..., 0], train / 255, rtol=1e-6)
+    np.testing.assert_allclose(dataset.test.image[..., 0], test / 255, rtol=1e-6)
+    assert dataset.train.image.shape == (6, 28, 28, 1)
+    assert dataset.train.label.tolist() == list(range(6)) and dataset.classes == 10
+    assert (
+        dataset.train.image.dtype == np.float32
+        and dataset.train.label.dtype == np.int32
+    )
+    np.testing.assert_allclose(dataset.mean, [(train / 255).mean()])
+    np.testing.assert_allclose(dataset.std, [(train / 255).std()], rtol=1e-6)
     pooled = image_files.fashion(tmp_path, pooled=True, name="MNIST")
     assert pooled.train.image.shape == (6, 14, 14, 1) and pooled.name == "MNIST"
     np.testing.assert_allclose(
@@ -104,9 +107,11 @@ def test_a_constant_channel_is_normalised_to_zero(tmp_path):
     write_fashion(tmp_path)
     path = tmp_path / "train-images-idx3-ubyte"
     path.write_bytes(as_idx(np.full((6, 3, 3), 7, np.uint8)))
-    found = image_files.fashion(tmp_path)
-    assert found.std.tolist() == [1.0]
-    np.testing.assert_allclose(images.normalize(found, found.train.image), 0, atol=1e-7)
+    dataset = image_files.fashion(tmp_path)
+    assert dataset.std.tolist() == [1.0]
+    np.testing.assert_allclose(
+        images.normalize(dataset, dataset.train.image), 0, atol=1e-7
+    )
 
 
 def write_csv(folder, bad=""):
@@ -121,14 +126,14 @@ def write_csv(folder, bad=""):
 
 def test_mnist_csv(tmp_path):
     rows = write_csv(tmp_path)[np.random.default_rng(0).permutation(10)]
-    found = image_files.mnist_csv(tmp_path)
-    assert found.train.label.tolist() == rows[:8, -1].tolist()
-    assert found.test.label.tolist() == rows[8:, -1].tolist()
-    image = np.concatenate([found.train.image, found.test.image])
+    dataset = image_files.mnist_csv(tmp_path)
+    assert dataset.train.label.tolist() == rows[:8, -1].tolist()
+    assert dataset.test.label.tolist() == rows[8:, -1].tolist()
+    image = np.concatenate([dataset.train.image, dataset.test.image])
     np.testing.assert_allclose(image.reshape(10, 784), rows[:, :-1] / 255, rtol=1e-6)
     assert image.shape == (10, 28, 28, 1) and image.dtype == np.float32
     again = image_files.mnist_csv(tmp_path / "mnist_5k.csv.gz")
-    np.testing.assert_array_equal(again.test.image, found.test.image)
+    np.testing.assert_array_equal(again.test.image, dataset.test.image)
 
 
 @pytest.mark.parametrize(
@@ -167,14 +172,14 @@ def write_celeba(folder, size=(178, 218)):
 
 def test_celeba_crop(tmp_path):
     write_celeba(tmp_path)
-    found = image_files.celeba(tmp_path, 64)
-    assert found.train.image.shape == found.test.image.shape == (1, 64, 64, 3)
+    dataset = image_files.celeba(tmp_path, 64)
+    assert dataset.train.image.shape == dataset.test.image.shape == (1, 64, 64, 3)
     # 32 columns of each colour; only the two at the seam may mix, and red never enters.
     left, right = np.array([50, 200, 0]) / 255, np.array([0, 0, 100]) / 255
-    image = found.train.image[0]
+    image = dataset.train.image[0]
     np.testing.assert_allclose(image[:, :31], np.broadcast_to(left, (64, 31, 3)))
     np.testing.assert_allclose(image[:, 33:], np.broadcast_to(right, (64, 31, 3)))
-    assert found.classes == 1 and found.train.label.tolist() == [0]
+    assert dataset.classes == 1 and dataset.train.label.tolist() == [0]
 
 
 def test_celeba_refuses(tmp_path):
@@ -215,14 +220,14 @@ def test_image_folder_of_classes(tmp_path):
     write_folder(tmp_path / "amber", 6, (255, 100, 0))
     (tmp_path / "amber" / "notes.txt").write_text("no image")
     (tmp_path / ".hidden").mkdir()
-    found = image_files.image_folder(tmp_path, 3, held_out=0.3)
-    assert found.train.image.shape == (7, 3, 3, 3) and found.classes == 2
-    assert found.test.image.shape == (3, 3, 3, 3) and found.name == tmp_path.name
-    label = np.concatenate([found.train.label, found.test.label])
+    dataset = image_files.image_folder(tmp_path, 3, held_out=0.3)
+    assert dataset.train.image.shape == (7, 3, 3, 3) and dataset.classes == 2
+    assert dataset.test.image.shape == (3, 3, 3, 3) and dataset.name == tmp_path.name
+    label = np.concatenate([dataset.train.label, dataset.test.label])
     order = np.random.default_rng(0).permutation(10)
     np.testing.assert_array_equal(label, np.array([0] * 6 + [1] * 4)[order])
     # Red where the class is amber; a pixel that is nearly opaque nearly keeps its colour.
-    image = np.concatenate([found.train.image, found.test.image])
+    image = np.concatenate([dataset.train.image, dataset.test.image])
     np.testing.assert_allclose(image[..., 0].mean((1, 2)), 1 - label, atol=6 / 255)
     # The transparent share is white: 255 - i of 255 are opaque.
     blue = np.sort(image[label == 0][:, 0, 0, 2])
@@ -234,9 +239,14 @@ def test_image_folder_takes_the_middle_square(tmp_path):
     pixels[:, 2:6] = 255
     for name in ("a.png", "b.PNG", "c.png"):
         Image.fromarray(pixels).save(tmp_path / name)
-    found = image_files.image_folder(tmp_path, 2, held_out=0.3)
-    assert (found.train.image == 1).all() and found.train.image.shape == (2, 2, 2, 3)
-    assert found.classes == 1
+    dataset = image_files.image_folder(tmp_path, 2, held_out=0.3)
+    assert (dataset.train.image == 1).all() and dataset.train.image.shape == (
+        2,
+        2,
+        2,
+        3,
+    )
+    assert dataset.classes == 1
 
 
 def test_image_folder_refuses(tmp_path):

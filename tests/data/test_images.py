@@ -25,15 +25,15 @@ def write_digits(folder, count=20, bad=""):
 
 def test_digits(tmp_path):
     rows = write_digits(tmp_path)
-    found = images.digits(tmp_path)
-    assert len(found.train.label) == 19 and len(found.test.label) == 1
+    dataset = images.digits(tmp_path)
+    assert len(dataset.train.label) == 19 and len(dataset.test.label) == 1
     order = np.random.default_rng(0).permutation(20)
-    np.testing.assert_array_equal(found.train.label, rows[order[:19], -1])
+    np.testing.assert_array_equal(dataset.train.label, rows[order[:19], -1])
     np.testing.assert_allclose(
-        found.test.image[0, ..., 0], rows[order[19], :-1].reshape(8, 8) / 16
+        dataset.test.image[0, ..., 0], rows[order[19], :-1].reshape(8, 8) / 16
     )
-    assert found.train.image.dtype == np.float32
-    normal = images.normalize(found, found.train.image)
+    assert dataset.train.image.dtype == np.float32
+    normal = images.normalize(dataset, dataset.train.image)
     assert normal.dtype == np.float32
     assert abs(normal.mean()) < 1e-5 and abs(normal.std() - 1) < 1e-5
 
@@ -58,14 +58,14 @@ def test_cifar_planes_and_files(tmp_path):
     batches = [cifar_batch(2, b"labels", 10, i) for i in range(6)]
     for name, batch in zip(names, batches):
         (folder / name).write_bytes(pickle.dumps(batch, protocol=2))
-    found = images.cifar(tmp_path)
-    assert found.train.image.shape == (10, 32, 32, 3)
-    assert found.train.label.tolist() == sum((b[b"labels"] for b in batches[:5]), [])
+    dataset = images.cifar(tmp_path)
+    assert dataset.train.image.shape == (10, 32, 32, 3)
+    assert dataset.train.label.tolist() == sum((b[b"labels"] for b in batches[:5]), [])
     plain = batches[0][b"data"][0]
     # Byte 1024 is the first green one, byte 34 the red of row 1, column 2.
-    assert found.train.image[0, 0, 0, 1] == np.float32(plain[1024] / 255)
-    assert found.train.image[0, 1, 2, 0] == np.float32(plain[34] / 255)
-    np.testing.assert_allclose(found.mean * 255, [125.3, 123.0, 113.9])
+    assert dataset.train.image[0, 0, 0, 1] == np.float32(plain[1024] / 255)
+    assert dataset.train.image[0, 1, 2, 0] == np.float32(plain[34] / 255)
+    np.testing.assert_allclose(dataset.mean * 255, [125.3, 123.0, 113.9])
     (folder / "data_batch_3").unlink()
     with pytest.raises(FileNotFoundError, match="data_batch_3"):
         images.cifar(tmp_path)
@@ -118,9 +118,9 @@ def test_svhn(tmp_path):
     x = rng.integers(0, 256, (32, 32, 3, 4)).astype(np.uint8)
     for name in ("train", "test"):
         savemat(tmp_path / f"{name}_32x32.mat", {"X": x, "y": [[10], [1], [9], [10]]})
-    found = images.svhn(tmp_path)
-    assert found.train.label.tolist() == [0, 1, 9, 0]
-    assert found.train.image[1, 2, 3, 0] == np.float32(x[2, 3, 0, 1] / 255)
+    dataset = images.svhn(tmp_path)
+    assert dataset.train.label.tolist() == [0, 1, 9, 0]
+    assert dataset.train.image[1, 2, 3, 0] == np.float32(x[2, 3, 0, 1] / 255)
     savemat(tmp_path / "extra_32x32.mat", {"X": x, "y": [[1]] * 4})
     assert len(images.svhn(tmp_path).train.label) == 8
     savemat(tmp_path / "test_32x32.mat", {"X": x[:16], "y": [[1]] * 4})
@@ -130,21 +130,21 @@ def test_svhn(tmp_path):
 
 def test_batches_are_normalised(tmp_path):
     write_digits(tmp_path)
-    found = images.digits(tmp_path)
-    batch = images.examples(found, seed=3).batch(0, len(found.train.label))
-    assert sorted(batch["label"]) == sorted(found.train.label)
+    dataset = images.digits(tmp_path)
+    batch = images.examples(dataset, seed=3).batch(0, len(dataset.train.label))
+    assert sorted(batch["label"]) == sorted(dataset.train.label)
     assert abs(batch["image"].mean()) < 1e-5
     assert batch["image"].std() == pytest.approx(1, abs=1e-4)
 
 
 def test_signed_there_and_back(tmp_path):
     write_digits(tmp_path)
-    found = images.digits(tmp_path)
-    signed = images.to_signed(found.train.image)
+    dataset = images.digits(tmp_path)
+    signed = images.to_signed(dataset.train.image)
     # Sixteenths are exact: x / 8 - 1 of the grey levels.
-    np.testing.assert_array_equal(signed, found.train.image * 16 / 8 - 1)
+    np.testing.assert_array_equal(signed, dataset.train.image * 16 / 8 - 1)
     assert signed.dtype == np.float32
-    np.testing.assert_array_equal(images.from_signed(signed), found.train.image)
+    np.testing.assert_array_equal(images.from_signed(signed), dataset.train.image)
     out = images.from_signed(np.array([-3.0, 0.5, 1.5]))
     assert out.tolist() == [0.0, 0.75, 1.0] and out.dtype == np.float32
 
@@ -164,9 +164,9 @@ def test_parts_of_the_digits(tmp_path, count, sizes):
     parts = images.digit_parts(tmp_path)
     assert tuple(len(x.label) for x in parts) == sizes
     assert parts.reward is parts[1] and parts.held_out is parts[2]
-    for found in (parts, images.digit_halves(tmp_path)):
-        label = np.concatenate([x.label for x in found])
-        image = np.concatenate([x.image for x in found])
+    for splits in (parts, images.digit_halves(tmp_path)):
+        label = np.concatenate([x.label for x in splits])
+        image = np.concatenate([x.image for x in splits])
         np.testing.assert_array_equal(label, rows[order, -1])
         np.testing.assert_allclose(image.reshape(count, 64), rows[order, :-1] / 16)
     halves = images.digit_halves(tmp_path)

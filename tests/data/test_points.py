@@ -123,9 +123,9 @@ def test_digit_components(tmp_path):
     np.testing.assert_allclose(train.mean(0), 0, atol=1e-6)
     # Eigenvalues of the training half's covariance, up to one scale; no correlation.
     values = np.sort(np.linalg.eigvalsh(np.cov(x[:21].T)))[::-1][:3]
-    found = np.cov(train.astype(float).T)
+    covariance = np.cov(train.astype(float).T)
     np.testing.assert_allclose(
-        found / found[0, 0], np.diag(values) / values[0], atol=1e-5
+        covariance / covariance[0, 0], np.diag(values) / values[0], atol=1e-5
     )
     # The same map serves both halves: all 20 components keep the distances between them.
     train, held = points.digit_components(tmp_path, 20)

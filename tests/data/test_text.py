@@ -64,11 +64,11 @@ def test_standard_library_is_the_default_corpus():
 def test_baselines_against_the_compressors():
     data = bytes(np.random.default_rng(0).integers(0, 4, 4096, dtype=np.uint8))
     stream = np.concatenate([text.encode(data), [text.SEPARATOR]])
-    found = text.baselines(stream)
-    assert found["order0"] == pytest.approx(2.0, abs=0.01)
-    assert found["gzip"] == 8 * len(gzip.compress(data, 9, mtime=0)) / 4096
+    bits = text.baselines(stream)
+    assert bits["order0"] == pytest.approx(2.0, abs=0.01)
+    assert bits["gzip"] == 8 * len(gzip.compress(data, 9, mtime=0)) / 4096
     size = len(lzma.compress(data, preset=9))
-    assert found["xz"] == 8 * size / 4096
+    assert bits["xz"] == 8 * size / 4096
 
 
 def test_windows_visit_every_window_once_an_epoch():
