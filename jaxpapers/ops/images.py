@@ -1,4 +1,4 @@
-"""Pictures as arrays (batch, height, width, channels)."""
+"""Images as arrays (batch, height, width, channels)."""
 
 import jax
 import jax.numpy as jnp
@@ -9,18 +9,16 @@ from jaxtyping import Array, Float, Key
 def augment(
     key: Key[Array, ""], x: Float[Array, "B H W C"], *, flip: bool = True, pad: int = 4
 ) -> Float[Array, "B H W C"]:
-    """Mirrors half of the pictures and shifts each by up to ``pad`` pixels.
-
-    What a shift uncovers is the reflected border.
+    """Random mirror images and shifts, the border filled by reflection.
 
     Args:
       key: of the draws.
-      x: pictures, larger than ``pad``.
-      flip: whether to mirror left and right.
-      pad: largest shift in pixels.
+      x: images, larger than ``pad``.
+      flip: whether each image is mirrored, left and right, with probability 1/2.
+      pad: largest shift in pixels; each image is shifted uniformly.
 
     Raises:
-      ValueError: a negative pad, or one that the pictures are too small to reflect.
+      ValueError: a negative pad, or one not below the images' height and width.
     """
     _, height, width, _ = x.shape
     if not 0 <= pad < min(height, width):
@@ -35,8 +33,8 @@ def augment(
     padded = jnp.pad(x, border, mode="reflect")
     corners = jax.random.randint(key_shift, (len(x), 2), 0, 2 * pad + 1)
 
-    def crop(picture, corner):
+    def crop(image, corner):
         start = (corner[0], corner[1], 0)
-        return lax.dynamic_slice(picture, start, (height, width, picture.shape[-1]))
+        return lax.dynamic_slice(image, start, (height, width, image.shape[-1]))
 
     return jax.vmap(crop)(padded, corners)

@@ -12,8 +12,10 @@ from jax.sharding import PartitionSpec as P
 from jaxpapers import hlo
 from jaxpapers.ops import search
 from jaxpapers.ops.behaviour_tree import build_ubt, ubt_query
+from tests.programs import together
 
 B, T = 5, 40
+matrix = pytest.mark.matrix
 
 
 def drawn(seed=0, batch=B, length=T, levels=7):
@@ -41,49 +43,55 @@ def newest(cats, mask, target, k):
     return result
 
 
-@pytest.mark.parametrize("k", [1, 6, T, T + 3])
-@pytest.mark.parametrize("options", [{}, {"chunk": 8}, {"chunk": 7}])
-def test_topk_is_brute_force(k, options):
+@pytest.mark.parametrize(
+    "options",
+    [{"chunk": 7}, *(pytest.param(o, marks=matrix) for o in ({}, {"chunk": 8}))],
+)
+def test_topk_is_brute_force(options):
+    """Also of negative scores, which must win over padding, and of other dtypes.
+
+    The peer multiplies scores of padding to 0, which then outranks real items.
+    """
     scores, mask = drawn()
     scores[:, 3] = -0.0  # Equal to 0.0.
-    found = search.topk_masked(jnp.array(scores), jnp.array(mask), k, **options)
-    expected = brute(scores, mask, k)
-    np.testing.assert_array_equal(found.idx, expected)
-    np.testing.assert_array_equal(found.valid, expected >= 0)
-    best = np.take_along_axis(scores, np.maximum(expected, 0), 1)
-    np.testing.assert_array_equal(found.values, np.where(expected >= 0, best, -np.inf))
+    sizes = 1, 6, T, T + 3
+    dtypes = jnp.int32, jnp.bfloat16
+    negative = -1 - np.abs(scores)
+
+    def check(scores, negative, mask):
+        return (
+            {k: search.topk_masked(scores, mask, k, **options) for k in sizes},
+            search.topk_masked(negative, mask, 4, **options),
+            [search.topk_masked(scores.astype(t), mask, 6, **options) for t in dtypes],
+        )
+
+    by_size, below_zero, by_dtype = together(check, scores, negative, mask)
+    for k, found in by_size.items():
+        expected = brute(scores, mask, k)
+        np.testing.assert_array_equal(found.idx, expected)
+        np.testing.assert_array_equal(found.valid, expected >= 0)
+        best = np.take_along_axis(scores, np.maximum(expected, 0), 1)
+        best = np.where(expected >= 0, best, -np.inf)
+        np.testing.assert_array_equal(found.values, best)
+    np.testing.assert_array_equal(below_zero.idx, brute(negative, mask, 4))
+    for dtype, found in zip(dtypes, by_dtype):
+        np.testing.assert_array_equal(found.idx, brute(scores, mask, 6))
+        assert found.values.dtype == dtype
 
 
 def test_approximate_topk_is_exact_on_cpu():
     _, mask = drawn()
-    scores = (
-        np.random.default_rng(0).permutation(B * T).reshape(B, T).astype(np.float32)
-    )
-    for k in (3, T + 3):
-        args = jnp.array(scores), jnp.array(mask), k
-        np.testing.assert_array_equal(
-            search.topk_masked(*args, recall=0.9).idx, brute(scores, mask, k)
-        )
-    text = jax.jit(lambda s, m: search.topk_masked(s, m, 3, recall=0.9)).lower(
-        *args[:2]
-    )
-    assert "ApproxTopK" in text.as_text() or "approx" in text.as_text().lower()
+    scores = np.random.default_rng(0).permutation(B * T).reshape(B, T)
+    scores = scores.astype(np.float32)
+    sizes = 3, T + 3
 
+    def check(scores, mask):
+        return [search.topk_masked(scores, mask, k, recall=0.9).idx for k in sizes]
 
-def test_negative_scores_win_over_padding():
-    """The peer multiplies scores of padding to 0, which then outranks real items."""
-    scores, mask = drawn()
-    found = search.topk_masked(jnp.array(-1 - np.abs(scores)), jnp.array(mask), 4)
-    np.testing.assert_array_equal(found.valid.sum(1), np.minimum(mask.sum(1), 4))
-    assert (np.asarray(found.idx) < mask.sum(1)[:, None]).all()
-
-
-@pytest.mark.parametrize("dtype", [jnp.int32, jnp.bfloat16])
-def test_topk_of_other_dtypes(dtype):
-    scores, mask = drawn()
-    found = search.topk_masked(jnp.array(scores, dtype), jnp.array(mask), 6, chunk=8)
-    np.testing.assert_array_equal(found.idx, brute(scores, mask, 6))
-    assert found.values.dtype == dtype
+    for k, idx in zip(sizes, together(check, scores, mask)):
+        np.testing.assert_array_equal(idx, brute(scores, mask, k))
+    text = jax.jit(check).lower(scores, mask).as_text()
+    assert "ApproxTopK" in text or "approx" in text.lower()
 
 
 @functools.cache
@@ -103,18 +111,23 @@ def sharded(shards, k, length):
     return mesh, jax.jit(run)
 
 
-@pytest.mark.parametrize("shards", [1, 2, 4, 8])
-@pytest.mark.parametrize("k", [3, 12])
+@pytest.mark.parametrize(
+    "shards, k",
+    [(8, 12), *(pytest.param(s, k, marks=matrix) for s in (1, 2, 4, 8) for k in (3, 12)
+                if (s, k) != (8, 12))],
+)  # fmt: skip
 def test_topk_of_split_sequences(shards, k):
     """Also where a shard holds fewer than k positions, and the same on all shards."""
     scores, mask = drawn(1)
     ids = np.where(mask, np.arange(T, dtype=np.int32), -1)
     _, run = sharded(shards, k, T)
     found = run(scores, ids)
-    expected = search.topk_masked(jnp.array(scores), jnp.array(mask), k)
-    for got, want in zip(found, expected):
+    expected = brute(scores, mask, k)
+    best = np.take_along_axis(scores, np.maximum(expected, 0), 1)
+    best = np.where(expected >= 0, best, -np.inf)
+    for got, want in zip(found, (expected, expected >= 0, best)):
         assert len(got) == shards
-        for one in got:
+        for one in np.asarray(got):
             np.testing.assert_array_equal(one, want)
 
 
@@ -127,23 +140,26 @@ def test_split_sequences_send_k_entries_per_shard():
     assert max(c.elements for c in found) <= 2 * B * 8 * k
 
 
-@pytest.mark.parametrize("sizes", [(4, 2), (2, 4), (1, 8)], ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [(2, 4), *(pytest.param(s, marks=matrix) for s in ((4, 2), (1, 8)))],
+    ids=str,
+)
 def test_sequences_are_split_under_a_mesh(sizes):
     """Pieces of a history on ``model``, of the batch on ``data``; odd ones are whole."""
-    mesh = jax.make_mesh(sizes, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    grid = jax.make_mesh(sizes, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     k = 6
-    scores, mask = (jnp.array(x.reshape(4, 2, T)) for x in drawn(2, batch=8))
-    expected = search.topk_masked(scores, mask, k)
-    want = search.topk_masked(scores[:3, :, :39], mask[:3, :, :39], k)
-    with jax.set_mesh(mesh):
+    scores, mask = drawn(2, batch=8)
+    expected, fewer = brute(scores, mask, k), brute(scores[:6, :39], mask[:6, :39], k)
+    scores, mask = (x.reshape(4, 2, T) for x in (scores, mask))
+    with jax.set_mesh(grid):
         find = jax.jit(search.topk_on_mesh, static_argnums=2)
         found = find(scores, mask, k)
         odd = find(scores[:3, :, :39], mask[:3, :, :39], k)
         text = find.lower(scores, mask, k).compile().as_text()
-    for got, one in zip(found, expected):
-        np.testing.assert_array_equal(got, one)
-    np.testing.assert_array_equal(odd.idx, want.idx)
-    kinds = {(c.kind, c.axes) for c in hlo.collectives(text, mesh)}
+    np.testing.assert_array_equal(found.idx, expected.reshape(4, 2, k))
+    np.testing.assert_array_equal(odd.idx, fewer.reshape(3, 2, k))
+    kinds = {(c.kind, c.axes) for c in hlo.collectives(text, grid)}
     assert ("all-gather", ("model",)) in kinds
 
 
@@ -168,46 +184,49 @@ def histories(user, item, cat, time, users=5):
     return (*arrays, np.arange(length)[None] < counts[:, None])
 
 
-@pytest.mark.parametrize("k", [1, 5, 200])
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(
+    "k, seed",
+    [(5, 0), *(pytest.param(*x, marks=matrix) for x in
+               ((1, 0), (200, 0), (1, 1), (5, 1), (200, 1)))],
+)  # fmt: skip
 def test_hard_search_is_brute_force_is_the_tree(k, seed):
     """Empty categories, an empty user, one behaviour, more than k, fewer than k."""
     item, cat, time, mask = histories(*log(seed))
     tree = build_ubt(*log(seed), users=5)
-    hard = jax.jit(search.hard_search, static_argnums=3)
-    query = jax.jit(ubt_query, static_argnums=3)
-    counts = []
+    targets = np.broadcast_to(np.arange(6, dtype=np.int32)[:, None], (6, 5))
+
+    def check(cat, mask, targets, tree):
+        hard = jax.vmap(lambda t: search.hard_search(cat, mask, t, k))(targets)
+        users = jnp.broadcast_to(jnp.arange(5), targets.shape)
+        return hard, ubt_query(tree, users, targets, k)
+
+    hard, asked = together(check, cat, mask, targets, tree)
     for target in range(6):
-        targets = np.full(5, target)
-        expected = newest(cat, mask, targets, k)
-        found = hard(jnp.array(cat), jnp.array(mask), jnp.array(targets), k)
-        np.testing.assert_array_equal(found.idx, expected)
-        np.testing.assert_array_equal(found.valid, expected >= 0)
-        asked = query(tree, jnp.arange(5), jnp.array(targets), k)
+        expected = newest(cat, mask, targets[target], k)
+        np.testing.assert_array_equal(hard.idx[target], expected)
+        np.testing.assert_array_equal(hard.valid[target], expected >= 0)
         for x, got in ((item, asked.items), (time, asked.times)):
             x = np.take_along_axis(x, np.maximum(expected, 0), 1)
-            np.testing.assert_array_equal(got, np.where(expected >= 0, x, 0))
-            np.testing.assert_array_equal(
-                search.take(jnp.array(x), found)[:, :0], got[:, :0]
-            )
-        np.testing.assert_array_equal(asked.valid, expected >= 0)
-        counts += found.valid.sum(1).tolist()
-    assert 0 in counts and 1 in counts and max(counts) == min(k, max(counts))
+            np.testing.assert_array_equal(got[target], np.where(expected >= 0, x, 0))
+        np.testing.assert_array_equal(asked.valid[target], expected >= 0)
+    counts = hard.valid.sum(-1)
+    assert counts.min() == 0 and (counts == 1).any()
+    assert counts.max() == min(k, counts.max())
 
 
 def test_many_candidates_of_each_user():
     _, cat, _, mask = histories(*log())
-    targets = jnp.arange(15).reshape(5, 3) % 6
-    wide = jnp.broadcast_to(cat[:, None], (5, 3, cat.shape[1]))
-    found = search.hard_search(
-        wide, jnp.broadcast_to(mask[:, None], wide.shape), targets, 4
-    )
-    tree = build_ubt(*log())
-    asked = ubt_query(
-        tree, jnp.broadcast_to(jnp.arange(5)[:, None], (5, 3)), targets, 4
-    )
+    targets = np.arange(15, dtype=np.int32).reshape(5, 3) % 6
+
+    def check(cat, mask, targets, tree):
+        shape = (5, 3, cat.shape[1])
+        wide = (jnp.broadcast_to(x[:, None], shape) for x in (cat, mask))
+        users = jnp.broadcast_to(jnp.arange(5)[:, None], (5, 3))
+        return search.hard_search(*wide, targets, 4), ubt_query(tree, users, targets, 4)
+
+    found, asked = together(check, cat, mask, targets, build_ubt(*log()))
     for n in range(3):
-        one = newest(cat, mask, np.asarray(targets[:, n]), 4)
+        one = newest(cat, mask, targets[:, n], 4)
         np.testing.assert_array_equal(found.idx[:, n], one)
     np.testing.assert_array_equal(asked.valid, found.valid)
 
@@ -220,20 +239,17 @@ def test_order_within_equal_times_is_the_only_freedom():
         build_ubt(*(x[order] for x in (user, item, cat, time)))
         for order in (slice(None), shuffled, rng.permutation(len(time)))
     ]
-    query = jax.jit(ubt_query, static_argnums=3)
-    differ = []
-    for u in range(5):
-        for c in range(4):
-            asked = [
-                jax.tree.map(np.asarray, query(t, jnp.array(u), jnp.array(c), 3))
-                for t in trees
-            ]
-            for other in asked[1:]:
-                np.testing.assert_array_equal(asked[0].times, other.times)
-                sure = asked[0].times > asked[0].times[2]  # No tie at the border.
-                assert set(asked[0].items[sure]) == set(other.items[sure])
-                differ.append((asked[0].items != other.items).any())
-    assert any(differ)  # There were ties.
+    users, cats = (x.astype(np.int32) for x in np.indices((5, 4)))
+    first, *others = together(
+        lambda trees, u, c: [ubt_query(t, u, c, 3) for t in trees], trees, users, cats
+    )
+    for other in others:
+        np.testing.assert_array_equal(first.times, other.times)
+        sure = first.times > first.times[..., 2:]  # No tie at the border.
+        for a, b, at in zip(*(x.reshape(20, 3) for x in
+                              (first.items, other.items, sure))):  # fmt: skip
+            assert set(a[at]) == set(b[at])
+    assert any((first.items != o.items).any() for o in others)  # There were ties.
 
 
 def test_the_trees_query_costs_the_same_for_long_histories():
@@ -242,8 +258,7 @@ def test_the_trees_query_costs_the_same_for_long_histories():
             np.zeros(length, int), np.arange(length), np.arange(length) % 30,
             np.arange(length),
         )  # fmt: skip
-        ids = jnp.zeros(8, jnp.int32)
-        tree = jax.tree.map(jnp.asarray, tree)
+        ids = np.zeros(8, np.int32)
         query = jax.jit(ubt_query, static_argnums=3)
         compiled = query.lower(tree, ids, ids, 200).compile()
         analysis = compiled.cost_analysis()
@@ -258,14 +273,23 @@ def test_the_trees_query_costs_the_same_for_long_histories():
 
 def test_an_empty_tree_and_unknown_users():
     tree = build_ubt([], [], [], [], users=3)
-    ids = jnp.array([0, 2, 3, -1])
-    assert not np.asarray(ubt_query(tree, ids, ids, 2).valid).any()
-    tree = build_ubt([0, 0], [5, 6], [1, 1], [1, 2])
-    asked = ubt_query(tree, jnp.array([0, 1, -1]), jnp.array([1, 1, 1]), 3)
-    np.testing.assert_array_equal(asked.items, [[6, 5, 0], [0, 0, 0], [0, 0, 0]])
+    other = build_ubt([0, 0], [5, 6], [1, 1], [1, 2])
+
+    def check(tree, other):
+        ids = jnp.array([0, 2, 3, -1])
+        users, cats = jnp.array([0, 1, -1]), jnp.array([1, 1, 1])
+        return ubt_query(tree, ids, ids, 2).valid, ubt_query(
+            other, users, cats, 3
+        ).items
+
+    valid, items = together(check, tree, other)
+    assert not valid.any()
+    np.testing.assert_array_equal(items, [[6, 5, 0], [0, 0, 0], [0, 0, 0]])
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 16, 40, 1024])
+@pytest.mark.parametrize(
+    "chunk", [7, *(pytest.param(c, marks=matrix) for c in (1, 16, 40, 1024))]
+)
 def test_soft_search_is_topk_of_the_products(chunk):
     rng = np.random.default_rng(0)
     items, cats = rng.integers(-3, 4, (30, 4)), rng.integers(-3, 4, (6, 4))
@@ -275,11 +299,15 @@ def test_soft_search_is_topk_of_the_products(chunk):
     lengths = mask.sum(1)
     mask = mask & (ids != 0)
     scores = np.einsum("bth,bh->bt", items[ids] + cats[cat], query)
-    find = jax.jit(functools.partial(search.soft_search, k=6, chunk=chunk))
-    tables = jnp.array(items, jnp.bfloat16), search.pack(jnp.array(cats, jnp.float32))
-    found = find(
-        tuple(zip(tables, (jnp.array(ids), jnp.array(cat)))),
-        jnp.array(lengths), jnp.array(query, jnp.float32),
+
+    def check(items, cats, ids, cat, lengths, query):
+        tables = items.astype(jnp.bfloat16), search.pack(cats)
+        parts = tuple(zip(tables, (ids, cat)))
+        return search.soft_search(parts, lengths, query, 6, chunk=chunk)
+
+    found = together(
+        check, *(x.astype(np.float32) for x in (items, cats)), ids, cat, lengths,
+        query.astype(np.float32),
     )  # fmt: skip
     expected = brute(scores, mask, 6)
     np.testing.assert_array_equal(found.idx, expected)
@@ -312,15 +340,18 @@ def test_soft_search_of_long_histories_keeps_no_vectors():
 
 
 def test_buckets_are_exact_at_every_power_of_two():
-    for power in range(1, 31):
-        edge = (1 << power) - 1
-        got = search.time_bucket(jnp.array([edge - 1, edge, edge + 1]))
-        low, high = min(power - 1, 25), min(power, 25)
-        first = low if power > 1 else 0
-        assert got.tolist() == [first, high, 1 if power == 1 else high], power
-    days = search.time_bucket(jnp.array([86_399, 86_400, 3 * 86_400]), unit=86_400)
-    assert days.tolist() == [0, 1, 2]
-    assert search.time_bucket(jnp.array([2**31 - 1]), buckets=40).tolist() == [31]
+    edges = (1 << np.arange(1, 31)) - 1
+
+    def check(gaps):
+        days = search.time_bucket(jnp.array([86_399, 86_400, 3 * 86_400]), unit=86_400)
+        largest = search.time_bucket(jnp.array([2**31 - 1]), buckets=40)
+        return search.time_bucket(gaps), days, largest
+
+    gaps = (edges[:, None] + np.array([-1, 0, 1])).astype(np.int32)
+    found, days, largest = together(check, gaps)
+    expected = np.minimum(np.floor(np.log2(1.0 + gaps)), 25)
+    np.testing.assert_array_equal(found, expected)
+    assert days.tolist() == [0, 1, 2] and largest.tolist() == [31]
 
 
 @pytest.mark.parametrize(
