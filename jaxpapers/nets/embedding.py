@@ -1,8 +1,8 @@
-"""Embedding tables: one row per id, rows over the mesh axis ``model``.
+"""Embedding tables: one row per id, rows split over the mesh axis ``model``.
 
-Ids: 0 is padding, whose row is zero and gets no gradient; 1 stands for every id that is
-out of range (never the nearest row, which would be another item's); what a model knows
-starts at 2. See ``ops.rows`` for what crosses devices.
+Id 0 is padding, whose row is zero and gets no gradient. Id 1 is out of vocabulary: every
+id out of range reads its row, never the nearest one, which belongs to another item. The
+vocabulary starts at 2. See ``ops.rows`` for the communication between devices.
 """
 
 import math
@@ -26,11 +26,11 @@ RULES = ((r"(^|/)tables/", P("model", None)),)
 
 
 def padded_rows(vocab: int, multiple: int = 128) -> int:
-    """Rows to allocate so that they divide over a mesh axis.
+    """Number of rows of a table, such that they divide over a mesh axis.
 
     Args:
-      vocab: ids, 0 and 1 included.
-      multiple: of the axis' size; the default serves all axes of 2, 4, .. 128.
+      vocab: number of ids, 0 and 1 included.
+      multiple: of the axis size; the default divides over axes of 2, 4, .., 128.
 
     Raises:
       ValueError: a vocabulary without the two reserved ids, or a multiple below 1.
@@ -50,7 +50,7 @@ def padded_rows(vocab: int, multiple: int = 128) -> int:
 def normal(
     key: Key[Array, ""], count: int, width: int, std: float = 0.01
 ) -> Float[Array, "V D"]:
-    """A table drawn from a normal distribution, its row 0 zero.
+    """A table of normal values, with zeros in row 0.
 
     Args:
       key: of the draws.
@@ -63,7 +63,7 @@ def normal(
 
 
 def glorot(key: Key[Array, ""], count: int, width: int) -> Float[Array, "V D"]:
-    """A table drawn uniformly within sqrt(6 / (V + D)), its row 0 zero."""
+    """A table of values uniform within sqrt(6 / (V + D)), with zeros in row 0."""
     bound = math.sqrt(6 / (count + width))
     table = jax.random.uniform(key, (count, width), minval=-bound, maxval=bound)
     return table.at[PADDING].set(0.0)
@@ -75,10 +75,10 @@ def lookup(
     """Embeddings of ids; zeros, without gradient, for padding.
 
     Args:
-      table: a whole table, or the rows of it that a batch uses (see
-        ``method.tables.row_gradient``): models read both alike.
-      ids: out-of-range ones read row 1. A table with more rows than its vocabulary needs
-        ``resolve`` before, or reads rows that nothing trains.
+      table: a whole table, or the rows of it that a batch reads, see
+        ``method.tables.row_gradient``.
+      ids: those out of range read row 1. If the table is padded beyond its vocabulary,
+        call ``resolve`` first: the added rows are never trained.
 
     Example:
       >>> table = jnp.arange(8.0).reshape(4, 2)
@@ -88,21 +88,21 @@ def lookup(
     if isinstance(table, Rows):
         return rows.select(table, ids)
     ids = resolve(ids, table.shape[0])
-    # Zeros for -1: padding is neither read nor written by the gradient.
+    # -1 reads zeros and gets no gradient.
     return rows.gather(table, jnp.where(ids == PADDING, -1, ids))
 
 
 def hash_ids(
     ids: Int[Array, "*shape"], buckets: int, seed: int = 0
 ) -> Int[Array, "*shape"]:
-    """Ids of an open vocabulary as ids 2 .. buckets + 1; padding stays 0.
+    """Hashes the ids of an open vocabulary to 2 .. buckets + 1; padding stays 0.
 
-    The same on every machine and version: the finaliser of MurmurHash3 on 32 bits.
+    The hash is the 32-bit finaliser of MurmurHash3, the same on every machine.
 
     Args:
       ids: any int32, e.g. raw ids of a log.
-      buckets: number of rows to share; the table has ``buckets + 2``.
-      seed: another one gives independent collisions.
+      buckets: number of rows that the ids share; the table has ``buckets + 2``.
+      seed: collisions of different seeds are independent.
 
     Raises:
       ValueError: fewer buckets than 1.

@@ -1,20 +1,21 @@
-r"""Gated recurrent layers over time, plain and steered by attention.
+r"""Gated recurrent layers over time, plain and with attention in the update gate.
 
-One scan serves all variants. The products with the inputs are taken for all steps at
-once, so a step is one product with the state. With gate columns in the order reset,
-update, candidate and u the *write* gate (DIEN, arXiv 1809.03672, eq 2-5):
+One scan serves all variants. The products with the inputs are computed for all steps at
+once, so that a step is one product with the state. Gate columns are in the order reset,
+update, candidate; u is the gate that *writes* (DIEN, arXiv 1809.03672, eq 2-5):
 
 $$ r = \sigma(W^r x + U^r h), \quad u = \sigma(W^u x + U^u h), \quad
    c = \tanh(W^h x + r \odot (U^h h)), \quad h \leftarrow h + w \odot (c - h) $$
 
-Variants differ in the strength w of the write, a being the attention of the step: ``gru``
-and ``aigru`` w = u (``aigru`` scales x by a, eq 9), ``agru`` w = a (eq 10), ``augru``
-w = a u (eq 11-12). ``augru_released`` is the cell of the authors' code: there u keeps,
-w = 1 - (1 - a) u, and the reset gate multiplies h before its product.
+With a the attention of the step, the variants have the write strength w = u in ``gru``
+and ``aigru`` (which scales x by a, eq 9), w = a in ``agru`` (eq 10) and w = a u in
+``augru`` (eq 11-12). ``augru_released`` is the cell of the authors' code, where u keeps
+the state, w = 1 - (1 - a) u, and the reset gate multiplies h before its product.
 
-The backward pass is written out, so that the gradient of U is one product over all steps
-after its scan: summed step by step, it would be a collective in every step when the batch
-is split over devices. (There is no forward-mode derivative, ``augru_released`` apart.)
+The backward pass is a custom one, which computes the gradient of U as one product over
+all steps after its scan: summed step by step, it would need a collective in every step
+when the batch is split over devices. Only ``augru_released`` has forward-mode
+derivatives.
 
 Parameters: ``input`` and ``hidden``, each of kernel (I or H, 3 H) and bias (3 H).
 """
@@ -46,7 +47,8 @@ def init(
       inputs: I.
       hidden: H.
       reset_bias: of the reset gate.
-      update_bias: of the write gate; -1 is the released code's 1 for a gate that keeps.
+      update_bias: of the update gate; -1 corresponds to the released code's 1 of a gate
+        that keeps the state.
 
     Raises:
       ValueError: a size below 1.
@@ -82,7 +84,7 @@ def gru_scan(
       options: ``unroll``, ``chunk``, ``dtype`` of ``augru_scan``.
 
     Returns:
-      The states of all steps, and the one after the last step.
+      The states of all steps, and the last state.
     """
     return augru_scan(params, x, None, mask, "gru", h0, **options)
 
@@ -99,25 +101,24 @@ def augru_scan(
     chunk: int = 0,
     dtype: Any = None,
 ) -> tuple[Float[Array, "*batch T H"], Float[Array, "*batch H"]]:
-    """A recurrent layer of which attention scales the writes.
+    """A recurrent layer whose update gate attention scales.
 
     Args:
       params: see ``init``.
-      x: inputs. Leading axes of size 1 are shared: N candidates of one history are x
-        (B, 1, T, I) and att (B, N, T), and the inputs' products are taken once.
-      att: (.., T), attention, usually a softmax over the steps; None for "gru", which
-        ignores it.
+      x: inputs. Leading axes of size 1 are shared: for N candidates of one history, with
+        x (B, 1, T, I) and att (B, N, T), the products with x are computed once.
+      att: (.., T), attention, usually a softmax over the steps; None for "gru".
       mask: (.., T), False at steps that copy the state; their output is zero.
-      variant: of ``VARIANTS``.
+      variant: one of ``VARIANTS``.
       h0: first state; None: zeros.
-      unroll: steps per iteration of the compiled loop; on CPUs 1 is fastest, more may
-        help where starting a step costs more than the step.
-      chunk: steps after which the state is kept for the backward pass; all between are
-        computed again. 0: the states of all steps are kept.
-      dtype: of the products with the inputs, e.g. bfloat16, summed in float32.
+      unroll: steps per iteration of the compiled loop; on CPUs 1 is fastest, larger
+        values help where the overhead of an iteration exceeds the work of a step.
+      chunk: steps between the states stored for the backward pass, which computes those
+        in between again; 0: all states are stored.
+      dtype: of the products with the inputs, e.g. bfloat16, accumulated in float32.
 
     Returns:
-      The states of all steps, and the one after the last step.
+      The states of all steps, and the last state.
 
     Raises:
       ValueError: unknown variant, a variant without its attention, sizes that do not
@@ -168,7 +169,7 @@ def augru_scan(
 
 
 def _project(params, x, a, dtype):
-    """Products with the inputs, all biases but the candidate's hidden one in them."""
+    """Products with the inputs plus all biases but the candidate's hidden one."""
     kernel, bias = params["input"]["kernel"], params["hidden"]["bias"]
     hidden = kernel.shape[1] // 3
     gates = matmul(x, kernel, dtype)
@@ -180,12 +181,12 @@ def _project(params, x, a, dtype):
 
 
 def _in_chunks(part, h, steps, chunk):
-    """``part`` on pieces of the time axis, each computed again in the backward pass."""
+    """``part`` of pieces of the time axis; the backward pass computes each again."""
     count = steps[2].shape[0]
     pieces = -(-count // chunk)
 
     def cut(x):
-        # Zero strength: the added steps copy the state.
+        # With zero strength the added steps copy the state.
         x = jnp.pad(x, [(0, pieces * chunk - count)] + [(0, 0)] * (x.ndim - 1))
         return x.reshape(pieces, chunk, *x.shape[1:])
 
@@ -199,7 +200,7 @@ def _in_chunks(part, h, steps, chunk):
 
 
 def _gates(kernel, bias, gates, h):
-    """Write, candidate, reset, and the part of the candidate that reset scales."""
+    """Update gate, candidate, reset gate, and the candidate's part that reset scales."""
     reset, update, candidate = jnp.split(gates, 3, -1)
     from_reset, from_update, from_state = jnp.split(matmul(h, kernel), 3, -1)
     reset = jax.nn.sigmoid(reset + from_reset)
@@ -210,7 +211,7 @@ def _gates(kernel, bias, gates, h):
 
 
 def _scan(cell, unroll, h, steps):
-    """States of all steps, and what else the cell gives."""
+    """States of all steps, and the residuals of the backward pass."""
 
     def body(h, step):
         gates, offset, scale = step
@@ -239,7 +240,7 @@ def _recur_forward(unroll, kernel, bias, gates, offset, scale, h0):
         return _gates(kernel, bias, gates, h)
 
     states, steps = _scan(cell, unroll, h0, (gates, offset, scale))
-    # Of the gates only the shape is needed.
+    # The backward pass needs only the shape of the gates.
     shape = jnp.zeros((0, *gates.shape), gates.dtype)
     return states, (kernel, steps, offset, scale, shape)
 
@@ -313,8 +314,8 @@ def _check(params, x, att, mask, variant, unroll, chunk):
         raise ValueError(f"variant must be one of {VARIANTS}, got {variant!r}")
     if variant != "gru" and att is None:
         raise ValueError(
-            f"variant {variant!r} needs attention (.., T), got None; pass att, or take "
-            "variant 'gru'"
+            f"variant {variant!r} needs attention (.., T), got att=None; pass att, or "
+            "use variant 'gru'"
         )
     inputs, columns = params["input"]["kernel"].shape
     hidden = params["hidden"]["kernel"].shape

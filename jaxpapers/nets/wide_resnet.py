@@ -1,9 +1,9 @@
-"""Wide residual networks whose convolutions and normalisations are separate trees.
+"""Wide residual networks with convolutions and normalisations in separate trees.
 
 Zagoruyko and Komodakis, "Wide Residual Networks", arXiv 1605.07146: three groups of
-pre-activation blocks, widths k, 2 k and 4 k times a base. Two nets may share ``convs``
-and keep their own ``norms``, ``last`` and ``linear``; ``State`` carries the moving
-statistics of the latter.
+pre-activation blocks, of k, 2 k and 4 k times the stem's channels. Two nets can share
+``convs``, each with its own ``norms``, ``last`` and ``linear``, and with its own moving
+statistics.
 """
 
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ EPS = 1e-5
 
 
 class Block(NamedTuple):
-    """A residual block: channels in and out, stride of its first convolution."""
+    """A residual block: input and output channels, stride of its first convolution."""
 
     fan_in: int
     fan_out: int
@@ -29,14 +29,14 @@ class Block(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """Moving mean and variance of a batch normalisation, per channel."""
+    """Moving mean and variance of a batch normalisation, (C,) each."""
 
     mean: Any
     var: Any
 
 
 def blocks(base: int, width: int, counts: tuple[int, ...]) -> dict[str, Block]:
-    """Blocks by name, in order: ``counts[g]`` of them in group g.
+    """Blocks by name, in order, ``counts[g]`` of them in group g.
 
     Args:
       base: channels of the stem.
@@ -69,7 +69,7 @@ def conv_kernel(
 
 
 def init_convs(key: Key[Array, ""], layout: Mapping[str, Block]) -> dict:
-    """Kernels of the blocks: two 3 x 3 ones, and a shortcut where channels change."""
+    """Kernels of the blocks: two of 3 x 3, and a 1 x 1 shortcut where channels change."""
     convs = {}
     for block_key, (name, b) in zip(jax.random.split(key, len(layout)), layout.items()):
         first, second, third = jax.random.split(block_key, 3)
@@ -88,9 +88,9 @@ def init_top(
     layout: Mapping[str, Block],
     classes: int,
 ) -> dict:
-    """Norms of the blocks, the last norm and the linear map to the classes.
+    """``norms`` of the blocks, the ``last`` norm, and ``linear``, to the classes.
 
-    Scales are drawn uniformly from [0, 1), as in the code that Rocket Launching used.
+    Scales are uniform in [0, 1), as in the code of Rocket Launching.
 
     Args:
       key: of the norms.
@@ -117,7 +117,7 @@ def init_top(
 
 
 def statistics(params: dict) -> dict:
-    """First moving statistics of ``norms`` and ``last``."""
+    """Initial moving statistics of ``norms`` and ``last``: mean 0, variance 1."""
 
     def start(norm):
         return Moments(jnp.zeros_like(norm["bias"]), jnp.ones_like(norm["bias"]))
@@ -132,7 +132,7 @@ def statistics(params: dict) -> dict:
 def conv(
     x: Float[Array, "B H W I"], kernel: Float[Array, "S S I O"], stride: int = 1
 ) -> Float[Array, "B _ _ O"]:
-    """Convolution with the padding that keeps the size at stride 1."""
+    """Convolution, padded such that stride 1 keeps height and width."""
     pad = kernel.shape[0] // 2
     return lax.conv_general_dilated(
         x, kernel, (stride, stride), ((pad, pad), (pad, pad)),
@@ -148,21 +148,24 @@ def batch_norm(
     train: bool,
     mask: Bool[Array, " B"] | None = None,
 ) -> tuple[Float[Array, "B H W C"], Moments]:
-    """Batch normalisation over rows and places; the moving variance is the unbiased one.
+    """Batch normalisation over rows and pixels, with the unbiased moving variance.
 
     Args:
       params: scale and bias.
       moments: moving statistics.
       x: input.
-      train: statistics of the batch, which under ``jax.jit`` is the global one.
-      mask: False at rows that count nowhere.
+      train: use the batch's statistics; under ``jax.jit`` the batch is the global one.
+      mask: False at rows to leave out of the statistics.
+
+    Returns:
+      The normalised input, and the new moving statistics.
     """
     if train:
-        seen = jnp.ones(len(x)) if mask is None else mask.astype(jnp.float32)
-        seen = seen[:, None, None, None]
-        count = jnp.maximum(seen.sum() * x.shape[1] * x.shape[2], 1)
-        mean = (x * seen).sum((0, 1, 2)) / count
-        var = (jnp.square(x - channels(mean, x)) * seen).sum((0, 1, 2)) / count
+        kept = jnp.ones(len(x)) if mask is None else mask.astype(jnp.float32)
+        kept = kept[:, None, None, None]
+        count = jnp.maximum(kept.sum() * x.shape[1] * x.shape[2], 1)
+        mean = (x * kept).sum((0, 1, 2)) / count
+        var = (jnp.square(x - channels(mean, x)) * kept).sum((0, 1, 2)) / count
         unbiased = var * count / jnp.maximum(count - 1, 1)
         moved = (mean, unbiased)
         moments = Moments(
@@ -186,20 +189,23 @@ def apply(
     key: Key[Array, ""] | None = None,
     dropout: Mapping[str, float] | None = None,
 ) -> tuple[Float[Array, "B classes"], Float[Array, "B F"], dict]:
-    """Logits of what the stem gave.
+    """Logits from the stem's output.
 
     Args:
-      params: convs, norms, last, linear; ``convs`` may hold more blocks than the layout.
+      params: convs, norms, last, linear; ``convs`` may have more blocks than the layout.
       state: see ``statistics``.
       x: output of the stem.
       layout: see ``blocks``.
-      train: statistics of the batch, dropout.
+      train: whether to use the batch's statistics, and dropout.
       mask: see ``batch_norm``.
       key: of the dropout.
-      dropout: rate between the convolutions of the named blocks.
+      dropout: block -> rate, between its convolutions.
 
     Returns:
-      Logits, the pooled features below them, and the statistics to use next.
+      Logits, the pooled features below them, and the new statistics.
+
+    Raises:
+      ValueError: dropout without a key.
     """
     norms = {}
 

@@ -1,7 +1,7 @@
 """The user behaviour tree of SIM: user -> category -> behaviours, in flat arrays.
 
-arXiv 2006.05639, 3.2: what ``ops.search.hard_search`` finds by reading a history, the
-index finds in a time that does not depend on its length.
+arXiv 2006.05639, section 3.2: an index for ``ops.search.hard_search`` whose queries take
+time independent of the length of the history.
 """
 
 from typing import Any, NamedTuple
@@ -34,7 +34,7 @@ class BehaviourTree(NamedTuple):
 
 
 class Behaviours(NamedTuple):
-    """Behaviours of one category, newest first; zeros in empty places.
+    """Behaviours of one category, newest first; zeros in empty slots.
 
     Attributes:
       items: int32 (.., K).
@@ -50,21 +50,21 @@ class Behaviours(NamedTuple):
 def build_ubt(
     user: Any, item: Any, cat: Any, time: Any, *, users: int = 0, cats: int = 0
 ) -> BehaviourTree:
-    """Builds the user behaviour tree from a log, on the host.
+    """Builds the user behaviour tree of a log, on the host.
 
-    Rows may come in any order: they are sorted by user, category and time. Rows of equal
-    time keep their order, the later one counts as newer, as in ``hard_search``.
+    Rows may be in any order: they are sorted by user, category and time. Of equal times
+    the later row is newer, as in ``hard_search``.
 
     Args:
       user: (N), 0 .. users - 1.
       item: (N).
       cat: (N), categories of the items, 0 .. cats - 1.
       time: (N), e.g. unix seconds.
-      users: their number; 0: the largest id + 1.
+      users: number of users; 0: the largest id + 1.
       cats: number of categories; 0: not checked.
 
     Returns:
-      Arrays of numpy, to put on a device or to save.
+      NumPy arrays.
 
     Raises:
       ValueError: lengths that differ, ids out of range, more than 2^31 - 1 rows, or times
@@ -112,14 +112,14 @@ def ubt_query(
 ) -> Behaviours:
     """The k most recent behaviours of users in categories: ``hard_search`` by index.
 
-    A binary search among the user's categories, then one slice: the cost does not depend
-    on how long histories are.
+    A binary search among the user's categories, then one slice, at a cost independent of
+    the length of the history.
 
     Args:
       ubt: see ``build_ubt``.
-      user: an unknown one has no behaviours.
-      cat: of the candidates.
-      k: results.
+      user: unknown users have no behaviours.
+      cat: categories of the candidates.
+      k: slots of the result.
 
     Raises:
       ValueError: k below 1.

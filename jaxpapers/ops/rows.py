@@ -1,11 +1,11 @@
-"""Rows of tables whose rows lie over the mesh axis ``model``: read, add to, replace.
+"""Reading, adding to and replacing rows of tables split over the mesh axis ``model``.
 
-A table is (V, D) with the PartitionSpec ``P("model", None)``. Every function here works
-on plain arrays too. Inside ``jax.jit`` under a mesh with Auto axes they run under
-``jax.shard_map``: a shard reads and writes the rows it owns, so that what crosses devices
-is as large as the batch, never as the table, forward or backward.
+A table is (V, D) with the PartitionSpec ``P("model", None)``, or a plain array. Inside
+``jax.jit`` under a mesh with Auto axes these functions run under ``jax.shard_map``: a
+shard reads and writes the rows that it owns, so that communication is proportional to the
+batch, never to the table, forward and backward.
 
-Conventions: row 0 is padding, row 1 stands for every id that is out of range.
+Row 0 is padding, row 1 out of vocabulary: every id out of range reads it.
 """
 
 import math
@@ -22,14 +22,14 @@ from jaxtyping import Array, Int, Shaped
 PADDING = 0
 OOV = 1
 FILL = int(np.iinfo(np.int32).max)
-"""Id of an empty place in ``Rows``: reads as zeros, is never written."""
+"""Id of an empty slot in ``Rows``: it reads zeros and is never written."""
 
 
 class Rows(NamedTuple):
-    """Some rows of a table: a sparse gradient, a sparse update, or the rows of a batch.
+    """Some rows of a table: a sparse gradient or update, or the rows that a batch reads.
 
     Attributes:
-      ids: int32 (U,), increasing, each row once; the rest is ``FILL``.
+      ids: int32 (U,), increasing and distinct, then ``FILL``.
       values: (U, D).
     """
 
@@ -43,11 +43,11 @@ def is_rows(x: Any) -> bool:
 
 
 def resolve(ids: Int[Array, "*shape"], vocab: int) -> Int[Array, "*shape"]:
-    """Ids below 0 or not below ``vocab`` become the out-of-vocabulary row 1.
+    """Replaces ids outside of 0 .. vocab - 1 by 1, the out-of-vocabulary row.
 
     Args:
-      ids: any.
-      vocab: number of ids, the rows 0 and 1 included.
+      ids: any integers.
+      vocab: number of ids, 0 and 1 included.
 
     Example:
       >>> resolve(jnp.array([0, 4, 5, -1]), 5).tolist()
@@ -57,14 +57,14 @@ def resolve(ids: Int[Array, "*shape"], vocab: int) -> Int[Array, "*shape"]:
 
 
 def unique(ids: Int[Array, "*shape"], vocab: int) -> Int[Array, " U"]:
-    """The distinct ids without padding, increasing, then ``FILL``.
+    """Distinct ids, increasing, without padding, then ``FILL``.
 
     Args:
-      ids: any; what is out of range counts as row 1.
+      ids: any; those out of range count as 1.
       vocab: rows of the table.
 
     Returns:
-      min(number of ids, vocab) places, on every device.
+      U = min(number of ids, vocab) slots, replicated over devices.
 
     Example:
       >>> ids = jax.jit(unique, static_argnums=1)(jnp.array([7, 3, 0, 7]), 100)
@@ -73,7 +73,7 @@ def unique(ids: Int[Array, "*shape"], vocab: int) -> Int[Array, " U"]:
     """
     flat = resolve(replicate(ids).reshape(-1), vocab)
     size = min(flat.size, vocab)
-    # Sorting is most of the work: of a small table the rows are marked instead.
+    # For small tables marking the rows is cheaper than sorting the ids.
     if vocab <= 4 * flat.size:
         seen = jnp.zeros((vocab,), bool).at[flat].set(True).at[PADDING].set(False)
         found = jnp.nonzero(seen, size=size, fill_value=FILL)[0]
@@ -85,9 +85,9 @@ def unique(ids: Int[Array, "*shape"], vocab: int) -> Int[Array, " U"]:
 
 
 def select(rows: Rows, ids: Int[Array, "*shape"]) -> Shaped[Array, "*shape D"]:
-    """Values of ids from the rows of a batch, as ``gather`` from the whole table.
+    """``gather`` of ids from the rows of a batch instead of the whole table.
 
-    An id that is not among the rows counts as row 1, and as zeros if that is not there.
+    An id that is not among the rows reads row 1, or zeros if that is not there either.
     """
     ids = resolve(ids, FILL)
     last = rows.ids.shape[0] - 1
@@ -106,10 +106,10 @@ def gather(
 ) -> Shaped[Array, "*shape D"]:
     """Rows of a table; zeros for ids outside of it.
 
-    Under a mesh each shard of the table gathers the rows it owns, and their sum over
-    ``model`` is exact: all other summands are zero. The leading axis of ``ids`` stays
-    split over ``data`` if it divides. The gradient gathers ids and cotangents over
-    ``data``, which are as large as the batch, and adds them up where the rows are.
+    Under a mesh each shard of the table gathers the rows that it owns, and a sum over
+    ``model`` combines them, exactly, as all other summands are zero. The leading axis of
+    ``ids`` stays split over ``data`` if it divides. The gradient gathers the batch's ids
+    and cotangents over ``data`` and adds them up on the shards that own the rows.
 
     Raises:
       ValueError: the rows do not divide over ``model``.
@@ -140,7 +140,7 @@ def _gather_forward(table, ids):
 
 
 def _gather_backward(saved, cotangent):
-    table, ids = saved  # Of the table only the shape is used.
+    table, ids = saved  # Only the table's shape is used.
     width = table.shape[1]
     return _zeros_plus(table, ids.reshape(-1), cotangent.reshape(-1, width)), None
 
@@ -148,26 +148,26 @@ def _gather_backward(saved, cotangent):
 def add(
     table: Shaped[Array, "V ..."], ids: Int[Array, " U"], values: Shaped[Array, "U ..."]
 ) -> Shaped[Array, "V ..."]:
-    """Adds to rows of a table; ids outside of it are left out, repeated ones add up."""
+    """Adds values to rows of a table; drops ids out of range, sums repeated ones."""
     return _write(table, ids, values, lambda at, x: at.add(x, mode="drop"))
 
 
 def put(
     table: Shaped[Array, "V ..."], ids: Int[Array, " U"], values: Shaped[Array, "U ..."]
 ) -> Shaped[Array, "V ..."]:
-    """Replaces rows of a table; ids outside of it are left out."""
+    """Replaces rows of a table; drops ids out of range."""
     return _write(table, ids, values, lambda at, x: at.set(x, mode="drop"))
 
 
 def take(
     table: Shaped[Array, "V ..."], ids: Int[Array, " U"]
 ) -> Shaped[Array, "U ..."]:
-    """``gather`` of any rank, with the same rows on every device; has no gradient."""
+    """``gather`` of tables of any rank, replicated over devices; not differentiable."""
     return _gather(table, ids, whole=True)
 
 
 def replicate(x: Array) -> Array:
-    """The same array on every device of the mesh, if there is one with Auto axes."""
+    """Replicates an array over the mesh, if there is one with Auto axes."""
     mesh = jax.sharding.get_abstract_mesh()
     if AxisType.Auto not in mesh.axis_types:
         return x
@@ -175,7 +175,7 @@ def replicate(x: Array) -> Array:
 
 
 def _axes(rows: int) -> tuple[set[str], int, tuple[str, ...]]:
-    """Auto axes to take part, shards of the table, axes of the batch."""
+    """Auto axes of the mesh, number of the table's shards, axes of the batch."""
     mesh = jax.sharding.get_abstract_mesh()
     kinds = dict(zip(mesh.axis_names, mesh.axis_types))
     auto = {n for n in ("replica", "data", "model") if kinds.get(n) == AxisType.Auto}
@@ -191,7 +191,7 @@ def _axes(rows: int) -> tuple[set[str], int, tuple[str, ...]]:
 
 
 def _read(table, ids, first):
-    """Rows [first, first + len) that are here, zeros for others."""
+    """The ids' rows in [first, first + len(table)), zeros for others."""
     place = _place(ids, first, table.shape[0])
     return table.at[place].get(mode="fill", fill_value=0)
 
@@ -216,7 +216,7 @@ def _write(table, ids, values, how):
 
 
 def _zeros_plus(table, ids, values):
-    """A table of zeros plus values at ids, each shard its own."""
+    """Values scattered to a table of zeros, shard by shard."""
     auto, shards, _ = _axes(table.shape[0])
 
     def local(ids, values):

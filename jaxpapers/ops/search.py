@@ -1,7 +1,7 @@
-"""Search in long histories: top-k under masks, by category, in chunks, over devices.
+"""Search in long histories: masked top-k, by category, in chunks, over devices.
 
-One rule for ties everywhere: the larger score, then the smaller index. Histories are in
-time order, oldest first. An empty place of a result has index -1.
+Everywhere ties are broken by the smaller index. Histories are in time order, oldest
+first. Empty slots of a result have index -1.
 """
 
 import math
@@ -19,12 +19,12 @@ from jaxpapers.ops import rows
 
 
 class Found(NamedTuple):
-    """What a search selected, best first; empty places come last.
+    """Results of a search, best first, then empty slots.
 
     Attributes:
-      idx: int32 (.., K), positions; -1: empty.
+      idx: int32 (.., K), positions; -1 in empty slots.
       valid: bool (.., K), idx >= 0.
-      values: (.., K), scores; -inf (or the least integer): empty.
+      values: (.., K), scores; -inf (or the least integer) in empty slots.
     """
 
     idx: Any
@@ -40,19 +40,20 @@ def topk_masked(
     chunk: int = 0,
     recall: float = 1.0,
 ) -> Found:
-    """The k best of the valid positions.
+    """The k largest scores among the valid positions.
 
-    Masked positions lose before the selection, so that a valid one with a negative score
-    is never replaced by padding.
+    Positions are masked before the selection, so that padding never outranks a valid
+    position with a negative score.
 
     Args:
-      scores: any order; a valid -inf counts as masked.
+      scores: any; a valid -inf counts as masked.
       mask: True where a position may be selected.
-      k: results; beyond the number of valid positions they are empty.
-      chunk: first the k best of every so many positions, then of those: exact, and sorts
-        shorter rows. 0: one ``lax.top_k``, on CPU 3 to 10 times faster.
-      recall: below 1 takes ``lax.approx_max_k`` with this target, which is approximate on
-        TPU only, and orders equal scores as it likes.
+      k: slots of the result.
+      chunk: positions of a chunk in a two-level selection, the k best of each chunk and
+        then of those: exact, with shorter sorts. 0: one ``lax.top_k``, on CPUs 3 to 10
+        times faster.
+      recall: below 1 uses ``lax.approx_max_k`` with this recall target, which is
+        approximate on TPUs only, and breaks ties in any order.
 
     Raises:
       ValueError: k below 1, a negative chunk, or a recall out of (0, 1].
@@ -92,7 +93,7 @@ def _two_level(scores, k, chunk):
     pad = [(0, 0)] * len(batch) + [(0, count * chunk - length)]
     scores = jnp.pad(scores, pad, constant_values=_least(scores.dtype))
     values, idx = lax.top_k(scores.reshape(*batch, count, chunk), min(k, chunk))
-    # In the order of chunks, equal scores stay in the order of their indices.
+    # Chunks are in order, so ties stay in the order of their indices.
     first = lax.broadcasted_iota(idx.dtype, idx.shape, len(batch)) * chunk
     values, place = lax.top_k(values.reshape(*batch, -1), k)
     idx = (first + idx).reshape(*batch, -1)
@@ -107,17 +108,16 @@ def topk_sharded(
     *,
     chunk: int = 0,
 ) -> Found:
-    """``topk_masked`` of a sequence that lies in pieces over a mesh axis.
+    """``topk_masked`` of a sequence split over a mesh axis, inside ``jax.shard_map``.
 
-    For the inside of a ``jax.shard_map``. Each shard sends its k best: M k entries cross
-    devices instead of T. Exact, ties included, if ids grow along the axis.
+    Each of the M shards sends its k best: M k entries are communicated instead of T. The
+    result is exact, ties included, if ids increase along the axis.
 
     Args:
       scores_local: of this shard's positions.
-      ids_local: what to return for them, e.g. their positions in the whole sequence; -1
-        where masked.
-      k: results.
-      axis_name: the axis.
+      ids_local: their ids, e.g. positions in the whole sequence; -1 where masked.
+      k: slots of the result.
+      axis_name: of the mesh.
       chunk: see ``topk_masked``.
 
     Returns:
@@ -145,10 +145,10 @@ def topk_on_mesh(
     *,
     chunk: int = 0,
 ) -> Found:
-    """``topk_masked`` of sequences in pieces over the mesh axis ``model``.
+    """``topk_masked`` of sequences split over the mesh axis ``model``.
 
-    Under ``jax.jit`` and a mesh with Auto axes each shard searches its piece and
-    ``topk_sharded`` joins them; without, or if T does not divide, it is ``topk_masked``.
+    Under ``jax.jit`` and a mesh with Auto axes this is ``topk_sharded``; without, or if T
+    does not divide, ``topk_masked``.
 
     Args:
       scores: the leading axis is the batch's.
@@ -181,10 +181,10 @@ def topk_on_mesh(
 def take(
     values: Shaped[Array, "*batch T"] | Shaped[Array, "*batch T D"], found: Found
 ) -> Shaped[Array, "..."]:
-    """Values at the positions found; zeros at empty places.
+    """Values at the positions of a search's results; zeros in empty slots.
 
     Args:
-      values: one number or vector per position; as many leading axes as ``found.idx``.
+      values: a number or vector per position; as many leading axes as ``found.idx``.
       found: of ``topk_masked`` or ``hard_search``.
 
     Example:
@@ -207,18 +207,17 @@ def hard_search(
 ) -> Found:
     """The k most recent behaviours of the candidate's category, newest first.
 
-    SIM, arXiv 2006.05639, eq 1 (hard). One pass over the history counts the matches, k
-    binary searches find them; nothing is sorted. Between equal times the later position
-    is the newer one.
+    SIM, arXiv 2006.05639, eq 1 (hard). A cumulative sum counts the matches and k binary
+    searches find them, without sorting. Of equal times the later position is newer.
 
     Args:
       cat_hist: categories, oldest first.
       mask: True at behaviours.
       cat_target: the candidate's category.
-      k: results; without a match all are empty.
+      k: slots of the result.
 
     Returns:
-      Positions; values are the positions too.
+      Positions; ``values`` are the positions too.
 
     Raises:
       ValueError: k below 1.
@@ -252,16 +251,16 @@ def soft_search(
 ) -> Found:
     """The k behaviours of the largest inner product, from tables of projected items.
 
-    The history is read chunk by chunk, so that memory holds ids, one chunk of vectors
-    and the k best so far, never (B, T, H). Nothing here is differentiated.
+    The history is read in chunks: memory holds ids, the vectors of one chunk and the k
+    best so far, never (B, T, H). Not differentiable.
 
     Args:
       parts: pairs of a table (V, H), e.g. W_b e_i, of floats or from ``pack``, and the
-        ids (B, T) to read from it, 0 for padding; a position's vector is their sum.
-      lengths: the first so many positions are behaviours, unless the first ids have
-        padding there.
+        ids (B, T) to read from it, 0 for padding; the vector of a position is the sum of
+        its rows.
+      lengths: behaviours of each history; positions whose first id is 0 are masked too.
       query: e.g. W_a e_a.
-      k: results.
+      k: slots of the result.
       chunk: positions per step.
 
     Returns:
@@ -278,7 +277,7 @@ def soft_search(
     query = lax.stop_gradient(query)
 
     def body(i, best):
-        # The last chunk is moved back into the array; what it repeats is masked.
+        # The last chunk starts earlier, to fit; positions it repeats are masked.
         start = jnp.minimum(i * chunk, length - chunk)
         place = start + jnp.arange(chunk, dtype=jnp.int32)[None]
         fresh = (place >= i * chunk) & (place < lengths[:, None])
@@ -293,7 +292,7 @@ def soft_search(
                 "bth,bh->bt", vectors, query.astype(vectors.dtype),
                 preferred_element_type=jnp.float32,
             )  # fmt: skip
-        # Those found before are earlier positions, so they win ties.
+        # The best so far are earlier positions, so they come first in ties.
         values, valid, idx = (
             jnp.concatenate([old, jnp.broadcast_to(new, scores.shape)], 1)
             for old, new in (
@@ -314,8 +313,8 @@ def soft_search(
 def pack(table: Float[Array, "V H"]) -> UInt16[Array, "V H"]:
     """A table in bfloat16, as its bits in integers, for ``soft_search``.
 
-    XLA converts a bfloat16 table to float32, all of it, before a CPU gathers from it.
-    Zero stays zero, and integers are summed over the shards of a table exactly.
+    On CPUs XLA converts a whole bfloat16 table to float32 before it gathers rows. Zero
+    stays zero, and sums of integers over the shards of a table are exact.
 
     Example:
       >>> hex(int(pack(jnp.ones((1, 1)))[0, 0]))
@@ -329,7 +328,7 @@ def time_bucket(
 ) -> Int[Array, "*shape"]:
     r"""Logarithmic buckets of time gaps: $\min(b - 1, \lfloor\log_2(1 + dt)\rfloor)$.
 
-    Exact, without a logarithm. Negative gaps, behaviours after the request, are bucket 0.
+    Computed exactly, from the position of the leading bit. Negative gaps are in bucket 0.
 
     Args:
       dt: seconds.
@@ -353,7 +352,7 @@ def time_bucket(
 
 
 def check_k(k: int) -> None:
-    """Raises ValueError where a search is asked for no result."""
+    """Raises ValueError if a search has no slots for results."""
     if k < 1:
         raise ValueError(f"a search needs k >= 1 results, got k={k}")
 
