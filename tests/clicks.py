@@ -1,11 +1,16 @@
 """Click batches and sizes that the tests of the click models share."""
 
 import functools
+from types import ModuleType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from jaxpapers import mesh as meshes
+from jaxpapers import run
+from tests.programs import KEY, params_like
 
 B, T, ITEMS, CATES, USERS = 8, 6, 30, 7, 10
 SIZES: dict[str, Any] = {
@@ -77,3 +82,35 @@ def candidate(x: dict[str, np.ndarray], n: int) -> dict[str, np.ndarray]:
 
 # A tree of NumPy arrays as those that the package's annotations ask for.
 device = functools.partial(jax.tree.map, jnp.asarray)
+
+
+def config(preset: str, sizes: dict[str, Any], **fields: Any) -> Any:
+    """The config of a preset with small sizes; ``net__x=1`` sets a field of a group."""
+    c = run.load_config(preset).copy_and_resolve_references().unlock()
+    c.data.update(history=T, batch=B)
+    c.net.update(sizes)
+    c.update_from_flattened_dict({k.replace("__", "."): v for k, v in fields.items()})
+    return c.lock()
+
+
+def drawn(paper: ModuleType, net: Any) -> tuple[dict, dict]:
+    """Parameters and statistics of a click model, nothing at zero."""
+
+    def init(key):
+        params = paper.init(key, net)
+        return params, paper.statistics(params)
+
+    return params_like(init, KEY)
+
+
+@functools.cache
+def gradient(paper: ModuleType, net: Any, **options: Any) -> Any:
+    """(params, statistics, batch, key) -> loss and gradients, one program per net."""
+    value = functools.partial(paper.loss, net=net, **options)
+    return jax.jit(jax.value_and_grad(value, has_aux=True))
+
+
+def grid(sizes: tuple[int, int]) -> jax.sharding.Mesh:
+    """A mesh of the axes data and model, over the first fake devices."""
+    shape = dict(zip(("data", "model"), sizes))
+    return meshes.make_mesh(shape, jax.devices()[: sizes[0] * sizes[1]])

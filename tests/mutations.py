@@ -41,13 +41,89 @@ DPOK = []
 
 SCORE_WASSERSTEIN = []
 
-DIN = []
+DIN = [
+    (
+        "jaxpapers/nets/attention.py",
+        "product(query * keys, w_product) + product(keys, w_key - w_difference)",
+        "product(query * keys, w_product) + product(keys, w_key + w_difference)",
+        ["tests/papers/test_din.py"],
+    ),
+    (
+        "jaxpapers/nets/mlp.py",
+        "y = s * (p + (1 - p) * channels(alpha, s))",
+        "y = s * (p + (1 + p) * channels(alpha, s))",
+        ["tests/nets/test_mlp.py"],
+    ),
+    (
+        "jaxpapers/papers/din.py",
+        "return 0.5 * lam * (scale * jnp.square(table).sum(-1)).sum()",
+        "return lam * (scale * jnp.square(table).sum(-1)).sum()",
+        ["tests/papers/test_din.py"],
+    ),
+]
 
-DIEN = []
+DIEN = [
+    (
+        "jaxpapers/nets/gru.py",
+        '"augru": (jnp.zeros_like(seen), seen * a),',
+        '"augru": (jnp.zeros_like(seen), seen),',
+        ["tests/nets/test_gru.py"],
+    ),
+    (
+        "jaxpapers/nets/gru.py",
+        "to_candidate = e * strength * (1 - candidate**2)",
+        "to_candidate = e * strength * (1 - candidate)",
+        ["tests/nets/test_gru.py"],
+    ),
+    (
+        "jaxpapers/papers/dien.py",
+        "nats = jax.nn.softplus(-logit[0]) + jax.nn.softplus(logit[1])",
+        "nats = jax.nn.softplus(-logit[0]) - jax.nn.softplus(logit[1])",
+        ["tests/papers/test_dien.py"],
+    ),
+]
 
-SIM = []
+SIM = [
+    (
+        "jaxpapers/papers/sim/gsu.py",
+        "(target @ w_a.T) @ w_b, hist_emb)",
+        "(target @ w_b.T) @ w_a, hist_emb)",
+        ["tests/papers/test_sim.py"],
+    ),
+    (
+        "jaxpapers/papers/sim/units.py",
+        'batch["length"][:, None] - net.skip',
+        'batch["length"][:, None] + net.skip',
+        ["tests/papers/test_sim.py"],
+    ),
+    (
+        "jaxpapers/papers/sim/__init__.py",
+        'value = beta * metrics["esu"]',
+        'value = metrics["esu"]',
+        ["tests/papers/test_sim.py"],
+    ),
+]
 
-ROCKET = []
+ROCKET = [
+    (
+        "jaxpapers/papers/rocket/objective.py",
+        "target, deep = lax.stop_gradient((target, deep))",
+        "target, deep = (target, deep)",
+        ["tests/papers/test_rocket.py"],
+    ),
+    (
+        "jaxpapers/papers/rocket/objective.py",
+        'total = total + options.lam * metrics["hint"]',
+        'total = total + metrics["hint"]',
+        ["tests/papers/test_rocket.py"],
+    ),
+    (
+        "jaxpapers/papers/rocket/hints.py",
+        "target = jax.nn.softmax(booster / temperature)",
+        "target = jax.nn.softmax(light / temperature)",
+        ["tests/papers/test_rocket.py"],
+    ),
+]
 
 DEFER = [
     (

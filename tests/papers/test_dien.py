@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from jaxpapers import mesh as meshes
-from jaxpapers import run
 from jaxpapers import train as trainer
 from jaxpapers.papers import dien
+from tests import clicks
 from tests.clicks import ITEMS, SIZES, B, T, batch, candidate, device, pad_histories
 from tests.contract import CLICK, Contract, write_clicks
-from tests.programs import KEY, params_like, together
+from tests.programs import KEY, together
 
 CONTRACT = Contract(
     # Without the auxiliary loss, a mean over steps that micro-batches weigh otherwise.
@@ -35,29 +35,15 @@ NET = dien.Net(**SMALL)
 matrix = pytest.mark.matrix
 
 
-def config(**fields):
-    c = run.load_config("dien:smoke").copy_and_resolve_references().unlock()
-    c.net.update(SMALL)
-    c.data.update(history=T, batch=B)
-    c.update_from_flattened_dict({k.replace("__", "."): v for k, v in fields.items()})
-    return c.lock()
-
-
-def drawn(net):
-    """Parameters and statistics, nothing at zero."""
-
-    def init(key):
-        params = dien.init(key, net)
-        return params, dien.statistics(params)
-
-    return params_like(init, KEY)
+config = functools.partial(clicks.config, "dien:smoke", SMALL)
+drawn = functools.partial(clicks.drawn, dien)
+gradient = functools.partial(clicks.gradient, dien)
 
 
 @functools.cache
-def gradient(net, **options):
-    """(params, statistics, batch, key) -> loss and gradients."""
-    value = functools.partial(dien.loss, net=net, **options)
-    return jax.jit(jax.value_and_grad(value, has_aux=True))
+def loss_of(net):
+    """(params, statistics, batch, key) -> loss."""
+    return jax.jit(functools.partial(dien.loss, net=net))
 
 
 # Recorded numbers
@@ -268,15 +254,29 @@ def test_negatives_are_drawn_from_the_batch_by_the_key():
     hidden = {k: v.copy() for k, v in x.items()}
     hidden["hist_item"][1], hidden["label"][1] = ITEMS - 1, 1 - x["label"][1]
 
-    def check(params, state, x, hidden):
-        loss = functools.partial(dien.loss, params, state, net=NET)
-        keys = [jax.random.key(i) for i in (0, 0, 1)]
-        return [loss(b, k) for b, k in zip((x, hidden, x), keys)]
-
-    first, again, other = together(check, params, state, x, hidden)
+    value = loss_of(NET)
+    first, again, other = (
+        value(params, state, b, jax.random.key(k))
+        for b, k in ((x, 0), (hidden, 0), (x, 1))
+    )
     np.testing.assert_allclose(first[0], again[0], rtol=1e-6)
     assert first[1][0]["aux"] != other[1][0]["aux"]
     assert first[1][0]["aux_collisions"] < 0.2
+
+
+def test_losses_agree_on_a_mesh():
+    """Tables over ``model``, the batch and the pool of drawn negatives over ``data``."""
+    params, state = drawn(NET)
+    x = {**batch(), "weight": np.ones(B, np.float32)}
+    expected, _ = loss_of(NET)(params, state, x, jax.random.key(0))
+    mesh = clicks.grid((4, 2))
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("model"))
+    tables = jax.device_put(params["tables"], split)
+    with jax.set_mesh(mesh):
+        placed = meshes.put_batch(x, mesh, B)
+        value = jax.jit(functools.partial(dien.loss, net=NET))
+        found, _ = value({**params, "tables": tables}, state, placed, jax.random.key(0))
+    assert float(found) == pytest.approx(float(expected), rel=1e-5)
 
 
 # The model
@@ -317,16 +317,18 @@ def test_scores_of_candidates_are_those_of_rows(fields):
     back = {k: v.copy() for k, v in plain.items()}
     for name in ("hist_item", "hist_cate"):
         back[name][1] = plain[name][1, ::-1]
+    rows = (candidate(x, 0), candidate(x, 1), plain, back)
+    rows = {k: np.concatenate([r[k] for r in rows]) for k in plain}
 
-    def check(params, state, x, others):
-        score = functools.partial(dien.predict, params, state, net=net)
-        single = jnp.stack([score(candidate(x, n)) for n in range(2)], 1)
-        return score(x), single, [score(b) for b in others]
+    def check(params, state, *batches):
+        return [dien.predict(params, state, b, net=net) for b in batches]
 
-    others = plain, pad_histories(plain, 4), back
-    many, single, (expected, padded, turned) = together(check, *drawn(net), x, others)
+    many, single, padded = together(
+        check, *drawn(net), x, rows, pad_histories(plain, 4)
+    )
+    zero, one, expected, turned = single.reshape(4, B)
     assert many.shape == (B, 2) and np.ptp(many, 1).max() > 1e-6
-    np.testing.assert_allclose(many, single, rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(many, np.stack([zero, one], 1), rtol=1e-10, atol=1e-12)
     np.testing.assert_allclose(padded, expected, rtol=1e-10, atol=1e-12)
     changed = np.abs(turned - expected)
     assert changed[1] > 1e-5 and np.delete(changed, 1).max() < 1e-12
@@ -354,8 +356,7 @@ def steps(sizes, negatives, tables="lazy_adam", **fields):
     """Parameters before and after steps on a mesh, and their metrics."""
     fields = {"net__user_dim": 3, **fields}
     method = dien.make(config(optim__tables=tables, **fields))
-    mesh = meshes.make_mesh(dict(zip(("data", "model"), sizes)),
-                            jax.devices()[: sizes[0] * sizes[1]])  # fmt: skip
+    mesh = clicks.grid(sizes)
     compiled = trainer.compile(method, mesh, batch(negatives=negatives))
     state, metrics = compiled.init(jax.random.key(0)), []
     first = jax.device_get(state.params)
@@ -367,8 +368,8 @@ def steps(sizes, negatives, tables="lazy_adam", **fields):
     return first, jax.device_get(state.params), metrics
 
 
-def test_meshes_agree():
-    """Tables over ``model``, batch and the pool of drawn negatives over ``data``."""
+@pytest.mark.matrix
+def test_steps_agree_on_a_mesh():
     _, expected, metrics = steps((1, 1), False)
     _, found, others = steps((4, 2), False)
     for a, b in zip(metrics, others):

@@ -14,6 +14,7 @@ from jaxpapers import run
 from jaxpapers import train as trainer
 from jaxpapers.nets import embedding, mlp
 from jaxpapers.papers import din
+from tests import clicks
 from tests.clicks import (
     CATES,
     ITEMS,
@@ -46,29 +47,9 @@ NET = din.Net(**SIZES)
 matrix = pytest.mark.matrix
 
 
-def config(**fields):
-    c = run.load_config("din:smoke").copy_and_resolve_references().unlock()
-    c.net.update(SIZES)
-    c.data.update(history=T, batch=B)
-    c.update_from_flattened_dict({k.replace("__", "."): v for k, v in fields.items()})
-    return c.lock()
-
-
-def drawn(net):
-    """Parameters and statistics, nothing at zero."""
-
-    def init(key):
-        params = din.init(key, net)
-        return params, din.statistics(params)
-
-    return params_like(init, KEY)
-
-
-@functools.cache
-def gradient(net):
-    """(params, statistics, batch) -> loss and gradients, one program per net."""
-    value = functools.partial(din.loss, net=net)
-    return jax.jit(jax.value_and_grad(value, has_aux=True))
+config = functools.partial(clicks.config, "din:smoke", SIZES)
+drawn = functools.partial(clicks.drawn, din)
+gradient = functools.partial(clicks.gradient, din)
 
 
 # Recorded numbers
@@ -145,15 +126,38 @@ def test_recorded_mini_batch_aware_regularisation(case, dtype):
 
 @pytest.mark.parametrize("sizes", [(4, 2), pytest.param((1, 1), marks=matrix)])
 def test_chunks_are_the_whole_batch(sizes):
-    """Rows at a time and on a mesh: the same loss and gradients."""
+    """Rows at a time and on a mesh: the same scores and gradients."""
+    unit = drawn(NET)[0]["unit"]
+    rng = np.random.default_rng(0)
+    query, keys, weight = (
+        rng.normal(size=n).astype(np.float32) for n in ((B, 6), (B, T, 6), (B, T))
+    )
+
+    def check(*arrays, chunk):
+        def value(unit, query, keys, weight):
+            scores, _ = din.activation_unit(
+                unit, query, keys, activation="relu", train=True, chunk=chunk
+            )
+            return (scores * weight).sum(), scores
+
+        return jax.grad(value, (0, 1, 2), has_aux=True)(*arrays)
+
+    whole = functools.partial(check, chunk=0)
+    expected = together(whole, unit, query, keys, weight)
+    mesh = clicks.grid(sizes)
+    with jax.set_mesh(mesh):
+        rows = meshes.put_batch({"x": (query, keys, weight)}, mesh, B)["x"]
+        found = jax.jit(functools.partial(check, chunk=4))(unit, *rows)
+    chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.matrix
+def test_chunks_inside_of_the_model():
     # Not the default activation, which a chunk could fall back to.
     net = dataclasses.replace(NET, unit_activation="relu")
-    params, state = drawn(net)
-    expected = gradient(net)(params, state, batch())
-    chunked = dataclasses.replace(net, unit_chunk=4)
-    with jax.set_mesh(grid(sizes)):
-        found = gradient(chunked)(params, state, batch())
-    chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-6)
+    args = *drawn(net), batch()
+    found = gradient(dataclasses.replace(net, unit_chunk=4))(*args)
+    chex.assert_trees_all_close(found, gradient(net)(*args), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -194,8 +198,11 @@ def test_split_weights_are_the_concatenated_unit():
 
 
 @pytest.mark.usefixtures("float64")
-def test_order_padding_and_empty_histories():
-    params, state = drawn(NET)
+@pytest.mark.parametrize(
+    "normalize", ["none", "softmax_scaled", pytest.param("softmax", marks=matrix)]
+)
+def test_order_padding_and_empty_histories(normalize):
+    net = dataclasses.replace(NET, normalize=normalize)
     x = batch()
     full = {**x, "length": np.full(B, T, np.int32),
             "hist_item": np.maximum(x["hist_item"], 2)}  # fmt: skip
@@ -206,28 +213,24 @@ def test_order_padding_and_empty_histories():
     scores = np.where(mask, rng.normal(size=(B, T)), 1e300)  # Overflows, if it is read.
     keys = rng.normal(size=(B, T, 4))
 
-    def check(params, state, arrays, batches):
-        scores, keys, mask = arrays
-        found = {}
-        for normalize in ("none", "softmax", "softmax_scaled"):
-            net = dataclasses.replace(NET, normalize=normalize)
-            score = functools.partial(din.predict, params, state, net=net)
+    def check(params, state, arrays, *batches):
+        def square(scores, keys):
+            pooled = din.attention_pool(scores, keys, arrays[2], normalize)
+            return (pooled**2).sum(), pooled
 
-            def square(scores, keys, normalize=normalize):
-                pooled = din.attention_pool(scores, keys, mask, normalize)
-                return (pooled**2).sum(), pooled
+        score = functools.partial(din.predict, params, state, net=net)
+        pooling = jax.grad(square, (0, 1), has_aux=True)(*arrays[:2])
+        return [score(b) for b in batches], pooling
 
-            pooling = jax.grad(square, (0, 1), has_aux=True)(scores, keys)
-            found[normalize] = [score(b) for b in batches], pooling
-        return found
-
-    batches = (x, pad_histories(x, 3), full, turned)
-    found = together(check, params, state, (scores, keys, mask), batches)
-    for (plain, padded, ordered, other), (grads, pooled) in found.values():
-        np.testing.assert_allclose(padded, plain, rtol=1e-12)
-        np.testing.assert_allclose(other, ordered, rtol=1e-10)
-        assert not pooled[0].any() and pooled[1].any()
-        chex.assert_tree_all_finite(grads)
+    rows = {k: np.concatenate([b[k] for b in (x, full, turned)]) for k in x}
+    (logits, padded), (grads, pooled) = together(
+        check, *drawn(net), (scores, keys, mask), rows, pad_histories(x, 3)
+    )
+    plain, ordered, other = logits.reshape(3, B)
+    np.testing.assert_allclose(padded, plain, rtol=1e-12)
+    np.testing.assert_allclose(other, ordered, rtol=1e-10)
+    assert not pooled[0].any() and pooled[1].any()
+    chex.assert_tree_all_finite(grads)
 
 
 def test_doubling_a_history_doubles_the_plain_sum_only():
@@ -315,43 +318,40 @@ def test_the_penalty_counts_each_id_once_and_over_an_epoch_is_the_norm():
 # Steps
 
 
-def grid(sizes):
-    shape = dict(zip(("data", "model"), sizes))
-    return meshes.make_mesh(shape, jax.devices()[: sizes[0] * sizes[1]])
-
-
 SGD = {"optim__name": "sgd", "optim__lr": 0.1, "net__unit_activation": "dice",
-       "net__normalize": "none", "method__mba": 3.0}  # fmt: skip
+       "net__normalize": "none", "net__hidden": (4,), "method__mba": 3.0}  # fmt: skip
 COUNTS = {"item": np.arange(ITEMS) + 1, "cate": np.arange(CATES) + 1}
-
-
-@functools.cache
-def two_steps(tables, sizes=(1, 1)):
-    """First state, state and losses of two steps, on a mesh."""
-    method = din.make(config(**SGD, optim__tables=tables), COUNTS)
-    mesh, losses = grid(sizes), []
-    compiled = trainer.compile(method, mesh, batch())
-    state = compiled.init(jax.random.key(0))
-    first = jax.device_get(state.params)
-    for i in range(2):
-        with jax.set_mesh(mesh):
-            state, metrics = compiled.step(state, meshes.put_batch(batch(i), mesh, B))
-        losses.append(float(metrics["loss"]))
-    return first, jax.device_get((state.params, state.extra)), losses
 
 
 def test_sparse_steps_are_dense_ones_and_leave_other_rows_alone():
     """The optimizer adds the penalty's gradient where a dense loss has its value."""
-    first, sparse, losses = two_steps("row_sgd")
-    _, dense, penalised = two_steps("dense")
+    methods = {
+        tables: din.make(config(**SGD, optim__tables=tables), COUNTS)
+        for tables in ("row_sgd", "dense")
+    }
+    start = jax.jit(methods["row_sgd"].init)(jax.random.key(0), batch())
+    first, states, losses = jax.device_get(start.params), {}, {}
+    for tables, method in methods.items():
+        # SGD has no state but the counts of the sparse one.
+        shapes = jax.eval_shape(method.init, KEY, batch())
+        state = start
+        if tables == "dense":
+            assert not jax.tree.leaves(shapes.opt_state)
+            state = start._replace(opt_state=shapes.opt_state)
+        update, losses[tables] = jax.jit(method.update), []
+        for i in range(2):
+            state, metrics = update(state, batch(i))
+            losses[tables].append(float(metrics["loss"]))
+        states[tables] = jax.device_get((state.params, state.extra))
+    sparse, dense = states.values()
     chex.assert_trees_all_close(sparse, dense, rtol=1e-4, atol=1e-6)
     penalty, used = 0.0, {}
     for name, hist in (("item", "hist_item"), ("cate", "hist_cate")):
         used[name] = np.unique(np.append(batch()[name], batch()[hist]))
         squares = np.square(first["tables"][name][used[name]]).sum(1)
-        counts = np.pad(COUNTS[name], (1, 0))[1:][used[name]]
-        penalty += 1.5 * (squares / counts)[used[name] > 0].sum()
-    assert penalised[0] - losses[0] == pytest.approx(penalty, rel=1e-4)
+        penalty += 1.5 * (squares / COUNTS[name][used[name]])[used[name] > 0].sum()
+    penalised = losses["dense"][0] - losses["row_sgd"][0]
+    assert penalised == pytest.approx(penalty, rel=1e-4)
     both = np.append(batch(1)["item"], batch(1)["hist_item"])
     used = np.setdiff1d(np.append(used["item"], both), [0])
     old, new = first["tables"]["item"], sparse[0]["tables"]["item"]
@@ -372,18 +372,26 @@ def test_rows_outside_of_the_batch_keep_their_bits(tables):
         assert (old[used] != new[used]).any() and not new[0].any()
 
 
-@pytest.mark.parametrize(
-    "sizes", [(4, 2), *(pytest.param(s, marks=matrix) for s in ((8, 1), (2, 4)))]
-)
+@pytest.mark.matrix
+@pytest.mark.parametrize("sizes", [(4, 2), (8, 1), (2, 4)])
 def test_same_numbers_on_every_mesh(sizes):
     """Dice's statistics, padded counts and updated rows over ``model`` and ``data``."""
-    _, expected, losses = two_steps("row_sgd")
-    _, found, others = two_steps("row_sgd", sizes)
+    method, results = din.make(config(**SGD, optim__tables="row_sgd"), COUNTS), []
+    for mesh in (clicks.grid((1, 1)), clicks.grid(sizes)):
+        compiled, losses = trainer.compile(method, mesh, batch()), []
+        state = compiled.init(jax.random.key(0))
+        for i in range(2):
+            placed = meshes.put_batch(batch(i), mesh, B)
+            with jax.set_mesh(mesh):
+                state, metrics = compiled.step(state, placed)
+            losses.append(float(metrics["loss"]))
+        results.append((jax.device_get((state.params, state.extra)), losses))
+    (expected, losses), (found, others) = results
     assert others == pytest.approx(losses, rel=1e-5)
     chex.assert_trees_all_close(found, expected, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("activation", ["dice", "sigmoid"])
+@pytest.mark.parametrize("activation", ["dice", pytest.param("sigmoid", marks=matrix)])
 def test_padded_rows_change_nothing_and_empty_histories_train(activation):
     net = dataclasses.replace(NET, unit_activation=activation)
     params, state = drawn(net)
@@ -427,8 +435,8 @@ def test_presets_build(preset):
     }
     state = jax.eval_shape(method.init, jax.random.key(0), rows)
     assert state.params["tables"]["item"].shape[0] >= c.net.item_vocab
-    shapes = jax.eval_shape(method.update, state, rows)[0]
-    chex.assert_trees_all_equal_shapes_and_dtypes(shapes, state)
+    scores = jax.eval_shape(method.predict, state.params, state.extra, rows)
+    assert scores.shape == (c.data.batch,)
 
 
 # What is refused

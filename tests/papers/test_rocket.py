@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from jaxpapers import mesh as meshes
+from jaxpapers import method as method_api
 from jaxpapers import run
 from jaxpapers import train as trainer
 from jaxpapers.papers import rocket
@@ -486,7 +487,7 @@ def test_residual_net_of_the_paper_has_its_size():
 
 
 def test_shared_layers_run_once():
-    """A step costs what both nets alone cost, less the shared layers once."""
+    """A loss costs what both nets alone cost, less the shared layers once."""
 
     def flops(**fields):
         fields = {"net__item_dim": 32, "net__unit": (64,), "net__product": False,
@@ -494,9 +495,7 @@ def test_shared_layers_run_once():
         method = rocket.make(config("ml100k", **fields))
         batch = clicks.batch(slots=24)
         shapes = jax.eval_shape(method.init, jax.random.key(0), batch)
-        # The step's cost but the optimizer's.
-        loss = jax.grad(lambda p, x, key: method.loss(p, x, key)[0])
-        lowered = jax.jit(loss).lower(shapes.params, batch, KEY)
+        lowered = jax.jit(method.loss).lower(shapes.params, batch, KEY)
         return lowered.cost_analysis()["flops"]
 
     light, booster, both = (flops(method__nets=n) for n in ("light", "booster", "both"))
@@ -506,17 +505,30 @@ def test_shared_layers_run_once():
     assert both <= 1.1 * (light + booster - shared)
 
 
-@pytest.mark.parametrize("sizes", [(4, 2), pytest.param((2, 4), marks=matrix)])
+def test_split_rules_cut_columns_and_rows_in_turn():
+    spec = jax.sharding.PartitionSpec
+    rules = rocket.split_rules(NETS["din"])
+    cuts = [spec(None, "model"), spec("model", None), spec()]
+    for i, expected in enumerate(cuts):
+        path = f"params/booster/mlp/layer_{i}/kernel"
+        assert method_api.param_spec(rules, path) == expected
+        assert method_api.param_spec(rules, path.replace("booster", "light")) == spec()
+    convs = "params/booster/convs/group_0_block_1/first"
+    expected = spec(None, None, None, "model")
+    assert method_api.param_spec(rocket.split_rules(NETS["wrn"]), convs) == expected
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("sizes", [(4, 2), (2, 4)])
 def test_split_booster_gives_the_same_numbers(sizes):
     fields = {
         "net__booster__hidden": (16, 8), "net__activation": "relu",
         "optim__tables": "row_sgd", "optim__name": "sgd", "optim__lr": 0.1,
     }  # fmt: skip
     results = []
-    for split, (data, model) in ((False, (1, 1)), (True, sizes)):
+    for split, shape in ((False, (1, 1)), (True, sizes)):
         method = rocket.make(config("ml100k", net__split_booster=split, **fields))
-        shape = {"data": data, "model": model}
-        grid = meshes.make_mesh(shape, jax.devices()[: data * model])
+        grid = clicks.grid(shape)
         compiled = trainer.compile(method, grid, clicks.batch())
         state = compiled.init(jax.random.key(0))
         with jax.set_mesh(grid):

@@ -16,7 +16,7 @@ from jaxpapers.papers import sim
 from tests import clicks
 from tests.clicks import SIZES, B, candidate, pad_histories
 from tests.contract import CLICK, Contract, write_clicks
-from tests.programs import KEY, params_like, together
+from tests.programs import together
 
 CONTRACT = Contract(
     small={**CLICK, "net.unit": (8,), "net.k": 4, "net.short": 4, "net.time_dim": 0},
@@ -42,28 +42,9 @@ def net_of(kind, **fields):
     return sim.Net(**{**SMALL, "search": kind, **fields})
 
 
-def config(**fields):
-    c = run.load_config("sim:smoke").copy_and_resolve_references().unlock()
-    c.net.update(SMALL)
-    c.update_from_flattened_dict({k.replace("__", "."): v for k, v in fields.items()})
-    return c.lock()
-
-
-def drawn(net):
-    """Parameters and statistics, nothing at zero."""
-
-    def init(key):
-        params = sim.init(key, net)
-        return params, sim.statistics(params)
-
-    return params_like(init, KEY)
-
-
-@functools.cache
-def gradient(net):
-    """(params, statistics, batch, key) -> loss and gradients, one program per net."""
-    value = functools.partial(sim.loss, net=net)
-    return jax.jit(jax.value_and_grad(value, has_aux=True))
+config = functools.partial(clicks.config, "sim:smoke", SMALL)
+drawn = functools.partial(clicks.drawn, sim)
+gradient = functools.partial(clicks.gradient, sim)
 
 
 # Recorded numbers
@@ -267,35 +248,39 @@ def test_padding_changes_nothing_and_the_time_gap_does(kind):
     assert max(len(set(row)) for row in many["cate"].tolist()) > 2
     within = np.arange(T)[None] < x["length"][:, None]
     zero = np.zeros_like(x["time"])
-    variants = {
-        "plain": x,
-        "wide": pad_histories(x, 4, fill=7),
-        "dirty": {
-            k: np.where(within, v, 7) if k.startswith("hist") else v
-            for k, v in x.items()
-        },
-        "later": {**x, "time": x["time"] + 10**8},
+    dirty = {k: np.where(within, v, 7) if k.startswith("hist") else v
+             for k, v in x.items()}  # fmt: skip
+    rows = (
+        x,
+        dirty,
+        {**x, "time": x["time"] + 10**8},
         # After the request counts as just now.
-        "early": {**x, "time": zero},
-        "now": {**x, "time": zero, "hist_time": np.zeros_like(x["hist_time"])},
-    }
+        {**x, "time": zero},
+        {**x, "time": zero, "hist_time": np.zeros_like(x["hist_time"])},
+        candidate(many, 0),
+        candidate(many, 1),
+    )
+    count = len(rows)
+    rows = {k: np.concatenate([r[k] for r in rows]) for k in x}
+    bounds = (2, 20) if kind == "hard" else (20,)
 
-    def check(params, extra, variants, many):
+    def check(params, extra, rows, wide, many):
         score = functools.partial(sim.predict, params, extra, net=net)
-        single = jnp.stack([score(candidate(many, n)) for n in range(2)], 1)
-        bounds = (2, 20) if kind == "hard" else (20,)
         several = [score(many, distinct=d) for d in bounds]
-        return {n: score(v) for n, v in variants.items()}, single, several
+        return score(rows), score(wide), several
 
-    found, single, several = together(check, *drawn(net), variants, many)
+    found, wide, several = together(
+        check, *drawn(net), rows, pad_histories(x, 4, fill=7), many
+    )
+    plain, dirty, later, early, now, *single = found.reshape(count, B)
     close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
-    close(found["wide"], found["plain"])
-    close(found["dirty"], found["plain"])
-    close(found["early"], found["now"])
-    assert (found["later"] != found["plain"]).any() == (kind != "average")
+    close(wide, plain)
+    close(dirty, plain)
+    close(early, now)
+    assert (later != plain).any() == (kind != "average")
     for scores in several:
         assert scores.shape == (B, N)
-        close(scores[:, :2], single)
+        close(scores[:, :2], np.stack(single, 1))
 
 
 def test_serving_from_the_tree_is_scoring_from_the_history():
@@ -392,14 +377,32 @@ def test_weights_are_means_and_zero_rows_count_nowhere(key):
 # Steps
 
 
+def test_the_soft_search_agrees_on_a_mesh(key):
+    """Rows of tables over ``model``, and the sequences too."""
+    net = net_of("soft")
+    params, extra = drawn(net)
+    mesh = clicks.grid((4, 2))
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("model"))
+    tables = jax.device_put(params["tables"], split)
+
+    def check(*args):
+        out, _ = sim.forward(*args, net=net, train=True, key=key)
+        return out
+
+    expected = together(check, params, extra, batch())
+    with jax.set_mesh(mesh):
+        placed = meshes.put_batch(batch(), mesh, B)
+        found = jax.jit(check)({**params, "tables": tables}, extra, placed)
+    for a, b in zip(expected, found):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
 @functools.cache
 def steps(kind, sizes, count=2):
     """Parameters and losses after steps on a mesh."""
     # Adam would make a step of rounding where a gradient is zero.
     sgd = {"optim__name": "sgd", "optim__tables": "row_sgd", "optim__lr": 0.5}
-    mesh = meshes.make_mesh(dict(zip(("data", "model"), sizes)),
-                            jax.devices()[: sizes[0] * sizes[1]])  # fmt: skip
-    method = sim.make(config(net__search=kind, **sgd))
+    method, mesh = sim.make(config(net__search=kind, **sgd)), clicks.grid(sizes)
     compiled = trainer.compile(method, mesh, batch())
     state, losses = compiled.init(jax.random.key(0)), []
     for i in range(count):
@@ -410,9 +413,9 @@ def steps(kind, sizes, count=2):
     return jax.device_get(state.params), losses
 
 
-@pytest.mark.parametrize("kind", ["soft", pytest.param("hard", marks=matrix)])
-def test_same_numbers_on_a_mesh(kind):
-    """Rows of tables over ``model``, and in soft mode the sequences too."""
+@pytest.mark.matrix
+@pytest.mark.parametrize("kind", ["soft", "hard"])
+def test_same_steps_on_a_mesh(kind):
     expected, losses = steps(kind, (1, 1))
     found, others = steps(kind, (4, 2))
     np.testing.assert_allclose(others, losses, rtol=1e-5)
