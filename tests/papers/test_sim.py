@@ -150,25 +150,33 @@ def test_soft_scores_of_candidates_and_the_mean_of_the_searched():
     assert not mean[0].any()
 
 
-def test_the_search_learns_from_its_own_loss_alone(key):
+def test_each_loss_trains_its_own_unit(key):
+    """And empty histories have finite gradients."""
     net = net_of("soft")
 
-    def check(*args):
-        def step(alpha, beta):
-            value = functools.partial(sim.loss, net=net, alpha=alpha, beta=beta)
-            return jax.value_and_grad(value, has_aux=True)(*args)
+    @jax.jit
+    def jacobian(params, extra, x):
+        def losses(params):
+            options = {"net": net, "alpha": 0.5, "beta": 2.0}
+            value, (metrics, _) = sim.loss(params, extra, x, key, **options)
+            parts = jnp.stack([metrics["esu"], metrics["gsu"]])
+            return parts, (value, parts)
 
-        return step(0.0, 1.0), step(0.5, 2.0), step(1.0, 0.0)
+        return jax.jacrev(losses, has_aux=True)(params)
 
-    (_, without), ((value, (both, _)), grads), (_, alone) = together(
-        check, *drawn(net), batch(), key
-    )
-    assert not any(g.any() for g in jax.tree.leaves(without["gsu"]))
-    assert value == pytest.approx(0.5 * both["gsu"] + 2 * both["esu"], rel=1e-6)
-    assert all(grads["gsu"][name].any() for name in ("W_a", "W_b"))
+    params, extra = drawn(net)
+    grads, (value, (esu, gsu)) = jax.device_get(jacobian(params, extra, batch()))
+    assert value == pytest.approx(0.5 * gsu + 2 * esu, rel=1e-6)
+    of_esu, of_gsu = (jax.tree.map(lambda g, i=i: g[i], grads) for i in range(2))
+    # Selection has no gradient: the search learns from its own loss alone.
+    assert not any(g.any() for g in jax.tree.leaves(of_esu["gsu"]))
+    assert all(of_gsu["gsu"][name].any() for name in ("W_a", "W_b"))
     # The tables, which are shared, learn from it too; the exact search does not.
-    assert alone["tables"]["item"].any()
-    assert not any(g.any() for g in jax.tree.leaves(alone["esu"]))
+    assert of_gsu["tables"]["item"].any()
+    assert not any(g.any() for g in jax.tree.leaves(of_gsu["esu"]))
+    empty = {**batch(), "length": np.zeros(B, np.int32)}
+    for leaf in jax.tree.leaves(jacobian(params, extra, empty)):
+        assert np.isfinite(leaf).all()
 
 
 @pytest.mark.usefixtures("float64")
@@ -329,72 +337,51 @@ def test_projected_copies_find_what_the_model_selects():
     assert (found != np.arange(net.k)).any()
 
 
-def test_gsu_learns_from_a_random_subset(key):
-    net, full = net_of("soft", gsu_sample=4), net_of("soft")
+def test_gsu_learns_from_a_random_subset():
+    net = net_of("soft", gsu_sample=4)
     params, extra = drawn(net)
-
-    def check(params, extra, x, keys):
-        def metrics(key):
-            return sim.loss(params, extra, x, key, net=net)[1][0]
-
-        whole = functools.partial(sim.loss, params, extra, x, keys[0])
-        sampled = dataclasses.replace(net, gsu_sample=T)
-        return jax.vmap(metrics)(keys), whole(net=full)[0], whole(net=sampled)[0]
-
-    metrics, expected, found = together(
-        check, params, extra, batch(), jax.random.split(key, 4)
-    )
-    assert len(set(metrics["gsu"].tolist())) > 1
-    np.testing.assert_allclose(metrics["esu"], metrics["esu"][0], rtol=1e-6)
-    assert found == pytest.approx(expected, rel=1e-6)
+    value = jax.jit(functools.partial(sim.loss, net=net))
+    metrics = [value(params, extra, batch(), jax.random.key(i))[1][0] for i in range(4)]
+    assert len({float(m["gsu"]) for m in metrics}) > 1
+    np.testing.assert_allclose([m["esu"] for m in metrics], metrics[0]["esu"])
+    # As many as there are slots are all of them.
+    arrays = object(), object(), np.ones((B, T), bool)
+    for sample in (0, T):
+        every = dataclasses.replace(net, gsu_sample=sample)
+        assert sim.units.subset(*arrays, None, every) == arrays
     with pytest.raises(ValueError, match="needs a key"):
         forward = functools.partial(sim.forward, net=net, train=True)
         jax.eval_shape(forward, params, extra, batch())
 
 
 def test_weights_are_means_and_zero_rows_count_nowhere(key):
-    """And empty histories have finite gradients."""
-    net = net_of("soft")
-    params, extra = drawn(net)
-    x = {**batch(), "weight": np.array([1] * 4 + [0] * 4, np.float32)}
-    first = {k: v[:4] for k, v in batch().items()}
-
-    def check(params, extra, *batches):
-        return [sim.loss(params, extra, b, key, net=net) for b in batches]
-
-    (value, (metrics, _)), (expected, (others, _)) = together(
-        check, params, extra, x, first
-    )
-    assert value == pytest.approx(expected, rel=1e-5)
-    assert metrics.pop("weight") == 4
-    for name, x in others.items():
-        assert metrics[name] == pytest.approx(x, rel=1e-5), name
-    empty = {**batch(), "length": np.zeros(B, np.int32)}
-    _, grads = gradient(net)(params, extra, empty, key)
-    assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
+    """Four rows and four of weight 0 are those four rows twice."""
+    args = drawn(net_of("soft"))
+    value = jax.jit(functools.partial(sim.loss, key=key, net=net_of("soft")))
+    x, twice = batch(), {k: np.concatenate([v[:4], v[:4]]) for k, v in batch().items()}
+    found, (metrics, _) = value(*args, {**x, "weight": np.repeat([1.0, 0.0], 4)})
+    expected, (others, _) = value(*args, {**twice, "weight": np.ones(B)})
+    assert float(found) == pytest.approx(float(expected), rel=1e-5)
+    assert float(metrics.pop("weight")) == 4
+    for name, x in metrics.items():
+        assert float(x) == pytest.approx(float(others[name]), rel=1e-5), name
 
 
 # Steps
 
 
-def test_the_soft_search_agrees_on_a_mesh(key):
+def test_the_soft_search_agrees_on_a_mesh():
     """Rows of tables over ``model``, and the sequences too."""
-    net = net_of("soft")
-    params, extra = drawn(net)
+    score = functools.partial(sim.predict, net=net_of("soft"))
+    params, extra = drawn(net_of("soft"))
     mesh = clicks.grid((4, 2))
     split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("model"))
     tables = jax.device_put(params["tables"], split)
-
-    def check(*args):
-        out, _ = sim.forward(*args, net=net, train=True, key=key)
-        return out
-
-    expected = together(check, params, extra, batch())
+    expected = together(score, params, extra, batch())
     with jax.set_mesh(mesh):
         placed = meshes.put_batch(batch(), mesh, B)
-        found = jax.jit(check)({**params, "tables": tables}, extra, placed)
-    for a, b in zip(expected, found):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+        found = jax.jit(score)({**params, "tables": tables}, extra, placed)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
 @functools.cache

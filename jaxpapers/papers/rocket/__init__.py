@@ -265,16 +265,18 @@ def make(config: Any) -> Method:
         "accumulate": config.train.accumulate,
         "init_extra": nets.statistics,
     }
+    served = export_light if options.nets == "both" else None
     split = split_rules(net) if net.split_booster and options.nets != "light" else ()
     if isinstance(net, WrnNet):
         tx = optim.from_config(c, config.train.steps)
-        return gradient(init_params, nets.loss, tx, rules=split, **common)
+        method = gradient(init_params, nets.loss, tx, rules=split, **common)
+        return method._replace(served=served)
     tx, table_tx = rows.from_config(c, config.train.steps)
     if table_tx and not options.share:
         raise ValueError(
             "method.share=False gives each net its own tables: set optim.tables=dense"
         )
-    return row_gradient(
+    method = row_gradient(
         init_params,
         nets.loss,
         tx,
@@ -285,6 +287,7 @@ def make(config: Any) -> Method:
         rules=(*rows.STATE_RULES, *split, *embedding.RULES),
         **common,
     )
+    return method._replace(served=served)
 
 
 def split_rules(net: Net) -> tuple[tuple[str, P], ...]:
