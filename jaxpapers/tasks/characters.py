@@ -92,9 +92,7 @@ def study(name: str, config: Any, data: Data, mesh: Any) -> Study:
         bound = dnw.smith_lower_bound(net.freq, net.own_cost)
         curves = dict(found.curves)
         if config.method.sweep:
-            curves["area against b"] = _areas(
-                config.method.sweep, credit, net, closures
-            )
+            curves["area against b"] = _areas(config.method, net, closures)
         return Finding(
             {**found.numbers, "completion_bound": bound},
             [_other_credit(credit, {label: course(label) for label in orders})],
@@ -229,19 +227,20 @@ def _other_credit(credit: str, courses: Mapping[str, Any]) -> Table:
     return Table(f"{other} credit", columns, rows)
 
 
-def _areas(count: int, credit: str, net: Any, closures: Any) -> tuple[list, list]:
-    """Area under the curve for values of b from 0 to 1."""
-    b = np.linspace(0, 1, count)
+def _areas(m: Any, net: dnw.CharNet, closures: Any) -> tuple[list, list]:
+    """Areas under the curve of ``config.method.sweep`` values of b from 0 to 1."""
+    b = np.linspace(0, 1, m.sweep)
 
     @jax.jit
     def areas(weights, net, closures):
         def area(w):
             order = dnw.order_from_score(w, jnp.asarray(net.freq))
-            return _simulate(order, net, closures)[credit][1].area
+            return _simulate(order, net, closures)[m.credit][1].area
 
         return jax.lax.map(area, weights)
 
-    return b.tolist(), areas(dnw.sweep(net, b), net, closures).tolist()
+    weights = dnw.sweep(net, b, use_multiplicity=m.use_multiplicity)
+    return b.tolist(), areas(weights, net, closures).tolist()
 
 
 def _points(curve: dnw.Curve, limit: float) -> tuple[list, list]:
