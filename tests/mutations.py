@@ -231,9 +231,8 @@ def main(papers: list[str]) -> int:
         survived = survives(mutation)
         survivors += survived
         verdict = "SURVIVED" if survived else "killed  "
-        print(
-            verdict, mutation.paper, mutation.file, mutation.after.strip(), flush=True
-        )
+        change = f"{mutation.before.strip()} -> {mutation.after.strip() or 'nothing'}"
+        print(verdict, mutation.paper, mutation.file, change, flush=True)
     return int(survivors > 0)
 
 
