@@ -11,7 +11,8 @@ import jax
 import numpy as np
 import pytest
 
-from jaxpapers.papers import defer, dien, din, rocket, sim
+from jaxpapers.papers import defer, dien, din, dpok, rocket, sft_pg, sim
+from jaxpapers.papers import score_wasserstein as sw
 from tests import clicks
 from tests.programs import KEY, params_like, together
 
@@ -62,12 +63,55 @@ def delayed_feedback():
     return run, (params, batch)
 
 
+def policy():
+    """DPOK's loss with a reward in JAX, and an image for each prompt."""
+    model = dpok.model(reward_fn=lambda images, prompt: images.mean((1, 2, 3)))
+    prompt = np.arange(4, dtype=np.int32)
+    batch = {"tokens": prompt + 1, "prompt": prompt}
+
+    def run(params, batch):
+        key = jax.random.key(0)
+        value, metrics = dpok.loss(params, batch, key, model=model)
+        return value, metrics, dpok.sampler(params, key, batch["tokens"], model=model)
+
+    return run, (params_like(lambda key: dpok.init_params(key, model), KEY), batch)
+
+
+def few_step_sampler():
+    """SFT-PG's losses and samples with the swiss roll's nets."""
+    model = sft_pg.model()
+    x = np.random.default_rng(0).normal(size=(4, 2)).astype("f")
+
+    def run(params, x):
+        key = jax.random.key(0)
+        value, metrics = sft_pg.loss(params, {"x": x}, key, model=model)
+        return value, metrics, sft_pg.sampler(params, key, (4, 2), model=model)
+
+    return run, (params_like(lambda key: sft_pg.init_params(key, model), KEY), x)
+
+
+def score_model():
+    """The score model's loss and samples of four clusters."""
+    model = sw.model()
+    x = np.random.default_rng(0).normal(size=(4, 2)).astype("f")
+
+    def run(params, x):
+        key = jax.random.key(0)
+        value, metrics = sw.loss(params, {"x": x}, key, model=model)
+        return value, metrics, sw.sampler(params, key, x, model=model)
+
+    return run, (params_like(lambda key: sw.init_params(key, model), KEY), x)
+
+
 ROWS = {
     "din": lambda: click(din, din.Net(**VOCABULARIES)),
     "dien": lambda: click(dien, dien.Net(**VOCABULARIES)),
     "sim": lambda: click(sim, sim.Net(**VOCABULARIES)),
     "rocket": lambda: click(rocket, rocket.DinNet(**VOCABULARIES)),
     "defer": delayed_feedback,
+    "dpok": policy,
+    "sft_pg": few_step_sampler,
+    "score_wasserstein": score_model,
 }
 
 
