@@ -35,11 +35,74 @@ DION = [
     ),
 ]
 
-SFT_PG = []
+SFT_PG = [
+    (
+        "jaxpapers/papers/sft_pg/objectives.py",
+        "policy.reinforce(score, -cost).mean()",
+        "policy.reinforce(score, cost).mean()",
+        [
+            "tests/papers/test_sft_pg.py::test_policy_gradient_is_that_of_the_expected_cost"
+        ],
+    ),
+    (
+        "jaxpapers/papers/sft_pg/objectives.py",
+        "return jnp.square(norm - 1).mean()",
+        "return (norm - 1).mean()",
+        ["tests/papers/test_sft_pg.py::test_recorded_gradient_penalty"],
+    ),
+    (
+        "jaxpapers/papers/sft_pg/objectives.py",
+        "target = cost if leak else lax.stop_gradient(cost)",
+        "target = cost",
+        ["tests/papers/test_sft_pg.py::test_recorded_critic_and_value_losses"],
+    ),
+]
 
-DPOK = []
+DPOK = [
+    (
+        "jaxpapers/papers/dpok/objective.py",
+        "total = alpha * surrogate + beta * divergence",
+        "total = alpha * surrogate - beta * divergence",
+        ["tests/papers/test_dpok.py::test_recorded_losses"],
+    ),
+    (
+        "jaxpapers/papers/dpok/value.py",
+        "return jnp.repeat(rollout.reward, each) - v",
+        "return jnp.repeat(rollout.reward, each) + v",
+        ["tests/papers/test_dpok.py::test_advantages_of_transitions"],
+    ),
+    (
+        "jaxpapers/papers/dpok/supervised.py",
+        "total = total + gamma * _mean_square(target - eps)",
+        "total = total + gamma * _mean_square(target + eps)",
+        ["tests/papers/test_dpok.py::test_kl_d_is_sft_with_a_shifted_reward"],
+    ),
+]
 
-SCORE_WASSERSTEIN = []
+SCORE_WASSERSTEIN = [
+    (
+        "jaxpapers/papers/score_wasserstein/discrete.py",
+        "return integrating_factor(0.5 * betas, L_s, betas, None)",
+        "return integrating_factor(-0.5 * betas, L_s, betas, None)",
+        [
+            "tests/papers/test_score_wasserstein.py::test_certificate_of_a_translated_score"
+        ],
+    ),
+    (
+        "jaxpapers/papers/score_wasserstein/bound.py",
+        "_log_integral(_log(g2) + log_I + 0.5 * _log(b), t)",
+        "_log_integral(_log(g2) + log_I + _log(b), t)",
+        [
+            "tests/papers/test_score_wasserstein.py::test_certificate_of_a_translated_score"
+        ],
+    ),
+    (
+        "jaxpapers/papers/score_wasserstein/matching.py",
+        'log = log + (2 if name == "I2" else 1) * log_I',
+        "log = log + log_I",
+        ["tests/papers/test_score_wasserstein_losses.py::test_discrete_weights"],
+    ),
+]
 
 DIN = [
     (

@@ -2,16 +2,16 @@
 
 import functools
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpapers.config import config_file
+from jaxpapers.config import load_config
 from jaxpapers.options import from_config
 from jaxpapers.papers import score_wasserstein as sw
 from tests.contract import Contract
+from tests.programs import params_like, together
 
 CONTRACT = Contract(
     small={
@@ -28,83 +28,78 @@ CONTRACT = Contract(
     falling=("loss", 0.97),
 )  # fmt: skip
 
-STEPS, B = 3, 16
+STEPS = 3
+NOISE = sw.NoiseSchedule("sigmoid", STEPS, beta_end=0.3, beta_start=1e-5)
+MODEL = sw.model(sw.Net(widths=(8,)), NOISE)
+X = np.random.default_rng(0).normal(size=(16, 2)).astype(np.float32) * 0.5
+PARAMS = params_like(lambda: sw.init_params(jax.random.key(0), MODEL))
+ZEROS = jax.tree.map(np.zeros_like, PARAMS)
 
 
 def config(**fields):
-    namespace: dict = {}
-    exec(config_file("score_wasserstein").read_text(), namespace)
-    found = namespace["get_config"]("smoke").copy_and_resolve_references().unlock()
-    small = {"net.widths": (8,), "noise.timesteps": STEPS, "noise.beta_end": 0.3}
-    fields = {k.replace("__", "."): v for k, v in fields.items()}
-    found.update_from_flattened_dict({**small, **fields})
-    return found.lock()
-
-
-def model_of(c):
-    return sw.model(from_config(sw.Net, c.net, "net"), sw.NoiseSchedule(**c.noise))
-
-
-def data(seed=0, count=B):
-    return jax.random.normal(jax.random.key(seed), (count, 2)) * 0.5
-
-
-@functools.cache
-def started(**fields):
-    c = config(**fields)
-    method = sw.make(c)
-    return c, method, jax.jit(method.init)(jax.random.key(0), {"x": data()})
-
-
-def certify(c, params, x, key, **options):
-    """The certificate under jit."""
-    own = functools.partial(sw.certificate, model=model_of(c), **options)
-    return jax.jit(own)(params, x, key)
+    c = load_config("score_wasserstein:smoke").copy_and_resolve_references().unlock()
+    small = {
+        "net.widths": (8,), "noise.timesteps": STEPS, "noise.beta_end": 0.3,
+        "method.ascend_steps": 0,
+    }  # fmt: skip
+    c.update_from_flattened_dict({**small, **fields})
+    return c.lock()
 
 
 # Certificate and samples
 
 
 def test_lower_is_below_upper():
-    c, method, state = started(net__activation="softplus")
-    model = model_of(c)
-    lower = sw.score_lipschitz(state.params, data(count=40), model=model)
-    upper = sw.score_lipschitz(state.params, data(), model=model, mode="upper")
+    def program(params, x):
+        constant = functools.partial(sw.score_lipschitz, params, model=MODEL)
+        matrix = jnp.diag(jnp.array([3.0, 1.0]))
+        return {
+            "lower": constant(x), "upper": constant(x, mode="upper"),
+            "matrix": sw.one_sided_lipschitz_upper([matrix], jnp.ones(2)),
+            "twice": constant(jnp.concatenate([x, x]), mode="pairs"),
+        }  # fmt: skip
+
+    found = together(program, PARAMS, X)
+    lower, upper = found["lower"], found["upper"]
     assert (lower.side, upper.side) == ("lower", "upper")
     assert (lower.value < upper.value).all() and lower.value.shape == (STEPS,)
-    # Of one matrix alone the upper value is its norm.
-    found = sw.one_sided_lipschitz_upper([jnp.diag(jnp.array([3.0, 1.0]))], jnp.ones(2))
-    np.testing.assert_allclose(found.value, [3.0, 3.0])
-    # Equal points are no pair.
-    twice = jnp.concatenate([data(), data()])
-    seen = sw.score_lipschitz(state.params, twice, model=model, mode="pairs")
-    assert np.isfinite(seen.value).all()
+    # The upper value of one matrix is its norm.
+    np.testing.assert_allclose(found["matrix"].value, [3.0, 3.0])
+    # Pairs of equal points are left out.
+    assert np.isfinite(found["twice"].value).all()
 
 
-def test_loss_is_the_mean_of_the_chains_terms():
+def test_loss_is_the_mean_of_the_discrete_terms():
     """The mean training loss is J up to its scale, for weight g^2."""
-    c, method, state = started()
-    keys = jax.random.split(jax.random.key(1), 400)
-    x = jnp.broadcast_to(data()[0], (64, 2))
-    run = jax.jit(jax.vmap(lambda key: method.loss(state.params, {"x": x}, key)))
-    value, metrics = run(keys)
-    _, parts = certify(c, state.params, x[:1], keys[0], draws=20_000)
-    np.testing.assert_allclose(metrics["J"].mean(), parts.J, rtol=0.03)
+
+    def program(params, x):
+        keys = jax.random.split(jax.random.key(1), 400)
+        many = jnp.broadcast_to(x[0], (64, 2))
+        losses = jax.vmap(lambda key: sw.loss(params, {"x": many}, key, model=MODEL))
+        _, parts = sw.certificate(params, x[:1], keys[0], model=MODEL, draws=20_000)
+        return *losses(keys), parts.J
+
+    value, metrics, J = together(program, PARAMS, X)
+    np.testing.assert_allclose(metrics["J"].mean(), J, rtol=0.03)
     # Mean over coordinates and steps, without the half: J = K d / 2 losses.
     np.testing.assert_allclose(metrics["J"], STEPS * value, rtol=1e-5)
     assert (metrics["eps_error"] > 0).all()
 
 
 def test_certificate_of_a_translated_score():
-    """Net with constant output: everything of the bound is known."""
-    c, method, state = started()
-    model = model_of(c)
-    params = jax.tree.map(jnp.zeros_like, state.params)
-    shift = jnp.array([3.0, 4.0])
-    params["layer_1"]["bias"] = shift
-    x = data(count=4)
-    bound, parts = certify(c, params, x, jax.random.key(0), draws=5000)
-    betas, bars = model.betas, model.alpha_bar
+    """Net with constant output: every part of the bound is known."""
+    params = {**ZEROS, "layer_1": {**ZEROS["layer_1"], "bias": np.float32([3, 4])}}
+    x = X[:4]
+
+    def program(params, x):
+        key = jax.random.key(0)
+        return (
+            *sw.certificate(params, x, key, model=MODEL, draws=5000),
+            sw.certificate(params, x, key, model=MODEL, starts="prior", draws=2)[1],
+        )
+
+    bound, parts, prior = together(program, params, x)
+    betas, bars = MODEL.betas, MODEL.alpha_bar
     # E |eps - c|^2 = d + |c|^2, and the score does not depend on x.
     np.testing.assert_allclose(parts.b, (2 + 25) / (1 - bars), rtol=0.05)
     np.testing.assert_allclose(parts.lipschitz.value, 0, atol=1e-6)
@@ -119,117 +114,137 @@ def test_certificate_of_a_translated_score():
     line = 0.5 * np.log(J) + parts.corollary1.log_intercept
     np.testing.assert_allclose(parts.corollary1.log_total, line, rtol=1e-5)
     # From the prior: sqrt(a) x_0 beside (1 - sqrt(1 - a)) z.
-    _, prior = certify(c, params, x, jax.random.key(0), starts="prior", draws=2)
     apart = bars[-1] * (x**2).sum(1).mean() + (1 - np.sqrt(1 - bars[-1])) ** 2 * 2
     np.testing.assert_allclose(prior.start_distance, np.sqrt(apart), rtol=1e-5)
     offset = np.exp(log_I[-1]) * np.sqrt(apart)
     np.testing.assert_allclose(prior.theorem1.offset_term, offset, rtol=1e-5)
 
 
+@pytest.mark.programs(40)  # Values are checked outside of jit only.
 def test_certificate_refuses_what_is_not_finite():
-    c, method, state = started()
-    params = jax.tree.map(lambda x: x * jnp.nan, state.params)
-    model = model_of(c)
+    x = jnp.asarray(X)
+    params = jax.tree.map(lambda v: jnp.asarray(v * np.nan), PARAMS)
     with pytest.raises(ValueError, match="score NaN"):
-        sw.certificate(params, data(), jax.random.key(0), model=model)
+        sw.certificate(params, x, jax.random.key(0), model=MODEL)
     with pytest.raises(ValueError, match="data and draws"):
-        sw.certificate(state.params, data()[:0], jax.random.key(0), model=model)
+        sw.certificate(PARAMS, x[:0], jax.random.key(0), model=MODEL)
     with pytest.raises(ValueError, match="mode must be one of"):
-        sw.certificate(state.params, data(), jax.random.key(0), model=model, mode="all")
+        jax.eval_shape(
+            lambda x: sw.certificate(
+                PARAMS, x, jax.random.key(0), model=MODEL, mode="all"
+            ), X,
+        )  # fmt: skip
 
 
 def test_diagnosis_is_the_certificate():
-    c, method, state = started()
-    run = jax.jit(functools.partial(sw.diagnose, model=model_of(c)))
-    found = run(state.params, data(), jax.random.key(0))
-    chex.assert_tree_all_finite(found)
-    assert all(x.shape == () for x in found.values())
-    line = 0.5 * found["log_J"] + found["log_intercept"]
-    np.testing.assert_allclose(found["bound_line"], jnp.exp(line), rtol=1e-5)
-    np.testing.assert_allclose(found["bound"], jnp.exp(found["log_bound"]), rtol=1e-5)
-    assert found["bound"] <= found["bound_line"] and found["offset"] == 0
+    values = together(
+        lambda params, x: sw.diagnose(params, x, jax.random.key(0), model=MODEL),
+        PARAMS, X,
+    )  # fmt: skip
+    assert all(v.shape == () and np.isfinite(v) for v in values.values())
+    line = 0.5 * values["log_J"] + values["log_intercept"]
+    np.testing.assert_allclose(values["bound_line"], np.exp(line), rtol=1e-5)
+    np.testing.assert_allclose(values["bound"], np.exp(values["log_bound"]), rtol=1e-5)
+    assert values["bound"] <= values["bound_line"] and values["offset"] == 0
 
 
 def test_samples():
-    c, method, state = started()
-    x, key = data(), jax.random.key(4)
-    draw = jax.jit(method.sampler)
-    found = draw(state.params, key, x, ())
-    assert found.shape == x.shape and np.isfinite(found).all()
-    np.testing.assert_array_equal(found, draw(state.params, key, x, ()))
-    # A net that is silent: the chain scales back and adds all its noise.
-    quiet = jax.tree.map(jnp.zeros_like, state.params)
-    many = jnp.broadcast_to(jnp.array([[1.0, -2.0]]), (4000, 2))
-    bars = model_of(c).alpha_bar
-    end = draw(quiet, key, many, ())
+    many = np.broadcast_to(np.float32([[1.0, -2.0]]), (4000, 2))
+
+    def program(params, zeros, x, many):
+        draw = functools.partial(sw.sampler, key=jax.random.key(4), model=MODEL)
+        return {
+            "data": draw(params, start=x),
+            # A net that predicts no noise: the sampler rescales and adds all its noise.
+            "zero net": draw(zeros, start=many),
+            "number": draw(params, start=5, starts="prior"),
+            "prior": draw(params, start=x, starts="prior"),
+            "other points": draw(params, start=2 * x, starts="prior"),
+        }
+
+    samples = together(program, PARAMS, ZEROS, X, many)
+    assert samples["data"].shape == X.shape and np.isfinite(samples["data"]).all()
+    end, bars, betas = samples["zero net"], MODEL.alpha_bar, MODEL.betas
     np.testing.assert_allclose(end.mean(0), [1.0, -2.0], atol=0.1)
-    betas = model_of(c).betas
     before = np.append(1.0, bars[:-1])
     spread = (1 - bars[-1]) / bars[-1] + (betas / before).sum()
     np.testing.assert_allclose(end.var(0), spread, rtol=0.1)
-    _, prior, _ = started(method__start="prior")
-    assert prior.sampler(state.params, key, 5).shape == (5, 2)
-    same = prior.sampler(state.params, key, x), prior.sampler(state.params, key, 2 * x)
-    np.testing.assert_array_equal(*same)
+    assert samples["number"].shape == (5, 2)
+    np.testing.assert_array_equal(samples["prior"], samples["other points"])
     for start in (5, 0):
         with pytest.raises(ValueError, match="noised data needs points"):
-            method.sampler(state.params, key, start)
+            sw.sampler(PARAMS, jax.random.key(0), start, model=MODEL)
 
 
 # Training
 
 
 def test_the_first_steps_maximise():
-    c, method, state = started(
-        method__ascend_steps=1, optim__name="sgd", optim__weight_decay=0.0
+    c = config(
+        **{"method.ascend_steps": 1, "optim.name": "sgd", "optim.weight_decay": 0.0}
     )
-    batch = {"x": data()}
-    update = jax.jit(method.update)
+    method = sw.make(c)
 
-    @jax.jit
-    def moved(state, sign):
-        key = jax.random.fold_in(state.key, state.step)
-        grad, _ = jax.grad(method.loss, has_aux=True)(state.params, batch, key)
-        norm = jnp.sqrt(sum((g**2).sum() for g in jax.tree.leaves(grad)))
-        rate = sign * c.optim.lr / jnp.maximum(norm, c.optim.clip)
-        return jax.tree.map(lambda p, g: p + rate * g, state.params, grad)
+    def program(params, x):
+        state = method.init(jax.random.key(0), {"x": x})._replace(params=params)
+        steps = []
+        for sign in (1.0, -1.0, -1.0):
+            key = jax.random.fold_in(state.key, state.step)
+            grad, _ = jax.grad(method.loss, has_aux=True)(state.params, {"x": x}, key)
+            norm = jnp.sqrt(sum((g**2).sum() for g in jax.tree.leaves(grad)))
+            rate = sign * c.optim.lr / jnp.maximum(norm, c.optim.clip)
+            old = state.params
+            state, _ = method.update(state, {"x": x})
+            expected = jax.tree.map(lambda p, g, rate=rate: p + rate * g, old, grad)
+            steps.append((old, expected, state.params))
+        return steps
 
-    for sign in (1.0, -1.0, -1.0):
-        expected = moved(state, sign)
-        assert max(
-            jnp.abs(a - b).max()
-            for a, b in zip(*map(jax.tree.leaves, (expected, state.params)))
-        ) > 1e-5  # fmt: skip
-        state, _ = update(state, batch)
-        chex.assert_trees_all_close(state.params, expected, atol=1e-6)
+    for old, expected, new in together(program, PARAMS, X):
+        moved = 0.0
+        for a, b, c in zip(*map(jax.tree.leaves, (old, expected, new))):
+            moved = max(moved, np.abs(a - b).max())
+            np.testing.assert_allclose(c, b, atol=1e-6)
+        assert moved > 1e-5
 
 
 def test_both_regularizers_lower_the_constant():
-    fields = {"net__widths": (16, 16), "method__ascend_steps": 0}
-    c, plain, state = started(**fields)
     # Wide weights, as after a phase that maximised.
-    wide = jax.tree.map(lambda x: 4 * x, state.params)
-    model = model_of(c)
-    found = {}
-    for name in ("none", "spectral"):
-        own = model._replace(regularizer=name)
-        found[name] = sw.score_lipschitz(wide, data(), model=own, mode="upper").value
-    assert (found["spectral"] < 0.5 * found["none"]).all()
-    clipped = sw.make(config(**fields, net__regularizer="clip", net__clip=0.1))
-    state = clipped.init(jax.random.key(0), {"x": data()})._replace(params=wide)
-    params = jax.jit(clipped.update)(state, {"x": data()})[0].params
+    wide = jax.tree.map(lambda v: 4 * v, PARAMS)
+    method = sw.make(config(**{"net.regularizer": "clip", "net.clip": 0.1}))
+
+    def program(params, x):
+        upper = {
+            name: sw.score_lipschitz(
+                params, x, model=MODEL._replace(regularizer=name), mode="upper"
+            ).value
+            for name in ("none", "spectral")
+        }
+        state = method.init(jax.random.key(0), {"x": x})._replace(params=params)
+        return upper, method.update(state, {"x": x})[0].params
+
+    upper, params = together(program, wide, X)
+    assert (upper["spectral"] < 0.6 * upper["none"]).all()
     for name, layer in params.items():
-        assert jnp.abs(layer["kernel"]).max() <= 0.1 + 1e-6, name
-        assert jnp.abs(layer["bias"]).max() <= 0.1 + 1e-6, name
+        assert np.abs(layer["kernel"]).max() <= 0.1 + 1e-6, name
+        assert np.abs(layer["bias"]).max() <= 0.1 + 1e-6, name
     assert params["layer_0"]["scale"].max() > 0.1
 
 
-@pytest.mark.parametrize("weight", ["g2I", "I2", "simple"])
+@pytest.mark.parametrize(
+    "weight", ["I2", *(pytest.param(w, marks=pytest.mark.matrix)
+                       for w in ("g2I", "simple"))],
+)  # fmt: skip
 def test_other_weights_train(weight):
-    _, method, state = started(method__weight=weight, method__ascend_steps=0)
-    state, metrics = jax.jit(method.update)(state, {"x": data()})
-    chex.assert_tree_all_finite((state.params, metrics))
-    assert metrics["grad_norm"] > 0
+    def program(params, x):
+        loss = functools.partial(sw.loss, model=MODEL, weight=weight)
+        return jax.value_and_grad(loss, has_aux=True)(
+            params, {"x": x}, jax.random.key(0)
+        )
+
+    (value, metrics), grads = together(program, PARAMS, X)
+    leaves = jax.tree.leaves((value, metrics, grads))
+    assert all(np.isfinite(v).all() for v in leaves)
+    assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(grads))
 
 
 @pytest.mark.parametrize(
@@ -248,17 +263,25 @@ def test_other_weights_train(weight):
         ({"method.ascend_steps": -1}, "ascend_steps"),
         ({"train.accumulate": 0}, "accumulate"),
     ],
+    ids=str,
 )
 def test_make_refuses(fields, message):
     with pytest.raises(ValueError, match=message):
-        method = sw.make(config(**{k.replace(".", "__"): v for k, v in fields.items()}))
-        jax.eval_shape(method.init, jax.random.key(0), {"x": data()})
+        method = sw.make(config(**fields))
+        jax.eval_shape(method.init, jax.random.key(0), {"x": X})
 
 
 def test_presets():
-    namespace: dict = {}
-    exec(config_file("score_wasserstein").read_text(), namespace)
-    for preset in namespace["PRESETS"]:
-        sw.make(namespace["get_config"](preset))
+    for preset in ("", ":moons", ":gaussian", ":line", ":digits", ":smoke"):
+        sw.make(load_config(f"score_wasserstein{preset}"))
     with pytest.raises(ValueError, match="unknown preset"):
-        namespace["get_config"]("paperr")
+        load_config("score_wasserstein:paperr")
+
+
+def test_defaults_are_those_of_the_config():
+    """In a notebook ``sw.model()`` is what ``jaxpapers run score_wasserstein`` trains."""
+    c = load_config("score_wasserstein")
+    assert from_config(sw.Net, c.net, "net") == sw.Net()
+    assert from_config(sw.Options, c.method, "method") == sw.Options()
+    betas = from_config(sw.NoiseSchedule, c.noise, "noise").variances()
+    np.testing.assert_array_equal(betas, sw.model().betas)
