@@ -126,14 +126,11 @@ def test_certificate_refuses_what_is_not_finite():
     params = jax.tree.map(lambda v: jnp.asarray(v * np.nan), PARAMS)
     with pytest.raises(ValueError, match="score NaN"):
         sw.certificate(params, x, jax.random.key(0), model=MODEL)
+    certificate = functools.partial(sw.certificate, key=jax.random.key(0), model=MODEL)
     with pytest.raises(ValueError, match="data and draws"):
-        sw.certificate(PARAMS, x[:0], jax.random.key(0), model=MODEL)
+        jax.eval_shape(certificate, PARAMS, X[:0])
     with pytest.raises(ValueError, match="mode must be one of"):
-        jax.eval_shape(
-            lambda x: sw.certificate(
-                PARAMS, x, jax.random.key(0), model=MODEL, mode="all"
-            ), X,
-        )  # fmt: skip
+        jax.eval_shape(functools.partial(certificate, mode="all"), PARAMS, X)
 
 
 def test_diagnosis_is_the_certificate():
