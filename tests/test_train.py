@@ -16,7 +16,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxpapers import checkpoint
+from jaxpapers import checkpoint, cli
 from jaxpapers import mesh as meshes
 from jaxpapers import train as trainer
 from jaxpapers.method import gradient
@@ -243,6 +243,16 @@ def test_profile_writes_a_trace(tmp_path, last):
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 
 
+def test_a_stopped_command_exits_with_75(monkeypatch, capsys):
+    def stopped(*args, **kwargs):
+        raise trainer.Preempted("stopped at step 3 of 9")
+
+    monkeypatch.setattr("jaxpapers.run.run", stopped)
+    assert cli.main(["run", "dion:smoke"]) == trainer.PREEMPTED == 75
+    assert "step 3 of 9; the same command continues" in capsys.readouterr().err
+
+
+@pytest.mark.matrix
 def test_terminated_command_line_run_continues(tmp_path):
     corpus = tmp_path / "text.py"
     corpus.write_text("def f(x):\n    return x + 1\n\n\n" * 200)
