@@ -89,6 +89,7 @@ def test_against_a_dense_solve_with_its_derivatives(float64):
         assert w[i].sum() == pytest.approx((net.freq * m).sum(), rel=1e-12)
 
 
+@pytest.mark.matrix  # Half a second of imports for what the dense solve says too.
 def test_against_katz_centrality(float64):
     nx = pytest.importorskip("networkx")
     net = random_net(3, n=30, share=0.1)
