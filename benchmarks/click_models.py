@@ -4,12 +4,11 @@
     python benchmarks/click_models.py DIN         rows whose name contains the word
 
 A row is one ``jaxpapers run`` with its config fields, three seeds on MovieLens and five
-on digits. Hyper-parameters are those of the
-presets; what the presets leave open was chosen on held-out training users
-(``data.split=validation``). Writes
-results/click_models.json and .png beside this, row by row; a row that is there already is
-computed again only if its command changed. Gates were fixed before the first run; each is
-printed with what was found, and a missed one makes the exit status 1.
+on digits. Hyper-parameters are those of the presets; those that the presets leave open
+were chosen on held-out training users (``data.split=validation``). Writes
+results/click_models.json and .png beside this, row by row; an existing row is computed
+again only if its command changed. Gates were fixed before the first run; each is printed
+with the measured value, and a missed one makes the exit status 1.
 """
 
 import json
@@ -24,7 +23,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from timing import header  # noqa: E402
 
-from jaxpapers import plots, run  # noqa: E402
+from jaxpapers import figures, run, study  # noqa: E402
 
 OUT = Path(__file__).parent / "results" / "click_models.json"
 N, R, D = "next item", "rating", "digits"
@@ -77,19 +76,20 @@ ROWS = {
 
 
 def compute(target: str, fields: dict, seeds: int) -> dict:
-    """Trains one row; its evaluations and the baselines of its task."""
+    """Trains one row; the numbers of every seed, and the untrained rows of its study."""
     overrides = [f"--config.{k}={v}" for k, v in fields.items()]
     began, cpu = time.monotonic(), time.process_time()
     with tempfile.TemporaryDirectory() as folder:
-        run.train(
+        summary = run.run(
             target, overrides, workdir=folder, seeds=seeds, alone=True, quiet=True
         )
-        found = json.loads((Path(folder) / "comparison.json").read_text())
         accuracy = [last(p, "aux_accuracy") for p in Path(folder).glob("seed*")]
+    model, *others = summary["rows"]
+    metric = summary["metric"]
     return {
-        "command": ["train", target, *overrides, "--seeds", str(seeds), "--alone"],
-        "evaluations": found["evaluations"]["this model"],
-        "baselines": found["baselines"],
+        "command": ["run", target, *overrides, "--seeds", str(seeds), "--alone"],
+        "evaluations": model["numbers"],
+        "baselines": {r["label"]: r["numbers"][0][metric] for r in others},
         **({"aux_accuracy": accuracy} if None not in accuracy else {}),
         "seconds": time.monotonic() - began,
         "cpu_seconds": time.process_time() - cpu,
@@ -104,15 +104,12 @@ def last(folder: Path, metric: str) -> float | None:
 
 def mean(row: dict, metric: str) -> float:
     """Mean over the seeds."""
-    values = [x[f"validation_{metric}"] for x in row["evaluations"]]
+    values = [x[metric] for x in row["evaluations"]]
     return sum(values) / len(values)
 
 
 def gates(rows: dict) -> list[tuple[str, float, float]]:
-    """Name, what was found and the least it should be, of the rows that are there.
-
-    Errors are there with a minus sign.
-    """
+    """Name, measured value and bound of the gates of these rows; errors are negated."""
     auc = {
         (task, name): mean(rows[task][name], METRIC[task])
         for task in rows
@@ -125,19 +122,19 @@ def gates(rows: dict) -> list[tuple[str, float, float]]:
                      ("SIM, hard", "average of the long history"))  # fmt: skip
     light, alone = (auc.get((N, x)) for x in
                     ("Rocket, light net", "light net alone"))  # fmt: skip
-    found = []
+    checked = []
 
     def gate(name, least, value, *needs):
         if None not in needs:
-            found.append((name, value(), least()))
+            checked.append((name, value(), least()))
 
     gate("Base", lambda: 0.795, lambda: base, base)
     gate("DIN", lambda: 0.812, lambda: din, din)
     gate("DIN above Base", lambda: base + 0.005, lambda: din, din, base)
     gate("DIEN", lambda: 0.830, lambda: dien, dien)
     gate("DIEN above DIN at 2 epochs", lambda: short + 0.010, lambda: dien, dien, short)
-    told = rows.get(N, {}).get("DIEN with auxiliary loss", {})
-    with_aux, right = auc.get((N, "DIEN with auxiliary loss")), told.get("aux_accuracy")
+    row = rows.get(N, {}).get("DIEN with auxiliary loss", {})
+    with_aux, right = auc.get((N, "DIEN with auxiliary loss")), row.get("aux_accuracy")
     gate("DIEN with auxiliary loss", lambda: 0.815, lambda: with_aux, with_aux)
     gate("its auxiliary accuracy", lambda: 0.70, lambda: min(right), right)
     gate("SIM hard", lambda: 0.812, lambda: hard, hard)
@@ -155,27 +152,25 @@ def gates(rows: dict) -> list[tuple[str, float, float]]:
     light, alone = (auc.get((D, x)) for x in ("Rocket, light net", "light net alone"))
     gate("minus error of the light net beside it alone, digits",
          lambda: -alone - 0.003, lambda: -light, light, alone)  # fmt: skip
-    return found
+    return checked
 
 
 def render(rows: dict) -> str:
     """The rows as Markdown."""
     lines = []
-    for task, own in rows.items():
+    for task, models in rows.items():
         metric, seeds = METRIC[task], SEEDS[task]
         further = {"auc": "gauc", "error": "booster_error"}[metric]
         lines += [f"| {task} | {metric}, mean of {seeds} | max - min | {further} "
                   "| seconds |", "|---|---|---|---|---|"]  # fmt: skip
-        baselines = next(iter(own.values()))["baselines"]
+        baselines = next(iter(models.values()))["baselines"]
         lines += [
             f"| {name} | {value:.4f} | | | |" for name, value in baselines.items()
         ]
-        for name, row in own.items():
-            values = [x[f"validation_{metric}"] for x in row["evaluations"]]
-            found = row["evaluations"][0]
-            more = (
-                f"{mean(row, further):.4f}" if f"validation_{further}" in found else ""
-            )
+        for name, row in models.items():
+            values = [x[metric] for x in row["evaluations"]]
+            has = further in row["evaluations"][0]
+            more = f"{mean(row, further):.4f}" if has else ""
             lines.append(
                 f"| {name} | {mean(row, metric):.4f} | "
                 f"{max(values) - min(values):.4f} | {more} | "
@@ -187,14 +182,19 @@ def render(rows: dict) -> str:
 
 def plot(rows: dict) -> None:
     """Seeds of every row of the first task."""
-    own = rows.get(N, {})
-    runs = {
-        name: [x["validation_auc"] for x in row["evaluations"]]
-        for name, row in sorted(own.items(), key=lambda item: mean(item[1], "auc"))
+    models = sorted(rows.get(N, {}).items(), key=lambda item: mean(item[1], "auc"))
+    results = [
+        study.Result(
+            study.Row(name, None, lambda: None),
+            [study.Finding(numbers) for numbers in row["evaluations"]],
+            (),
+        )
+        for name, row in models
         if "shuffled" not in name and "regression" not in name
-    }
-    title = SimpleNamespace(title="AUC of the next item, MovieLens-100k")
-    plots.plot_comparison(title, runs, {}, OUT.with_suffix(".png"))
+    ]
+    title = "AUC of the next item, MovieLens-100k"
+    about = SimpleNamespace(metric="auc", title=title)
+    figures.comparison(about, results, OUT.with_suffix(".png"))
 
 
 def main() -> None:
@@ -204,7 +204,7 @@ def main() -> None:
     for (task, name), (target, fields) in ROWS.items():
         overrides = [f"--config.{k}={v}" for k, v in fields.items()]
         seeds = str(SEEDS[task])
-        command = ["train", target, *overrides, "--seeds", seeds, "--alone"]
+        command = ["run", target, *overrides, "--seeds", seeds, "--alone"]
         row = rows.get(task, {}).get(name, {})
         done = row.get("command") == command
         # Rows from before the accuracy was kept lack what their gate needs.
@@ -228,11 +228,11 @@ def main() -> None:
              for task in rows}  # fmt: skip
     print(render(order))
     plot(order)
-    found = gates(order)
-    for name, value, least in found:
+    checked = gates(order)
+    for name, value, least in checked:
         print(f"{'passed' if value >= least else 'MISSED'}: {name}: {value:.4f}, "
               f"gate {least:.4f}")  # fmt: skip
-    sys.exit(any(value < least for _, value, least in found))
+    sys.exit(any(value < least for _, value, least in checked))
 
 
 if __name__ == "__main__":
