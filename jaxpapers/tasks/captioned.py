@@ -206,6 +206,7 @@ def _emoji(path):
     )
 
 
+@jax.jit
 def _ink(x):
     """Mean colour of what is not white, weighted by how far from white it is."""
     colour = jnp.clip((x + 1) / 2, 0, 1)

@@ -98,9 +98,10 @@ def frechet(classifier: Trained, x: np.ndarray, y: np.ndarray) -> float:
 def frechet_of_features(x: np.ndarray, y: np.ndarray) -> float:
     """Frechet distance of two sets of features (n, F) and (m, F), in float64."""
     with jax.enable_x64():
-        return float(
-            distance.frechet_distance(*(jnp.asarray(f, jnp.float64) for f in (x, y)))
-        )
+        return float(_frechet(np.asarray(x, np.float64), np.asarray(y, np.float64)))
+
+
+_frechet = jax.jit(distance.frechet_distance)
 
 
 def _outputs(classifier, x):

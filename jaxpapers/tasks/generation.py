@@ -280,7 +280,7 @@ def _sampling(config: Any, mesh: Any, source: Source) -> Callable:
         key = jax.random.key(seed)
         with jax.set_mesh(mesh):
             if config.net.get("model") != "unet":
-                return np.asarray(draw(key, start, count))
+                return np.asarray(draw(key, start, 0 if from_data else count))
             # What a step of training holds, a rollout of as many rows holds too.
             size = min(config.get("pretrain", config.data).batch, count)
             parts = [
@@ -297,9 +297,8 @@ def _distances(source: Source, x: np.ndarray, quick: bool) -> dict[str, float]:
     if source.classifier is not None:
         return {"frechet": classifiers.frechet(source.classifier, x, source.train)}
     held = source.held_out
-    axes = distance.directions(jax.random.key(3), DIRECTIONS, math.prod(x.shape[1:]))
-    flat, other = (jnp.asarray(v.reshape(len(v), -1), jnp.float32) for v in (x, held))
-    sliced = distance.sliced_wasserstein(flat, other, axes, 2.0)
+    flat = [v.reshape(len(v), -1).astype(np.float32) for v in (x, held)]
+    sliced = _sliced(*flat)
     if quick:
         return {"sliced_w2": float(sliced)}
     most = min(len(x), len(held), EXACT)
@@ -308,3 +307,9 @@ def _distances(source: Source, x: np.ndarray, quick: bool) -> dict[str, float]:
         for p in (1.0, 2.0)
     }
     return {"sliced_w2": float(sliced), **exact}
+
+
+@jax.jit
+def _sliced(x, y):
+    axes = distance.directions(jax.random.key(3), DIRECTIONS, x.shape[1])
+    return distance.sliced_wasserstein(x, y, axes, 2.0)

@@ -192,7 +192,7 @@ def _scores(source, x, prompt):
     scores = {
         "accuracy": float(correct.mean()),
         "reward_accuracy": float(source.agrees(x, prompt).mean()),
-        "reward": float(np.mean(source.reward(jnp.asarray(x), prompt))),
+        "reward": float(np.mean(_jitted(source.reward)(x, prompt))),
         "frechet": _frechet(source, x),
     }
     if source.unseen.any():
@@ -209,7 +209,7 @@ def _frechet(source, x):
 def _best_of_four(source, sample, prompt):
     """The best of four by the reward: what choosing without training gives."""
     tries = [sample(prompt, seed=seed) for seed in range(4)]
-    rewards = np.stack([source.reward(jnp.asarray(x), prompt) for x in tries])
+    rewards = np.stack([_jitted(source.reward)(x, prompt) for x in tries])
     best = np.stack(tries)[rewards.argmax(0), np.arange(len(prompt))]
     scores = _scores(source, best, prompt)
     return {
