@@ -249,7 +249,8 @@ def hash_items(clicks: ctr.Clicks, buckets: int) -> ctr.Clicks:
     Raises:
       ValueError: fewer buckets than 1.
     """
-    bucket = np.array(embedding.hash_ids(jnp.arange(clicks.rows["item"]), buckets))
+    hash_ids = jax.jit(embedding.hash_ids, static_argnums=1)
+    bucket = np.array(hash_ids(jnp.arange(clicks.rows["item"]), buckets))
     bucket[: ctr.FIRST] = np.arange(ctr.FIRST)
 
     def hashed(table):

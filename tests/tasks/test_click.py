@@ -1,4 +1,4 @@
-"""The click task as a command runs it, on the original files' formats."""
+"""Click prediction: protocols, rows beside the model, items that share a table's rows."""
 
 import gzip
 import json
@@ -10,19 +10,21 @@ import pytest
 from jaxpapers import mesh as meshes
 from jaxpapers import papers, run, tasks
 from jaxpapers.data import ctr, ctr_files
+from jaxpapers.method import Method, State
+from jaxpapers.study import with_fields
 from jaxpapers.tasks import click
 
 SMALL = {
     "data.source": "amazon", "data.batch": 8, "data.eval_batch": 8, "data.history": 4,
     "net.item_dim": 4, "net.cate_dim": 4, "train.steps": 2, "train.eval_every": 0,
 }  # fmt: skip
+STATE = State(0, {}, (), (), 0)
 
 
-@pytest.fixture
-def amazon(tmp_path):
+@pytest.fixture(scope="module")
+def amazon(tmp_path_factory):
     """A folder as the Amazon files lie in it: 30 users, 12 products."""
-    rng, folder = np.random.default_rng(0), tmp_path / "amazon"
-    folder.mkdir()
+    rng, folder = np.random.default_rng(0), tmp_path_factory.mktemp("amazon")
     reviews, meta = folder / "reviews_X.json.gz", folder / "meta_X.json.gz"
     with gzip.open(reviews, "wt") as f:
         for user in range(30):
@@ -46,96 +48,137 @@ def fields(folder, **more):
     return [f"--config.{k}={v}" for k, v in given.items()]
 
 
+def rows_of(name, config, seed=0, mesh="data:1"):
+    shape = meshes.parse_mesh(mesh)
+    grid = meshes.make_mesh(shape, jax.devices()[: shape["data"]])
+    study = tasks.study(name, config, tasks.read(config), grid)
+    assert study.metric == "auc" and study.rising
+    return {row.label: row for row in study.rows(seed)}
+
+
 @pytest.mark.parametrize("name", ["din", "dien"])
 def test_each_paper_reads_its_own_protocol(amazon, name):
     config = run.load_config(f"{name}:paper", fields(amazon))
     assert config.data.protocol == name
     files = sorted(amazon.glob("reviews*")) + sorted(amazon.glob("meta*"))
     expected = ctr_files.amazon(*files, protocol=name)
-    found = click.read(config)
+    clicks = click.load(config)
     for split in ("train", "test"):
-        for a, b in zip(getattr(found, split), getattr(expected, split)):
+        for a, b in zip(getattr(clicks, split), getattr(expected, split)):
             np.testing.assert_array_equal(a, b)
-    sizes = len(found.train.label), len(found.test.label)
+    sizes = len(clicks.train.label), len(clicks.test.label)
     assert sizes != (0, 0) and (name == "dien") == (sum(sizes) == 60)
 
 
-def test_a_run_beside_its_baselines(amazon, tmp_path):
-    """Two seeds of DIN and its rivals, then the evaluation of what was saved."""
-    workdir = str(tmp_path / "run")
-    given = fields(amazon, **{"data.rivals": True})
-    result = run.train("din:smoke", given, workdir=workdir, seeds=2, quiet=True)
-    found = json.loads((tmp_path / "run" / "comparison.json").read_text())
-    assert set(found["baselines"]) == {"popularity", "item mean"}
-    names = {"this model", "Base, mean pooling", "logistic regression"}
-    assert set(found["evaluations"]) == names
-    assert all(len(x) == 2 for x in found["evaluations"].values())
-    every = [
-        x["validation_auc"] for rows in found["evaluations"].values() for x in rows
+@pytest.mark.parametrize("mesh", ["data:1", "data:8"])
+def test_scores_are_measured_on_the_test_rows(amazon, mesh):
+    """In batches that do not divide their number, on one device and on several."""
+    config = run.load_config("din:smoke", fields(amazon))
+    own = rows_of("din", config, mesh=mesh)["this model"]
+    samples = click.load(config).test
+    assert len(samples.label) % config.data.eval_batch
+
+    def predict(params, extra, batch):
+        return batch["item"] + 100.0 * batch["user"]
+
+    numbers = own.measure(Method(None, None, None, predict=predict), STATE).numbers
+    score = samples.item + 100.0 * samples.user
+    pairs = [
+        (score[i] > score[j]) + 0.5 * (score[i] == score[j])
+        for i in np.flatnonzero(samples.label)
+        for j in np.flatnonzero(samples.label == 0)
     ]
+    assert numbers["auc"] == pytest.approx(np.mean(pairs))
+    assert set(numbers) == {"auc", "gauc"}
+
+
+def test_rows_of_a_model_and_of_those_beside_it(amazon):
+    """Stages of the same data, seed and steps; each is a config of its paper."""
+    config = run.load_config("dien:smoke", fields(amazon, **{"data.baselines": True}))
+    rows = rows_of("dien", config, seed=5)
+    assert list(rows) == [
+        "this model", "without auxiliary loss", "Base, mean pooling",
+        "logistic regression", "DIN", "popularity", "item mean",
+    ]  # fmt: skip
+    clicks, own = click.load(config), ("this model", "without auxiliary loss")
+    for label, row in rows.items():
+        if label in ("popularity", "item mean"):
+            assert row.stage is None and 0 <= row.measure().numbers["auc"] <= 1
+            continue
+        c = row.stage.config
+        assert row.stage.paper == ("dien" if label in own else "din")
+        assert (c.train.seed, c.train.steps, c.data.batch) == (5, 2, 8)
+        assert c.net.item_vocab == clicks.rows["item"] and c.data.path == str(amazon)
+    plain = rows["without auxiliary loss"].stage.config
+    assert config.method.aux_weight and plain.method.aux_weight == 0
+    assert rows["Base, mean pooling"].stage.config.net.pooling == "mean"
+
+
+@pytest.mark.matrix
+@pytest.mark.programs(80)  # Four models of two papers.
+def test_a_run_beside_its_baselines(amazon, tmp_path):
+    """Two seeds of DIN and its baselines, then the evaluation of what was saved."""
+    given = fields(amazon, **{"data.baselines": True})
+    summary = run.run("din:smoke", given, workdir=str(tmp_path), seeds=2, quiet=True)
+    rows = {row["label"]: row for row in summary["rows"]}
+    trained = {"this model", "Base, mean pooling", "logistic regression"}
+    assert set(rows) == trained | {"popularity", "item mean"}
+    values = {k: [n["auc"] for n in row["numbers"]] for k, row in rows.items()}
+    assert all(len(x) == 2 for x in values.values())
+    every = [x for k in trained for x in values[k]]
     assert all(0 <= x <= 1 for x in every) and len(set(every)) > 1
-    assert 0 <= result["validation_auc"] <= 1
-    again = run.evaluate(f"{workdir}/seed0")
-    assert again["validation_auc"] == pytest.approx(
-        found["evaluations"]["this model"][0]["validation_auc"], abs=1e-6
-    )
-
-
-def test_another_papers_models_are_trained_beside(amazon, tmp_path):
-    """DIEN beside DIN and what DIN is beside, each in a folder of its own."""
-    folder = tmp_path / "run"
-    given = fields(amazon, **{"data.rivals": True})
-    run.train("dien:smoke", given, workdir=str(folder), quiet=True)
-    found = json.loads((folder / "comparison.json").read_text())["runs"]
-    own = {"this model", "without auxiliary loss"}
-    assert set(found) == own | {"DIN", "Base, mean pooling", "logistic regression"}
-    assert json.loads((folder / "DIN" / "config.json").read_text())["paper"] == "din"
-    alone = run.evaluate(str(folder / "DIN"))
-    assert alone["validation_auc"] == pytest.approx(found["DIN"][0], abs=1e-6)
+    for label in trained:
+        folder = tmp_path / rows[label]["folders"][0]
+        stored = json.loads((folder / "config.json").read_text())
+        assert stored["paper"] == "din" and stored["label"] == label
+        again = run.evaluate(str(folder))
+        assert again["auc"] == pytest.approx(values[label][0], abs=1e-6)
 
 
 @pytest.mark.parametrize(
     "target, source, own",
     [
         ("dien:smoke", "ml-100k", True),
-        ("sim:paper", "taobao", True),
+        pytest.param("sim:paper", "taobao", True, marks=pytest.mark.matrix),
         ("rocket:ml100k", "ml-100k", False),
-        ("rocket:dien", "ml-100k", True),
+        pytest.param("rocket:dien", "ml-100k", True, marks=pytest.mark.matrix),
         ("din:released", "amazon", False),
     ],
 )
-def test_every_click_model_has_the_same_rivals(target, source, own):
+def test_every_click_model_has_the_same_baselines(target, source, own):
     """On the same rows, steps and seed; each is a config that its paper accepts."""
-    given = ["--config.data.batch=100", "--config.data.rivals=True"]
+    given = ["--config.data.batch=100", "--config.data.baselines=True"]
     config = run.load_config(target, given)
-    found = tasks.rivals(target.split(":")[0], config)
+    models = click.baselines(target.split(":")[0], config)
     names = {"Base, mean pooling", "logistic regression"} | ({"DIN"} if own else set())
-    assert set(found) == names
-    for name, rival in found.values():
+    assert set(models) == names
+    for name, model in models.values():
         assert name == "din"
         assert config.data.source == source
         for group in ("data", "train"):
-            mine, theirs = config[group].to_dict(), rival[group].to_dict()
+            mine, theirs = config[group].to_dict(), model[group].to_dict()
             shared = set(mine) & set(theirs) - {"accumulate", "init_from"}
             assert len(shared) >= 7
             assert {k: mine[k] for k in shared} == {k: theirs[k] for k in shared}
-        assert rival.method.mba == config.method.get("mba", 0.0)
-        method = papers.load(name).make(rival)
-        shapes = tasks.batch_shapes(rival)
+        assert model.method.mba == config.method.get("mba", 0.0)
+        data = tasks.abstract(model)
+        method, shapes = papers.load(name).make(model, **data.facts), data.shapes
         state = jax.eval_shape(method.init, jax.random.key(0), shapes)
         jax.eval_shape(method.update, state, shapes)
-    linear = found["logistic regression"][1].net
+    linear = models["logistic regression"][1].net
     assert linear.item_dim == 1 and not linear.hidden
     if own:
-        assert found["DIN"][1].net.pooling == "attention"
-    assert not tasks.rivals("din", found["Base, mean pooling"][1])
+        assert models["DIN"][1].net.pooling == "attention"
+    assert not click.baselines("din", models["Base, mean pooling"][1])
+    alone = with_fields(config, {"data.baselines": False})
+    assert not click.baselines(target.split(":")[0], alone)
 
 
 def test_items_share_rows_by_a_hash(amazon):
     """Everywhere alike; padding and unknown stay; the table has the buckets' rows."""
     plain = run.load_config("din:paper", fields(amazon))
     config = run.load_config("din:paper", fields(amazon, **{"data.item_buckets": 5}))
-    a, b = click.read(plain), click.read(config)
+    a, b = click.load(plain), click.load(config)
     pairs = set()
     for old, new in ((a.train, b.train), (a.test, b.test), (a.log, b.log)):
         assert not set(old.item) & {0, 1}
@@ -148,18 +191,15 @@ def test_items_share_rows_by_a_hash(amazon):
     item, cate = click.hash_items(brought, 5).negatives
     np.testing.assert_array_equal(item, b.log.item[::-1])
     np.testing.assert_array_equal(cate, a.log.cate[::-1])
-    complete, _ = click.prepare(config)
-    assert complete.net.item_vocab == 7
-    for name in ("popularity", "item_mean"):  # Of items, not of buckets.
+    # Popularity is of items, not of buckets; the model has the buckets' rows.
+    for name in ("popularity", "item_mean"):
         assert (getattr(ctr, name)(a) != getattr(ctr, name)(b)).any()
-    mesh = meshes.make_mesh()
-    found = [
-        tasks.load(c, papers.load("din").make(c), mesh).baselines()
-        for c in (click.prepare(plain)[0], complete)
-    ]
-    assert found[0] == found[1]
+    each, shared = (rows_of("din", c) for c in (plain, config))
+    assert shared["this model"].stage.config.net.item_vocab == 7
+    for label in ("popularity", "item mean"):
+        assert shared[label].measure() == each[label].measure()
 
 
 def test_missing_files_are_named():
     with pytest.raises(FileNotFoundError, match="reviews_.*and meta_.*ml-100k"):
-        click.read(run.load_config("din:paper", ["--config.data.source=amazon"]))
+        click.load(run.load_config("din:paper", ["--config.data.source=amazon"]))
