@@ -23,6 +23,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     overrides = [x for x in rest if x.startswith("--config.")]
     unknown = [x for x in rest if x not in overrides]
+    if hasattr(options, "files"):  # argparse takes only those right after the name.
+        options.files += [x for x in unknown if not x.startswith("-")]
+        unknown = [x for x in unknown if x.startswith("-")]
     if unknown:
         parser.error(f"unknown argument {unknown[0]!r}; see {options.command} --help")
     if overrides and options.command not in ("run", "train", "plan"):

@@ -26,11 +26,15 @@ def comparison(study: Any, results: Sequence[Any], out: str | Path) -> Path:
     runs = {_label(r): r.values(study.metric) for r in trained}
     runs = {k: [x for x in v if np.isfinite(x)] for k, v in runs.items()}
     runs = {label: values for label, values in runs.items() if values}
+    own = next(iter(runs))
+    # The best on top, as in the table.
+    ranked = sorted(runs, key=lambda k: np.mean(runs[k]), reverse=study.rising)
+    runs = {label: runs[label] for label in ranked}
     levels = _levels(study, [r for r in results if r not in trained])
     figure = Figure(figsize=(7, 1.2 + 0.5 * len(runs)), layout="constrained")
     axes = figure.subplots()
     means = np.array([sum(values) / len(values) for values in runs.values()])
-    far = _far(means)
+    far = _far(means, list(runs).index(own))
     shown: list[float] = []
     for i, values in enumerate(runs.values()):
         if far[i]:
@@ -53,7 +57,7 @@ def comparison(study: Any, results: Sequence[Any], out: str | Path) -> Path:
         else:  # It would squeeze the models into one spot.
             axes.plot([], [], " ", label=f"{label} (beyond the axis)")
     axes.set_yticks(range(len(runs)), list(runs))
-    axes.set_ylim(-0.6, len(runs) - 0.4)
+    axes.set_ylim(len(runs) - 0.4, -0.6)
     axes.set_xlabel(study.title)
     axes.grid(alpha=0.25, axis="x")
     if levels:
@@ -153,10 +157,10 @@ def _levels(study: Any, results: Sequence[Any]) -> dict[str, float]:
     return {label: sum(v) / len(v) for label, v in values.items() if v}
 
 
-def _far(means):
-    """Which models would squeeze the others into a fifth of the axis; never the first."""
+def _far(means, own):
+    """Which models would squeeze the others into a fifth of the axis; never ``own``."""
     apart = np.abs(means - np.median(means))
     far = apart > 8 * np.median(apart)
-    far[:1] = False
+    far[own] = False
     near = np.ptp(means[~far])
     return far & (0 < near < np.ptp(means) / 5)

@@ -270,12 +270,9 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _cell(values: Sequence[float]) -> str:
-    """Mean to four significant digits; empty where a row does not have the metric."""
-    return (
-        f"{_mean(values):.4f}"
-        if values and abs(_mean(values)) < 100
-        else (f"{_mean(values):.1f}" if values else "")
-    )
+    """Mean, to four decimals or six digits; empty for a row without the metric."""
+    mean = _mean(values)
+    return "" if not values else f"{mean:.4f}" if abs(mean) < 100 else f"{mean:.6g}"
 
 
 def memory_line(compiled: Any) -> str:
