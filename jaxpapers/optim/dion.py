@@ -34,7 +34,7 @@ from jaxpapers.optim.layout import (
     named_leaves,
     per_leaf,
 )
-from jaxpapers.optim.matrices import in_groups
+from jaxpapers.optim.matrices import check_shapes, step_leaves
 from jaxpapers.optim.options import (
     check_choice,
     check_dtype,
@@ -225,12 +225,7 @@ def scale_by_dion(
         named, treedef = named_leaves(updates)
         check_trees("dion", updates, state.momentum)
         grads = [g for _, g in named]
-        for (path, g), m in zip(named, jax.tree.leaves(state.momentum)):
-            if g.shape != m.shape and (not replicate_axis or g.shape != m.shape[1:]):
-                raise ValueError(
-                    f"{path}: gradient has shape {g.shape}, the state's momentum "
-                    f"{m.shape}; call init with the parameters of these gradients"
-                )
+        check_shapes(named, jax.tree.leaves(state.momentum), bool(replicate_axis))
         qs = jax.tree.leaves(state.q)
         layouts = layouts_of(named, qs)
         if replicate_axis:
@@ -239,44 +234,35 @@ def scale_by_dion(
                 g if layout.compresses else lax.pmean(g, replicate_axis)
                 for layout, g in zip(layouts, grads)
             ]
-        averaged = [bool(replicate_axis) and x.compresses for x in layouts]
+        axes = (replicate_axis,) if replicate_axis else ()
+        averaged = [bool(axes) and x.compresses for x in layouts]
         momenta = [
             _momentum(layout, m, own)
             for layout, m, own in zip(
                 layouts, jax.tree.leaves(state.momentum), averaged
             )
         ]
-        found = placement.find(layouts, momenta, report=True)
         options = StepOptions(
             mu, eps, noise_guard, power_iters, orthogonalize, right_factor, split_p,
             communication_dtype and jnp.dtype(communication_dtype),
         )  # fmt: skip
-        done = in_groups(
+        directions, (momenta, qs) = step_leaves(
             _dion_blocks,
             layouts,
-            found,
-            (grads, momenta, qs),
-            (leaf_spec, leaf_spec, q_spec),
+            placement.find(layouts, momenta, report=True),
+            grads,
+            [momenta, qs],
+            [leaf_spec, q_spec],
             options,
-            [0 if batch == "same_shape" else i for i in range(len(layouts))],
-            [(replicate_axis,) if replicate_axis and own else () for own in averaged],
+            scale=scale,
+            keys=[0 if batch == "same_shape" else i for i in range(len(layouts))],
+            replicas=[axes if own else () for own in averaged],
         )
-        outputs = []
-        for i, (direction, m, q) in enumerate(done):
-            direction = layouts[i].update_scale(scale) * direction
-            m = m.astype(momenta[i].dtype)
-            outputs.append(
-                (
-                    direction.astype(named[i][1].dtype),
-                    m[None] if averaged[i] else m,
-                    q.astype(qs[i].dtype),
-                )
-            )
-        directions, new_momenta, new_qs = zip(*outputs) if outputs else ((), (), ())
+        momenta = [m[None] if own else m for own, m in zip(averaged, momenta)]
         return treedef.unflatten(directions), DionState(
             jnp.asarray(optax.safe_increment(state.count)),
-            treedef.unflatten(new_momenta),
-            treedef.unflatten(new_qs),
+            treedef.unflatten(momenta),
+            treedef.unflatten(qs),
         )
 
     return optax.GradientTransformation(init, update)
@@ -376,20 +362,20 @@ def dion(
     """
     matrices = scale_by_dion(
         rank_fraction,
-        rank_multiple_of,
-        mu,
-        eps,
-        power_iters,
-        orthogonalize,
-        right_factor,
-        weight_dimension_numbers,
-        momentum_dtype,
-        q_dtype,
-        sharding,
-        batch,
-        seed,
-        scale,
-        noise_guard,
+        rank_multiple_of=rank_multiple_of,
+        mu=mu,
+        eps=eps,
+        power_iters=power_iters,
+        orthogonalize=orthogonalize,
+        right_factor=right_factor,
+        weight_dimension_numbers=weight_dimension_numbers,
+        momentum_dtype=momentum_dtype,
+        q_dtype=q_dtype,
+        sharding=sharding,
+        batch=batch,
+        seed=seed,
+        scale=scale,
+        noise_guard=noise_guard,
         replicate_axis=replicate_axis,
         p_side=p_side,
         split_p=split_p,

@@ -25,25 +25,11 @@ from jax import lax
 
 from jaxpapers.optim.collectives import psum
 from jaxpapers.optim.composite import with_scalars
-from jaxpapers.optim.layout import named_leaves
-from jaxpapers.optim.matrices import (
-    check_shapes,
-    in_groups,
-    read_layouts,
-    same_shape,
-)
+from jaxpapers.optim.matrices import momentum_method
 from jaxpapers.optim.newton_schulz import COEFFICIENTS, newton_schulz
-from jaxpapers.optim.options import (
-    check_choice,
-    check_dtype,
-    check_range,
-    check_trees,
-    is_traced,
-)
+from jaxpapers.optim.options import check_choice, check_range, is_traced
 from jaxpapers.optim.orthonormalize import HIGHEST
-from jaxpapers.optim.placement import Placement, placed
 from jaxpapers.optim.power_iteration import MeshAxes
-from jaxpapers.optim.sharded import leaf_spec
 
 
 class Dion2State(NamedTuple):
@@ -105,48 +91,17 @@ def scale_by_dion2(
     check_range("mu", mu, 0, 1)
     check_choice("coefficients", coefficients, tuple(COEFFICIENTS))
     check_choice("scale", scale, ("spectral", None))
-    check_dtype("momentum_dtype", momentum_dtype)
-    check_choice("unknown_sharding", unknown_sharding, ("warn", "raise"))
-    placement = Placement(sharding, unknown_sharding)
-
-    def init(params):
-        named, treedef = named_leaves(params)
-        layouts = read_layouts(named, weight_dimension_numbers, "Dion2")
-        placement.see(named)
-        leaves = [x for _, x in named]
-        momentum = [
-            placed(jnp.zeros_like(x, dtype=momentum_dtype or x.dtype), where)
-            for x, where in zip(leaves, placement.find(layouts, leaves))
-        ]
-        return Dion2State(jnp.zeros((), jnp.int32), treedef.unflatten(momentum))
-
-    def update(updates, state, params=None):
-        del params
-        named, treedef = named_leaves(updates)
-        check_trees("dion2", updates, state.momentum)
-        momenta = jax.tree.leaves(state.momentum)
-        check_shapes(named, momenta)
-        layouts = read_layouts(named, weight_dimension_numbers, "Dion2")
-        found = placement.find(layouts, momenta, report=True)
-        outputs = in_groups(
-            _dion2_blocks,
-            layouts,
-            found,
-            [[g for _, g in named], momenta],
-            (leaf_spec, leaf_spec),
-            _Options(mu, float(fraction), coefficients),
-            same_shape(layouts),
-        )
-        directions = [
-            (layout.update_scale(scale) * o).astype(g.dtype)
-            for layout, (_, g), (o, _) in zip(layouts, named, outputs)
-        ]
-        after = [m.astype(old.dtype) for old, (_, m) in zip(momenta, outputs)]
-        return treedef.unflatten(directions), Dion2State(
-            jnp.asarray(optax.safe_increment(state.count)), treedef.unflatten(after)
-        )
-
-    return optax.GradientTransformation(init, update)
+    return momentum_method(
+        "Dion2",
+        _dion2_blocks,
+        _Options(mu, float(fraction), coefficients),
+        Dion2State,
+        weight_dimension_numbers=weight_dimension_numbers,
+        momentum_dtype=momentum_dtype,
+        sharding=sharding,
+        scale=scale,
+        unknown_sharding=unknown_sharding,
+    )
 
 
 def dion2(
@@ -193,11 +148,11 @@ def dion2(
     matrices = scale_by_dion2(
         fraction,
         mu,
-        coefficients,
-        weight_dimension_numbers,
-        momentum_dtype,
-        sharding,
-        scale,
+        coefficients=coefficients,
+        weight_dimension_numbers=weight_dimension_numbers,
+        momentum_dtype=momentum_dtype,
+        sharding=sharding,
+        scale=scale,
         unknown_sharding=unknown_sharding,
     )
     return with_scalars(

@@ -1,46 +1,184 @@
-"""What the optimizers of matrices share: reading leaves, grouping them, running steps."""
+"""What the optimizers of matrices share: layouts, groups of leaves, init and update."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxpapers.optim.layout import Layout, is_dimensions, make_layout, per_leaf
-from jaxpapers.optim.options import check_leaf
-from jaxpapers.optim.sharded import blockwise, group_key
+from jaxpapers.optim.layout import (
+    Layout,
+    is_dimensions,
+    make_layout,
+    named_leaves,
+    per_leaf,
+)
+from jaxpapers.optim.options import check_choice, check_dtype, check_leaf, check_trees
+from jaxpapers.optim.placement import Placement, placed
+from jaxpapers.optim.sharded import blockwise, group_key, leaf_spec
 
 
-def read_layouts(named: Sequence[tuple[str, Any]], dimensions: Any, name: str):
-    """Layouts of leaves for an optimizer without a rank."""
-    numbers = per_leaf(dimensions, named, is_dimensions, "weight_dimension_numbers")
-    for path, leaf in named:
-        check_leaf(path, leaf, name)
-    return [make_layout(path, leaf.shape, d) for (path, leaf), d in zip(named, numbers)]
+def momentum_method(
+    name: str,
+    step: Callable,
+    options: Any,
+    make_state: Callable[..., Any],
+    *statistics: tuple[Callable[[Layout, Any], jax.Array], Callable[[Layout, P], P]],
+    weight_dimension_numbers: Any,
+    momentum_dtype: Any,
+    sharding: Any,
+    scale: str | None,
+    unknown_sharding: str,
+) -> optax.GradientTransformation:
+    """A direction for matrices from a momentum shaped as they are: Muon, Dion2.
 
+    Args:
+      name: of the optimizer, for messages.
+      step: see ``blockwise``; its arrays are gradients, momenta and ``statistics``.
+      options: NamedTuple of the step's hyper-parameters.
+      make_state: (count, momentum, *statistics) -> state, a NamedTuple whose fields
+        after the first two are ``statistics``.
+      *statistics: (init, spec) of further state: init gives a leaf's from (layout,
+        parameter), spec its partition from (layout, the parameter's spec).
+      weight_dimension_numbers: see ``scale_by_dion``, as for all that follow.
+      momentum_dtype: dtype of the momentum; default the parameter's.
+      sharding: see ``scale_by_dion``.
+      scale: see ``Layout.update_scale``.
+      unknown_sharding: see ``scale_by_dion``.
+    """
+    check_dtype("momentum_dtype", momentum_dtype)
+    check_choice("unknown_sharding", unknown_sharding, ("warn", "raise"))
+    placement = Placement(sharding, unknown_sharding)
 
-def same_shape(layouts: Sequence[Layout]) -> list[Any]:
-    """Keys for ``in_groups`` of leaves whose matrices have equal shapes."""
-    return [(x.fan_in, x.fan_out) for x in layouts]
+    def read_layouts(named):
+        numbers = per_leaf(
+            weight_dimension_numbers, named, is_dimensions, "weight_dimension_numbers"
+        )
+        for path, leaf in named:
+            check_leaf(path, leaf, name)
+        return [
+            make_layout(path, leaf.shape, d) for (path, leaf), d in zip(named, numbers)
+        ]
+
+    def init(params):
+        named, treedef = named_leaves(params)
+        layouts = read_layouts(named)
+        placement.see(named)
+        leaves = [leaf for _, leaf in named]
+        shardings = placement.find(layouts, leaves)
+
+        def zeros(layout, x):
+            del layout
+            return jnp.zeros_like(x, dtype=momentum_dtype or x.dtype)
+
+        def tree(make, spec):
+            return treedef.unflatten(
+                placed(
+                    make(layout, leaf),
+                    where and NamedSharding(where.mesh, spec(layout, where.spec)),
+                )
+                for layout, leaf, where in zip(layouts, leaves, shardings)
+            )
+
+        momentum = tree(zeros, leaf_spec)
+        return make_state(
+            jnp.zeros((), jnp.int32), momentum, *(tree(*x) for x in statistics)
+        )
+
+    def update(updates, state, params=None):
+        del params
+        named, treedef = named_leaves(updates)
+        check_trees(name, updates, state.momentum)
+        momenta = jax.tree.leaves(state.momentum)
+        check_shapes(named, momenta)
+        layouts = read_layouts(named)
+        further = [jax.tree.leaves(x) for x in state[2 : 2 + len(statistics)]]
+        directions, states = step_leaves(
+            step,
+            layouts,
+            placement.find(layouts, momenta, report=True),
+            [g for _, g in named],
+            [momenta, *further],
+            [leaf_spec, *(spec for _, spec in statistics)],
+            options,
+            scale=scale,
+            keys=[(x.fan_in, x.fan_out) for x in layouts],
+        )
+        count = jnp.asarray(optax.safe_increment(state.count))
+        return treedef.unflatten(directions), make_state(
+            count, *(treedef.unflatten(x) for x in states)
+        )
+
+    return optax.GradientTransformation(init, update)
 
 
 def check_shapes(
-    named: Sequence[tuple[str, Any]], momenta: Sequence[jax.Array]
+    named: Sequence[tuple[str, Any]], momenta: Sequence[jax.Array], replicas: int = 0
 ) -> None:
-    """ValueError where a gradient has not its momentum's shape."""
+    """ValueError where a gradient has not its momentum's shape.
+
+    Args:
+      named: gradients with their paths.
+      momenta: of the state.
+      replicas: leading axes that a momentum may have besides the gradient's: 0 or 1.
+    """
     for (path, g), m in zip(named, momenta):
-        if g.shape != m.shape:
+        if g.shape != m.shape and not (replicas and g.shape == m.shape[1:]):
             raise ValueError(
                 f"{path}: gradient has shape {g.shape}, the state's momentum "
                 f"{m.shape}; call init with the parameters of these gradients"
             )
 
 
+def step_leaves(
+    step: Callable,
+    layouts: Sequence[Layout],
+    shardings: Sequence[NamedSharding | None],
+    grads: Sequence[jax.Array],
+    states: Sequence[Sequence[jax.Array]],
+    specs: Sequence[Callable[[Layout, P], P]],
+    options: Any,
+    *,
+    scale: str | None,
+    keys: Sequence[Any],
+    replicas: Sequence[tuple[str, ...]] | None = None,
+) -> tuple[list[jax.Array], list[list[jax.Array]]]:
+    """Scaled directions and new states of all leaves, in the dtypes of the old ones.
+
+    Args:
+      step: see ``in_groups``, as for all that follow.
+      layouts: of the leaves.
+      shardings: of the leaves.
+      grads: gradients.
+      states: lists over the leaves: momenta, further state.
+      specs: of each of ``states``.
+      options: hyper-parameters.
+      scale: see ``Layout.update_scale``.
+      keys: of the groups.
+      replicas: of the leaves.
+    """
+    arrays = [grads, *states]
+    outputs = in_groups(
+        step, layouts, shardings, arrays, [leaf_spec, *specs], options, keys, replicas
+    )
+    directions = [
+        (layout.update_scale(scale) * output[0]).astype(g.dtype)
+        for layout, g, output in zip(layouts, grads, outputs)
+    ]
+    new = [
+        [output[i].astype(x.dtype) for output, x in zip(outputs, xs)]
+        for i, xs in enumerate(states, 1)
+    ]
+    return directions, new
+
+
 def in_groups(
     step: Callable,
     layouts: Sequence[Layout],
-    found: Sequence[NamedSharding | None],
+    shardings: Sequence[NamedSharding | None],
     arrays: Sequence[Sequence[jax.Array]],
     specs: Sequence[Callable[[Layout, P], P]],
     options: Any,
@@ -52,7 +190,7 @@ def in_groups(
     Args:
       step: see ``blockwise``, as for all up to ``options``.
       layouts: of the leaves.
-      found: shardings of the leaves.
+      shardings: of the leaves.
       arrays: lists over the leaves: gradients, momenta, further state.
       specs: of each of ``arrays``.
       options: hyper-parameters.
@@ -61,7 +199,7 @@ def in_groups(
     """
     groups: dict[Any, list[int]] = {}
     replicas = replicas or [()] * len(layouts)
-    for i, (layout, where) in enumerate(zip(layouts, found)):
+    for i, (layout, where) in enumerate(zip(layouts, shardings)):
         key = (keys[i], replicas[i], group_key(layout, where, arrays[1][i].dtype))
         groups.setdefault(key, []).append(i)
     outputs: list[Any] = [None] * len(layouts)
@@ -69,7 +207,7 @@ def in_groups(
         done = blockwise(
             step,
             [layouts[i] for i in members],
-            [found[i] for i in members],
+            [shardings[i] for i in members],
             [[xs[i] for i in members] for xs in arrays],
             specs,
             options,

@@ -11,31 +11,20 @@ $$ v \leftarrow \beta_2 v + (1 - \beta_2)\,\mathrm{mean}_{in}(O^2), \quad
 whose arithmetic is bfloat16; here it is float32, so numbers agree to bfloat16's rounding.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding
 
 from jaxpapers.optim.collectives import psum
 from jaxpapers.optim.composite import with_scalars
-from jaxpapers.optim.layout import SCALES, axis_names, named_leaves
-from jaxpapers.optim.matrices import (
-    check_shapes,
-    in_groups,
-    read_layouts,
-    same_shape,
-)
+from jaxpapers.optim.layout import SCALES, axis_names
+from jaxpapers.optim.matrices import momentum_method
 from jaxpapers.optim.newton_schulz import COEFFICIENTS, newton_schulz
-from jaxpapers.optim.options import (
-    check_choice,
-    check_dtype,
-    check_range,
-    check_trees,
-)
-from jaxpapers.optim.placement import Placement, placed
-from jaxpapers.optim.sharded import leaf_spec, row_spec
+from jaxpapers.optim.options import check_choice, check_range
+from jaxpapers.optim.sharded import row_spec
 
 
 class MuonState(NamedTuple):
@@ -49,7 +38,7 @@ class MuonState(NamedTuple):
 
     count: jax.Array
     momentum: Any
-    row_square: Any
+    row_square: Any = ()
 
 
 class _Options(NamedTuple):
@@ -102,68 +91,21 @@ def scale_by_muon(
     check_range("eps", eps, 0)
     check_choice("coefficients", coefficients, tuple(COEFFICIENTS))
     check_choice("scale", scale, SCALES)
-    check_dtype("momentum_dtype", momentum_dtype)
-    check_choice("unknown_sharding", unknown_sharding, ("warn", "raise"))
     if b2 is not None:
         check_range("b2", b2, 0, 1, open_right=True)
-    placement = Placement(sharding, unknown_sharding)
-
-    def init(params):
-        named, treedef = named_leaves(params)
-        layouts = read_layouts(named, weight_dimension_numbers, "Muon")
-        placement.see(named)
-        leaves = [leaf for _, leaf in named]
-        found = placement.find(layouts, leaves)
-        momentum = [
-            placed(jnp.zeros_like(x, dtype=momentum_dtype or x.dtype), where)
-            for x, where in zip(leaves, found)
-        ]
-        rows: Any = ()
-        if b2 is not None:
-            rows = [
-                placed(
-                    jnp.zeros_like(_row_sums(layout, x), jnp.float32),
-                    where and NamedSharding(where.mesh, layout.row_spec(where.spec)),
-                )
-                for layout, x, where in zip(layouts, leaves, found)
-            ]
-            rows = treedef.unflatten(rows)
-        return MuonState(jnp.zeros((), jnp.int32), treedef.unflatten(momentum), rows)
-
-    def update(updates, state, params=None):
-        del params
-        named, treedef = named_leaves(updates)
-        check_trees("muon", updates, state.momentum)
-        momenta = jax.tree.leaves(state.momentum)
-        check_shapes(named, momenta)
-        layouts = read_layouts(named, weight_dimension_numbers, "Muon")
-        found = placement.find(layouts, momenta, report=True)
-        arrays: list[Any] = [[g for _, g in named], momenta]
-        specs: list[Any] = [leaf_spec, leaf_spec]
-        if b2 is not None:
-            arrays.append(jax.tree.leaves(state.row_square))
-            specs.append(row_spec)
-        options = _Options(mu, b2, eps, nesterov, coefficients)
-        keys = same_shape(layouts)
-        outputs = in_groups(_muon_blocks, layouts, found, arrays, specs, options, keys)
-        results = [
-            (
-                (layout.update_scale(scale) * o).astype(g.dtype),
-                *(y.astype(x.dtype) for x, y in zip(states, after)),
-            )
-            for layout, (_, g), (o, *after), *states in zip(
-                layouts, named, outputs, *arrays[1:]
-            )
-        ]
-        columns = zip(*results) if results else [()] * len(arrays)
-        directions, *states = (treedef.unflatten(x) for x in columns)
-        return directions, MuonState(
-            jnp.asarray(optax.safe_increment(state.count)),
-            states[0],
-            states[1] if b2 is not None else (),
-        )
-
-    return optax.GradientTransformation(init, update)
+    statistics = [] if b2 is None else [(_zero_rows, row_spec)]
+    return momentum_method(
+        "Muon",
+        _muon_blocks,
+        _Options(mu, b2, eps, nesterov, coefficients),
+        MuonState,
+        *statistics,
+        weight_dimension_numbers=weight_dimension_numbers,
+        momentum_dtype=momentum_dtype,
+        sharding=sharding,
+        scale=scale,
+        unknown_sharding=unknown_sharding,
+    )
 
 
 def muon(
@@ -171,6 +113,8 @@ def muon(
     mu: Any = 0.95,
     nesterov: bool = False,
     coefficients: str = "jordan",
+    b2: Any = None,
+    eps: Any = 1e-8,
     weight_dimension_numbers: Any = None,
     momentum_dtype: Any = None,
     sharding: Any = None,
@@ -197,79 +141,8 @@ def muon(
       mu: see ``scale_by_muon``, as are all arguments up to ``unknown_sharding``.
       nesterov: see ``scale_by_muon``.
       coefficients: see ``scale_by_muon``.
-      weight_dimension_numbers: see ``scale_by_muon``.
-      momentum_dtype: see ``scale_by_muon``.
-      sharding: see ``scale_by_muon``.
-      scale: see ``scale_by_muon``.
-      unknown_sharding: see ``scale_by_muon``.
-      weight_decay: see ``dion``, as are all that follow.
-      weight_decay_mask: see ``dion``.
-      scalar: see ``dion``.
-      scalar_learning_rate: see ``dion``.
-      scalar_b1: see ``dion``.
-      scalar_b2: see ``dion``.
-      scalar_eps: see ``dion``.
-      labels: see ``dion``.
-    """
-    matrices = scale_by_muon(
-        mu,
-        nesterov,
-        coefficients,
-        None,
-        1e-8,
-        weight_dimension_numbers,
-        momentum_dtype,
-        sharding,
-        scale,
-        unknown_sharding=unknown_sharding,
-    )
-    return with_scalars(
-        matrices,
-        learning_rate,
-        weight_dimension_numbers=weight_dimension_numbers,
-        weight_decay=weight_decay,
-        weight_decay_mask=weight_decay_mask,
-        scalar=scalar,
-        scalar_learning_rate=scalar_learning_rate,
-        scalar_b1=scalar_b1,
-        scalar_b2=scalar_b2,
-        scalar_eps=scalar_eps,
-        momentum_dtype=momentum_dtype,
-        labels=labels,
-    )
-
-
-def normuon(
-    learning_rate: optax.ScalarOrSchedule,
-    mu: Any = 0.95,
-    b2: Any = 0.95,
-    eps: Any = 1e-8,
-    nesterov: bool = False,
-    coefficients: str = "jordan",
-    weight_dimension_numbers: Any = None,
-    momentum_dtype: Any = None,
-    sharding: Any = None,
-    scale: str | None = "spectral",
-    *,
-    unknown_sharding: str = "warn",
-    weight_decay: Any = 0.01,
-    weight_decay_mask: Any = None,
-    scalar: str = "adamw",
-    scalar_learning_rate: optax.ScalarOrSchedule | None = None,
-    scalar_b1: Any = 0.9,
-    scalar_b2: Any = 0.95,
-    scalar_eps: Any = 1e-8,
-    labels: Any = None,
-) -> optax.GradientTransformation:
-    """NorMuon for hidden matrices, AdamW or Lion for everything else.
-
-    Args:
-      learning_rate: base learning rate or schedule.
-      mu: see ``scale_by_muon``, as are all arguments up to ``unknown_sharding``.
       b2: see ``scale_by_muon``.
       eps: see ``scale_by_muon``.
-      nesterov: see ``scale_by_muon``.
-      coefficients: see ``scale_by_muon``.
       weight_dimension_numbers: see ``scale_by_muon``.
       momentum_dtype: see ``scale_by_muon``.
       sharding: see ``scale_by_muon``.
@@ -286,14 +159,14 @@ def normuon(
     """
     matrices = scale_by_muon(
         mu,
-        nesterov,
-        coefficients,
-        b2,
-        eps,
-        weight_dimension_numbers,
-        momentum_dtype,
-        sharding,
-        scale,
+        nesterov=nesterov,
+        coefficients=coefficients,
+        b2=b2,
+        eps=eps,
+        weight_dimension_numbers=weight_dimension_numbers,
+        momentum_dtype=momentum_dtype,
+        sharding=sharding,
+        scale=scale,
         unknown_sharding=unknown_sharding,
     )
     return with_scalars(
@@ -310,6 +183,10 @@ def normuon(
         momentum_dtype=momentum_dtype,
         labels=labels,
     )
+
+
+normuon = functools.partial(muon, b2=0.95)
+"""NorMuon for hidden matrices: ``muon`` with row statistics."""
 
 
 def _muon_blocks(options, axes, layouts, specs, grads, momenta, *rows):
@@ -353,6 +230,10 @@ def _normalise_rows(options, layout, spec, o, v):
 
     after = norm(scaled)
     return scaled * (norm(o) / jnp.where(after == 0, 1, after)), v
+
+
+def _zero_rows(layout, x):
+    return jnp.zeros_like(_row_sums(layout, x), jnp.float32)
 
 
 def _row_sums(layout, x):
