@@ -11,7 +11,12 @@
 Expected: see the table in README.md, which benchmarks/ and these presets produce.
 """
 
+import dataclasses
+
 from ml_collections import ConfigDict
+
+from jaxpapers import blocks
+from jaxpapers.papers import dion
 
 PRESETS = ("default", "smoke", "standard", "adamw", "muon", "160m", "3b")
 
@@ -33,23 +38,7 @@ def get_config(preset: str | None = None) -> ConfigDict:
                 "quick_tokens": 16_384,  # of an evaluation during training
                 "seed": 0,
             },
-            "net": {
-                "vocab_size": 264,
-                "width": 128,
-                "layers": 4,
-                "heads": 2,
-                "kv_heads": 0,
-                "head_dim": 0,
-                "hidden": 0,
-                "rope_theta": 10_000.0,
-                "qk_norm": False,
-                "tied": False,
-                "remat": False,
-                "dtype": "float32",
-                "epsilon": 1e-6,
-                "init_residual": "zero",
-                "unroll": 4,
-            },
+            "net": dataclasses.asdict(dion.Net()),
             "optim": {
                 "name": "dion",  # dion2, muon, normuon; baselines: optax_muon, adamw
                 "lr": 0.01,
@@ -72,20 +61,15 @@ def get_config(preset: str | None = None) -> ConfigDict:
                 "b1": 0.9,
                 "b2": 0.95,
             },
-            "train": {
-                "steps": 1600,
-                "accumulate": 1,
-                "replica_sync": "gradient",  # lowrank: replicas average P and R
-                "seed": 0,
-                "eval_every": 400,
-                "save_every": 0,
-                "save_minutes": 1.0,
-                "keep": 2,
-                "init_from": "",  # workdir whose parameters start the run
-                "sample": 400,  # bytes to draw at the end; 0: none
-                "prompt": "def ",
-                "temperature": 0.7,
-            },
+            "train": blocks.train(
+                1600,
+                eval_every=400,
+                save_minutes=1.0,
+                sample=400,  # bytes
+                replica_sync="gradient",  # lowrank: replicas average P and R
+                prompt="def ",
+                temperature=0.7,
+            ),
         }
     )
     if preset == "smoke":

@@ -15,7 +15,7 @@ ALLOWED = {
     "options": set(),
     "blocks": set(),
     "ops": {"ops"},
-    "optim": {"optim", "ops"},
+    "optim": {"optim", "ops", "options"},
     "nets": {"nets", "ops", "options"},
     "data": {"data"},
     "method": {"method", "ops"},

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import optax
 
+from jaxpapers import options
 from jaxpapers.optim import routing
 from jaxpapers.optim.dion import dion
 from jaxpapers.optim.dion2 import dion2
@@ -82,22 +83,12 @@ class Options:
     communication_dtype: str = ""
 
     def __post_init__(self):
-        for field, names in {"name": NAMES, "schedule": SCHEDULES}.items():
-            value = getattr(self, field)
-            if value not in names:
-                raise ValueError(
-                    f"optim.{field} must be one of {', '.join(names)}, got {value!r}"
-                )
-        if not self.lr > 0:
-            raise ValueError(f"optim.lr must be > 0, got {self.lr}")
-        for field in (
-            "clip", "weight_decay", "warmup", "cooldown", "drop_every", "drop_by",
-            "momentum", "scalar_lr",
-        ):  # fmt: skip
-            if not getattr(self, field) >= 0:
-                raise ValueError(
-                    f"optim.{field} must be >= 0, got {getattr(self, field)}"
-                )
+        options.check_choices(self, "optim", name=NAMES, schedule=SCHEDULES)
+        options.check_positive(self, "optim", "lr")
+        options.check_least(
+            self, "optim", clip=0, weight_decay=0, warmup=0, cooldown=0, drop_every=0,
+            drop_by=0, momentum=0, scalar_lr=0,
+        )  # fmt: skip
         if self.warmup + self.cooldown > 1:
             raise ValueError(
                 "optim.warmup and optim.cooldown are shares of the run and at most 1 "
@@ -131,30 +122,29 @@ def from_config(
     Raises:
       ValueError: see ``Options`` and the optimizer's own arguments.
     """
-    options = read(config)
+    o = read(config)
     tx = unclipped(
-        options,
+        o,
         steps,
         weight_dimension_numbers=weight_dimension_numbers,
         sharding=sharding,
         replicate_axis=replicate_axis,
     )
-    if not options.clip:
-        return tx
-    return optax.chain(optax.clip_by_global_norm(options.clip), tx)
+    return optax.chain(optax.clip_by_global_norm(o.clip), tx) if o.clip else tx
 
 
 def read(config: Any) -> Options:
     """``Options`` of a config's group; fields that it lacks have their defaults."""
     fields = {f.name for f in dataclasses.fields(Options)}
-    return Options(**{k: v for k, v in dict(config).items() if k in fields})
+    group = {k: v for k, v in config.items() if k in fields}
+    return options.from_config(Options, group, "optim")
 
 
 def unclipped(
-    options: Options, steps: int, *, replicate_axis: str | None = None, **matrices: Any
+    o: Options, steps: int, *, replicate_axis: str | None = None, **matrices: Any
 ) -> optax.GradientTransformation:
     """``from_config`` without gradient clipping, for callers that clip themselves."""
-    o, rate = options, schedule(options, steps)
+    rate = schedule(o, steps)
     if o.name in ("dion", "dion2", "muon", "normuon"):
         return _matrix_optimizer(o, steps, replicate_axis, **matrices)
     numbers = matrices.get("weight_dimension_numbers")
@@ -183,31 +173,28 @@ def unclipped(
     return optax.chain(optax.add_decayed_weights(o.weight_decay), tx)
 
 
-def schedule(
-    options: Options, steps: int, lr: float | None = None
-) -> optax.ScalarOrSchedule:
+def schedule(o: Options, steps: int, lr: float | None = None) -> optax.ScalarOrSchedule:
     """Learning rate of the options.
 
     constant; cosine: half a cosine to 0 over the run; drop: multiplied by ``drop_by`` at
     ``drop_at`` or every ``drop_every`` steps; trapezoid: see ``trapezoid``.
 
     Args:
-      options: see ``Options``.
+      o: see ``Options``.
       steps: of the run.
-      lr: instead of ``options.lr``.
+      lr: instead of ``o.lr``.
     """
-    lr = options.lr if lr is None else lr
-    if options.schedule == "cosine":
+    lr = o.lr if lr is None else lr
+    if o.schedule == "cosine":
         return optax.cosine_decay_schedule(lr, steps)
-    if options.schedule == "trapezoid":
-        return trapezoid(lr, steps, options.warmup, options.cooldown)
-    if options.schedule == "drop" and options.drop_every:
-        return optax.exponential_decay(
-            lr, options.drop_every, options.drop_by, staircase=True
+    if o.schedule == "trapezoid":
+        return trapezoid(lr, steps, o.warmup, o.cooldown)
+    if o.schedule == "drop" and o.drop_every:
+        return optax.exponential_decay(lr, o.drop_every, o.drop_by, staircase=True)
+    if o.schedule == "drop":
+        return optax.piecewise_constant_schedule(
+            lr, dict.fromkeys(o.drop_at, o.drop_by)
         )
-    if options.schedule == "drop":
-        drops = dict.fromkeys(options.drop_at, options.drop_by)
-        return optax.piecewise_constant_schedule(lr, drops)
     return lr
 
 

@@ -16,23 +16,26 @@ $$ Q \leftarrow R\,\mathrm{diag}(1/(\|R_j\|+\epsilon)), \quad
    X \leftarrow (1-\eta\lambda) X - \eta\sqrt{m/n}\,P Q^\top $$
 
 The optimizer itself is ``jaxpapers.optim.dion`` and documents where it departs from the
-reference code. This module is the model it trains: the next-token loss on windows of a
-token stream, a sampler with a key/value cache, and the AdamW and Muon runs beside it.
-The paper trains GPT-2-sized models on FineWeb; here the text is whatever ``data.text``
-reads, by default the source of the running Python's standard library, byte by byte.
+reference code. This module is the language model that it trains: next-token loss, sampler
+with a key/value cache, and the AdamW and Muon baselines. The paper trains GPT-2-sized
+models on FineWeb; here the text is whatever ``data.text`` reads, by default the source of
+the running Python's standard library, byte by byte.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int, Key
 
-from jaxpapers import optim
+from jaxpapers import optim, options
 from jaxpapers.method import Method, Replicas, State, gradient, param_spec
 from jaxpapers.nets import transformer
+from jaxpapers.ops.means import weighted_mean
 from jaxpapers.optim import DimensionNumbers, routing
 
 RULES = (
@@ -50,8 +53,67 @@ def dimensions(path: str, leaf: Any) -> DimensionNumbers | None:
     return DimensionNumbers(n - 2, n - 1) if n > 1 else None
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Net:
+    """Hyper-parameters of the transformer, by default a small one on bytes.
+
+    Attributes:
+      vocab_size: of the bytes, a separator, and padding to a multiple of 8.
+      width: of the residual stream.
+      layers: blocks.
+      heads: of the queries.
+      kv_heads: of keys and values; 0 uses ``heads``.
+      head_dim: size of a head; 0 uses ``width / heads``.
+      hidden: of SwiGLU; 0 uses 8/3 of the width.
+      rope_theta: base of the rotary frequencies.
+      qk_norm: RMSNorm of queries and keys per head.
+      tied: the output head is the transposed embedding.
+      remat: recompute each block in the backward pass.
+      dtype: of activations, float32 or bfloat16; parameters are float32.
+      epsilon: of the norms.
+      init_residual: projections into the residual stream start at ``zero`` or ``scaled``.
+      unroll: layers per iteration of the scan over layers.
+
+    Raises:
+      ValueError: sizes that do not fit each other, or an unknown dtype.
+    """
+
+    vocab_size: int = 264
+    width: int = 128
+    layers: int = 4
+    heads: int = 2
+    kv_heads: int = 0
+    head_dim: int = 0
+    hidden: int = 0
+    rope_theta: float = 10_000.0
+    qk_norm: bool = False
+    tied: bool = False
+    remat: bool = False
+    dtype: str = "float32"
+    epsilon: float = 1e-6
+    init_residual: str = "zero"
+    unroll: int = 4
+
+    def __post_init__(self):
+        options.check_least(self, "net", vocab_size=1, width=1, layers=1, heads=1)
+        options.check_choices(self, "net", dtype=("float32", "bfloat16"))
+        network(self).sizes()
+
+
+def network(net: Net | nn.Module) -> Any:
+    """The transformer of the hyper-parameters; a module is returned as it is."""
+    if isinstance(net, nn.Module):
+        return net
+    fields: Any = {**dataclasses.asdict(net), "dtype": jnp.dtype(net.dtype)}
+    return transformer.Transformer(**fields)
+
+
 def loss(
-    params: Any, batch: dict[str, Array], key: Key[Array, ""], *, apply: Any
+    params: Any,
+    batch: dict[str, Array],
+    key: Key[Array, ""],
+    *,
+    net: Net | nn.Module = Net(),  # noqa: B008 (frozen)
 ) -> tuple[Array, dict[str, Array]]:
     """Mean next-token cross-entropy.
 
@@ -59,7 +121,7 @@ def loss(
       params: of the transformer.
       batch: ``tokens`` int32 (B, T + 1); optional ``weight`` float32 (B, T) per target.
       key: unused, the model has no noise.
-      apply: (variables, tokens) -> logits.
+      net: hyper-parameters, or a module (tokens) -> logits.
 
     Returns:
       Nats per token, and ``bits``: the same in bits; with weights, also ``weight``:
@@ -67,17 +129,16 @@ def loss(
     """
     del key
     tokens = batch["tokens"]
-    logits = apply({"params": params}, tokens[:, :-1])
+    logits = network(net).apply({"params": params}, tokens[:, :-1])
     # One-hot labels, which the compiler fuses away: picking a label's logit would gather
     # logits whose vocabulary is split over devices.
     labels = jax.nn.one_hot(tokens[:, 1:], logits.shape[-1], dtype=logits.dtype)
     nats = optax.softmax_cross_entropy(logits, labels)
-    if "weight" not in batch:
-        value = nats.mean()
-        return value, {"bits": value / jnp.log(2.0)}
-    weight = batch["weight"].sum()
-    value = (nats * batch["weight"]).sum() / jnp.where(weight == 0, 1, weight)
-    return value, {"bits": value / jnp.log(2.0), "weight": weight}
+    value = weighted_mean(nats, batch.get("weight"))
+    metrics = {"bits": value / jnp.log(2.0)}
+    if "weight" in batch:
+        metrics["weight"] = batch["weight"].sum()
+    return value, metrics
 
 
 def sampler(
@@ -85,7 +146,7 @@ def sampler(
     key: Key[Array, ""],
     prompt: Int[Array, "B T"],
     *,
-    net: transformer.Transformer,
+    net: Net | transformer.Transformer = Net(),  # noqa: B008 (frozen)
     length: int,
     temperature: float = 1.0,
     vocab_size: int | None = None,
@@ -96,7 +157,7 @@ def sampler(
       params: of the transformer.
       key: of the draws.
       prompt: at least one token.
-      net: the transformer.
+      net: hyper-parameters, or a ``Transformer``.
       length: L, tokens to draw.
       temperature: of the softmax; 0 takes the most probable token.
       vocab_size: draw only tokens below it (bytes: 256).
@@ -112,8 +173,9 @@ def sampler(
             "sampler needs a prompt of one token or more, length >= 1 and temperature "
             f">= 0, got {prompt.shape[1]}, {length}, {temperature}"
         )
-    apply = functools.partial(net.apply, {"params": params})
-    cache = net.init_cache(prompt.shape[0], prompt.shape[1] + length)
+    model = network(net)
+    apply = functools.partial(model.apply, {"params": params})
+    cache = model.init_cache(prompt.shape[0], prompt.shape[1] + length)
     logits, cache = apply(prompt, cache)
 
     def draw(logits, key):
@@ -136,36 +198,39 @@ def sampler(
 def rank_schedule(config: Any) -> list[tuple[int, float]]:
     """``config.optim.rank_schedule`` as (last step, rank fraction) of each part of a run.
 
+    A rank is a shape, so each part is a program of its own, which goes on from the state
+    of the one before it with Q resized (``optim.resize``). Changes after the last step
+    are left out.
+
     Raises:
-      ValueError: steps that do not rise, fractions outside (0, 1], another optimizer.
-        Steps past the run's end are left out.
+      ValueError: text of another form, steps that do not rise, fractions outside (0, 1],
+        or a schedule for another optimizer than dion.
     """
     text, steps = config.optim.rank_schedule, config.train.steps
     try:
-        changes = [part.split(":") for part in text.split(",") if part]
+        changes = [change.split(":") for change in text.split(",") if change]
         changes = [(int(step), float(fraction)) for step, fraction in changes]
     except ValueError:
         raise ValueError(
-            "config.optim.rank_schedule must be step:fraction,step:fraction, e.g. "
+            "optim.rank_schedule must be step:fraction,step:fraction, e.g. "
             f"1000:0.125,2000:0.5, got {text!r}"
         ) from None
     starts = [step for step, _ in changes]
     if starts != sorted(set(starts)) or any(step < 1 for step in starts):
         raise ValueError(
-            f"config.optim.rank_schedule: steps must be >= 1 and rise, got {text!r}"
+            f"optim.rank_schedule: steps must be >= 1 and rise, got {text!r}"
         )
     wrong = [fraction for _, fraction in changes if not 0 < fraction <= 1]
     if wrong:
         raise ValueError(
-            "config.optim.rank_schedule: fractions must be in (0, 1], got "
-            f"{wrong[0]} in {text!r}"
+            f"optim.rank_schedule: fractions must be in (0, 1], got {wrong[0]} in "
+            f"{text!r}"
         )
     if changes and config.optim.name != "dion":
         raise ValueError(
-            "config.optim.rank_schedule needs optim.name=dion, got "
-            f"{config.optim.name!r}"
+            f"optim.rank_schedule needs optim.name=dion, got {config.optim.name!r}"
         )
-    fractions = [config.optim.rank_fraction] + [x for _, x in changes]
+    fractions = [config.optim.rank_fraction] + [fraction for _, fraction in changes]
     return [
         (min(last, steps), fraction)
         for first, last, fraction in zip([0, *starts], [*starts, steps], fractions)
@@ -203,23 +268,6 @@ def optimizer(config: Any) -> optax.GradientTransformation:
     )
 
 
-def network(config: Any) -> transformer.Transformer:
-    """The transformer of ``config.net``.
-
-    Raises:
-      ValueError: sizes that do not fit each other, or an unknown dtype.
-    """
-    c: dict[str, Any] = dict(config.net)
-    if c["dtype"] not in ("float32", "bfloat16"):
-        raise ValueError(
-            f"config.net.dtype must be float32 or bfloat16, got {c['dtype']!r}"
-        )
-    c["dtype"] = jnp.dtype(c["dtype"])
-    net = transformer.Transformer(**c)
-    net.sizes()
-    return net
-
-
 def make(
     config: Any,
     net: transformer.Transformer | None = None,
@@ -228,14 +276,15 @@ def make(
     """Binds ``config`` (see configs/dion.py).
 
     Args:
-      config: groups ``net``, ``optim``, ``train``.
-      net: another network with the same call, instead of ``config.net``.
-      tx: another optimizer, instead of ``config.optim``.
+      config: groups ``net`` (``Net``), ``optim``, ``train``.
+      net: a network in place of ``config.net``, with the same call.
+      tx: an optimizer in place of ``config.optim``.
 
     Raises:
-      ValueError: see ``network``, ``optimizer`` and ``optim.dion``.
+      ValueError: see ``Net``, ``optimizer`` and ``optim.dion``.
     """
-    net = net or network(config)
+    if net is None:
+        net = network(options.from_config(Net, config.net, "net"))
     labels = replicas = None
     if tx is None:
         tx = optimizer(config)
@@ -256,7 +305,7 @@ def make(
     ]
     return gradient(
         init_params,
-        functools.partial(loss, apply=net.apply),
+        functools.partial(loss, net=net),
         tx,
         # Decoding stays within the distances that training has seen.
         sampler=functools.partial(
