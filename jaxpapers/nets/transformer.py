@@ -258,20 +258,20 @@ class Transformer(nn.Module):
         hidden = self.hidden or -(-8 * self.width // 3 // 32) * 32
         if not self.head_dim and self.width % self.heads:
             raise ValueError(
-                f"width must be a multiple of heads, got width={self.width}, "
-                f"heads={self.heads}; or set head_dim"
+                "net.width must be a multiple of net.heads, got "
+                f"{self.width} and {self.heads}; or set net.head_dim"
             )
         if self.heads % kv_heads:
             raise ValueError(
-                f"heads must be a multiple of kv_heads, got heads={self.heads}, "
-                f"kv_heads={kv_heads}"
+                "net.heads must be a multiple of net.kv_heads, got "
+                f"{self.heads} and {kv_heads}"
             )
         if self.init_residual not in ("scaled", "zero"):
             raise ValueError(
-                f"init_residual must be scaled or zero, got {self.init_residual!r}"
+                f"net.init_residual must be scaled or zero, got {self.init_residual!r}"
             )
         if head_dim % 2:
-            raise ValueError(f"head_dim must be even for RoPE, got {head_dim}")
+            raise ValueError(f"net.head_dim must be even for RoPE, got {head_dim}")
         return kv_heads, head_dim, hidden
 
     @nn.compact

@@ -237,8 +237,8 @@ def scale_by_dion(
         axes = (replicate_axis,) if replicate_axis else ()
         averaged = [bool(axes) and x.compresses for x in layouts]
         momenta = [
-            _momentum(layout, m, own)
-            for layout, m, own in zip(
+            _momentum(layout, m, replicated)
+            for layout, m, replicated in zip(
                 layouts, jax.tree.leaves(state.momentum), averaged
             )
         ]
@@ -256,9 +256,9 @@ def scale_by_dion(
             options,
             scale=scale,
             keys=[0 if batch == "same_shape" else i for i in range(len(layouts))],
-            replicas=[axes if own else () for own in averaged],
+            replicas=[axes if x else () for x in averaged],
         )
-        momenta = [m[None] if own else m for own, m in zip(averaged, momenta)]
+        momenta = [m[None] if x else m for x, m in zip(averaged, momenta)]
         return treedef.unflatten(directions), DionState(
             jnp.asarray(optax.safe_increment(state.count)),
             treedef.unflatten(momenta),

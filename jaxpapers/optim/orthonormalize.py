@@ -123,7 +123,7 @@ def _orthonormalize(
     zero = largest == 0
     # A power of two, so that scaling does not round.
     exponent = jnp.maximum(jnp.frexp(largest)[1], -120)
-    # A zero matrix must not cost its batch more passes: it stands as an orthonormal one.
+    # A zero matrix must not cost its batch more passes: it counts as an orthonormal one.
     unit = (rows[:, None] == jnp.arange(p.shape[-1])[None]).astype(p.dtype)
     unit = jnp.broadcast_to(unit, p.shape)
     p = jnp.where(zero, unit, jnp.ldexp(p, -exponent))
@@ -148,7 +148,7 @@ def _shifted_cholesky_qr(
     """Cholesky QR passes over a batch until every matrix is orthonormal; their number.
 
     A matrix that is done waits unchanged for the others of its batch. The first pass
-    stands before the loop: only there is an unsafe matrix put back, with jitter.
+    comes before the loop: only there is an unsafe matrix put back, with jitter.
     """
     shape = p.shape
     p = p.reshape(-1, *shape[-2:])
@@ -264,9 +264,9 @@ def _factor(
         attempt, fine, safe, *factors = carry
         times = jnp.asarray([0.0, 4.0, 64.0], gram.dtype)[attempt]
         shift = (times * unit) * size[:, None, None] * eye
-        found = _inverse_factor(gram + shift)
-        safe = jnp.where(attempt == 0, _is_safe(*found, diagonal, least), safe)
-        factors = [jnp.where(fine[:, None, None], *xs) for xs in zip(factors, found)]
+        inverse = _inverse_factor(gram + shift)
+        safe = jnp.where(attempt == 0, _is_safe(*inverse, diagonal, least), safe)
+        factors = [jnp.where(fine[:, None, None], *xs) for xs in zip(factors, inverse)]
         usable = jnp.isfinite(factors[1]).all((-2, -1))
         return attempt + 1, safe | ~finite | ((attempt > 0) & usable), safe, *factors
 

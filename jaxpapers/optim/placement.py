@@ -1,9 +1,9 @@
-"""Where each matrix lies on a mesh: what the step under ``jax.shard_map`` has to know.
+"""How each matrix is sharded, which the step under ``jax.shard_map`` has to know.
 
-* On a mesh with Explicit axes the traced value says so;
-* outside jit the array says so;
-* on a mesh with Auto axes, inside jit, nothing does: the user's ``sharding=`` is asked,
-  then what ``init`` saw; without either the update warns or raises, as chosen.
+* On a mesh with Explicit axes it is part of the traced value's type;
+* outside jit it is the array's ``sharding``;
+* inside jit on a mesh with Auto axes it is not known: the user's ``sharding=`` counts,
+  else what ``init`` saw; without either the update warns or raises, as chosen.
 """
 
 import math
@@ -23,7 +23,7 @@ class Placement:
 
     Args:
       declared: the user's ``sharding=``: NamedSharding or PartitionSpec per leaf.
-      unknown: ``warn`` (once) or ``raise`` where nothing tells.
+      unknown: ``warn`` (once) or ``raise`` where the sharding is unknown.
     """
 
     def __init__(self, declared: Any, unknown: str):
@@ -51,19 +51,19 @@ class Placement:
         Args:
           layouts: of the leaves.
           leaves: parameters or momenta.
-          report: warn or raise about leaves whose sharding nothing tells.
+          report: warn or raise about leaves whose sharding is unknown.
         """
         named = [(x.path, leaf) for x, leaf in zip(layouts, leaves)]
         declared = per_leaf(self._declared, named, is_sharding, "sharding")
-        found = [
+        shardings = [
             find_sharding(x, leaf, given, self._seen.get(x.path))
             for x, leaf, given in zip(layouts, leaves, declared)
         ]
-        unknown = [x.path for x, (_, known) in zip(layouts, found) if not known]
+        unknown = [x.path for x, (_, known) in zip(layouts, shardings) if not known]
         if report and unknown and (self._unknown == "raise" or not self._told):
             self._told = True
             report_unknown(unknown, self._unknown)
-        return [where for where, _ in found]
+        return [where for where, _ in shardings]
 
 
 def find_sharding(
@@ -100,13 +100,13 @@ def find_sharding(
                 f"{layout.path}: sharding must be a NamedSharding or PartitionSpec, "
                 f"got {type(declared).__name__}"
             )
-        found = declared
+        sharding = declared
     elif isinstance(actual, NamedSharding):
-        found = actual
+        sharding = actual
     elif not mesh.empty and AxisType.Explicit in mesh.axis_types:
-        found = NamedSharding(mesh, inferred.spec)
+        sharding = NamedSharding(mesh, inferred.spec)
     elif seen is not None:
-        found = seen
+        sharding = seen
     else:
         automatic = [
             size
@@ -114,35 +114,37 @@ def find_sharding(
             if kind == AxisType.Auto
         ]
         return None, mesh.empty or math.prod(automatic) == 1
-    check_spec(layout, found.spec, found.mesh)
+    check_spec(layout, sharding.spec, sharding.mesh)
     scope = jax.sharding.get_abstract_mesh()
     if (
         AxisType.Manual in scope.axis_types
-        and scope.axis_names == found.mesh.axis_names
+        and scope.axis_names == sharding.mesh.axis_names
     ):
         # Inside the caller's shard_map over some axes: the same mesh, seen from there.
-        found = NamedSharding(scope, found.spec)
+        sharding = NamedSharding(scope, sharding.spec)
     manual = {
         name
-        for name, kind in zip(found.mesh.axis_names, found.mesh.axis_types)
+        for name, kind in zip(sharding.mesh.axis_names, sharding.mesh.axis_types)
         if kind == AxisType.Manual
     }
-    split_already = [n for e in tuple(found.spec) for n in mesh_axes(e) if n in manual]
+    split_already = [
+        n for e in tuple(sharding.spec) for n in mesh_axes(e) if n in manual
+    ]
     if split_already:
         raise ValueError(
-            f"{layout.path}: {found.spec} splits the leaf over {split_already[0]!r}, "
+            f"{layout.path}: {sharding.spec} splits the leaf over {split_already[0]!r}, "
             "which is a manual axis here; call update inside a shard_map over "
             "replicate_axis alone (axis_names={replicate_axis})"
         )
-    kinds = zip(found.mesh.axis_sizes, found.mesh.axis_types)
+    kinds = zip(sharding.mesh.axis_sizes, sharding.mesh.axis_types)
     free = [(size, kind) for size, kind in kinds if kind != AxisType.Manual]
     # Explicit types name axes of size 1 as well, and a product over them is refused.
     split = any(size > 1 or kind == AxisType.Explicit for size, kind in free)
-    return (found if split else None), True
+    return (sharding if split else None), True
 
 
 def report_unknown(paths: Sequence[str], action: str) -> None:
-    """Says that leaves on a mesh with Auto axes have no known sharding."""
+    """Warns or raises: leaves on a mesh with Auto axes have no known sharding."""
     message = (
         f"the optimizer cannot see how {len(paths)} parameter(s), {paths[0]!r} first, "
         "are sharded on this mesh with Auto axes, so the compiler partitions their step "

@@ -120,8 +120,8 @@ def power_iterate(
         parts, treedef = jax.tree.flatten(
             jax.tree.map(lambda b, q, o: _dot(f"{o},sr->lr", b, q), b, q, order)
         )
-        found = _basis(parts, orthogonalize, axes, rows, split_p, communication_dtype)
-        p, zero = (treedef.unflatten(x) for x in found)
+        bases = _basis(parts, orthogonalize, axes, rows, split_p, communication_dtype)
+        p, zero = (treedef.unflatten(x) for x in bases)
         r = jax.tree.map(
             lambda b, p, o: _mean(_dot(f"{o},lr->sr", b, p), axes.p, axes.replica),
             b,

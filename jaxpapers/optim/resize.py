@@ -79,14 +79,14 @@ def rescale_rank(
 
     def momentum(path, m):
         layout = layout_of(path)
-        own = m.ndim > len(layout.shape)
-        if own and not replicas:
+        replicated = m.ndim > len(layout.shape)
+        if replicated and not replicas:
             raise ValueError(
                 f"{layout.path}: momentum has an axis of {m.shape[0]} replicas; pass "
                 f"replicas={m.shape[0]}"
             )
         lead = (replicas,) if replicas and layout.compresses else ()
-        return _with_replicas(layout.path, m, (*lead, *layout.shape), own)
+        return _with_replicas(layout.path, m, (*lead, *layout.shape), replicated)
 
     return _map_dion(_map_dion(state, "momentum", momentum), "q", q)
 
@@ -144,9 +144,9 @@ def resize(state: Any, target: Any, *, seed: int = 0) -> Any:
 
         def momentum(path, old, new, q):
             # M has at least Q's axes; only one more can be that of replicas.
-            own = old.ndim > max(new.ndim - 1, q.ndim)
+            replicated = old.ndim > max(new.ndim - 1, q.ndim)
             name = path_name(path)
-            return _with_replicas(name, old, new.shape, own).astype(new.dtype)
+            return _with_replicas(name, old, new.shape, replicated).astype(new.dtype)
 
         tree_map = jax.tree_util.tree_map_with_path
         return x._replace(
@@ -163,14 +163,17 @@ _UNLIKE = (
 )
 
 
-def _with_replicas(name: str, m: jax.Array, shape: tuple[int, ...], own: bool):
-    """M in a shape with other replicas: the mean for each; ``own``: m has their axis."""
+def _with_replicas(name: str, m: jax.Array, shape: tuple[int, ...], replicated: bool):
+    """M in a shape with other replicas, each with the mean.
+
+    ``replicated``: m has an axis of replicas.
+    """
     if m.shape == shape:
         return m
-    matrix = m.shape[1:] if own else m.shape
+    matrix = m.shape[1:] if replicated else m.shape
     if shape[len(shape) - len(matrix) :] != matrix or len(shape) > len(matrix) + 1:
         raise ValueError(_UNLIKE.format(name=name, got=m.shape, expected=shape))
-    return jnp.broadcast_to(m.mean(0) if own else m, shape)
+    return jnp.broadcast_to(m.mean(0) if replicated else m, shape)
 
 
 def _with_rank(name: str, q: jax.Array, rank: int, seed: int) -> jax.Array:

@@ -83,11 +83,11 @@ def rows_of(gradient: jax.Array, ids: jax.Array) -> Rows:
       ids: (n,); padding is left out.
     """
     ids = rows.resolve(ids, FILL)
-    found = rows.unique(ids, FILL)
-    place = jnp.searchsorted(found, ids)
-    place = jnp.where(ids == rows.PADDING, len(found), place)
-    values = jnp.zeros((len(found), gradient.shape[1]), gradient.dtype)
-    return Rows(found, values.at[place].add(gradient, mode="drop"))
+    unique = rows.unique(ids, FILL)
+    place = jnp.searchsorted(unique, ids)
+    place = jnp.where(ids == rows.PADDING, len(unique), place)
+    values = jnp.zeros((len(unique), gradient.shape[1]), gradient.dtype)
+    return Rows(unique, values.at[place].add(gradient, mode="drop"))
 
 
 def apply_rows(params: Any, updates: Any) -> Any:

@@ -140,7 +140,14 @@ def check(sizes, **options):
     return found
 
 
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        pytest.param(x, marks=() if x in ((2, 2, 2), (1, 4, 2)) else pytest.mark.matrix)
+        for x in SIZES
+    ],
+    ids=str,
+)
 def test_bytes_on_every_mesh(sizes):
     check(sizes)
 
@@ -148,10 +155,10 @@ def test_bytes_on_every_mesh(sizes):
 @pytest.mark.parametrize(
     "options",
     [
-        {"orthogonalize": "cqr2"},
+        pytest.param({"orthogonalize": "cqr2"}, marks=pytest.mark.matrix),
         {"orthogonalize": "rcqr"},
-        {"orthogonalize": "qr"},
-        {"right_factor": "orth"},
+        pytest.param({"orthogonalize": "qr"}, marks=pytest.mark.matrix),
+        pytest.param({"right_factor": "orth"}, marks=pytest.mark.matrix),
         {"power_iters": 2, "split_p": "whole"},
     ],
     ids=str,
@@ -160,7 +167,7 @@ def test_bytes_of_other_options(options):
     check((2, 2, 2), **options)
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 @pytest.mark.parametrize("method", [m for m in METHODS if m != "scqr"])
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_bytes_of_all_methods_on_every_mesh(sizes, method):
@@ -237,7 +244,7 @@ def test_flops_and_state_against_the_compiler():
     assert arguments == plan.state_bytes + 512 * 1024 * 4 // 8 + 4  # And the count.
 
 
-@pytest.mark.parametrize("rank", [64, 256])
+@pytest.mark.parametrize("rank", [64, pytest.param(256, marks=pytest.mark.matrix)])
 def test_temporary_memory(rank):
     """At most one float32 block and three thin factors per matrix (digest, 9b)."""
     mesh = jax.make_mesh((4, 2), (D, M), axis_types=(AxisType.Auto,) * 2)

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from jaxpapers.optim import DimensionNumbers, scale_by_dion
+from tests.programs import together
 
 
 def normal(*shape, seed=0):
@@ -49,34 +50,41 @@ LAYOUTS = {
 def test_equals_the_loop_over_matrices(name):
     shape, numbers, split = LAYOUTS[name]
     tx = scale_by_dion(0.5, weight_dimension_numbers=numbers)
-    state = tx.init({"w": jnp.zeros(shape)})
     flat = scale_by_dion(0.5)
-    matrices = split(jnp.zeros(shape))
-    flat_state = flat.init(matrices)
-    # The same Q: batch axes first, then one row per element of the shorter side.
-    q = state.q["w"].reshape(len(matrices), 8, 4)
-    flat_state = flat_state._replace(q=list(q))
-    for t in range(2):
-        g = jnp.asarray(normal(*shape, seed=t))
-        update, state = tx.update({"w": g}, state)
-        want, flat_state = flat.update(split(g), flat_state)
-        for got, other in ((update, want), (state.momentum, flat_state.momentum)):
-            for x, y in zip(split(got["w"]), other, strict=True):
-                np.testing.assert_allclose(x, y, rtol=0, atol=4e-6)
+
+    def train(grads):
+        state, flat_state = tx.init({"w": grads[0]}), flat.init(split(grads[0]))
+        # The same Q: batch axes first, then one row per element of the shorter side.
+        q = state.q["w"].reshape(-1, 8, 4)
+        flat_state = flat_state._replace(q=list(q))
+        pairs = []
+        for g in grads:
+            update, state = tx.update({"w": g}, state)
+            want, flat_state = flat.update(split(g), flat_state)
+            pairs += [(update, want), (state.momentum, flat_state.momentum)]
+        return [(split(got["w"]), other) for got, other in pairs]
+
+    for got, other in together(train, [normal(*shape, seed=t) for t in range(2)]):
+        for x, y in zip(got, other, strict=True):
+            np.testing.assert_allclose(x, y, rtol=0, atol=4e-6)
 
 
 def test_batching_changes_nothing():
     # a, b and c share the side of P and the rank, not the other side; d does not.
     shapes = {"a": (24, 16), "b": (24, 16), "c": (24, 8), "d": (20, 16)}
     rank = {"a": 0.25, "b": 0.25, "c": 0.5, "d": 0.25}
-    grads = {k: jnp.asarray(normal(*s, seed=ord(k))) for k, s in shapes.items()}
-    out = {}
-    for batch in ("same_shape", "none"):
+    grads = {k: normal(*s, seed=ord(k)) for k, s in shapes.items()}
+
+    def train(grads, batch):
         tx = scale_by_dion(rank, batch=batch)
         state = tx.init(grads)
         for _ in range(2):
             updates, state = tx.update(grads, state)
-        out[batch] = (updates, state)
+        return updates, state
+
+    batches = ("same_shape", "none")
+    out = together(lambda g: {batch: train(g, batch) for batch in batches}, grads)
+    state = jax.eval_shape(scale_by_dion(rank).init, grads)
     factorisations = {
         batch: str(
             jax.make_jaxpr(scale_by_dion(rank, batch=batch).update)(grads, state)
@@ -91,7 +99,9 @@ def test_batching_changes_nothing():
 
 
 def q_shapes(tx, **shapes):
-    state = jax.eval_shape(tx.init, {k: jnp.zeros(s) for k, s in shapes.items()})
+    state = jax.eval_shape(
+        tx.init, {k: np.zeros(s, np.float32) for k, s in shapes.items()}
+    )
     return {k: q.shape for k, q in state.q.items()}
 
 
@@ -122,20 +132,17 @@ def test_p_side(side, rows):
     # (in, out) = (12, 8): the input side is the longer one; Q takes the other.
     tx = scale_by_dion(0.5, p_side=side, scale=None)
     assert q_shapes(tx, a=(12, 8)) == {"a": (rows, 4)}
-    g = {"a": jnp.asarray(normal(12, 8))}
-    update, state = tx.update(g, tx.init(g))
-    p = np.asarray(update["a"] if rows == 8 else update["a"].T) @ np.linalg.pinv(
-        np.asarray(state.q["a"]).T
-    )
+    update, state = together(lambda g: tx.update(g, tx.init(g)), {"a": normal(12, 8)})
+    p = (update["a"] if rows == 8 else update["a"].T) @ np.linalg.pinv(state.q["a"].T)
     np.testing.assert_allclose(p.T @ p, np.eye(4), atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(8, 18), (18, 8)])
 def test_scales(shape):
-    g = {"w": jnp.asarray(normal(*shape))}
-    plain, spectral, rms = (
-        np.asarray(tx.update(g, tx.init(g))[0]["w"])
-        for tx in (scale_by_dion(0.5, scale=s) for s in (None, "spectral", "rms"))
+    txs = [scale_by_dion(0.5, scale=s) for s in (None, "spectral", "rms")]
+    plain, spectral, rms = together(
+        lambda g: [tx.update(g, tx.init(g))[0]["w"] for tx in txs],
+        {"w": normal(*shape)},
     )
     fan_in, fan_out = shape
     np.testing.assert_allclose(spectral, plain * np.sqrt(fan_out / fan_in), rtol=1e-6)
@@ -144,7 +151,10 @@ def test_scales(shape):
 
 
 def test_dtypes():
-    params = {"w": jnp.ones((12, 8), jnp.bfloat16), "v": jnp.ones((12, 8))}
+    params = {
+        name: jax.ShapeDtypeStruct((12, 8), dtype)
+        for name, dtype in (("w", jnp.bfloat16), ("v", jnp.float32))
+    }
 
     def dtypes(tx):
         state = jax.eval_shape(tx.init, params)
@@ -162,24 +172,25 @@ def test_dtypes():
 
 
 def test_bfloat16_state_follows_float32():
-    g = {"w": jnp.asarray(normal(24, 16))}
-    runs = []
-    for dtype in (jnp.float32, jnp.bfloat16):
+    def train(g, dtype):
         tx = scale_by_dion(0.25, momentum_dtype=dtype)
-        state = tx.init(g)
-        state = state._replace(q={"w": jnp.eye(16, 4, dtype=dtype)})
+        state = tx.init(g)._replace(q={"w": jnp.eye(16, 4, dtype=dtype)})
         for _ in range(3):
             updates, state = tx.update(g, state)
-        runs.append(np.asarray(updates["w"], np.float32))
+        return updates["w"]
+
+    dtypes = (jnp.float32, jnp.bfloat16)
+    runs = together(lambda g: [train(g, x) for x in dtypes], {"w": normal(24, 16)})
     error = np.linalg.norm(runs[0] - runs[1]) / np.linalg.norm(runs[0])
     assert error < 3e-2
 
 
 def test_q_of_a_bare_array_and_of_other_containers():
     tx = scale_by_dion(0.5)
-    for params in (jnp.ones((8, 4)), [jnp.ones((8, 4))], (jnp.ones((8, 4)),)):
-        state = tx.init(params)
-        updates, after = tx.update(params, state)
+    x = np.ones((8, 4), np.float32)
+    for params in (x, [x], (x,)):
+        state = jax.eval_shape(tx.init, params)
+        updates, after = jax.eval_shape(tx.update, params, state)
         assert jax.tree.structure(after) == jax.tree.structure(state)
         assert jax.tree.structure(updates) == jax.tree.structure(params)
     assert jax.tree.leaves(tx.init({})) == [0]

@@ -1,6 +1,7 @@
 """Dion on eight devices: equal numbers, equal shardings, and only thin collectives."""
 
 import functools
+import itertools
 import math
 import re
 import warnings
@@ -19,6 +20,7 @@ from jaxpapers.optim import (
     plan_dion,
     scale_by_dion,
 )
+from tests.programs import together
 
 # name -> shape, dimension numbers. P takes the longer side: the output of "tall", the
 # input of "wide".
@@ -47,7 +49,7 @@ KINDS = ["Auto", "Explicit"]
 def tree(seed=0):
     rng = np.random.default_rng(seed)
     return {
-        name: jnp.asarray(rng.normal(size=shape), jnp.float32)
+        name: rng.normal(size=shape).astype(np.float32)
         for name, shape in SHAPES.items()
     }
 
@@ -65,12 +67,17 @@ def transformation(**options):
 def unsharded(steps=3):
     """Updates and states of the run without a mesh."""
     tx, out = transformation(), []
-    state = tx.init(tree())
+    state = jax.jit(tx.init)(tree())
     update = jax.jit(tx.update)
     for t in range(steps):
         updates, state = update(tree(t), state)
         out.append(jax.tree.map(np.asarray, (updates, state)))
     return out
+
+
+def first(tx, grads):
+    """Updates and state after one gradient."""
+    return tx.update(grads, tx.init(grads))
 
 
 def assert_same_shardings(got, want):
@@ -85,8 +92,16 @@ def close(got, want):
     np.testing.assert_allclose(got, want, rtol=0, atol=tol)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("sizes", SPECS)
+IN_TURN = {((4, 2), "Explicit"), ((2, 2, 2), "Auto")}
+
+
+@pytest.mark.parametrize(
+    "sizes, kind",
+    [
+        pytest.param(*x, marks=() if x in IN_TURN else pytest.mark.matrix)
+        for x in itertools.product(SPECS, KINDS)
+    ],
+)
 def test_equals_unsharded(sizes, kind, make_mesh):
     mesh = make_mesh(sizes, kind)
     where = shardings(mesh)
@@ -107,8 +122,17 @@ def test_equals_unsharded(sizes, kind, make_mesh):
         assert_same_shardings(updates, where)
 
 
-@pytest.mark.parametrize("method", ["scqr", "rcqr", "qr"])
-@pytest.mark.parametrize("sizes, rank", [((4, 2), 4), ((4, 2), 16), ((2, 4), 8)])
+THIN = {((4, 2), 16, "scqr"), ((4, 2), 4, "rcqr"), ((2, 4), 8, "qr")}
+
+
+@pytest.mark.parametrize(
+    "sizes, rank, method",
+    [
+        pytest.param(*x, marks=() if x in THIN else pytest.mark.matrix)
+        for sizes, rank in (((4, 2), 4), ((4, 2), 16), ((2, 4), 8))
+        for x in ((sizes, rank, method) for method in ("scqr", "rcqr", "qr"))
+    ],
+)
 def test_collectives_are_thin(sizes, rank, method, make_mesh):
     m, n = 64, 256  # P on the side of 256.
     mesh = make_mesh(sizes)
@@ -147,9 +171,12 @@ def collective_sizes(text):
 
 @pytest.mark.parametrize(
     "split_p, shape, split",
-    [("whole", (4, 16, 64), "whole"), ("auto", (4, 16, 64), "matrices"),
-     ("auto", (3, 16, 2048), "rows")],
-)  # fmt: skip
+    [
+        pytest.param("whole", (4, 16, 64), "whole", marks=pytest.mark.matrix),
+        ("auto", (4, 16, 64), "matrices"),
+        pytest.param("auto", (3, 16, 2048), "rows", marks=pytest.mark.matrix),
+    ],
+)
 def test_bfloat16_communication(split_p, shape, split, make_mesh):
     """P arrives rounded, but momentum loses exactly what the update took."""
     mesh, mu = make_mesh((4, 2)), 0.9
@@ -157,16 +184,14 @@ def test_bfloat16_communication(split_p, shape, split, make_mesh):
     numbers = DimensionNumbers(1, 2)
     plan = plan_dion(shape, where.spec, mesh, 0.5, dimensions=numbers, split_p=split_p)
     assert plan.split == split
-    g = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
+    g = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     found = []
     for dtype in (None, jnp.bfloat16):
         tx = scale_by_dion(
             0.5, mu=mu, scale=None, weight_dimension_numbers=numbers, sharding=where,
             split_p=split_p, communication_dtype=dtype,
         )  # fmt: skip
-        state = tx.init(jax.device_put(jnp.zeros_like(g), where))
-        update = jax.jit(tx.update, compiler_options=QUICK)
-        found.append(update(jax.device_put(g, where), state))
+        found.append(together(functools.partial(first, tx), jax.device_put(g, where)))
     (exact, _), (rounded, state) = found
     distance = np.linalg.norm(exact - rounded) / np.linalg.norm(exact)
     assert 1e-4 < distance < 1e-2
@@ -190,13 +215,17 @@ def test_zero_test_looks_at_all_shards(make_mesh):
     mesh = make_mesh((8,))
     g = np.zeros((32, 16), np.float32)
     g[:4] = np.random.default_rng(0).normal(size=(4, 16))
-    tx = scale_by_dion(0.25, scale=None)
-    want, _ = tx.update({"w": jnp.asarray(g)}, tx.init({"w": jnp.asarray(g)}))
-    x = {"w": jax.device_put(g, NamedSharding(mesh, P(D)))}
-    got, state = tx.update(x, tx.init(x))
+    want, _ = together(
+        functools.partial(first, scale_by_dion(0.25, scale=None)), {"w": g}
+    )
+    where = NamedSharding(mesh, P(D))
+    x = {"w": jax.device_put(g, where)}
+    tx = scale_by_dion(0.25, scale=None, sharding=where)
+    state, update = jax.jit(tx.init)(x), jax.jit(tx.update)
+    got, after = update(x, state)
     np.testing.assert_allclose(got["w"], want["w"], atol=2e-6)
-    np.testing.assert_allclose(np.linalg.norm(state.q["w"], axis=0), 1, atol=2e-6)
-    zeros, state = tx.update(jax.tree.map(jnp.zeros_like, x), tx.init(x))
+    np.testing.assert_allclose(np.linalg.norm(after.q["w"], axis=0), 1, atol=2e-6)
+    zeros, state = update({"w": jax.device_put(np.zeros_like(g), where)}, state)
     assert not np.asarray(zeros["w"]).any()
     np.testing.assert_allclose(np.linalg.norm(state.q["w"], axis=0), 1, atol=2e-6)
 
@@ -211,9 +240,13 @@ def test_devices_take_passes_of_their_own(make_mesh):
     g[7] = 0
     numbers = DimensionNumbers(1, 2)
     tx = scale_by_dion(0.5, scale=None, weight_dimension_numbers=numbers)
-    want, _ = tx.update({"w": jnp.asarray(g)}, tx.init({"w": jnp.asarray(g)}))
-    x = {"w": jax.device_put(g, NamedSharding(mesh, P(None, D, M)))}
-    got, _ = jax.jit(tx.update)(x, tx.init(x))
+    want, _ = together(functools.partial(first, tx), {"w": g})
+    where = NamedSharding(mesh, P(None, D, M))
+    x = {"w": jax.device_put(g, where)}
+    tx = scale_by_dion(
+        0.5, scale=None, weight_dimension_numbers=numbers, sharding=where
+    )
+    got, _ = together(functools.partial(first, tx), x)
     got, want = np.asarray(got["w"]), np.asarray(want["w"])
     np.testing.assert_allclose(got[[0, 1, 4, 5]], want[[0, 1, 4, 5]], atol=2e-6)
     assert np.isfinite(got).all() and not got[7].any()
@@ -230,20 +263,17 @@ def test_vmap_over_a_sharded_update(make_mesh):
     tx = scale_by_dion(0.25, sharding=where, **options)
     x = jax.device_put(g, NamedSharding(mesh, P(None, None, D, M)))
     with jax.set_mesh(mesh):
-        one = tx.init({"w": jnp.zeros((4, 16, 32))})
-        states = jax.tree.map(lambda s: jnp.stack([s] * 3), one)
+        one = jax.jit(tx.init)({"w": np.zeros((4, 16, 32), np.float32)})
+        states = jax.tree.map(lambda s: np.stack([s] * 3), jax.device_get(one))
         got, _ = jax.jit(jax.vmap(tx.update))({"w": x}, states)
-    plain = scale_by_dion(0.25, **options)
+    alone = jax.jit(lambda g: first(scale_by_dion(0.25, **options), {"w": g})[0]["w"])
     for i in range(3):
-        one = {"w": jnp.asarray(g[i])}
-        want, _ = plain.update(one, plain.init(one))
-        np.testing.assert_allclose(got["w"][i], want["w"], atol=2e-6)
+        np.testing.assert_allclose(got["w"][i], alone(g[i]), atol=2e-6)
 
 
 def one_leaf(mesh):
-    where = NamedSharding(mesh, P(D, M))
-    g = jax.device_put(np.random.default_rng(0).normal(size=(16, 32)), where)
-    return {"w": g.astype(jnp.float32)}
+    g = np.random.default_rng(0).normal(size=(16, 32)).astype(np.float32)
+    return {"w": jax.device_put(g, NamedSharding(mesh, P(D, M)))}
 
 
 def sizes_in_jit(tx, params, mesh):
@@ -254,7 +284,11 @@ def sizes_in_jit(tx, params, mesh):
     return max(collective_sizes(compiled.as_text()))
 
 
-@pytest.mark.parametrize("form", ["tree", "function", "spec"])
+@pytest.mark.parametrize(
+    "form",
+    ["function"]
+    + [pytest.param(x, marks=pytest.mark.matrix) for x in ("tree", "spec")],
+)
 def test_auto_axes_take_the_declared_sharding(form, make_mesh):
     mesh = make_mesh((4, 2))
     params = one_leaf(mesh)
@@ -300,7 +334,9 @@ def test_init_on_another_mesh_replaces_what_was_seen(make_mesh):
     assert len(updates["w"].sharding.device_set) == 1
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param("Auto", marks=pytest.mark.matrix), "Explicit"]
+)
 def test_gradient_sharded_unlike_its_parameter(kind, make_mesh):
     mesh = make_mesh((4, 2), kind)
     with jax.set_mesh(mesh):
@@ -333,7 +369,7 @@ def test_state_sharding_of_the_composite(make_mesh):
     }
     where = jax.tree.map(lambda s: NamedSharding(mesh, s), specs)
     params = jax.tree.map(
-        lambda shape, s: jax.device_put(jnp.ones(shape), s),
+        lambda shape, s: jax.device_put(np.ones(shape, np.float32), s),
         shapes,
         where,
         is_leaf=lambda x: isinstance(x, tuple),
@@ -363,4 +399,4 @@ def test_shardings_that_do_not_fit(case, make_mesh):
     with jax.set_mesh(make_mesh((4, 2))):
         tx = scale_by_dion(0.25, sharding=spec)
         with pytest.raises(ValueError, match=match):
-            tx.init({"w": jnp.ones(shape)})
+            tx.init({"w": np.ones(shape, np.float32)})

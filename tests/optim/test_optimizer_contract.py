@@ -6,6 +6,7 @@ injected; it works inside optax's wrappers; state keeps its form; complex is ref
 
 import functools
 import inspect
+import itertools
 
 import chex
 import jax
@@ -15,6 +16,7 @@ import optax
 import pytest
 
 from jaxpapers import optim
+from tests.programs import together
 
 OPTIMIZERS = {
     "dion": functools.partial(optim.dion, rank_fraction=0.5),
@@ -49,7 +51,7 @@ def rosenbrock(params):
 def start(dtype=jnp.float32):
     """No zeros: from them the valleys' gradients are equal, a matrix of rank one."""
     kernel = np.random.default_rng(1).uniform(-0.5, 0.5, size=(6, 10))
-    return {"kernel": jnp.asarray(kernel, dtype), "bias": jnp.zeros(10, dtype)}
+    return {"kernel": kernel.astype(dtype), "bias": np.zeros(10, dtype)}
 
 
 def train(tx, f, dtype=jnp.float32, steps=STEPS):
@@ -60,32 +62,49 @@ def train(tx, f, dtype=jnp.float32, steps=STEPS):
         chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
         return (optax.apply_updates(params, updates), state), value
 
-    params = start(dtype)
-    carry, values = jax.jit(lambda c: jax.lax.scan(step, c, length=steps))(
-        (params, tx.init(params))
+    values = together(
+        lambda p: jax.lax.scan(step, (p, tx.init(p)), length=steps)[1], start(dtype)
     )
-    return carry[0], np.asarray(values, np.float32)
+    return np.asarray(values, np.float32)
 
 
-@pytest.mark.parametrize("f", [parabola, rosenbrock])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])
-@pytest.mark.parametrize("name", OPTIMIZERS)
+PAIRS = list(itertools.product((parabola, rosenbrock), (jnp.float32, jnp.bfloat16)))
+# Each optimizer trains one pair in turn; the rest of the product is in the matrix.
+TRAINS = [
+    pytest.param(
+        name, dtype, f, id=f"{name}-{f.__name__}-{jnp.dtype(dtype)}",
+        marks=() if j == i % len(PAIRS) else pytest.mark.matrix,
+    )
+    for i, name in enumerate(OPTIMIZERS)
+    for j, (f, dtype) in enumerate(PAIRS)
+]  # fmt: skip
+# Those with a step, statistics and arguments of their own.
+SOME = [
+    pytest.param(
+        x, marks=() if x in ("dion", "normuon", "dion2") else pytest.mark.matrix
+    )
+    for x in OPTIMIZERS
+]
+
+
+@pytest.mark.parametrize("name, dtype, f", TRAINS)
 def test_trains(name, dtype, f):
     rate = optax.linear_schedule(0.1, 0.0, STEPS)
     tx = OPTIMIZERS[name](rate, weight_decay=0.0, scalar_learning_rate=rate)
-    _, values = train(tx, f, dtype)
+    values = train(tx, f, dtype)
     assert np.isfinite(values).all()
     # Rounding of bfloat16 parameters bounds what can be reached.
     assert values[-1] < values[0] * (2e-2 if dtype == jnp.float32 else 6e-2)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.programs(40)  # Outside jit, every operation is a program.
+@pytest.mark.parametrize("name", SOME)
 def test_jit_and_state(name):
     tx = OPTIMIZERS[name](0.1)
     params = start()
     state = tx.init(params)
-    grads = jax.grad(parabola)(params)
-    updates, after = tx.update(grads, state, params)
+    grads = together(jax.grad(parabola), params)
+    updates, after = tx.update(jax.tree.map(jnp.asarray, grads), state, params)
     jitted, _ = jax.jit(tx.update)(grads, state, params)
     chex.assert_trees_all_close(updates, jitted, atol=1e-5)
     chex.assert_trees_all_equal_structs(state, after)
@@ -96,7 +115,7 @@ def test_jit_and_state(name):
     )
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", SOME)
 def test_injected_hyperparams(name):
     maker = OPTIMIZERS[name]
     inner = getattr(maker, "func", maker)
@@ -107,44 +126,45 @@ def test_injected_hyperparams(name):
         inner, static_args=[k for k in static if k in known]
     )
     params = start()
-    grads = jax.grad(parabola)(params)
+    grads = together(jax.grad(parabola), params)
     tx = factory(learning_rate=0.1, mu=0.9, **fixed)
-    state = tx.init(params)
+    state = jax.jit(tx.init)(params)
     update = jax.jit(tx.update)
-    want, _ = update(grads, state, params)
-    state.hyperparams["learning_rate"] = jnp.asarray(0.2)
+    want = jax.device_get(update(grads, state, params)[0])
+    state.hyperparams["learning_rate"] = np.float32(0.2)
     got, _ = update(grads, state, params)
     chex.assert_trees_all_close(got, jax.tree.map(lambda x: 2 * x, want), rtol=1e-5)
     plain = inner(0.1, mu=0.9, **fixed)
-    chex.assert_trees_all_close(
-        want, plain.update(grads, plain.init(params), params)[0], atol=1e-6
-    )
+    direct = together(lambda g, p: plain.update(g, plain.init(p), p)[0], grads, params)
+    chex.assert_trees_all_close(want, direct, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", SOME)
 def test_wrappers(name):
     rate = optax.linear_schedule(0.1, 0.0, STEPS)
     tx = optax.chain(optax.clip_by_global_norm(1.0), OPTIMIZERS[name](rate))
     tx = optax.MultiSteps(optax.apply_if_finite(tx, 3), 2)
     params = start()
-    state = tx.init(params)
+    state = jax.jit(tx.init)(params)
     update = jax.jit(tx.update)
-    first = jax.grad(parabola)(params)
+    first = together(jax.grad(parabola), params)
     updates, state = update(first, state, params)
-    assert not any(x.any() for x in jax.tree.leaves(updates))
-    bad = jax.tree.map(lambda g: g * jnp.nan, first)
+    assert not any(np.any(x) for x in jax.tree.leaves(updates))
+    bad = jax.tree.map(lambda g: g * np.float32(np.nan), first)
     updates, state = update(bad, state, params)  # Skipped, as it is not finite.
-    assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(updates))
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(updates))
     masked = optax.masked(OPTIMIZERS[name](0.1), {"kernel": True, "bias": False})
-    updates, _ = masked.update(first, masked.init(params), params)
+    updates, _ = together(
+        lambda g, p: masked.update(g, masked.init(p), p), first, params
+    )
     chex.assert_trees_all_equal(updates["bias"], first["bias"])
-    assert float(jnp.abs(updates["kernel"] - first["kernel"]).max()) > 0.01
+    assert np.abs(updates["kernel"] - first["kernel"]).max() > 0.01
 
 
 @pytest.mark.parametrize("leaf", ["kernel", "bias"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_complex_is_refused(name, leaf):
     tx, params = OPTIMIZERS[name](0.1), start()
-    params[leaf] = params[leaf].astype(jnp.complex64)
+    params[leaf] = params[leaf].astype(np.complex64)
     with pytest.raises(TypeError, match=f"{leaf}: .*real floating-point.*complex64"):
         tx.init(params)

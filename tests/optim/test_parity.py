@@ -2,9 +2,10 @@
 
 import itertools
 import math
+import zlib
+from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
@@ -34,6 +35,12 @@ MESHES = [
 ]
 
 
+# A recorded run sees one of these in the default tests, all meshes in the matrix.
+IN_TURN = [None, ((4, 2), "Explicit"), ((2, 4), "Auto")]
+# The factorisations beside ``scqr``, each on one of the recorded runs.
+OTHERS = {"f64_tall_r4_wd": "qr", "tall_full_rcqr": "rcqr", "f64_wide_r2_decay": "cqr2"}
+
+
 def is_muon(entry):
     return entry["implementation"] == "muon_reference"
 
@@ -43,7 +50,7 @@ def is_dion(entry):
 
 
 def has_replicas(entry):
-    return is_dion(entry) and len(entry["arrays"]["G"][0]) == 4
+    return is_dion(entry) and "replicas" in entry["hyper"]
 
 
 def is_small(entry):
@@ -51,17 +58,31 @@ def is_small(entry):
 
 
 @pytest.mark.parity("dion", only=is_dion)
+def test_recorded_run(case, make_mesh):
+    turn = IN_TURN[zlib.crc32(case.name.encode()) % len(IN_TURN)]
+    check(case, "scqr", turn and make_mesh(*turn))
+
+
+@pytest.mark.parity("dion", only=lambda x: Path(x["file"]).stem in OTHERS)
+def test_other_methods(case):
+    check(case, OTHERS[case.name])
+
+
+@pytest.mark.matrix
+@pytest.mark.parity("dion", only=is_dion)
 @pytest.mark.parametrize("method", METHODS)
 def test_one_device(case, method):
     check(case, method)
 
 
+@pytest.mark.matrix
 @pytest.mark.parity("dion", only=is_dion)
 @pytest.mark.parametrize("sizes, kind", MESHES)
 def test_mesh(case, sizes, kind, make_mesh):
     check(case, "scqr", make_mesh(sizes, kind))
 
 
+@pytest.mark.matrix
 @pytest.mark.parity("dion", only=is_small)
 @pytest.mark.parametrize("method", ["cqr2", "rcqr", "qr"])
 def test_mesh_other_methods(case, method, make_mesh):
@@ -69,30 +90,28 @@ def test_mesh_other_methods(case, method, make_mesh):
 
 
 @pytest.mark.parity("dion", only=has_replicas)
-@pytest.mark.parametrize("others", [(), (2,), (2, 2)])
+@pytest.mark.parametrize(
+    "others",
+    [
+        pytest.param((), marks=pytest.mark.matrix),
+        (2,),
+        pytest.param((2, 2), marks=pytest.mark.matrix),
+    ],
+)
 def test_replicas_with_momenta_of_their_own(case, others):
     """Compressed synchronisation: every replica's M, not only their mean."""
-    folder, _, entry = case
-    with np.load(folder / entry["file"]) as file:
-        data = dict(file)
-    sizes = (len(data["G"]), *others)
+    data = case.arrays
+    sizes = (case.read("replicas"), *others)
     mesh = jax.make_mesh(
         sizes,
         ("replica", "data", "model")[: len(sizes)],
         axis_types=(AxisType.Auto,) * len(sizes),
         devices=jax.devices()[: math.prod(sizes)],
     )
-    x, hyper = data["X0"], entry["hyper"]
+    x = data["X0"]
     where = best_sharding(mesh, x.shape, but="replica")
-    tx = scale_by_dion(
-        hyper["rank_fraction"],
-        mu=hyper["mu"],
-        weight_dimension_numbers=OUT_IN,
-        scale=None,
-        sharding=where,
-        replicate_axis="replica",
-    )
-    x_tol, m_tol, _ = tolerances(entry, x)
+    tx = transformation(case, "scqr", where, replicate_axis="replica")
+    x_tol, m_tol, _ = tolerances(case)
     with jax.set_mesh(mesh):
         params = {"w": jax.device_put(x, where)}
         state = tx.init(params)
@@ -106,11 +125,8 @@ def test_replicas_with_momenta_of_their_own(case, others):
             axis_names={"replica"},
         )
         update = jax.jit(update, compiler_options=QUICK)
-        for t in range(data["G"].shape[1]):
+        for t, (keep, rate) in enumerate(factors(case)):
             direction, state = update(data["G"][:, t], state)
-            keep, rate = factors(
-                data["lr"][t], hyper["weight_decay"], x.shape[0] / x.shape[1], x.dtype
-            )
             x = keep * x - rate * np.asarray(direction["w"])
             close(x, data["X"][t], x_tol, f"X after step {t}")
             close(state.momentum["w"], data["M"][:, t], m_tol, f"M after step {t}")
@@ -120,32 +136,39 @@ def test_replicas_with_momenta_of_their_own(case, others):
 
 
 @pytest.mark.parity("dion", only=is_muon)
-@pytest.mark.parametrize("sizes", [None, (8,), (4, 2), (2, 4)])
+@pytest.mark.parametrize(
+    "sizes",
+    [None, (4, 2)]
+    + [pytest.param(sizes, marks=pytest.mark.matrix) for sizes in ((8,), (2, 4))],
+)
 def test_muon(case, sizes, make_mesh):
     """The reference iterates in bfloat16, hence the digest's 5e-3 on X."""
-    folder, _, entry = case
-    with np.load(folder / entry["file"]) as file:
-        data = dict(file)
-    x, hyper = data["X0"], entry["hyper"]
+    data = case.arrays
+    x = data["X0"]
+    assert {case.read(key) for key in ("dtype", "momentum_dtype", "Q_dtype")} == {
+        str(x.dtype)
+    }
     mesh = make_mesh(sizes) if sizes else None
     where = best_sharding(mesh, x.shape)
     tx = scale_by_muon(
-        hyper["mu"],
-        hyper["nesterov"],
+        case.read("mu"),
+        case.read("nesterov"),
         weight_dimension_numbers=OUT_IN,
         scale=None,
         sharding=where,
     )
+    spectral = case.read("adjust_lr") == "spectral_norm"
     state = tx.init({"w": jax.device_put(x, where)})
     update = jax.jit(tx.update, compiler_options=QUICK if mesh else None)
-    for t in range(len(data["G"])):
+    x_tol, m_tol = (
+        case.tolerance("X", otherwise=5e-3),
+        case.tolerance("M", otherwise=1e-6),
+    )
+    for t, (keep, rate) in enumerate(factors(case, spectral=spectral)):
         direction, state = update({"w": jax.device_put(data["G"][t], where)}, state)
-        ratio = x.shape[0] / x.shape[1]
-        ratio = ratio if hyper["adjust_lr"] == "spectral_norm" else 1.0
-        keep, rate = factors(data["lr"][t], hyper["weight_decay"], ratio, x.dtype)
         x = keep * x - rate * np.asarray(direction["w"])
-        np.testing.assert_allclose(x, data["X"][t], atol=5e-3, rtol=0)
-        close(state.momentum["w"], data["M"][t], 1e-6, f"M after step {t}")
+        np.testing.assert_allclose(x, data["X"][t], atol=x_tol, rtol=0)
+        close(state.momentum["w"], data["M"][t], m_tol, f"M after step {t}")
     # The update is of this size: the comparison is one of it, not of X0.
     moved = np.abs(data["X"][-1] - data["X0"]).max()
     assert np.abs(x - data["X"][-1]).max() < 0.1 * moved
@@ -153,95 +176,121 @@ def test_muon(case, sizes, make_mesh):
 
 def check(case, method, mesh=None):
     """Replays a case and compares X, M after every step and Q after the last."""
-    folder, name, entry = case
-    with np.load(folder / entry["file"]) as file:
-        data = dict(file)
-    double = data["X0"].dtype == np.float64
-    with jax.enable_x64(double):
+    with jax.enable_x64(case.arrays["X0"].dtype == np.float64):
         if mesh is None:
-            replay(entry, data, method, None)
+            replay(case, method, None)
         else:
             with jax.set_mesh(mesh):
-                replay(entry, data, method, mesh)
+                replay(case, method, mesh)
 
 
-def replay(entry, data, method, mesh):
-    x0, g, hyper = data["X0"], data["G"], entry["hyper"]
-    replicas = g.ndim == 4  # Compressed data-parallel runs: (replica, step, m, n).
-    if replicas:
+def replay(case, method, mesh):
+    data = case.arrays
+    x, g = data["X0"], data["G"]
+    m, n = x.shape
+    replicas = case.read("replicas", 1)
+    if replicas > 1:
+        assert len(g) == replicas
         g = g.mean(0)  # P and R are linear in G: the mean gradient gives the same X.
-    m, n = x0.shape
-    rounded = single if x0.dtype == np.float64 else float
-    # The educational version never transposes.
-    side = "output" if entry["implementation"] == "simple" else "longer"
-    where = best_sharding(mesh, x0.shape)
-    tx = scale_by_dion(
-        hyper.get("rank_fraction", entry["rank"] / min(m, n)),
-        mu=rounded(hyper["mu"]),
-        eps=rounded(hyper.get("eps", 1e-8)),
-        power_iters=hyper.get("power_iters", 1),
-        orthogonalize=method,
-        weight_dimension_numbers=OUT_IN,
-        momentum_dtype=entry.get("momentum_dtype"),
-        q_dtype=entry.get("Q_dtype"),
-        scale=None,
-        sharding=where,
-        p_side=side,
-    )
-    state = jax.eval_shape(tx.init, {"w": x0})
-    assert state.q["w"].shape == data["Q0"].shape
+    assert case.read("dtype") == str(x.dtype)
+    where = best_sharding(mesh, x.shape)
+    tx = transformation(case, method, where)
+    state = jax.eval_shape(tx.init, {"w": x})
+    # P lies on the output side, rows of the recorded weight, unless it is transposed.
+    side = m if case.read("transposed") else n
+    assert state.q["w"].shape == data["Q0"].shape == (side, case.read("rank"))
     state = DionState(
-        jnp.zeros((), jnp.int32),
-        {"w": jnp.zeros_like(x0, state.momentum["w"].dtype)},
-        {"w": jnp.asarray(data["Q0"], state.q["w"].dtype)},
+        np.zeros((), np.int32),
+        {"w": np.zeros_like(x, state.momentum["w"].dtype)},
+        {"w": np.asarray(data["Q0"], state.q["w"].dtype)},
     )
     if mesh is not None:
         placed = dion_state_sharding(
-            state, {"w": x0}, {"w": where}, weight_dimension_numbers=OUT_IN, p_side=side
-        )
+            state, {"w": x}, {"w": where}, weight_dimension_numbers=OUT_IN,
+            p_side=p_side(case),
+        )  # fmt: skip
         state = jax.device_put(state, placed)
     update = jax.jit(tx.update, compiler_options=QUICK if mesh else None)
-    x_tol, m_tol, q_tol = tolerances(entry, x0)
-    x = x0
-    for t in range(len(g)):
+    x_tol, m_tol, q_tol = tolerances(case)
+    for t, (keep, rate) in enumerate(factors(case)):
         direction, state = update({"w": jax.device_put(g[t], where)}, state)
-        keep, rate = factors(data["lr"][t], hyper["weight_decay"], m / n, x0.dtype)
         x = keep * x - rate * np.asarray(direction["w"])
         close(x, data["X"][t], x_tol, f"X after step {t}")
-        if not replicas:
+        if replicas == 1:
             close(state.momentum["w"], data["M"][t], m_tol, f"M after step {t}")
-    if replicas:
+    if replicas > 1:
         close(state.momentum["w"], data["M_synced"], m_tol, "synchronised M")
     got, want = (np.asarray(a, np.float64) for a in (state.q["w"], data["Q"][-1]))
     close(got * np.sign((got * want).sum(0)), want, q_tol, "Q after the last step")
 
 
-def factors(lr, weight_decay, ratio, dtype):
-    """1 - lr wd and lr sqrt(m/n); the reference holds its scalars in float32 tensors."""
-    if dtype == np.float64:
-        keep = np.float32(1) - np.float32(lr) * np.float32(weight_decay)
-        return dtype.type(keep), dtype.type(single(single(lr) * math.sqrt(ratio)))
-    return dtype.type(1 - lr * weight_decay), dtype.type(lr * math.sqrt(ratio))
+def transformation(case, method, where, **options):
+    """Dion with the case's hyper-parameters; ``qr_method`` is ``method``'s to replace."""
+    rounded = single if case.read("dtype") == "float64" else float
+    # Of the educational version alone, which states the rank.
+    rank, shorter = case.read("rank"), min(case.arrays["X0"].shape)
+    assert case.read("qr_method", method) in METHODS
+    return scale_by_dion(
+        case.read("rank_fraction", rank / shorter),
+        case.read("rank_multiple_of", 1),
+        mu=rounded(case.read("mu")),
+        eps=rounded(case.read("eps", 1e-8)),
+        power_iters=case.read("power_iters", 1),
+        orthogonalize=method,
+        weight_dimension_numbers=OUT_IN,
+        momentum_dtype=case.read("momentum_dtype", None),
+        q_dtype=case.read("Q_dtype", None),
+        scale=None,
+        sharding=where,
+        p_side=p_side(case),
+        **options,
+    )
+
+
+def p_side(case):
+    """The educational version never transposes."""
+    return "output" if case.read("implementation") == "simple" else "longer"
+
+
+def factors(case, *, spectral=True):
+    """(1 - lr wd, lr sqrt(m/n)) of every step.
+
+    The reference holds its scalars in float32 tensors.
+    """
+    x = case.arrays["X0"]
+    ratio = x.shape[0] / x.shape[1] if spectral else 1.0
+    decay, dtype = case.read("weight_decay"), x.dtype
+    rates = np.broadcast_to(case.read("lr"), case.arrays["lr"].shape)
+    np.testing.assert_allclose(rates, case.arrays["lr"], rtol=1e-6)
+    for lr in rates:
+        if dtype == np.float64:
+            keep = np.float32(1) - np.float32(lr) * np.float32(decay)
+            rate = single(single(lr) * math.sqrt(ratio))
+        else:
+            keep, rate = 1 - lr * decay, lr * math.sqrt(ratio)
+        yield dtype.type(keep), dtype.type(rate)
 
 
 def single(x):
     return float(np.float32(x))
 
 
-def tolerances(entry, x0):
-    """Of X, M and Q, relative to max|.|: the digest's."""
-    if x0.dtype == np.float64:
+def tolerances(case):
+    """Of X, M and Q, relative to max|.|."""
+    shape, rank = case.arrays["X0"].shape, case.read("rank")
+    # Without an oracle: the digest's.
+    stated = [
+        case.tolerance(*names, otherwise=otherwise)
+        for names, otherwise in (
+            (("X",), 2e-6), (("M",), 1e-6), (("Q", "Q_up_to_sign"), 1e-5)
+        )
+    ]  # fmt: skip
+    if case.read("dtype") == "float64":
+        # The oracle does not round the hyper-parameters to float32; the replay does.
         return 1e-12, 1e-12, 1e-12
-    if "bfloat16" in (entry.get("momentum_dtype"), entry.get("Q_dtype")):
-        return 5e-3, 3e-2, 1e-1
-    x_tol, q_tol = 2e-6, 1e-5
-    if entry["gradients"] == "decay":
-        # Trailing columns are ill-determined: the reference itself is 4e-6 away from a
-        # float64 computation of the same steps.
-        q_tol = 1e-4
-    if x0.shape[0] == x0.shape[1] == entry["rank"]:
-        x_tol, q_tol = 1e-5, 1e-3  # The last column is what the others leave over.
-    return x_tol, 1e-6, q_tol
+    if shape[0] == shape[1] == rank:
+        stated[0] = max(stated[0], 1e-5)  # The last column is what the others leave.
+    return stated
 
 
 def close(got, want, tol, what):

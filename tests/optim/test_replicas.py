@@ -3,7 +3,6 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -21,6 +20,7 @@ from jaxpapers.optim import (
     sync_for_checkpoint,
 )
 from jaxpapers.optim.layout import make_layout
+from tests.programs import together
 
 R, D, M = "replica", "data", "model"
 DIMENSIONS = {
@@ -42,6 +42,10 @@ def gradients(replicas, step=0):
         name: rng.normal(size=(replicas, *shape)).astype(np.float32)
         for name, shape in SHAPES.items()
     }
+
+
+def zeros():
+    return {name: np.zeros(shape, np.float32) for name, shape in SHAPES.items()}
 
 
 def mesh_of(sizes, kind):
@@ -67,8 +71,8 @@ def placed(mesh, replicas):
     """A transformation, parameters, state, and an update of per-replica gradients."""
     tx = transformation(mesh, replicate_axis=R)
     where = {name: NamedSharding(mesh, spec) for name, spec in SPECS.items()}
-    params = jax.device_put({n: jnp.zeros(s) for n, s in SHAPES.items()}, where)
-    state = tx.init(params)
+    params = jax.device_put(zeros(), where)
+    state = jax.jit(tx.init)(params)
     specs = replica_specs(state, params, R)
 
     @functools.partial(jax.jit, compiler_options=QUICK)
@@ -108,7 +112,7 @@ def close(got, want):
 @functools.cache
 def plain(replicas, steps=3, silent=False):
     tx, out = transformation(), []
-    state = tx.init({n: jnp.zeros(s) for n, s in SHAPES.items()})
+    state = jax.jit(tx.init)(zeros())
     update = jax.jit(tx.update)
     for t in range(steps):
         mean = jax.tree.map(lambda g: g.mean(0), some_gradients(replicas, t, silent))
@@ -126,12 +130,22 @@ def some_gradients(replicas, step, silent):
     return grads
 
 
-@pytest.mark.parametrize("silent", [False, True])
+ALL = [
+    (sizes, kind, silent)
+    for sizes, kind in (
+        ((2, 1, 1), "Auto"), ((4, 1, 1), "Explicit"), ((2, 2, 2), "Auto"),
+        ((2, 2, 2), "Explicit"), ((4, 2, 1), "Auto"),
+    )
+    for silent in (False, True)
+]  # fmt: skip
+IN_TURN = [((2, 2, 2), "Auto", False), ((4, 1, 1), "Explicit", True)]
+
+
 @pytest.mark.parametrize(
-    "sizes, kind",
-    [((2, 1, 1), "Auto"), ((4, 1, 1), "Explicit"), ((2, 2, 2), "Auto"),
-     ((2, 2, 2), "Explicit"), ((4, 2, 1), "Auto")],
-)  # fmt: skip
+    "sizes, kind, silent",
+    IN_TURN
+    + [pytest.param(*x, marks=pytest.mark.matrix) for x in ALL if x not in IN_TURN],
+)
 def test_equals_averaged_gradients(sizes, kind, silent):
     mesh, replicas = mesh_of(sizes, kind), sizes[0]
     with jax.set_mesh(mesh):
@@ -153,7 +167,9 @@ def test_equals_averaged_gradients(sizes, kind, silent):
             assert x.sharding.is_equivalent_to(s, x.ndim), (x.shape, x.sharding, s)
 
 
-@pytest.mark.parametrize("sizes", [(2, 2, 2), (4, 2, 1)])
+@pytest.mark.parametrize(
+    "sizes", [(2, 2, 2), pytest.param((4, 2, 1), marks=pytest.mark.matrix)]
+)
 def test_replicas_are_bitwise_equal_over_many_steps(sizes):
     mesh, replicas = mesh_of(sizes, "Auto"), sizes[0]
     with jax.set_mesh(mesh):
@@ -190,61 +206,66 @@ def test_synchronised_state_goes_on_as_the_old_one():
 
 
 def test_resize_to_other_replicas_and_ranks():
-    shapes = {n: jax.ShapeDtypeStruct(s, jnp.float32) for n, s in SHAPES.items()}
-    tx = transformation()
-    one = tx.init(jax.tree.map(lambda s: jnp.ones(s.shape), shapes))
-    one = one._replace(momentum=jax.tree.map(lambda m: m + 1.0, one.momentum))
+    one = together(transformation().init, zeros())
+    one = one._replace(momentum=jax.tree.map(lambda m: m + 1, one.momentum))
 
     def with_replicas(n):
         return one._replace(
             momentum={
-                k: m if k == "full" else jnp.stack([m * (i + 1) for i in range(n)])
+                k: m if k == "full" else np.stack([m * (i + 1) for i in range(n)])
                 for k, m in one.momentum.items()
             }
         )
 
     two, four = with_replicas(2), with_replicas(4)
     for before, after, value in ((two, four, 1.5), (two, one, 1.5), (one, four, 1.0)):
-        got = resize(before, jax.eval_shape(lambda x: x, after))
-        assert jax.tree.map(jnp.shape, got) == jax.tree.map(jnp.shape, after)
+        got = together(functools.partial(resize, target=after), before)
+        assert jax.tree.map(np.shape, got) == jax.tree.map(np.shape, after)
         assert (got.momentum["tall"] == value).all()
         assert (got.momentum["full"] == 1).all()
-    rows = one._replace(momentum={**one.momentum, "tall": jnp.ones((32, 32))})
+    rows = one._replace(momentum={**one.momentum, "tall": np.ones((32, 32))})
     with pytest.raises(ValueError, match="tall: cannot resize"):
         resize(one, rows)
     chain = (optax.EmptyState(), one)
     assert resize(chain, chain)[1] is not None
-    wrong = one._replace(momentum={**one.momentum, "tall": jnp.ones((2, 5, 32))})
+    wrong = one._replace(momentum={**one.momentum, "tall": np.ones((2, 5, 32))})
     with pytest.raises(ValueError, match="tall: cannot resize.*only the rank"):
         resize(two, wrong)
 
 
 def test_rescaled_rank_keeps_columns_and_trains_on():
-    params = {"w": jnp.zeros((16, 32))}
     rng = np.random.default_rng(0)
-    grads = {"w": jnp.asarray(rng.normal(size=(16, 32)), jnp.float32)}
+    grads = params = {"w": rng.normal(size=(16, 32)).astype(np.float32)}
     tx = scale_by_dion(0.25, scale=None)
-    state = tx.init(params)
-    for _ in range(3):
-        _, state = tx.update(grads, state)
-    more = rescale_rank(state, params, 0.5)
+
+    def train(grads):
+        state = tx.init(params)
+        for _ in range(2):
+            _, state = tx.update(grads, state)
+        more = rescale_rank(state, params, 0.5)
+        updates, _ = scale_by_dion(0.5, scale=None).update(grads, more)
+        return state, more, updates, rescale_rank(more, params, 2 / 16)
+
+    state, more, updates, less = together(train, grads)
     assert more.q["w"].shape == (16, 8)
     np.testing.assert_array_equal(more.q["w"][:, :4], state.q["w"])
     np.testing.assert_array_equal(more.momentum["w"], state.momentum["w"])
-    updates, _ = scale_by_dion(0.5, scale=None).update(grads, more)
     np.testing.assert_allclose(np.linalg.norm(updates["w"]), np.sqrt(8), rtol=1e-4)
-    less = rescale_rank(more, params, 2 / 16)
     np.testing.assert_array_equal(less.q["w"], state.q["w"][:, :2])
     with pytest.raises(ValueError, match="rescale_rank"):
         tx.update(grads, less)
 
 
 def test_a_larger_rank_brings_new_directions():
-    params = {"w": jnp.zeros((32, 64))}
-    state = scale_by_dion(0.25).init(params)
-    for fraction in (0.5, 1.0):
-        state = rescale_rank(state, params, fraction)
-        q = np.asarray(state.q["w"])
+    params, fractions = {"w": np.zeros((32, 64), np.float32)}, (0.5, 1.0)
+
+    def grow(params):
+        states = [scale_by_dion(0.25).init(params)]
+        for fraction in fractions:
+            states.append(rescale_rank(states[-1], params, fraction))
+        return [state.q["w"] for state in states[1:]]
+
+    for fraction, q in zip(fractions, together(grow, params)):
         assert np.linalg.matrix_rank(q, tol=1e-2) == q.shape[1] == 32 * fraction
 
 
@@ -257,10 +278,11 @@ def test_a_rank_at_which_the_other_way_of_averaging_pays():
         options = {"weight_dimension_numbers": DIMENSIONS}
         with pytest.raises(ValueError, match="pass replicas=2"):
             rescale_rank(state, params, 1.0, **options)
-        full = rescale_rank(state, params, 1.0, replicas=2, **options)
-        assert jax.tree.map(jnp.shape, full.momentum) == SHAPES
+        rescale = functools.partial(rescale_rank, replicas=2, **options)
+        full = jax.jit(lambda *args: rescale(*args, 1.0))(state, params)
+        assert jax.tree.map(np.shape, full.momentum) == SHAPES
         np.testing.assert_allclose(full.momentum["tall"], mean, atol=1e-6)
-        back = rescale_rank(full, params, FRACTIONS["tall"], replicas=2, **options)
+        back = jax.eval_shape(lambda *a: rescale(*a, FRACTIONS["tall"]), full, params)
         assert back.momentum["tall"].shape == (2, 16, 32)
         # Without it the update says what is wrong.
         wrong = state._replace(q={**full.q})
@@ -275,10 +297,10 @@ def test_a_rank_at_which_the_other_way_of_averaging_pays():
 
 def test_sharded_over_an_axis_that_is_manual():
     mesh = mesh_of((2, 2, 1), "Auto")
-    g = {"w": jnp.ones((16, 32))}
+    g = {"w": np.ones((16, 32), np.float32)}
     with jax.set_mesh(mesh):
         tx = scale_by_dion(0.25, replicate_axis=R, sharding=P(None, D))
-        state = tx.init(g)
+        state = jax.eval_shape(tx.init, g)
         specs = replica_specs(state, g, R)._replace(momentum={"w": P(R, None, D)})
         f = jax.shard_map(
             tx.update,
@@ -294,18 +316,13 @@ def test_sharded_over_an_axis_that_is_manual():
 
 def test_composite_averages_the_other_leaves():
     mesh = mesh_of((2, 1, 1), "Auto")
-    params = {
-        "kernel": jnp.ones((16, 32)),
-        "bias": jnp.ones(32),
-        "embed": jnp.ones((8, 4)),
-    }
+    shapes = {"kernel": (16, 32), "bias": (32,), "embed": (8, 4)}
     rng = np.random.default_rng(0)
-    grads = jax.tree.map(
-        lambda p: jnp.asarray(rng.normal(size=(2, *p.shape)), jnp.float32), params
-    )
+    params = {k: np.ones(s, np.float32) for k, s in shapes.items()}
+    grads = {k: rng.normal(size=(2, *s)).astype(np.float32) for k, s in shapes.items()}
     with jax.set_mesh(mesh):
         tx = dion(0.1, 0.25, replicate_axis=R)
-        state = tx.init(params)
+        state = jax.jit(tx.init)(params)
         specs = replica_specs(state, params, R)
         update = jax.shard_map(
             lambda g, s, p: tx.update(jax.tree.map(lambda x: x[0], g), s, p),
@@ -315,19 +332,19 @@ def test_composite_averages_the_other_leaves():
         got, _ = jax.jit(update)(grads, state, params)
     tx = dion(0.1, 0.25)
     mean = jax.tree.map(lambda g: g.mean(0), grads)
-    want, _ = tx.update(mean, tx.init(params), params)
+    want = together(lambda g, p: tx.update(g, tx.init(p), p)[0], mean, params)
     jax.tree.map(close, got, want)
 
 
 def test_errors():
     mesh = mesh_of((2, 1, 1), "Auto")
-    params = {"w": jnp.ones((16, 32))}
+    params = {"w": np.ones((16, 32), np.float32)}
     tx = scale_by_dion(0.25, replicate_axis="pod")
     with pytest.raises(ValueError, match="'pod': no mesh with this axis is in scope"):
         tx.init(params)
     with jax.set_mesh(mesh):
         tx = scale_by_dion(0.25, replicate_axis=R)
-        state = tx.init(params)
+        state = jax.eval_shape(tx.init, params)
         with pytest.raises(ValueError, match="no manual mesh axis here"):
             tx.update(params, state)
         whole = jax.shard_map(

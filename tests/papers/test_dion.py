@@ -1,15 +1,17 @@
-"""The language model's loss, sampler, schedule and presets."""
+"""The language model's loss, sampler, rank schedule and presets."""
 
+import functools
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from jaxpapers import checkpoint, run
+from jaxpapers import checkpoint, optim, run
 from jaxpapers import mesh as meshes
 from jaxpapers import train as trainer
-from jaxpapers.nets.transformer import Transformer
 from jaxpapers.papers import dion
 from tests.contract import Contract
 
@@ -29,7 +31,7 @@ CONTRACT = Contract(
     },
     data=write_text,
     refused={
-        "net.heads": (5, "multiple of heads"),
+        "net.heads": (5, "multiple of net.heads"),
         "net.dtype": ("float64", "bfloat16"),
         "optim.name": ("lion", "optim.name"),
         "optim.rank_fraction": (1.5, "rank_fraction"),
@@ -40,60 +42,82 @@ CONTRACT = Contract(
         "train.accumulate": (0, "train.accumulate"),
     },
 )  # fmt: skip
+from tests.programs import KEY, params_like, together
 
-NET = Transformer(40, 32, 1, 2)
-TOKENS = jax.random.randint(jax.random.key(0), (3, 9), 0, 40)
+NET = dion.Net(vocab_size=40, width=32, layers=1)
+MODULE = dion.network(NET)
+TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 40, (3, 9)), jnp.int32)
+BATCH = {"tokens": TOKENS}
 
 
 @pytest.fixture(scope="module")
 def params():
-    params = NET.init(jax.random.key(0), TOKENS)["params"]
-    noise = jax.random.normal(jax.random.key(2), params["head"]["kernel"].shape)
-    params["head"]["kernel"] = 0.3 * noise
-    return params
+    return params_like(MODULE.init, KEY, TOKENS)["params"]
 
 
-def test_loss_of_uniform_logits_is_log_of_the_vocabulary(key):
-    def apply(variables, tokens):
+class Uniform(nn.Module):
+    """All tokens equally probable."""
+
+    @nn.compact
+    def __call__(self, tokens):
         return jnp.zeros((*tokens.shape, 40))
 
-    value, metrics = dion.loss({}, {"tokens": TOKENS}, key, apply=apply)
-    assert float(value) == pytest.approx(np.log(40), rel=1e-6)
-    assert float(metrics["bits"]) == pytest.approx(np.log2(40), rel=1e-6)
+
+def test_loss(params, key):
+    """Cross-entropy of the next token, over the weighted targets where there are some."""
+    weight = np.zeros((3, 8), np.float32)
+    weight[1, 2:5] = 1
+
+    def losses(params):
+        loss = functools.partial(dion.loss, key=key)
+        return (
+            dion.loss({}, BATCH, key, net=Uniform()),
+            loss(params, BATCH, net=NET),
+            loss(params, {**BATCH, "weight": weight}, net=NET),
+            MODULE.apply({"params": params}, TOKENS[:, :-1]),
+        )
+
+    uniform, (plain, _), (weighted, metrics), logits = together(losses, params)
+    np.testing.assert_allclose(uniform[0], np.log(40), rtol=1e-6)
+    np.testing.assert_allclose(uniform[1]["bits"], np.log2(40), rtol=1e-6)
+    logits = logits.astype(np.float64)
+    target = np.take_along_axis(logits, np.asarray(TOKENS)[:, 1:, None], -1)[..., 0]
+    nats = np.log(np.exp(logits).sum(-1)) - target
+    np.testing.assert_allclose(plain, nats.mean(), rtol=1e-5)
+    np.testing.assert_allclose(weighted, nats[1, 2:5].mean(), rtol=1e-5)
+    assert metrics["weight"] == 3
 
 
-def test_weighted_loss_is_the_mean_over_the_weighted_targets(params, key):
-    weight = jnp.zeros((3, 8)).at[1, 2:5].set(1.0)
-    value, metrics = dion.loss(
-        params, {"tokens": TOKENS, "weight": weight}, key, apply=NET.apply
-    )
-    logits = np.asarray(NET.apply({"params": params}, TOKENS[:, :-1]), np.float64)
-    log_z = np.log(np.exp(logits).sum(-1))
-    nats = (
-        log_z - np.take_along_axis(logits, np.asarray(TOKENS)[:, 1:, None], -1)[..., 0]
-    )
-    assert float(value) == pytest.approx(nats[1, 2:5].mean(), rel=1e-5)
-    assert float(metrics["weight"]) == 3.0
+def test_loss_without_a_config(key):
+    """The published defaults: a notebook needs no configs/."""
+    batch = {"tokens": jax.ShapeDtypeStruct((2, 9), jnp.int32)}
+    module = dion.network(dion.Net())
+    params = jax.eval_shape(module.init, key, batch["tokens"])["params"]
+    value, metrics = jax.eval_shape(dion.loss, params, batch, key)
+    assert value.shape == () and set(metrics) == {"bits"}
 
 
 def test_sampler_follows_the_model(params, key):
     """Temperature 0 is greedy; at 1 the first token's frequencies are the softmax."""
     prompt = TOKENS[:1, :4]
-    greedy = dion.sampler(params, key, prompt, net=NET, length=3, temperature=0.0)
-    tokens = prompt
-    for _ in range(3):
-        logits = NET.apply({"params": params}, tokens)[:, -1]
-        tokens = jnp.concatenate([tokens, logits.argmax(-1)[:, None]], axis=1)
-    np.testing.assert_array_equal(greedy, tokens[:, 4:])
 
-    many = jnp.repeat(prompt, 4000, axis=0)
-    drawn = dion.sampler(params, key, many, net=NET, length=1, vocab_size=30)
-    expected = jax.nn.softmax(NET.apply({"params": params}, prompt)[0, -1, :30])
-    found = np.bincount(np.asarray(drawn).ravel(), minlength=30) / 4000
-    assert found.shape == (30,)
+    def draw(params):
+        greedy = dion.sampler(params, key, prompt, net=NET, length=3, temperature=0.0)
+        many = jnp.repeat(prompt, 4000, axis=0)
+        drawn = dion.sampler(params, key, many, net=NET, length=1, vocab_size=30)
+        whole = jnp.concatenate([prompt, greedy], axis=1)
+        return greedy, drawn, MODULE.apply({"params": params}, whole)[0]
+
+    greedy, drawn, logits = together(draw, params)
+    # The logits are causal: those of the whole sequence are those of its prefixes.
+    np.testing.assert_array_equal(greedy[0], logits[3:-1].argmax(-1))
+    odds = np.exp(logits[3, :30])
+    expected = odds / odds.sum()
+    frequencies = np.bincount(drawn.ravel(), minlength=30) / 4000
+    assert frequencies.shape == (30,)
     # Five standard deviations of a frequency over 4000 draws.
-    np.testing.assert_allclose(found, expected, atol=5 * np.sqrt(0.25 / 4000))
-    assert np.abs(found - 1 / 30).max() > 0.02
+    np.testing.assert_allclose(frequencies, expected, atol=5 * np.sqrt(0.25 / 4000))
+    assert np.abs(frequencies - 1 / 30).max() > 0.02
 
 
 def test_sampler_refuses_bad_arguments(params, key):
@@ -110,7 +134,7 @@ def test_presets_route_every_leaf(preset):
     config = run.load_config(f"dion:{preset}")
     method = dion.make(config)
     batch = {"tokens": jax.ShapeDtypeStruct((2, 9), jnp.int32)}
-    state = jax.eval_shape(method.init, jax.random.key(0), batch)
+    state = jax.eval_shape(method.init, KEY, batch)
     labels = method.labels(state.params)
     flat = jax.tree_util.tree_flatten_with_path(labels)[0]
     found = {jax.tree_util.keystr(k, simple=True, separator="/"): v for k, v in flat}
@@ -139,27 +163,47 @@ def test_make_refuses(field, value, message):
     batch = {"tokens": jax.ShapeDtypeStruct((2, 9), jnp.int32)}
     with pytest.raises(ValueError, match=message):
         method = dion.make(config)
-        jax.eval_shape(method.init, jax.random.key(0), batch)
+        jax.eval_shape(method.init, KEY, batch)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"width": 30, "heads": 4}, "net.width must be a multiple of net.heads"),
+        ({"layers": 0}, "net.layers must be >= 1, got 0"),
+        ({"dtype": "float16"}, "net.dtype must be one of"),
+    ],
+)
+def test_net_refuses(fields, message):
+    with pytest.raises(ValueError, match=message):
+        dion.Net(**fields)
 
 
 FAMILY = ("dion", "dion2", "muon", "normuon")
 SMALL = {
-    "data.context": 16, "net.width": 32, "net.heads": 2, "net.layers": 2,
+    "data.context": 16, "net.width": 32, "net.heads": 2, "net.layers": 1,
     "optim.scalar_lr": 0.001, "optim.cooldown": 0.0,
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(
     "fields",
-    [{"optim.name": name} for name in FAMILY[1:]]
-    + [{"optim.right_factor": "orth", "optim.communication_dtype": "float32"}],
+    [{"optim.name": "normuon"}]
+    + [
+        pytest.param(fields, marks=pytest.mark.matrix)
+        for fields in (
+            {"optim.name": "dion2"},
+            {"optim.name": "muon"},
+            {"optim.right_factor": "orth", "optim.communication_dtype": "float32"},
+        )
+    ],
     ids=str,
 )
 def test_the_family_by_config(fields, key):
     """Three steps on data x model equal those of one device; states keep their place."""
     fields = [f"--config.{k}={v}" for k, v in {**SMALL, **fields}.items()]
     method = dion.make(run.load_config("dion:smoke", fields))
-    tokens = np.asarray(jax.random.randint(key, (3, 8, 17), 0, 256))
+    tokens = np.random.default_rng(0).integers(0, 256, (3, 8, 17)).astype(np.int32)
     ends = []
     for sizes in ((1, 1), (2, 2)):
         count = sizes[0] * sizes[1]
@@ -168,6 +212,7 @@ def test_the_family_by_config(fields, key):
         )
         compiled = trainer.compile(method, mesh, {"tokens": tokens[0]})
         state = compiled.init(key)
+        start = jax.device_get(state.params)
         for batch in tokens:
             placed = meshes.put_batch({"tokens": batch}, mesh, len(batch))
             state, metrics = compiled.executable(state, placed)
@@ -185,7 +230,6 @@ def test_the_family_by_config(fields, key):
     jax.tree.map(
         lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=2e-4), params, other
     )
-    start = method.init(key, {"tokens": tokens[0]}).params
     moved = jax.tree.map(lambda x, y: np.abs(x - y).max(), start, params)
     assert min(jax.tree.leaves(moved)) > 2 * 2e-4
 
@@ -210,13 +254,41 @@ def test_learns_the_standard_library(name, tmp_path):
     assert result["validation_bits"] < 0.75 * result["order0"]
 
 
-def test_own_network_and_optimizer():
-    config = run.load_config("dion:smoke")
-    method = dion.make(config, NET, optax.sgd(0.1))
+def test_own_network_and_optimizer(key):
+    method = dion.make(run.load_config("dion:smoke"), MODULE, optax.sgd(0.1))
     assert method.labels is None
-    state = method.init(jax.random.key(0), {"tokens": TOKENS})
-    state, metrics = jax.jit(method.update)(state, {"tokens": TOKENS})
-    assert int(state.step) == 1 and np.isfinite(float(metrics["loss"]))
+    state, metrics = together(lambda b: method.update(method.init(key, b), b), BATCH)
+    assert state.step == 1 and np.isfinite(metrics["loss"])
+
+
+def test_another_rank(key):
+    """``resize`` between two parts of a run: Q's leading columns stay, M as it is."""
+    states = {
+        rank: dion.make(
+            run.load_config("dion:smoke", [f"--config.optim.rank_fraction={rank}"]),
+            MODULE,
+            optim.dion(0.1, rank, weight_dimension_numbers=dion.dimensions),
+        ).init
+        for rank in (0.25, 0.5)
+    }
+    target = jax.eval_shape(states[0.5], KEY, BATCH)
+
+    def change(batch):
+        state = states[0.25](key, batch)
+        return state, dion.resize(state, target)
+
+    before, after = (
+        x.opt_state.inner_states["dion"].inner_state[0] for x in together(change, BATCH)
+    )
+    for old, new, shape in zip(
+        *map(jax.tree.leaves, (before.q, after.q, target_q(target)))
+    ):
+        assert new.shape == shape.shape
+        np.testing.assert_array_equal(new[..., : old.shape[-1]], old)
+
+
+def target_q(state):
+    return state.opt_state.inner_states["dion"].inner_state[0].q
 
 
 @pytest.fixture
@@ -231,6 +303,8 @@ def tiny(tmp_path):
     return [f"--config.{k}={v}" for k, v in fields.items()]
 
 
+@pytest.mark.matrix
+@pytest.mark.programs(40)  # Two runs of the trainer.
 def test_an_adamw_run_goes_on_with_dion(tiny, tmp_path):
     """Dion starts from AdamW's parameters, with a fresh state and its own first step."""
     before, after = tmp_path / "adamw", tmp_path / "dion"
@@ -253,7 +327,9 @@ def test_an_adamw_run_goes_on_with_dion(tiny, tmp_path):
     assert (singular[:, 0] > 0.001).all()
 
 
-def test_rank_schedule(tiny, tmp_path):
+@pytest.mark.matrix
+@pytest.mark.programs(80)  # Three runs of the trainer, of up to three ranks.
+def test_run_with_a_rank_schedule(tiny, tmp_path):
     """A run whose rank changes twice, stopped in between, goes on bitwise."""
     fields = [*tiny, "--config.optim.rank_schedule=2:0.5,5:1.0"]
 
@@ -274,24 +350,32 @@ def test_rank_schedule(tiny, tmp_path):
     assert ranks == {32}
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts)):
         np.testing.assert_array_equal(a, b)
-    constant = dion.phases(run.load_config("dion:smoke"))
-    assert [last for last, _ in constant] == [100]
+
+
+def test_rank_schedule():
+    schedule = dion.rank_schedule("2:0.5,5:1.0,9:0.25", 0.25, 7)
+    assert schedule == [(2, 0.25), (5, 0.5), (7, 1.0)]
+    assert dion.rank_schedule("", 0.25, 7) == [(7, 0.25)]
+    parts = dion.phases(run.load_config("dion:smoke"))
+    assert [last for last, _ in parts] == [100]
 
 
 @pytest.mark.parametrize(
-    "field, match",
+    "text, match",
     [
-        ("optim.rank_schedule=5:0.5,2:0.25", "steps must be >= 1 and rise"),
-        ("optim.rank_schedule=0:0.5", "steps must be >= 1 and rise"),
-        ("optim.rank_schedule=half", "must be step:fraction"),
-        ("optim.rank_schedule=5:1.5", "fractions must be in"),
-        ("optim.rank_schedule=5:nan", "fractions must be in"),
+        ("5:0.5,2:0.25", "steps must be >= 1 and rise"),
+        ("0:0.5", "steps must be >= 1 and rise"),
+        ("half", "must be step:fraction"),
+        ("5:1.5", "fractions must be in"),
+        ("5:nan", "fractions must be in"),
     ],
 )
-def test_bad_rank_schedule(field, match):
-    config = run.load_config("dion:smoke", [f"--config.{field}"])
+def test_bad_rank_schedule(text, match):
     with pytest.raises(ValueError, match=match):
-        dion.phases(config)
+        dion.rank_schedule(text, 0.25, 7)
+
+
+def test_rank_schedule_of_another_optimizer():
     config = run.load_config("dion:adamw", ["--config.optim.rank_schedule=5:0.5"])
     with pytest.raises(ValueError, match="needs optim.name=dion"):
         dion.phases(config)

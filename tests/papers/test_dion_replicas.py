@@ -78,12 +78,17 @@ def plain(corpus):
     return fit(corpus, "replica:2,data:2,model:2")
 
 
+@pytest.mark.programs(30)  # A run of the trainer, with its checkpoints.
 @pytest.mark.parametrize(
     "mesh, extra",
     [
         ("replica:2,data:2,model:2", ()),
-        ("replica:4,data:2", ()),
-        ("replica:2,data:2,model:2", ("--config.train.accumulate=2",)),
+        pytest.param("replica:4,data:2", (), marks=pytest.mark.matrix),
+        pytest.param(
+            "replica:2,data:2,model:2",
+            ("--config.train.accumulate=2",),
+            marks=pytest.mark.matrix,
+        ),
     ],
 )
 def test_same_loss_curve_as_averaged_gradients(corpus, plain, mesh, extra):
@@ -98,6 +103,8 @@ def test_same_loss_curve_as_averaged_gradients(corpus, plain, mesh, extra):
     assert np.ptp(up, 0).max() > 0.1 * np.abs(up).max()
 
 
+@pytest.mark.matrix
+@pytest.mark.programs(80)  # Five runs of the trainer.
 def test_resumes_bitwise_and_on_other_replicas_and_ranks(corpus, tmp_path):
     mesh = "replica:2,data:2,model:2"
     want, _ = fit(corpus, mesh, LOWRANK)
@@ -120,6 +127,8 @@ def test_resumes_bitwise_and_on_other_replicas_and_ranks(corpus, tmp_path):
     assert len(losses) == 3 and np.isfinite(losses).all()
 
 
+@pytest.mark.matrix
+@pytest.mark.programs(40)  # Two runs of the trainer.
 @pytest.mark.parametrize("other", ["net.width=16", "net.vocab_size=512"])
 def test_another_network_is_no_matter_of_resizing(corpus, tmp_path, other, plain_run):
     shutil.copytree(plain_run, tmp_path / "run")
@@ -128,6 +137,8 @@ def test_another_network_is_no_matter_of_resizing(corpus, tmp_path, other, plain
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["6"]
 
 
+@pytest.mark.matrix
+@pytest.mark.programs(80)  # A run, its evaluation and its sample.
 def test_a_run_of_replicas_is_read_without_them(corpus, tmp_path):
     folder = str(tmp_path / "run")
     result = run.train(
@@ -142,6 +153,7 @@ def test_a_run_of_replicas_is_read_without_them(corpus, tmp_path):
     assert run.export(folder, str(tmp_path / "p.safetensors")).exists()
 
 
+@pytest.mark.matrix
 def test_replicas_compute_nothing_twice(corpus):
     """Of the same batch, a device of replica 2 x data 4 does what one of data 8 does."""
     config = run.load_config("dion:smoke", [*SMALL, corpus])
