@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from jaxpapers import optim
 from jaxpapers.ops.rows import Rows
 from jaxpapers.optim import DimensionNumbers, rows
-from jaxpapers.optim.config import NAMES, read, schedule
+from jaxpapers.optim.config import read, schedule
 
 RNG = np.random.default_rng(0)
 PARAMS = {
@@ -160,8 +160,8 @@ def test_dense_tables_have_the_optimizer_of_all_others():
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"name": "lion"}, ", ".join(NAMES)),
-        ({"schedule": "step"}, "optim.schedule must be one of constant"),
+        ({"name": "lion"}, "optim.name must be one of .*dion2"),
+        ({"schedule": "step"}, "optim.schedule must be one of"),
         ({"lr": 0.0}, "optim.lr must be > 0, got 0.0"),
         ({"lr": float("nan")}, "optim.lr must be > 0"),
         ({"clip": -1.0}, "optim.clip must be >= 0"),

@@ -8,10 +8,11 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpapers.papers import defer, dien, din, dpok, rocket, sft_pg, sim
+from jaxpapers.papers import defer, dien, din, dion, dpok, rocket, sft_pg, sim
 from jaxpapers.papers import score_wasserstein as sw
 from tests import clicks
 from tests.programs import KEY, params_like, together
@@ -103,7 +104,23 @@ def score_model():
     return run, (params_like(lambda key: sw.init_params(key, model), KEY), x)
 
 
+def language_model():
+    """The next-token loss, and a continuation of the first tokens."""
+    tokens = np.random.default_rng(0).integers(0, 256, (2, 9)).astype(np.int32)
+
+    def init(key):
+        return dion.network(dion.Net()).init(key, jnp.asarray(tokens))["params"]
+
+    def run(params, batch):
+        key = jax.random.key(0)
+        value, metrics = dion.loss(params, batch, key)
+        return value, metrics, dion.sampler(params, key, batch["tokens"], length=3)
+
+    return run, (params_like(init, KEY), {"tokens": tokens})
+
+
 ROWS = {
+    "dion": language_model,
     "din": lambda: click(din, din.Net(**VOCABULARIES)),
     "dien": lambda: click(dien, dien.Net(**VOCABULARIES)),
     "sim": lambda: click(sim, sim.Net(**VOCABULARIES)),

@@ -8,6 +8,7 @@ import pytest
 
 from jaxpapers import mesh as meshes
 from jaxpapers import run, tasks, train
+from jaxpapers.config import load_config
 from jaxpapers.papers import dion
 
 SMALL = [
@@ -45,14 +46,13 @@ class Losses:
 
 def fit(corpus, mesh, *overrides, workdir=None, **options):
     """(final state, losses) of a small run on a mesh of 8 devices."""
-    config = run.load_config("dion:smoke", [*SMALL, corpus, *overrides])
+    config = load_config("dion:smoke", [*SMALL, corpus, *overrides])
     grid = meshes.make_mesh(meshes.parse_mesh(mesh))
     method = dion.make(config)
-    task = tasks.load(config, method, grid)
     report = Losses()
     state = train.fit(
         method,
-        task.examples,
+        tasks.read(config).examples,
         steps=config.train.steps,
         batch=config.data.batch,
         mesh=grid,
@@ -141,14 +141,12 @@ def test_another_network_is_no_matter_of_resizing(corpus, tmp_path, other, plain
 @pytest.mark.programs(80)  # A run, its evaluation and its sample.
 def test_a_run_of_replicas_is_read_without_them(corpus, tmp_path):
     folder = str(tmp_path / "run")
-    result = run.train(
+    summary = run.run(
         "dion:smoke", [*SMALL, corpus, LOWRANK], workdir=folder, quiet=True,
         mesh="replica:2,data:4",
     )  # fmt: skip
-    again = run.evaluate(folder)
-    assert again["validation_bits"] == pytest.approx(
-        result["validation_bits"], rel=1e-5
-    )
+    bits = summary["rows"][0]["numbers"][0]["bits"]
+    assert run.evaluate(folder)["bits"] == pytest.approx(bits, rel=1e-5)
     assert len(run.sample(folder, length=3)) > 0
     assert run.export(folder, str(tmp_path / "p.safetensors")).exists()
 
@@ -156,8 +154,8 @@ def test_a_run_of_replicas_is_read_without_them(corpus, tmp_path):
 @pytest.mark.matrix
 def test_replicas_compute_nothing_twice(corpus):
     """Of the same batch, a device of replica 2 x data 4 does what one of data 8 does."""
-    config = run.load_config("dion:smoke", [*SMALL, corpus])
-    batch = tasks.batch_shapes(config)
+    config = load_config("dion:smoke", [*SMALL, corpus])
+    batch = tasks.abstract(config).shapes
     flops = {}
     for mesh in ("data:8", "replica:2,data:4"):
         grid = meshes.make_mesh(meshes.parse_mesh(mesh))
