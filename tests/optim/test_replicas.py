@@ -148,12 +148,13 @@ IN_TURN = [((2, 2, 2), "Auto", False), ((4, 1, 1), "Explicit", True)]
 )
 def test_equals_averaged_gradients(sizes, kind, silent):
     mesh, replicas = mesh_of(sizes, kind), sizes[0]
+    wanted = plain(replicas, silent=silent)
     with jax.set_mesh(mesh):
         params, state, where, update = placed(mesh, replicas)
         expected = dion_state_sharding(
             state, params, where, weight_dimension_numbers=DIMENSIONS, replicate_axis=R
         )
-        for t, (updates, after) in enumerate(plain(replicas, silent=silent)):
+        for t, (updates, after) in enumerate(wanted):
             got, state = update(some_gradients(replicas, t, silent), state)
             jax.tree.map(close, got, updates)
             jax.tree.map(close, state.q, after.q)
