@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -50,11 +51,12 @@ def steps(tx, grads):
 def test_full_rank_momentum_is_heavy_ball():
     grads = [normal(12, 8, seed=i) for i in range(3)]
     # The span of a full-rank B Q is known to u * cond(Q): start from a good one.
-    q = {"w": np.eye(8, dtype=np.float32)}
+    q = np.eye(8, dtype=np.float32)
 
     @jax.jit
     def update(mu, g, m):
-        state = scale_by_dion().init({"w": g})._replace(momentum={"w": m}, q=q)
+        state = scale_by_dion().init({"w": g})
+        state = state._replace(momentum={"w": m}, q={"w": jnp.asarray(q)})
         return scale_by_dion(mu=mu).update({"w": g}, state)[1].momentum["w"]
 
     for mu in (0.0, 0.5, 0.95, 1.0):
@@ -261,7 +263,7 @@ def test_state_is_complete_after_init():
 
 def test_q_is_drawn_per_path_whatever_the_tree_the_mesh_or_jit(make_mesh):
     init = scale_by_dion(0.5).init
-    leaf = np.ones((16, 8), np.float32)
+    leaf = jnp.asarray(np.ones((16, 8), np.float32))
     q = jax.jit(init)({"a": leaf, "b": leaf}).q
     assert (np.asarray(q["a"]) != np.asarray(q["b"])).any()
     more = jax.jit(init)({"0": leaf, "b": leaf, "a": leaf}).q

@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -178,7 +179,7 @@ def test_injected_values_are_used_without_a_new_trace():
 
 def test_injected_rank_needs_static_args_only_under_jit():
     tx = optax.inject_hyperparams(scale_by_dion)(0.5)
-    g = {"w": normal(12, 8)}
+    g = {"w": jnp.asarray(normal(12, 8))}
     with pytest.raises(ValueError, match="rank_fraction shapes the state.*static_args"):
         jax.jit(tx.init)(g)
     state = tx.init(g)

@@ -252,9 +252,9 @@ def test_no_batched_lapack_on_cpu(method):
 
 def test_errors():
     with pytest.raises(ValueError, match="got 'svd', expected one of"):
-        orthonormalize(np.ones((4, 2)), "svd")
+        orthonormalize(jnp.asarray(np.ones((4, 2))), "svd")
     with pytest.raises(ValueError, match=r"as many rows as columns, got \(2, 4\)"):
-        orthonormalize(np.ones((2, 4)))
+        orthonormalize(jnp.asarray(np.ones((2, 4))))
 
 
 @pytest.mark.parametrize("size", [96, pytest.param(160, marks=pytest.mark.matrix)])
