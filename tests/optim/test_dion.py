@@ -261,6 +261,7 @@ def test_state_is_complete_after_init():
     assert abs(float(state.q["w"].std()) - 1) < 0.5
 
 
+@pytest.mark.programs(20)  # Outside jit, every operation is a program.
 def test_q_is_drawn_per_path_whatever_the_tree_the_mesh_or_jit(make_mesh):
     init = scale_by_dion(0.5).init
     leaf = jnp.asarray(np.ones((16, 8), np.float32))
