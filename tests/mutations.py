@@ -27,11 +27,96 @@ class Mutation(NamedTuple):
 
 # Rows are (file, before, after, tests).
 DION = [
+    # Error feedback: only what the update used decays.
     (
         "jaxpapers/optim/power_iteration.py",
         'b - (1 - mu) * _dot(f"lr,sr->{o}", p, r)',
         'b - mu * _dot(f"lr,sr->{o}", p, r)',
         ["tests/optim/test_parity.py"],
+    ),
+    # Q with columns of unit length.
+    (
+        "jaxpapers/optim/power_iteration.py",
+        "q = r / (norm + eps)",
+        "q = r / (norm.max(-1, keepdims=True) + eps)",
+        ["tests/optim/test_dion.py::test_invariants"],
+    ),
+    # sqrt(fan_out / fan_in).
+    (
+        "jaxpapers/optim/layout.py",
+        "return math.sqrt(self.fan_out / self.fan_in)",
+        "return math.sqrt(self.fan_in / self.fan_out)",
+        ["tests/optim/test_dion.py::test_chained_update_is_the_papers_step"],
+    ),
+]
+
+MUON = [
+    (
+        "jaxpapers/optim/muon.py",
+        "options.mu * m.astype(dtype) + g.astype(dtype)",
+        "m.astype(dtype) + options.mu * g.astype(dtype)",
+        ["tests/optim/test_muon.py::test_same_direction_as_optax"],
+    ),
+    (
+        "jaxpapers/optim/muon.py",
+        "    if options.nesterov:",
+        "    if not options.nesterov:",
+        ["tests/optim/test_muon.py::test_same_direction_as_optax"],
+    ),
+    (
+        "jaxpapers/optim/newton_schulz.py",
+        "(3.4445, -4.7750, 2.0315)",
+        "(3.4445, -4.7750, 2.3015)",
+        ["tests/optim/test_muon.py::test_the_published_polynomials"],
+    ),
+]
+
+NORMUON = [
+    (
+        "jaxpapers/optim/muon.py",
+        "scaled = o / (jnp.sqrt(v) + options.eps)",
+        "scaled = o / (v + options.eps)",
+        ["tests/optim/test_muon.py::test_normuon_has_equal_rows_and_the_old_norm"],
+    ),
+    # The norm of before.
+    (
+        "jaxpapers/optim/muon.py",
+        "return scaled * (norm(o) / jnp.where(after == 0, 1, after)), v",
+        "return scaled / jnp.where(after == 0, 1, after), v",
+        ["tests/optim/test_muon.py::test_normuon_has_equal_rows_and_the_old_norm"],
+    ),
+    (
+        "jaxpapers/optim/muon.py",
+        "v = options.b2 * v + (1 - options.b2) * square",
+        "v = options.b2 * v + options.b2 * square",
+        ["tests/optim/test_muon.py::test_normuon_is_its_formula"],
+    ),
+]
+
+DION2 = [
+    (
+        "jaxpapers/optim/dion2.py",
+        "momentum = jnp.where(used, options.mu * b, b)",
+        "momentum = jnp.where(used, b, options.mu * b)",
+        [
+            "tests/optim/test_muon.py::test_dion2_uses_the_largest_rows_and_keeps_the_rest"
+        ],
+    ),
+    # The largest L1 norms.
+    (
+        "jaxpapers/optim/dion2.py",
+        "index = lax.top_k(norms, k)[1]",
+        "index = lax.top_k(-norms, k)[1]",
+        [
+            "tests/optim/test_muon.py::test_dion2_uses_the_largest_rows_and_keeps_the_rest"
+        ],
+    ),
+    # B S is summed over the devices that split the shorter side.
+    (
+        "jaxpapers/optim/dion2.py",
+        'psum(jnp.einsum("nls,nsk->nlk", b, chosen, precision=HIGHEST), axes.q)',
+        'jnp.einsum("nls,nsk->nlk", b, chosen, precision=HIGHEST)',
+        ["tests/optim/test_muon.py::test_same_numbers_on_every_mesh"],
     ),
 ]
 
@@ -234,6 +319,9 @@ MUTATIONS = [
     Mutation(paper, *row)
     for paper, rows in {
         "dion": DION,
+        "muon": MUON,
+        "normuon": NORMUON,
+        "dion2": DION2,
         "sft_pg": SFT_PG,
         "dpok": DPOK,
         "score_wasserstein": SCORE_WASSERSTEIN,

@@ -1,4 +1,4 @@
-"""One optimizer for matrices, AdamW or Lion for everything else."""
+"""One optimizer for matrices, AdamW or Lion for all other parameters."""
 
 import math
 from collections.abc import Hashable

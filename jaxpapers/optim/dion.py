@@ -300,7 +300,7 @@ def dion(
     scalar_eps: Any = 1e-8,
     labels: Any = None,
 ) -> optax.GradientTransformation:
-    r"""Dion for hidden matrices, AdamW or Lion for everything else.
+    r"""Dion for hidden matrices, AdamW or Lion for all other parameters.
 
     $$ X \leftarrow (1 - \eta\lambda) X - \eta \sqrt{m/n}\, P Q^\top $$
 

@@ -124,7 +124,7 @@ def dion2(
     scalar_eps: Any = 1e-8,
     labels: Any = None,
 ) -> optax.GradientTransformation:
-    """Dion2 for hidden matrices, AdamW or Lion for everything else.
+    """Dion2 for hidden matrices, AdamW or Lion for all other parameters.
 
     Args:
       learning_rate: base learning rate or schedule.

@@ -130,7 +130,7 @@ def muon(
     scalar_eps: Any = 1e-8,
     labels: Any = None,
 ) -> optax.GradientTransformation:
-    """Muon for hidden matrices, AdamW or Lion for everything else.
+    """Muon for hidden matrices, AdamW or Lion for all other parameters.
 
     Departs from ``optax.contrib.muon``: the momentum is a plain sum (no 1 - mu, no bias
     correction, which cancel in the polar factor unless Nesterov's is used), Nesterov's

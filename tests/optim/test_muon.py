@@ -243,6 +243,29 @@ def test_normuon_has_equal_rows_and_the_old_norm():
     np.testing.assert_allclose(rows, rows.mean(), rtol=1e-4)
 
 
+def test_normuon_is_its_formula():
+    """Two steps from the polar factors that plain Muon gives."""
+    b2, eps, options = 0.8, 1e-2, {"mu": 0.0, "scale": None}
+    plain, normed = scale_by_muon(**options), scale_by_muon(b2=b2, eps=eps, **options)
+
+    def train(grads):
+        state, other, out = plain.init(grads[0]), normed.init(grads[0]), []
+        for g in grads:
+            (o, state), (u, other) = plain.update(g, state), normed.update(g, other)
+            out.append((o["w"], u["w"], other.row_square["w"]))
+        return out
+
+    v = 0.0
+    for o, u, row_square in together(
+        train, [{"w": normal(12, 8, seed=t)} for t in (0, 1)]
+    ):
+        v = b2 * v + (1 - b2) * np.mean(o**2, axis=0, keepdims=True)  # (in, out).
+        scaled = o / (np.sqrt(v) + eps)
+        want = scaled * np.linalg.norm(o) / np.linalg.norm(scaled)
+        np.testing.assert_allclose(row_square, v, rtol=1e-5)
+        np.testing.assert_allclose(u, want, rtol=1e-4, atol=1e-6)
+
+
 def test_dion2_uses_the_largest_rows_and_keeps_the_rest():
     g = normal(8, 24)
     g[[1, 6]] *= 10  # Two of the eight rows of the shorter side.
