@@ -68,7 +68,9 @@ def test_causal_and_cache_equals_full(options):
     net, params = build(**options)
     other = np.array(TOKENS)
     other[:, 8] = (other[:, 8] + 1) % 40
-    apply = jax.jit(lambda *args: net.apply({"params": params}, *args))
+    apply = functools.partial(
+        jax.jit(lambda params, *args: net.apply({"params": params}, *args)), params
+    )
     full, changed = (np.asarray(apply(x)) for x in (TOKENS, other))
     np.testing.assert_array_equal(full[:, :8], changed[:, :8])
     assert np.abs(full[:, 8:] - changed[:, 8:]).max() > 1e-3

@@ -95,6 +95,7 @@ def close(got, want):
 IN_TURN = {((4, 2), "Explicit"), ((2, 2, 2), "Auto")}
 
 
+@pytest.mark.programs(20)  # Outside jit, init sees how the arrays are sharded.
 @pytest.mark.parametrize(
     "sizes, kind",
     [
