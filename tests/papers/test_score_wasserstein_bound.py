@@ -10,6 +10,7 @@ import pytest
 from jaxpapers.ops import distance, sde
 from jaxpapers.papers import score_wasserstein as sw
 from jaxpapers.papers.score_wasserstein.lipschitz import largest_eigenvalue
+from tests.programs import together
 
 VP = sde.vp_sde(0.1, 19.9 + 0.1, 1.0)
 with jax.enable_x64():
@@ -107,6 +108,7 @@ def test_table(row):
     assert found["corollary1"] >= found["theorem1"] - 1e-12
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("row", [0, 2, 3])
 def test_distance_and_bounds_grow_with_the_root_of_the_dimension(row):
     *case, prior, _, _, _, _, _ = TABLE[row]
@@ -191,80 +193,95 @@ def test_bounds_of_200_random_pairs():
     assert (w2 > 0.3 * theorem1).any()
 
 
-def test_every_weight_holds_the_theorem_of_its_own():
-    g2, log_I = jnp.array([1.0, 2.0, 0.5]), jnp.array([0.0, -0.3, 0.2])
-    b, lam = jnp.array([0.3, 0.1, 0.7]), jnp.array([0.5, 3.0, 1.0])
-    J_lam = 0.5 * jnp.trapezoid(lam * b, TIMES)
-    found = sw.w2_bound_general(g2, log_I, lam, J_lam, TIMES, 0.5)
-    constant = 2 * jnp.trapezoid(g2**2 * jnp.exp(2 * log_I) / lam, TIMES)
-    np.testing.assert_allclose(found.first_term, jnp.sqrt(constant * J_lam), rtol=1e-12)
-    np.testing.assert_allclose(found.log_intercept, 0.5 * jnp.log(constant), rtol=1e-12)
-    np.testing.assert_allclose(found.offset_term, 0.5 * jnp.exp(0.2), rtol=1e-12)
-    np.testing.assert_allclose(found.total, found.first_term + found.offset_term)
+def test_every_weight_has_its_own_theorem():
+    g2, log_I = np.array([1.0, 2.0, 0.5]), np.array([0.0, -0.3, 0.2])
+    b, lam = np.array([0.3, 0.1, 0.7]), np.array([0.5, 3.0, 1.0])
+
+    def program(g2, log_I, b, lam):
+        J_lam, J = (0.5 * jnp.trapezoid(w * b, TIMES) for w in (lam, g2))
+        return (
+            J_lam,
+            sw.w2_bound_general(g2, log_I, lam, J_lam, TIMES, 0.5),
+            sw.w2_bound_general(g2, log_I, g2, J, TIMES),
+            sw.w2_bound_cor1(g2, log_I, J, TIMES),
+        )
+
+    J_lam, bound, *same = together(program, g2, log_I, b, lam)
+    constant = 2 * np.trapezoid(g2**2 * np.exp(2 * log_I) / lam, np.arange(3.0))
+    np.testing.assert_allclose(bound.first_term, np.sqrt(constant * J_lam), rtol=1e-12)
+    np.testing.assert_allclose(bound.log_intercept, 0.5 * np.log(constant), rtol=1e-12)
+    np.testing.assert_allclose(bound.offset_term, 0.5 * np.exp(0.2), rtol=1e-12)
+    np.testing.assert_allclose(bound.total, bound.first_term + bound.offset_term)
     # lambda = g^2 is Corollary 1.
-    J = 0.5 * jnp.trapezoid(g2 * b, TIMES)
-    same = (
-        sw.w2_bound_general(g2, log_I, g2, J, TIMES),
-        sw.w2_bound_cor1(g2, log_I, J, TIMES),
-    )
     np.testing.assert_allclose(same[0].total, same[1].total, rtol=1e-14)
 
 
 def test_offset_of_the_prior():
     """Corollary 2 is at least I(T) W_2(p_T, q_T), and equal for a translate."""
-    t = jnp.linspace(0.0, 1.0, 20_001)
-    g2, L_s = VP.diffusion(t) ** 2, -jnp.ones_like(t)
-    factor = sw.integrating_factor(VP.L_f(t), L_s, g2, t)
-    a = scale_and_var(t[-1:])[0][0]
-    found = sw.w2_offset_vp(L_s, g2, t, 0.7)
-    np.testing.assert_allclose(found, factor.value[-1] * a * 0.7, rtol=1e-6)
+
+    def program(t):
+        g2, L_s = VP.diffusion(t) ** 2, -jnp.ones_like(t)
+        factor = sw.integrating_factor(VP.L_f(t), L_s, g2, t)
+        scale = scale_and_var(t[-1:])[0][0]
+        return sw.w2_offset_vp(L_s, g2, t, 0.7), factor.value[-1] * scale * 0.7
+
+    offset, expected = together(program, np.linspace(0.0, 1.0, 20_001))
+    np.testing.assert_allclose(offset, expected, rtol=1e-6)
 
 
 @pytest.mark.parity("diffusion", only=lambda entry: "log_intercept" in entry["arrays"])
-def test_recorded_chain(case):
-    folder, name, _ = case
-    close = functools.partial(np.testing.assert_allclose, rtol=2e-5)
-    with np.load(folder / f"{name}.npz") as z, jax.enable_x64(False):
-        z = {k: jnp.asarray(z[k]) for k in z}
-        scores = z["score"]
+def test_recorded_bound(case):
+    z, rtol = case.arrays, case.tolerance("float32", otherwise=2e-5)
+    close = functools.partial(np.testing.assert_allclose, rtol=rtol)
+    bars, steps = z["alphas_bar"], np.arange(len(z["score"]), dtype=np.float32)
 
-        def score_fn(x, t):
-            return scores[t[0].astype(int)]
-
-        steps = jnp.arange(len(scores), dtype=jnp.float32)
-        seen = sw.one_sided_lipschitz(score_fn, z["grid"], steps, "pairs")
-        close(seen.value, z["L_s"])
-        assert seen.side == "lower"
-        betas = z["betas"]
-        factor = sw.integrating_factor(0.5 * betas, z["L_s"], betas, None)
-        close(factor.value**2, z["I2"])
-        bound = sw.w2_bound_cor1(betas, factor.log, 1.0, None)
-        close(bound.log_intercept, z["log_intercept"])
-        terms = sw.discrete_terms(
-            z["eps"], z["noise"], betas, z["alphas_bar"], coord_mean=True
+    def program(score, grid, betas, L_s, eps, noise):
+        seen = sw.one_sided_lipschitz(
+            lambda x, t: score[t[0].astype(int)], grid, jnp.asarray(steps), "pairs"
         )
-        # 1 - alpha_bar has lost 4 digits at the first steps, here as there.
-        close(terms, z["dsm_terms"])
-        summed = sw.discrete_terms(z["eps"], z["noise"], betas, z["alphas_bar"])
-        close(summed, z["noise"].shape[1] * terms)
+        factor = sw.integrating_factor(0.5 * betas, L_s, betas, None)
+        terms = [
+            sw.discrete_terms(eps, noise, betas, jnp.asarray(bars), coord_mean=mean)
+            for mean in (True, False)
+        ]
+        bound = sw.w2_bound_cor1(betas, factor.log, 1.0, None)
+        return seen, factor.value**2, bound.log_intercept, terms
+
+    names = ("score", "grid", "betas", "L_s", "eps", "noise")
+    with jax.enable_x64(False):
+        seen, I2, intercept, terms = together(program, *(z[n] for n in names))
+    close(seen.value, z["L_s"])
+    assert seen.side == "lower"
+    close(I2, z["I2"])
+    close(intercept, z["log_intercept"])
+    # 1 - alpha_bar has lost 4 digits at the first steps, here as there.
+    close(terms[0], z["dsm_terms"])
+    close(terms[1], z["noise"].shape[1] * terms[0])
 
 
 def test_overflow_is_infinite_and_flagged():
-    steep = sw.integrating_factor(ONE, 100 * ONE, ONE, TIMES)
+    def program(b):
+        steep = sw.integrating_factor(ONE, 100 * ONE, ONE, TIMES)
+        theorem1 = functools.partial(sw.w2_bound_theorem1, ONE)
+        return {
+            "factor": steep,
+            "bound": theorem1(steep.log, ONE, TIMES, 1.0),
+            "no loss": theorem1(steep.log, 0 * ONE, TIMES),
+            "grad": jax.grad(lambda b: theorem1(0 * ONE, b, TIMES).total)(b),
+        }
+
+    values = together(program, np.array([0.0, 1.0, 4.0]))
+    steep, bound = values["factor"], values["bound"]
     np.testing.assert_allclose(steep.log, [0.0, 101.0, 202.0])
-    assert steep.overflow and steep.value[-1] == jnp.inf and steep.value[0] == 1
-    found = sw.w2_bound_theorem1(ONE, steep.log, ONE, TIMES, 1.0)
-    assert found.overflow and found.total == jnp.inf
-    assert 201 < found.log_total < 203 and np.isfinite(found.log_intercept)
-    # Nothing to bound: no error, no NaN, and a finite gradient.
-    none = sw.w2_bound_theorem1(ONE, steep.log, 0 * ONE, TIMES)
-    assert none.total == 0 and not none.overflow
-    grad = jax.grad(
-        lambda b: sw.w2_bound_theorem1(ONE, 0 * ONE, b, TIMES).total
-    )(jnp.array([0.0, 1.0, 4.0]))  # fmt: skip
-    np.testing.assert_allclose(grad, [0.0, 0.5, 0.125])
+    assert steep.overflow and steep.value[-1] == np.inf and steep.value[0] == 1
+    assert bound.overflow and bound.total == np.inf
+    assert 201 < bound.log_total < 203 and np.isfinite(bound.log_intercept)
+    # Without a loss the bound is 0: no error, no NaN, and a finite gradient.
+    assert values["no loss"].total == 0 and not values["no loss"].overflow
+    np.testing.assert_allclose(values["grad"], [0.0, 0.5, 0.125])
 
 
+@pytest.mark.programs(60)  # It warns outside of jit only.
 def test_large_logarithms_in_float32_warn():
     with jax.enable_x64(False):
         one = jnp.ones(3, jnp.float32)
@@ -275,6 +292,7 @@ def test_large_logarithms_in_float32_warn():
     sw.integrating_factor(ONE, 20 * ONE, ONE, TIMES)
 
 
+@pytest.mark.programs(30)  # Values are checked outside of jit only.
 @pytest.mark.parametrize(
     "attempt, message",
     [
