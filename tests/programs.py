@@ -121,37 +121,51 @@ class ProgramGuard:
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item: pytest.Item):
         result = yield
-        marker = item.get_closest_marker("programs")
-        limit = marker.args[0] if marker else MAX_PROGRAMS
-        count = self.counts[item.nodeid]
-        if count > limit and ENFORCED:
+        if (text := self.excess(item)) and ENFORCED:
             pytest.fail(
-                f"{count} programs compiled, expected at most {limit}: jit the body "
-                "(tests.programs.together), or mark it programs(n) and say why",
+                f"{text}: jit the body (tests.programs.together), or mark it "
+                "programs(n) and say why",
                 pytrace=False,
             )
         return result
+
+    def excess(self, item: pytest.Item) -> str:
+        """What a test costs above its limit; "" if it keeps it."""
+        marker = item.get_closest_marker("programs")
+        limit = marker.args[0] if marker else MAX_PROGRAMS
+        count = self.counts[item.nodeid]
+        if count <= limit:
+            return ""
+        return f"{count} programs compiled, expected at most {limit}"
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_teardown(self, item: pytest.Item, nextitem: pytest.Item | None):
         """Sends the counts with the report; frees the programs after a group."""
         result = yield
         item.user_properties.append(("programs", dict(self.counts)))
+        item.user_properties.append(("excess", self.excess(item)))
         self.counts.clear()
         if nextitem is None or group(nextitem.nodeid) != group(item.nodeid):
             jax.clear_caches()
         return result
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter):
-        """The 15 tests that cost the most programs, and the sum of all."""
+        """The 15 tests that cost the most programs, the sum of all, the excess."""
         counts: Counter[str] = Counter()
+        excess = []
         for reports in terminalreporter.stats.values():
             for report in reports:
                 if getattr(report, "when", None) == "teardown":
-                    counts.update(dict(report.user_properties).get("programs", {}))
+                    properties = dict(report.user_properties)
+                    counts.update(properties.get("programs", {}))
+                    if text := properties.get("excess"):
+                        excess.append(f"{report.nodeid}: {text}")
         if not counts:
             return
         terminalreporter.section("compiled programs")
         for name, count in counts.most_common(15):
             terminalreporter.write_line(f"{count:5d} {name}")
         terminalreporter.write_line(f"{counts.total():5d} in all")
+        if not ENFORCED:
+            for line in sorted(excess):
+                terminalreporter.write_line(line)
