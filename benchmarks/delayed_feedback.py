@@ -17,7 +17,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 from timing import header  # noqa: E402
 
 from jaxpapers.config import load_config  # noqa: E402
-from jaxpapers.tasks import conversions  # noqa: E402
+from jaxpapers.tasks import delayed_family  # noqa: E402
 
 OUT = Path(__file__).parent / "results" / "delayed_feedback.json"
 SEEDS = (0, 1, 2)
@@ -26,7 +26,7 @@ SEEDS = (0, 1, 2)
 def main() -> None:
     """Measures and writes the table."""
     began = time.monotonic()
-    rows = conversions.table(
+    rows = delayed_family.table(
         load_config("defer:cdnow"),
         SEEDS,
         progress=lambda name: print(f"{name} ...", flush=True),
@@ -40,7 +40,7 @@ def main() -> None:
     }
     OUT.parent.mkdir(exist_ok=True)
     OUT.write_text(json.dumps(result, indent=1) + "\n")
-    print(conversions.render(rows))
+    print(delayed_family.render(rows))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 
 Each model is pretrained once per seed and tuned in every way from there. Gates are those
 of the configs, written before the first run. Writes results/diffusion_<name>.json and
-pictures; CPU seconds are those of this process, compilation included.
+figures; CPU seconds are those of this process, compilation included.
 """
 
 import os
@@ -24,55 +24,61 @@ from scipy.stats import spearmanr  # noqa: E402
 from jaxpapers import papers, plots, run  # noqa: E402
 from jaxpapers.config import load_config  # noqa: E402
 from jaxpapers.ops.distance import wasserstein_exact  # noqa: E402
-from jaxpapers.tasks import generation  # noqa: E402
+from jaxpapers.tasks import generation, text_to_image  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
 SEEDS = (0, 1, 2)
 
 
-def trained(target, folder, seed, fields, rival=None):
-    """One run: its evaluation and CPU seconds."""
-    fields = {**fields, "train.seed": seed, **(rival or {})}
+def trained(target, folder, seed, fields):
+    """One run: its numbers, those of the baselines without training, CPU seconds."""
+    fields = {**fields, "train.seed": seed}
     overrides = [f"--config.{k}={v}" for k, v in fields.items()]
     began, spent = time.process_time(), folder / "cpu_seconds.json"
-    found = run.train(target, overrides, workdir=str(folder), alone=True, quiet=True)
+    summary = run.run(target, overrides, workdir=str(folder), alone=True, quiet=True)
+    own, *others = summary["rows"]
     # A run that was finished before costs nothing now: its own seconds are kept there.
     steps, known = str(fields.get("train.steps", "")), {}
     if spent.exists():
         known = json.loads(spent.read_text())
     known.setdefault(steps, time.process_time() - began)
     spent.write_text(json.dumps(known))
-    found["cpu_seconds"] = known[steps]
-    found.pop("seconds")
-    return found
+    baselines = {r["label"]: r["numbers"][0][summary["metric"]] for r in others}
+    return {**own["numbers"][0], **baselines, "cpu_seconds": known[steps]}
 
 
 def staged(target, work, variants):
-    """Pretraining once per seed, then every variant: label -> evaluations by seed."""
-    config = load_config(target)
-    before = papers.pretraining(target.split(":")[0], config)
+    """Pretraining once per seed, then every variant: label -> numbers by seed."""
+    name, _, _ = target.partition(":")
+    before = papers.load(name).pretraining(load_config(target))
     stage = {
         "method.stage": "pretrain", "data.batch": before.data.batch,
         "train.steps": before.train.steps, "train.eval_every": 0,
     }  # fmt: skip
-    found = {"before tuning": []}
+    runs = {"before tuning": []}
     for seed in SEEDS:
         first = work / f"pretrain{seed}"
-        found["before tuning"].append(trained(target, first, seed, stage))
+        runs["before tuning"].append(trained(target, first, seed, stage))
         for label, fields in variants.items():
             start = {"train.init_from": first, **fields}
             # A longer run continues the shorter one of its name.
             folder = work / label.split(",")[0].replace(" ", "-") / f"seed{seed}"
-            found.setdefault(label, []).append(trained(target, folder, seed, start))
-            picture = folder / "samples.png"
-            shutil.copy(picture, folder / f"{label.replace(' ', '-')}.png")
-            print(label, seed, {k: round(v, 4) for k, v in found[label][-1].items()})
-    return found
+            runs.setdefault(label, []).append(trained(target, folder, seed, start))
+            shutil.copy(
+                folder / "samples.png", folder / f"{label.replace(' ', '-')}.png"
+            )
+            print(label, seed, rounded(runs[label][-1]))
+    return runs
 
 
-def values(found, label, name):
+def rounded(numbers):
+    """Numbers to print; an infinite bound is None."""
+    return {k: v if v is None else round(v, 4) for k, v in numbers.items()}
+
+
+def values(runs, label, name):
     """One number of every seed."""
-    return [x[name] for x in found[label]]
+    return [x[name] for x in runs[label]]
 
 
 def swiss_roll(work):
@@ -82,95 +88,88 @@ def swiss_roll(work):
         "SFT-PG (B), 100 epochs": {"train.steps": 1580, "train.eval_every": 316},
         "SFT-PG (GP)": {"method.leak": False, "method.penalty": 10.0},
     }
-    found = staged("sft_pg", work, variants)
+    runs = staged("sft_pg", work, variants)
     own, start = (
-        values(found, label, "validation_w1")
-        for label in ("SFT-PG (B)", "before tuning")
+        values(runs, label, "w1") for label in ("SFT-PG (B)", "before tuning")
     )
     gates = {
         "sliced W2 before in .083 +- .01": all(
-            abs(v - 0.083) <= 0.01
-            for v in values(found, "before tuning", "validation_sliced_w2")
+            abs(v - 0.083) <= 0.01 for v in values(runs, "before tuning", "sliced_w2")
         ),
         "sliced W2 <= .045 after 30 epochs": all(
-            v <= 0.045 for v in values(found, "SFT-PG (B)", "validation_sliced_w2")
+            v <= 0.045 for v in values(runs, "SFT-PG (B)", "sliced_w2")
         ),
         "exact W1 down by 30 %": all(a <= 0.7 * b for a, b in zip(own, start)),
         "stretch: sliced W2 <= .03 after 100 epochs": all(
-            v <= 0.03
-            for v in values(found, "SFT-PG (B), 100 epochs", "validation_sliced_w2")
+            v <= 0.03 for v in values(runs, "SFT-PG (B), 100 epochs", "sliced_w2")
         ),
     }
     shutil.copy(
         work / "SFT-PG-(B)" / "seed0" / "samples.png",
         RESULTS / "diffusion_swiss_roll.png",
     )
-    return found, gates
+    return runs, gates
 
 
 def digits(work):
     """Frechet distance <= 0.7 of that before tuning."""
-    found = staged("sft_pg:digits", work, {"SFT-PG (B)": {}})
+    runs = staged("sft_pg:digits", work, {"SFT-PG (B)": {}})
     own, start = (
-        values(found, label, "validation_frechet")
-        for label in ("SFT-PG (B)", "before tuning")
+        values(runs, label, "frechet") for label in ("SFT-PG (B)", "before tuning")
     )
     gates = {"Frechet <= 0.7 of before": all(a <= 0.7 * b for a, b in zip(own, start))}
     shutil.copy(
         work / "SFT-PG-(B)" / "seed0" / "samples.png", RESULTS / "diffusion_digits.png"
     )
-    return found, gates
+    return runs, gates
 
 
 def dpok(work):
-    """The reward against the KL, with every rival at as many rewards."""
-    config = load_config("dpok")
-    rivals = {}
-    for label, other in papers.rivals("dpok", config).items():
-        rivals[label] = {
-            f"method.{k}": v for k, v in other.method.items() if v != config.method[k]
-        }
-    found = staged("dpok", work, {"DPOK": {}, **rivals})
-    judge, kl = "validation_judge_accuracy", "validation_path_kl"
-    own = {name: values(found, "DPOK", name) for name in found["DPOK"][0]}
+    """The reward against the KL, beside every variant at as many rewards."""
+    variants = text_to_image.variants(load_config("dpok"))
+    runs = staged("dpok", work, {"DPOK": {}, **variants})
+    accuracy, kl = "accuracy", "path_kl"
+    own = {name: values(runs, "DPOK", name) for name in runs["DPOK"][0]}
     gates = {
         "start in [.70, .85]": all(
-            0.7 <= v <= 0.85 for v in values(found, "before tuning", judge)
+            0.7 <= v <= 0.85 for v in values(runs, "before tuning", accuracy)
         ),
-        "judge >= .93": all(v >= 0.93 for v in own[judge]),
+        "accuracy >= .93": all(v >= 0.93 for v in own[accuracy]),
         "path KL <= 60": all(v <= 60 for v in own[kl]),
-        "Frechet <= 12": all(v <= 12 for v in own["validation_frechet"]),
+        "Frechet <= 12": all(v <= 12 for v in own["frechet"]),
         "no KL: path KL >= 5 times": all(
-            a >= 5 * b for a, b in zip(values(found, "no KL", kl), own[kl])
+            a >= 5 * b for a, b in zip(values(runs, "no KL", kl), own[kl])
         ),
         "3 points over the hard clip": all(
-            a >= b + 0.03 for a, b in zip(own[judge], values(found, "hard clip", judge))
+            a >= b + 0.03
+            for a, b in zip(own[accuracy], values(runs, "hard clip", accuracy))
         ),
-        "reward and judge within .04": all(
-            abs(a - b) <= 0.04
-            for a, b in zip(own[judge], own["validation_reward_accuracy"])
+        "accuracies of both classifiers within .04": all(
+            abs(a - b) <= 0.04 for a, b in zip(own[accuracy], own["reward_accuracy"])
         ),
         "over every supervised variant": all(
             a > b
-            for label in rivals
+            for label in variants
             if "supervised" in label
-            for a, b in zip(own[judge], values(found, label, judge))
+            for a, b in zip(own[accuracy], values(runs, label, accuracy))
         ),
         "3 CPU minutes": all(
             a + b <= 180
             for a, b in zip(
-                own["cpu_seconds"], values(found, "before tuning", "cpu_seconds")
+                own["cpu_seconds"], values(runs, "before tuning", "cpu_seconds")
             )
         ),
     }
     folders = {
         label: [work / label.replace(" ", "-") / f"seed{seed}" for seed in SEEDS]
-        for label in ("DPOK", *rivals)
+        for label in ("DPOK", *variants)
     }
-    panels = dict.fromkeys(("validation_reward", judge, "validation_frechet"), "x")
-    plots.plot_against(folders, kl, panels, RESULTS / "diffusion_dpok_frontier.png")
+    panels = {f"validation_{y}": "x" for y in ("reward", accuracy, "frechet")}
+    plots.plot_against(
+        folders, f"validation_{kl}", panels, RESULTS / "diffusion_dpok_frontier.png"
+    )
     shutil.copy(folders["DPOK"][0] / "samples.png", RESULTS / "diffusion_dpok.png")
-    return found, gates
+    return runs, gates
 
 
 def certificate(work):
@@ -178,7 +177,7 @@ def certificate(work):
     presets = {"four clusters": "", "moons": ":moons", "gaussian": ":gaussian",
                "line": ":line", "digits": ":digits"}  # fmt: skip
     regularized = {"spectral norm": "spectral", "weight clip": "clip"}
-    found, folders = {}, {}
+    runs, folders = {}, {}
     jobs = {label: (preset, {}) for label, preset in presets.items()}
     jobs["digits, 8 components"] = ":digits", {"net.shape": (8,)}
     jobs["four clusters from N(0, I)"] = "", {"method.start": "prior"}
@@ -188,46 +187,52 @@ def certificate(work):
             folder = work / label.replace(" ", "-") / f"seed{seed}"
             own = trained(f"score_wasserstein{preset}", folder, seed, fields)
             folders.setdefault(label, []).append(folder)
-            found.setdefault(label, []).append(own | along(folder))
-            print(label, seed, {k: round(v, 4) for k, v in found[label][-1].items()})
-    every = [x for runs in found.values() for x in runs]
-    plain = found["four clusters"]
+            runs.setdefault(label, []).append(own | along(folder))
+            print(label, seed, rounded(runs[label][-1]))
+    every = [x for seeds in runs.values() for x in seeds]
+    plain = runs["four clusters"]
     gates = {
         "the bound holds at every logged point": all(
             x["violations"] == 0 for x in every
         ),
         "Spearman of log J and log W2 >= .8": all(x["spearman"] >= 0.8 for x in plain),
         "final W2 <= 1.3 of the two-sample floor": all(
-            x["validation_w2"] <= 1.3 * x["w2_floor"] for x in plain
+            x["w2"] <= 1.3 * x["w2_floor"] for x in plain
         ),
         "regularizers lower the intercept by 1": all(
             x["log_intercept"] <= y["log_intercept"] - 1
             for label in regularized
-            for x, y in zip(found[label], plain)
+            for x, y in zip(runs[label], plain)
         ),
         "digits: W2 <= 2 of the floor, below a fitted Gaussian's": all(
-            x["validation_w2"] <= 2 * x["w2_floor"]
-            and x["validation_sliced_w2"] < x["fitted Gaussian"]
-            for x in found["digits"]
+            x["w2"] <= 2 * x["w2_floor"] and x["sliced_w2"] < x["fitted Gaussian"]
+            for x in runs["digits"]
         ),
     }
     plots.plot_against(
-        folders, "certified_w2", {"bound": "xy=", "log_J": "x"},
+        folders, "validation_certified_w2",
+        {"validation_bound": "xy=", "validation_log_J": "x"},
         RESULTS / "diffusion_certificate.png",
     )  # fmt: skip
-    return found, gates
+    return runs, gates
 
 
 def along(folder):
     """What a run's evaluations say together; those of the ascent are left out of rho."""
-    records = [r for r in plots.read_metrics(folder) if "bound" in r]
-    worst = max(records, key=lambda r: r["log_J"])["step"]
-    after = [r for r in records if r["step"] > worst]
+    names = ("bound", "certified_w2", "log_J")
+    evaluations = {  # The last one of a step.
+        r["step"]: {k: r[f"validation_{k}"] for k in names}
+        for r in plots.read_metrics(folder)
+        if "validation_bound" in r
+    }
+    worst = max(evaluations, key=lambda step: evaluations[step]["log_J"])
+    after = [r for step, r in evaluations.items() if step > worst]
+    records = list(evaluations.values())
     rank = spearmanr(
         [r["log_J"] for r in after], [r["certified_w2"] for r in after]
     ).statistic
     config = json.loads((folder / "config.json").read_text())["config"]
-    source = generation.read(ConfigDict(config))
+    source = generation.load(ConfigDict(config))
     half = len(source.held_out)
     return {
         "evaluations": len(records),
@@ -256,13 +261,13 @@ def main():
     args = parser.parse_args()
     for name in args.only:
         work = Path(args.workdir) / name
-        found, gates = NAMES[name](work)
+        runs, gates = NAMES[name](work)
         command = f"python benchmarks/diffusion_learning.py --only {name}"
         result = {
             **timing.header(command, "jax", "jaxlib", "flax", "optax"),
             "seeds": len(SEEDS),
             "gates": gates,
-            "runs": found,
+            "runs": runs,
         }
         out = RESULTS / f"diffusion_{name}.json"
         out.write_text(json.dumps(result, indent=1) + "\n")

@@ -102,7 +102,7 @@ def study(name: str, config: Any, data: Data, mesh: Any) -> Study:
                 chance,
             ]
         before = Stage(name, first)
-        tuned = {"this model": {}, **_variants(config)}
+        tuned = {"this model": {}, **variants(config)}
         return [
             *(
                 Row(k, Stage(name, with_fields(own, v), before), measure, watch=scores)
@@ -133,14 +133,18 @@ def study(name: str, config: Any, data: Data, mesh: Any) -> Study:
     )
 
 
-def _variants(config: Any) -> dict[str, dict[str, Any]]:
-    """No KL, the released code's clip, and the supervised variants, at equal queries."""
+def variants(config: Any) -> dict[str, dict[str, Any]]:
+    """Label -> fields of other ways to use as many rewards.
+
+    No KL, the released code's clip, and the paper's supervised ones; none where the
+    config is one of these itself.
+    """
     if config.method.name != "dpok":
         return {}
     # On the mean over coordinates, whose gradient is that much smaller.
     alpha = config.method.alpha * float(np.prod(config.net.shape))
     hard = {"clip": "hard", "clip_eps": 1e-4, "reduce": "mean", "alpha": alpha}
-    variants = {
+    others = {
         "no KL": {"beta": 0.0},
         "hard clip": hard,
         "supervised": {"name": "sft"},
@@ -149,7 +153,7 @@ def _variants(config: Any) -> dict[str, dict[str, Any]]:
     }
     return {
         label: {f"method.{field}": v for field, v in fields.items()}
-        for label, fields in variants.items()
+        for label, fields in others.items()
     }
 
 
