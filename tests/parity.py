@@ -37,11 +37,6 @@ class Case:
             self._values |= entry.get(group, {})
         self._read: set[str] = set()
 
-    def __getitem__(self, index: int) -> Any:
-        """``folder, name, entry = case``, as tests of before read it: all is read."""
-        self._read.update(self._values)
-        return (self.folder, self.name, self.entry)[index]
-
     @cached_property
     def arrays(self) -> dict[str, np.ndarray]:
         """The recorded arrays."""
