@@ -2,9 +2,9 @@
 
 XLA's CPU backend has no fast program for the gradients of a convolution inside a
 ``lax.scan`` or ``while_loop``: that of the kernel took 1,700 ms there and 42 ms outside
-(80 pictures of 14 x 14 x 64, one thread, jaxlib 0.10.2). Here they are forward
-convolutions and matrix products, of about the speed that they have outside. Other
-backends compile the usual gradients.
+(80 images of 14 x 14 x 64, one thread, jaxlib 0.10.2). Here they are forward
+convolutions and matrix products, about as fast as outside. Other backends compile XLA's
+own gradients.
 """
 
 import functools
@@ -32,7 +32,7 @@ def conv_general_dilated(
 ) -> Any:
     """``lax.conv_general_dilated`` for ``flax.linen.Conv(conv_general_dilated=...)``.
 
-    Plain convolutions of pictures, channels last, go to ``convolve``, all others to XLA.
+    Plain convolutions of images, channels last, use ``convolve``, all others XLA's.
     """
     plain = (
         lhs.ndim == 4
@@ -65,11 +65,11 @@ def conv_of_doubled(
     feature_group_count: int = 1,
     **kwargs: Any,
 ) -> Any:
-    """A 3 x 3 convolution of pictures twice the size, every pixel four times.
+    """A 3 x 3 convolution of images upsampled by 2 (nearest neighbour).
 
-    For ``flax.linen.Conv(conv_general_dilated=...)``; only the small pictures are given
-    and kept. Outputs at even and odd places see 2 x 2 pixels each, so that this takes
-    4/9 of the products.
+    For ``flax.linen.Conv(conv_general_dilated=...)``; only the small images are given
+    and kept. Outputs at even and odd places depend on 2 x 2 pixels each, which takes 4/9
+    of the products.
 
     Args:
       lhs: (B, H, W, C).
@@ -77,7 +77,7 @@ def conv_of_doubled(
       window_strides, padding, lhs_dilation, rhs_dilation, feature_group_count: those of a
         plain convolution, 1 and "SAME".
       dimension_numbers: channels last.
-      kwargs: precision and the like, not read.
+      kwargs: ignored, e.g. precision.
 
     Returns:
       (B, 2 H, 2 W, O).
@@ -100,7 +100,7 @@ def conv_of_doubled(
             f"{window_strides}, padding {padding!r}, dilations {lhs_dilation} and "
             f"{rhs_dilation}, groups {feature_group_count}"
         )
-    # Which of the three taps fall on which of the two pixels, at even and odd places.
+    # Taps that fall on each of the two pixels, at even and odd places.
     taps = jnp.array([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], rhs.dtype)
     pads = ((1, 0), (0, 1))
 
@@ -122,13 +122,13 @@ def convolve(
     stride: int,
     pads: tuple[tuple[int, int], tuple[int, int]],
 ) -> Float[Array, "B I J O"]:
-    """A convolution of pictures.
+    """A convolution of images.
 
-    On several CPU devices call it under ``jax.set_mesh``: what it does about a kernel's
-    gradient depends on whether pictures lie on one device.
+    On several CPU devices call it under ``jax.set_mesh``: the algorithm of the kernel's
+    gradient depends on whether images are on one device.
 
     Args:
-      x: pictures.
+      x: images.
       kernel: windows.
       stride: of both axes.
       pads: zeros before and after, of each axis.
@@ -164,36 +164,36 @@ convolve.defvjp(_forward, _backward)
 
 
 def _dx(x, kernel, stride, pads, dy):
-    """The gradient spread out over the windows: a convolution with the turned kernel."""
+    """Gradient of the images: a convolution with the flipped kernel."""
     size = kernel.shape[:2]
     if stride > 1:
         inside = ((0, 0, 0), (0, 0, stride - 1), (0, 0, stride - 1), (0, 0, 0))
         dy = lax.pad(dy, jnp.zeros((), dy.dtype), inside)
-    # Windows that began before the picture, and pixels that none reached, count too.
+    # Pad for windows that begin outside the image and pixels that no window covers.
     around = []
     for side, length, n, (low, _) in zip(x.shape[1:3], dy.shape[1:3], size, pads):
         before = n - 1 - low
         around.append((before, side + n - 1 - before - length))
-    turned = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
+    flipped = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
     return lax.conv_general_dilated(
-        dy, turned, (1, 1), around, dimension_numbers=LAYOUT
+        dy, flipped, (1, 1), around, dimension_numbers=LAYOUT
     )
 
 
 def _dkernel(x, kernel, stride, pads, dy):
-    """For each place in the window, what lay there times the gradient.
+    """Gradient of the kernel as one matrix product.
 
-    The pictures stand side by side once for each row of the window, moved by as many
-    rows, and the gradients once for each column: all places are one product. It is summed
-    over pairs of pictures, whose copies stay in the cache: 1.2 to 1.6 times as fast as
-    all of them at once. Where rows lie on several devices, a slice would move them.
+    Images are concatenated once for each row of the window, shifted by as many rows, and
+    gradients once for each column. Products are summed over pairs of images, whose copies
+    stay in the cache: 1.2 to 1.6 times as fast as all at once. With rows on several
+    devices there is one product, since a slice would move them.
     """
     (height, width), (count, rows, columns, out) = kernel.shape[:2], dy.shape
     (above, below), (left, _) = pads
     channels = x.shape[-1]
     kind, zero = jnp.promote_types(dy.dtype, jnp.float32), jnp.zeros((), dy.dtype)
 
-    def moved(dy, j):
+    def shifted(dy, j):
         before = j - left
         after = x.shape[2] - (before + stride * (columns - 1) + 1)
         beside = ((0, 0, 0), (0, 0, 0), (before, after, stride - 1), (0, 0, 0))
@@ -202,11 +202,11 @@ def _dkernel(x, kernel, stride, pads, dy):
     def product(x, dy):
         x = jnp.pad(x, ((0, 0), (above, below), (0, 0), (0, 0)))
         span = stride * (rows - 1) + 1
-        seen = [x[:, i : i + span : stride] for i in range(height)]
-        seen = jnp.concatenate(seen, -1).reshape(-1, height * channels)
-        beside = jnp.concatenate([moved(dy, j) for j in range(width)], -1)
+        windows = [x[:, i : i + span : stride] for i in range(height)]
+        windows = jnp.concatenate(windows, -1).reshape(-1, height * channels)
+        beside = jnp.concatenate([shifted(dy, j) for j in range(width)], -1)
         beside = beside.reshape(-1, width * out)
-        return jnp.matmul(seen.T, beside, preferred_element_type=kind)
+        return jnp.matmul(windows.T, beside, preferred_element_type=kind)
 
     def add(i, total):
         part = (lax.dynamic_slice_in_dim(a, i * pair, pair) for a in (x, dy))
@@ -215,15 +215,15 @@ def _dkernel(x, kernel, stride, pads, dy):
     pair = 2 - count % 2
     if _on_one_device() and count > pair:
         first = jnp.zeros((height * channels, width * out), kind)
-        found = lax.fori_loop(0, count // pair, add, first)
+        grad = lax.fori_loop(0, count // pair, add, first)
     else:
-        found = product(x, dy)
-    found = found.reshape(height, channels, width, out).swapaxes(1, 2)
-    return found.astype(kernel.dtype)
+        grad = product(x, dy)
+    grad = grad.reshape(height, channels, width, out).swapaxes(1, 2)
+    return grad.astype(kernel.dtype)
 
 
 def _on_one_device() -> bool:
-    """Whether no axis of the mesh that the compiler may use has two devices."""
+    """Whether every axis of the mesh that the compiler manages has one device."""
     mesh = jax.sharding.get_abstract_mesh()
     kinds = zip(mesh.axis_names, mesh.axis_types)
     return all(mesh.shape[n] == 1 for n, kind in kinds if kind != AxisType.Manual)

@@ -1,7 +1,7 @@
 """Distances between distributions, from samples or from means and covariances.
 
 Wasserstein distances are W, not W^2 (Euclidean ground cost, no factor 1/2 and none of
-1/d). What runs on the host is said so; the rest jits and differentiates.
+1/d). Functions that run on the host say so; the others can be jitted and differentiated.
 """
 
 import math
@@ -14,7 +14,7 @@ from jax import lax
 from jaxtyping import Array, Float, Key
 
 MOST = 4096
-"""Points that ``wasserstein_exact`` takes; the assignment costs their cube."""
+"""Largest number of points of ``wasserstein_exact``, whose cost is cubic."""
 
 
 def wasserstein_1d(
@@ -53,7 +53,7 @@ def wasserstein_1d(
 
 
 def directions(key: Key[Array, ""], count: int, dim: int) -> Float[Array, "d P"]:
-    """Unit vectors drawn evenly from the sphere, as columns."""
+    """Unit vectors drawn uniformly from the sphere, as columns."""
     drawn = jax.random.normal(key, (dim, count))
     return drawn / jnp.linalg.norm(drawn, axis=0, keepdims=True)
 

@@ -31,7 +31,7 @@ class SDE(NamedTuple):
       transition: (s, t) -> scale r and variance v of x_t given x_s, s <= t:
         N(r x_s, v I).
       marginal: (x0 (B, d), t) -> mean (B, d) and standard deviation (B,) of x_t.
-      prior_sample: (key, shape) -> draws of the law that x_T is near to.
+      prior_sample: (key, shape) -> draws of the prior, near the distribution of x_T.
       L_f: t -> constant with $-(x-y) \cdot (f(x)-f(y)) \le L_f |x-y|^2$. For
         f = -b x / 2 it is +b / 2, not -b / 2.
       T: last time.
@@ -72,14 +72,14 @@ def vp_sde(
 
 
 def discrete_vp(betas: Any, sigma: float = 1.0) -> SDE:
-    r"""The variance-preserving diffusion that passes through a discrete chain.
+    r"""The variance-preserving diffusion that interpolates a discrete process.
 
     On (k - 1, k] the rate is $-\log(1 - \beta_k)$, so that at t = k the scale is exactly
-    $\sqrt{\bar\alpha_k}$ and one "ancestral" step from k is the chain's own; T is the
-    number of steps.
+    $\sqrt{\bar\alpha_k}$ and one "ancestral" step from k is that of the discrete
+    process; T is the number of steps.
 
     Args:
-      betas: variances of the chain's steps.
+      betas: variances of the steps.
       sigma: standard deviation of the prior.
 
     Raises:
@@ -104,8 +104,7 @@ def discrete_vp(betas: Any, sigma: float = 1.0) -> SDE:
 def ve_sde(sig_min: float = 0.01, sig_max: float = 50.0, T: float = 1.0) -> SDE:
     r"""f = 0 and a noise level $\sigma(t)$ that grows geometrically.
 
-    The variance at t is $\sigma(t)^2 - \sigma(0)^2$, which is what this diffusion has;
-    the paper drops the second term.
+    The variance at t is $\sigma(t)^2 - \sigma(0)^2$; the paper drops the second term.
 
     Args:
       sig_min: noise level at 0.
@@ -168,14 +167,14 @@ def subvp_sde(beta_min: float = 0.1, beta_max: float = 20.0, T: float = 1.0) -> 
 def score_from_eps(
     eps: Float[Array, "B d"], std: Float[Array, " B"]
 ) -> Float[Array, "B d"]:
-    """The score that a prediction of the noise stands for, -eps / std."""
+    """Score of a noise prediction, -eps / std."""
     return -eps / std[:, None]
 
 
 def eps_from_score(
     score: Float[Array, "B d"], std: Float[Array, " B"]
 ) -> Float[Array, "B d"]:
-    """The prediction of the noise that a score stands for, -std score."""
+    """Noise prediction of a score, -std score."""
     return -std[:, None] * score
 
 
@@ -196,12 +195,12 @@ def reverse_sde_sample(
     With s the score at the step's start, "em" (Euler-Maruyama) takes the reverse equation
     as it is; "heun" averages its drift over both ends, but for the last step, where a
     score may not exist; "ancestral" takes the transition's scale r and variance v:
-    $x' = (x + v s)/r + \sqrt v z$, which for ``discrete_vp`` is the DDPM chain with
+    $x' = (x + v s)/r + \sqrt v z$, which for ``discrete_vp`` is DDPM sampling with
     variances beta.
 
     Args:
       key: of the noise.
-      score_fn: (x (B, d), t (B,)) -> (B, d); never asked at ``t_min``.
+      score_fn: (x (B, d), t (B,)) -> (B, d); not evaluated at ``t_min``.
       sde: the forward diffusion.
       x: states at T.
       n_steps: steps.
@@ -321,7 +320,7 @@ def _reverse_step(method, score_fn, sde, x, t, to, noise, last):
     guess = x - dt * first + moved
     if method == "em":
         return guess
-    # The last step's end may have no score: it is asked at its start and not used.
+    # The score may not exist at the last step's end: evaluated at its start, unused.
     second = drift(guess, jnp.where(last, t, to))
     return jnp.where(last, guess, x - 0.5 * dt * (first + second) + moved)
 
@@ -342,7 +341,7 @@ def _runge_kutta(velocity, x, t, to):
 
 
 def _times(sde, n_steps, t_min):
-    """Falling times, whole numbers exactly where they are: computed in float64."""
+    """Decreasing times, computed in float64 so that whole times are exact."""
     if n_steps < 1 or not 0 <= t_min < sde.T:
         raise ValueError(
             f"needs n_steps >= 1 and 0 <= t_min < T = {sde.T}, got {n_steps} and {t_min}"

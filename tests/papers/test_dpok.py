@@ -428,7 +428,9 @@ def test_an_update_follows_the_gradient(mode):
 def test_beta_follows_its_target():
     """The first rollout's path KL is 0, below any target; the second's is not."""
     betas = together(
-        lambda kl: [adapt_beta(jnp.float32(0.01), kl, t) for t in (1e9, 0.1, 1e-4, 0)],
+        lambda kl: [
+            adapt_beta(jnp.float32(0.01), kl, t) for t in (1e9, 0.1, 1e-4, 0.0)
+        ],
         np.float32(0.1),
     )
     np.testing.assert_allclose(betas, [0.005, 0.01, 0.02, 0.01])
