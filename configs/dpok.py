@@ -6,7 +6,7 @@
     jaxpapers run dpok:reference       the released code's clip, KL and old rollouts
     jaxpapers run dpok:smoke           a few steps
 
-The model is pretrained first, in the folder ``pretrain`` of the workdir, unless
+The model is pretrained first, as a stage of the run, unless
 ``train.init_from`` names a run with ``method.stage=pretrain``.
 
 Gates, 3 seeds, 6,000 rewards: accuracy of the held-out classifier >= 0.93 from a start in

@@ -6,7 +6,7 @@
     jaxpapers run sft_pg:cifar --config.data.path=FOLDER     CIFAR-10, a U-Net
     jaxpapers run sft_pg:smoke         swiss roll, a few steps
 
-The denoiser is trained first, in the folder ``pretrain`` of the workdir, unless
+The denoiser is trained first, as a stage of the run, unless
 ``train.init_from`` names a run with ``method.stage=pretrain``.
 
 Images of ``cifar`` are not flipped at random, unlike the paper's.
