@@ -192,4 +192,4 @@ def test_a_far_model_does_not_squeeze_the_others(tmp_path, figures):
     low, high = axes.get_xlim()
     assert 0.4 < low < 0.5 and 0.53 < high < 0.6
     assert {t.get_text() for t in axes.texts} == {"5 →", "← -4"}
-    assert [t.get_text() for t in axes.get_yticklabels()] == [*"abcd", "far", "low"]
+    assert [t.get_text() for t in axes.get_yticklabels()] == ["low", *"abcd", "far"]

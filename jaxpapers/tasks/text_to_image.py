@@ -95,22 +95,21 @@ def study(name: str, config: Any, data: Data, mesh: Any) -> Study:
 
     def rows(seed):
         own = with_seed(config, seed)
-        first = dpok.pretraining(own)
-        if first is None:
-            return [
-                Row("this model", Stage(name, own), measure_untuned, watch=scores),
-                chance,
-            ]
-        before = Stage(name, first)
-        tuned = {"this model": {}, **variants(config)}
-        return [
-            *(
-                Row(k, Stage(name, with_fields(own, v), before), measure, watch=scores)
-                for k, v in tuned.items()
-            ),
-            Row("before tuning", before, measure_untuned, watch=scores),
-            chance,
+        tunes, first = config.method.stage == "tune", dpok.pretraining(own)
+        before = Stage(name, first) if first else None
+        tuned = {"this model": {}, **(variants(config) if tunes else {})}
+        rows = [
+            Row(
+                label,
+                Stage(name, with_fields(own, fields), before),
+                measure if tunes else measure_untuned,
+                watch=scores,
+            )
+            for label, fields in tuned.items()
         ]
+        if before:
+            rows.append(Row("before tuning", before, measure_untuned, watch=scores))
+        return [*rows, chance]
 
     chance = Row("chance", None, lambda: Finding({"accuracy": source.chance}))
     panels = ("reward", "accuracy", "frechet")
