@@ -78,7 +78,6 @@ def plain(corpus):
     return fit(corpus, "replica:2,data:2,model:2")
 
 
-@pytest.mark.programs(30)  # A run of the trainer, with its checkpoints.
 @pytest.mark.parametrize(
     "mesh, extra",
     [
