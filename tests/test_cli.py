@@ -1,6 +1,8 @@
 """The command line, in this process where it can be."""
 
+import contextlib
 import inspect
+import io
 import json
 import os
 import subprocess
@@ -32,11 +34,18 @@ def tiny(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def finished(tiny, tmp_path_factory):
-    """Workdir of a finished run."""
+def first_run(tiny, tmp_path_factory):
+    """Workdir of a finished run and what it printed."""
     workdir = tmp_path_factory.mktemp("runs") / "tiny"
-    assert cli.main(["train", *tiny, f"--workdir={workdir}"]) == 0
-    return workdir
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert cli.main(["run", *tiny, f"--workdir={workdir}"]) == 0
+    return workdir, out.getvalue()
+
+
+@pytest.fixture
+def finished(first_run):
+    """Workdir of a finished run."""
+    return first_run[0]
 
 
 @pytest.fixture
@@ -153,7 +162,9 @@ def test_own_config_file(call, tmp_path):
     assert code == 1 and "get_config" in err
 
 
-@pytest.mark.parametrize("mesh", [None, "data:4,model:2"])
+@pytest.mark.parametrize(
+    "mesh", [pytest.param(None, marks=pytest.mark.matrix), "data:4,model:2"]
+)
 def test_dry_run_writes_nothing(call, tiny, tmp_path, monkeypatch, mesh):
     monkeypatch.chdir(tmp_path)
     options = [f"--mesh={mesh}"] if mesh else []
@@ -164,18 +175,17 @@ def test_dry_run_writes_nothing(call, tiny, tmp_path, monkeypatch, mesh):
     assert "layers/mlp/down/kernel" in out and "parameters" in out
 
 
-def test_full_run_and_its_files(call, tiny, tmp_path):
-    code, out, _ = call("train", *tiny, f"--workdir={tmp_path / 'run'}")
-    assert code == 0
+def test_full_run_and_its_files(first_run):
+    workdir, out = first_run
     for word in ("order0", "gzip", "xz", "this model", "sample", "20/20", "total"):
         assert word in out, word
-    found = {p.name for p in (tmp_path / "run").iterdir()}
+    found = {p.name for p in workdir.iterdir()}
     assert found == {
         "checkpoints", "comparison.json", "config.json", "loss.png", "metrics.jsonl"
     }  # fmt: skip
-    stored = json.loads((tmp_path / "run" / "config.json").read_text())
+    stored = json.loads((workdir / "config.json").read_text())
     assert stored["paper"] == "dion" and stored["config"]["net"]["width"] == 32
-    lines = records(tmp_path / "run")
+    lines = records(workdir)
     assert [x["step"] for x in lines if "loss" in x] == [10, 20]
     assert [x["step"] for x in lines if "validation_bits_quick" in x] == [10, 20]
     assert {"validation_bits", "baseline_gzip"} <= set(lines[-1])
@@ -227,6 +237,7 @@ def test_eval_sample_plot_export(call, finished, tmp_path):
         assert checkpoint.read_config(manager)["net"]["width"] == 32
 
 
+@pytest.mark.matrix
 def test_fake_devices_and_mesh_and_profile(tiny, tmp_path):
     environment = {
         **os.environ,
@@ -238,7 +249,7 @@ def test_fake_devices_and_mesh_and_profile(tiny, tmp_path):
         [sys.executable, "-m", "jaxpapers", "train", *tiny, "--fake-devices=2",
          "--mesh=data:1,model:2", "--profile=1:2", f"--workdir={tmp_path}",
          "--config.train.steps=3", "--config.train.sample=0", "--quiet"],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120,
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "this model" in done.stdout
@@ -258,7 +269,7 @@ def test_data_says_terms_and_where_files_go(call, tmp_path, monkeypatch):
 
 
 def test_every_command_is_one_function_of_run():
-    actions = {"list": "list_papers", "eval": "evaluate"}
+    actions = {"list": "list_papers", "eval": "evaluate", "train": "run"}
     parser = cli._parser()
     commands = next(a for a in parser._actions if a.dest == "command").choices
     assert set(commands) >= {
