@@ -5,7 +5,7 @@
     jaxpapers run defer --config.data.path=data.txt    Criteo's conversion logs
     --config.method.name=es_dfm          another method of the family
 
-``jaxpapers.tasks.conversions.table`` compares the whole family by the streaming protocol.
+``jaxpapers.tasks.delayed_family.table`` has the whole family by the streaming protocol.
 Expected on CDNOW, mean of 3 seeds: NLL .570 for DEFER (RI 71), .563 for ES-DFM (RI 89,
 the best of the family there), .558 for the oracle, .608 for the pretrained model.
 """

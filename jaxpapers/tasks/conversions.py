@@ -80,7 +80,7 @@ def study(name: str, config: Any, data: Data, mesh: Any) -> Study:
 
     A run is pretraining and the stream up to ``holdout`` days before its end. The numbers
     are of the clicks of those days, with their true labels. The protocol of the paper,
-    which evaluates all along the stream, is ``table``.
+    which evaluates all along the stream, is ``delayed_family.table``.
     """
     return compare(load(config), name, config, mesh)
 

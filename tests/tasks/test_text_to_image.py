@@ -160,6 +160,10 @@ def test_rows_are_tuned_from_one_pretraining(folder, untrained):
             stages.same(stage, rows[other].stage) for other in rows if other != label
         )
     assert rows["chance"].measure().numbers == {"accuracy": 0.1}
+    # Tuning for longer starts from the same pretraining, another net from another one.
+    for field, same in (("train.steps", True), ("net.width", False)):
+        other = rows_of(with_fields(c, {field: 24}))["this model"].stage
+        assert stages.same(other.after, before) == same
     # The pretraining alone, and a run that starts from another one's folder.
     first = rows_of(with_fields(c, {"method.stage": "pretrain"}))
     assert set(first) == {"this model", "chance"}
