@@ -232,10 +232,10 @@ def test_eval_sample_plot_export(call, finished, tmp_path):
 
     texts = [
         call("sample", workdir, "--prompt=def f", "--length=9", f"--seed={seed}")[1]
-        for seed in (0, 0, 1)
+        for seed in (0, 1)
     ]
-    assert texts[0] == texts[1] != texts[2]
-    assert texts[0].startswith("def f") and 6 < len(texts[0]) <= 15
+    assert texts[0] != texts[1]
+    assert all(x.startswith("def f") and 6 < len(x) <= 15 for x in texts)
 
     code, out, _ = call("plot", workdir, "--metric=loss", "-o", tmp_path / "a.png")
     assert code == 0 and (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
