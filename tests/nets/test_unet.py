@@ -12,18 +12,23 @@ from jaxpapers import mesh as meshes
 from jaxpapers.method import State
 from jaxpapers.nets import unet
 from jaxpapers.nets.unet import UNet
+from tests.programs import KEY, params_like, together
 
 SMALL = {"channels": 8, "groups": 4, "dropout": 0.5, "vocab": 3, "heads": 2}
-X = jax.random.normal(jax.random.key(1), (2, 8, 8, 1))
-TIME = jnp.array([3.0, 616.734])
-TOKENS = jnp.array([0, 2])
-KEY = jax.random.key(4)
+X = np.random.default_rng(1).normal(size=(2, 8, 8, 1)).astype(np.float32)
+TIME = np.float32([3.0, 616.734])
+TOKENS = np.int32([0, 2])
+MATRIX = functools.partial(pytest.param, marks=pytest.mark.matrix)
 
 
-def shapes(net, x, tokens=None):
-    time = jax.ShapeDtypeStruct(x.shape[:1], jnp.float32)
-    x = jax.ShapeDtypeStruct(x.shape, jnp.float32)
-    return jax.eval_shape(net.init_with_output, jax.random.key(0), x, time, tokens)
+@functools.cache
+def shapes(net, size=X.shape, tokens=True):
+    """Of the output and the parameters."""
+    x = jax.ShapeDtypeStruct(size, jnp.float32)
+    time = jax.ShapeDtypeStruct(size[:1], jnp.float32)
+    return jax.eval_shape(
+        net.init_with_output, KEY, x, time, TOKENS if tokens else None
+    )
 
 
 def count(params):
@@ -31,127 +36,176 @@ def count(params):
 
 
 @pytest.fixture(scope="module")
-def small():
-    """A net's first parameters and its compiled pass.
+def params():
+    """All drawn: as initialised, the last layer is zero and hides what is below it."""
+    return params_like(lambda: shapes(UNet(**SMALL))[1]["params"])
 
-    The last layer starts at zero, which hides everything below it: ``opened`` draws it.
-    """
+
+def changed(x, row, column, value):
+    x = x.copy()
+    x[row, column, column] = value
+    return x
+
+
+# Another image, time, tokens, and what else is varied.
+CALLS = {
+    "base": {},
+    "again": {},
+    "image": {"x": X + 0.1},
+    "time": {"time": TIME + 0.25},
+    "tokens": {"tokens": 2 - TOKENS},
+    "pixel": {"x": changed(X, slice(None), 0, 3.0)},
+    "other row": {
+        "x": changed(X, 1, slice(None), 0.0), "time": np.float32([3, 9]),
+        "tokens": np.int32([0, 1]),
+    },
+    "dropout": {"seed": np.uint32(5)},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def outputs(params):
+    """The net's outputs in training: of every call, and with a parameter changed."""
     net = UNet(**SMALL)
-    params = dict(jax.jit(net.init)(jax.random.key(0), X, TIME, TOKENS)["params"])
-    noise = jax.random.normal(jax.random.key(2), params["last"]["kernel"].shape)
-    opened = {**params, "last": {**params["last"], "kernel": noise}}
+    leaves, tree = jax.tree.flatten(params)
+    once = np.ones(len(leaves), np.float32)
+    base = {
+        "x": X, "time": TIME, "tokens": TOKENS, "seed": np.uint32(4), "factors": once,
+    }  # fmt: skip
+    names = [jax.tree_util.keystr(p) for p, _ in jax.tree.leaves_with_path(params)]
+    changes = {
+        name: {"factors": once + 0.5 * row}
+        for name, row in zip(names, np.eye(len(names), dtype=np.float32))
+    }
+    zero = np.float32(["last" not in name for name in names])
 
-    @functools.partial(jax.jit, static_argnames="train")
-    def run(params, x, time, tokens, key=KEY, train=False):
-        return net.apply(
-            {"params": params}, x, time, tokens, train=train, rngs={"dropout": key}
-        )
+    def program(leaves, calls):
+        def call(c):
+            params = tree.unflatten([v * f for v, f in zip(leaves, c["factors"])])
+            return net.apply(
+                {"params": params}, c["x"], c["time"], c["tokens"], train=True,
+                rngs={"dropout": jax.random.key(c["seed"])},
+            )  # fmt: skip
 
-    np.testing.assert_array_equal(run(params, X, TIME, TOKENS), 0 * X)
-    return opened, functools.partial(run, opened)
+        return jax.lax.map(call, calls)
+
+    calls = {**CALLS, **changes, "zero": {"factors": zero}}
+    stacked = [{**base, **change} for change in calls.values()]
+    y = together(program, leaves, jax.tree.map(lambda *v: np.stack(v), *stacked))
+    return dict(zip(calls, y))
 
 
-def test_group_norm_is_that_of_flax(key):
-    """Values and gradients, of pictures whose mean is not 0."""
-    x = 3 + 2 * jax.random.normal(key, (2, 4, 6, 8))
-    params = {"scale": jnp.linspace(0.5, 2, 8), "bias": jnp.linspace(-1, 1, 8)}
+def test_group_norm_is_that_of_flax():
+    """Values and gradients, of images whose mean is not 0."""
+    x, weight = np.random.default_rng(0).normal(size=(2, 2, 4, 6, 8)).astype(np.float32)
+    scale, bias = np.linspace([0.5, -1], [2, 1], 8, dtype=np.float32).T
     nets = unet.GroupNorm(4, jnp.float32), nn.GroupNorm(4, epsilon=1e-6)
-    weight = jax.random.normal(jax.random.key(1), x.shape)
 
-    def value(net, params, x):
+    def value(params, x, net):
         return (weight * jnp.sin(net.apply({"params": params}, x))).sum()
 
-    found, expected = (
-        jax.value_and_grad(value, (1, 2))(net, params, x) for net in nets
-    )
+    values, expected = together(
+        lambda params, x: [
+            jax.value_and_grad(value, (0, 1))(params, x, net) for net in nets
+        ],
+        {"scale": scale, "bias": bias}, 3 + 2 * x,
+    )  # fmt: skip
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5),
-        found,
+        values,
         expected,
     )
 
 
-def test_it_depends_on_image_time_and_tokens(small):
-    _, apply = small
-    y = apply(X, TIME, TOKENS)
-    assert y.shape == X.shape and jnp.isfinite(y).all()
-    for change in (
-        (X + 0.1, TIME, TOKENS),
-        (X, TIME + 0.25, TOKENS),
-        (X, TIME, 2 - TOKENS),
-    ):
-        assert (jnp.abs(apply(*change) - y).max((1, 2, 3)) > 1e-4).all()
+def test_it_depends_on_image_time_and_tokens(outputs):
+    y = outputs
+    assert y["base"].shape == X.shape and np.isfinite(y["base"]).all()
+    for change in ("image", "time", "tokens"):
+        assert (np.abs(y[change] - y["base"]).max((1, 2, 3)) > 1e-4).all(), change
     # The rows of a batch do not see each other.
-    other = apply(X.at[1].set(0.0), TIME.at[1].set(9.0), TOKENS.at[1].set(1))
-    np.testing.assert_allclose(other[0], y[0], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(y["other row"][0], y["base"][0], rtol=1e-4, atol=1e-5)
+    assert np.abs(y["other row"][1] - y["base"][1]).max() > 1e-4
+    # Every pixel sees every other.
+    assert (np.abs(y["pixel"] - y["base"]) > 0).all()
+    np.testing.assert_array_equal(y["zero"], 0 * X)
 
 
-def test_every_pixel_sees_every_other(small):
-    _, apply = small
-    moved = apply(X.at[:, 0, 0].add(3.0), TIME, TOKENS) - apply(X, TIME, TOKENS)
-    assert (jnp.abs(moved) > 0).all()
+def test_every_parameter_matters(outputs):
+    parameters = set(outputs) - {*CALLS, "zero"}
+    assert len(parameters) > 90
+    for name in parameters:
+        assert np.abs(outputs[name] - outputs["base"]).max() > 1e-5, name
 
 
-def test_dropout_in_training_only(small):
-    _, apply = small
-    y = apply(X, TIME, TOKENS)
-    np.testing.assert_array_equal(apply(X, TIME, TOKENS, jax.random.key(5)), y)
-    first, again, other = (
-        apply(X, TIME, TOKENS, key, train=True) for key in (KEY, KEY, jax.random.key(5))
-    )
-    np.testing.assert_array_equal(first, again)
-    assert jnp.abs(first - y).max() > 1e-3 and jnp.abs(first - other).max() > 1e-3
-
-
-def test_without_dropout_training_is_the_same_program_and_needs_no_key(small):
-    net = UNet(**{**SMALL, "dropout": 0.0})
-
-    def program(train):
-        apply = functools.partial(net.apply, train=train)
-        return str(jax.make_jaxpr(apply)({"params": small[0]}, X, TIME, TOKENS))
-
-    assert program(True) == program(False)
-
-
-def test_sequences_of_one_token_are_that_token(small):
-    _, apply = small
-    y = apply(X, TIME, jnp.array([[0, 0], [0, 2]]))
-    np.testing.assert_allclose(y, apply(X, TIME, TOKENS), rtol=1e-4, atol=1e-5)
-
-
-def test_bfloat16_keeps_parameters_and_output_in_float32(small):
-    params, apply = small
-    net = UNet(**SMALL, dtype=jnp.bfloat16)
-    (y, made) = shapes(net, X, TOKENS)
-    kinds = {leaf.dtype for leaf in jax.tree.leaves((y, made))}
-    assert kinds == {jnp.dtype("float32")}
-    found = jax.jit(net.apply)({"params": params}, X, TIME, TOKENS)
-    full = apply(X, TIME, TOKENS)
-    error = jnp.linalg.norm(found - full) / jnp.linalg.norm(full)
-    assert 0 < error < 0.05
-
-
-def test_every_parameter_gets_a_gradient(small):
-    params, _ = small
+@pytest.mark.matrix
+def test_every_parameter_gets_a_gradient(params):
     net = UNet(**SMALL)
 
-    @jax.jit
-    @jax.grad
-    def grad(params):
-        return jnp.square(net.apply({"params": params}, X, TIME, TOKENS) - X).mean()
+    def loss(params, x, *inputs):
+        return jnp.square(net.apply({"params": params}, x, *inputs) - x).mean()
 
-    for path, g in jax.tree_util.tree_flatten_with_path(grad(params))[0]:
-        assert jnp.isfinite(g).all() and jnp.abs(g).max() > 0, path
+    grads = together(jax.grad(loss), params, X, TIME, TOKENS)
+    for path, g in jax.tree.leaves_with_path(grads):
+        assert np.isfinite(g).all() and np.abs(g).max() > 0, path
 
 
-@pytest.mark.parametrize("train", [False, True])
+def test_dropout_in_training(outputs):
+    y = outputs
+    np.testing.assert_array_equal(y["base"], y["again"])
+    assert np.abs(y["base"] - y["dropout"]).max() > 1e-3
+
+
+def test_dropout_in_training_only():
+    """Else it is the program of a net without dropout, and needs no key."""
+
+    def program(dropout, train):
+        net = UNet(8, (1,), attention=(), dropout=dropout)
+        apply = functools.partial(net.init_with_output, train=train)
+        return str(jax.make_jaxpr(apply)(KEY, jnp.asarray(X), jnp.asarray(TIME)))
+
+    assert program(0.5, False) == program(0.0, True)
+
+
+@pytest.mark.matrix
+def test_sequences_of_one_token_are_that_token(params):
+    net = UNet(**SMALL)
+
+    def program(params, *inputs):
+        return [
+            net.apply({"params": params}, *inputs, jnp.asarray(tokens))
+            for tokens in (TOKENS, np.int32([[0, 0], [0, 2]]))
+        ]
+
+    single, sequence = together(program, params, X, TIME)
+    np.testing.assert_allclose(sequence, single, rtol=1e-4, atol=1e-5)
+
+
+def test_bfloat16_keeps_parameters_and_output_in_float32():
+    net = UNet(8, (1,), attention=(0,), vocab=3, dtype=jnp.bfloat16)
+    made = shapes(net)
+    assert {leaf.dtype for leaf in jax.tree.leaves(made)} == {jnp.dtype("float32")}
+
+
+@pytest.mark.matrix
+def test_bfloat16_is_close_to_float32(params):
+    def program(params, *inputs):
+        return [
+            UNet(**SMALL, dtype=dtype).apply({"params": params}, *inputs)
+            for dtype in (jnp.float32, jnp.bfloat16)
+        ]
+
+    full, half = together(program, params, X, TIME, TOKENS)
+    assert 0 < np.linalg.norm(half - full) / np.linalg.norm(full) < 0.05
+
+
+@pytest.mark.parametrize("train", [True, MATRIX(False)])
 def test_an_odd_size_below_a_level(train):
-    net = UNet(**{**SMALL, "vocab": 0})
+    net = UNet(8, dropout=0.5, attention=())
     y = jax.eval_shape(
-        lambda x, t: net.init_with_output(
-            {"params": KEY, "dropout": KEY}, x, t, train=train
+        lambda key, x, t: net.init_with_output(
+            {"params": key, "dropout": key}, x, t, train=train
         )[0],
-        jnp.zeros((2, 14, 10, 3)), TIME,
+        KEY, np.zeros((2, 14, 10, 3), np.float32), TIME,
     )  # fmt: skip
     assert y.shape == (2, 14, 10, 3)
 
@@ -174,13 +228,14 @@ def test_count_in_closed_form():
     up += block(24, 8, e) + block(16, 8, e)
     ends = (9 * 1 * 8 + 8) + 2 * 8 + (9 * 8 * 1 + 1)
     total = time + down + middle + up + ends
-    assert count(shapes(UNet(**{**SMALL, "vocab": 0}), X)[1]) == total
-    assert count(shapes(UNet(**SMALL), X, TOKENS)[1]) == total + 3 * e
+    assert count(shapes(UNet(**{**SMALL, "vocab": 0}), tokens=False)[1]) == total
+    assert count(shapes(UNet(**SMALL))[1]) == total + 3 * e
 
 
+@pytest.mark.matrix
 def test_the_net_of_ddpm_for_cifar10():
     net = UNet(128, (1, 2, 2, 2), 2, dropout=0.1, groups=32)
-    y, made = shapes(net, jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32))
+    y, made = shapes(net, (2, 32, 32, 3), tokens=False)
     assert y.shape == (2, 32, 32, 3)
     # DDPM's released net has 35 746 307, six attentions of which have a key bias of 256.
     assert count(made) == 35_746_307 - 6 * 256
@@ -191,11 +246,11 @@ def test_the_net_of_ddpm_for_cifar10():
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("attention", [(), (0, 1)])
+@pytest.mark.parametrize("attention", [(1,), MATRIX(()), MATRIX((0, 1))])
 def test_rules_fit_with_attention_and_without(attention):
     net = UNet(**{**SMALL, "vocab": 0, "attention": attention})
-    params = shapes(net, X)[1]["params"]
-    state = State(jnp.zeros(()), params, (), (), jax.random.key(0))
+    params = shapes(net, tokens=False)[1]["params"]
+    state = State(np.zeros(()), params, (), (), KEY)
     grid = meshes.make_mesh({"data": 4, "model": 2})
     specs = meshes.state_shardings(state, unet.RULES, grid).params
     assert specs["down_0_block_0"]["conv_0"]["kernel"].spec[3] == "model"
@@ -204,10 +259,12 @@ def test_rules_fit_with_attention_and_without(attention):
     leaves = [s for name in whole for s in jax.tree.leaves(specs[name])]
     assert all(s.is_fully_replicated for s in leaves)
     split = sum(not s.is_fully_replicated for s in jax.tree.leaves(specs))
-    attentions = len([name for name in params if "attention" in name])
+    attended = [name for name in params if "attention" in name]
+    each = {(): 0, (1,): 1 + 2 + 1, (0, 1): 2 + 4 + 1}  # Down, up, the middle's.
+    assert len(attended) == each[attention]
     blocks = len([name for name in params if "block" in name])
     # Kernels, then biases and a norm's two vectors.
-    assert split == (3 + 4) * blocks + (4 + 2) * attentions + (2 + 1)
+    assert split == (3 + 4) * blocks + (4 + 2) * len(attended) + (2 + 1)
 
 
 @pytest.mark.parametrize(
@@ -232,12 +289,13 @@ def test_refuses(options, message):
     net = UNet(**{**SMALL, "attention": (), **options})
     if "heads" in options:
         net = net.clone(attention=(1,))
+    tokens = jnp.asarray(TOKENS)  # Their values are checked.
     with pytest.raises(ValueError, match=message):
-        net.init(jax.random.key(0), X, TIME, TOKENS)
+        jax.eval_shape(lambda *inputs: net.init(*inputs, tokens), KEY, X, TIME)
 
 
 def test_refuses_missing_tokens_and_odd_sides():
     with pytest.raises(ValueError, match="vocab=3 needs tokens"):
-        UNet(**SMALL).init(jax.random.key(0), X, TIME)
+        jax.eval_shape(UNet(**SMALL).init, KEY, X, TIME)
     with pytest.raises(ValueError, match="7 x 8 cannot be halved 1 times"):
-        UNet(**SMALL).init(jax.random.key(0), X[:, :7], TIME, TOKENS)
+        jax.eval_shape(UNet(**SMALL).init, KEY, X[:, :7], TIME, TOKENS)
