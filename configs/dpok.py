@@ -9,13 +9,21 @@
 The model is pretrained first, as a stage of the run, unless
 ``train.init_from`` names a run with ``method.stage=pretrain``.
 
+The fields of the groups are described at ``Net``, ``NoiseSchedule``, ``Sampler``
+and ``Options`` of ``jaxpapers.papers.dpok``.
+
 Gates, 3 seeds, 6,000 rewards: accuracy of the held-out classifier >= 0.93 from a start in
 [0.70, 0.85], path KL <= 60 nats and Frechet distance <= 12; without KL a path KL >= 5
 times that; PPO's clip >= 3 points over the hard one; accuracies of the reward's and the
 held-out classifier within 0.04.
 """
 
+import dataclasses
+
 from ml_collections import ConfigDict
+
+from jaxpapers import blocks
+from jaxpapers.papers import dpok
 
 PRESETS = ("paper", "colours", "emoji", "reference", "smoke")
 
@@ -25,6 +33,8 @@ def get_config(preset: str | None = None) -> ConfigDict:
     preset = preset or "paper"
     if preset not in PRESETS:
         raise ValueError(f"unknown preset dpok:{preset}; expected one of {PRESETS}")
+    net = dataclasses.asdict(dpok.NET)
+    del net["critic"], net["widths"]  # DPOK has no critic, and not the model "steps".
     config = ConfigDict(
         {
             "data": {
@@ -37,21 +47,7 @@ def get_config(preset: str | None = None) -> ConfigDict:
                 "eval_each": 60,  # images for each prompt
                 "seed": 0,
             },
-            "net": {
-                "model": "mlp",  # unet
-                "shape": (8, 8, 1),
-                "vocab": 11,
-                "width": 192,
-                "channels": 64,
-                "multipliers": (1, 2, 2),
-                "blocks": 3,
-                "attention": (2,),
-                "groups": 8,
-                "dropout": 0.0,
-                "dtype": "float32",
-                "value": (256, 256, 256),
-                "value_scale_output": False,
-            },
+            "net": net,
             "pretrain": {
                 "batch": 128,
                 "steps": 4000,
@@ -74,56 +70,15 @@ def get_config(preset: str | None = None) -> ConfigDict:
                 "clip": 1.0,
                 "value_lr": 1e-3,
             },
-            "noise": {
-                "betas": "linear",
-                "timesteps": 1000,
-                "beta_start": 1e-4,
-                "beta_end": 0.02,
-            },
-            "sampler": {
-                "name": "ddim",  # ddpm, fastdpm
-                "steps": 20,
-                "eta": 1.0,
-                "kappa": 1.0,  # fastdpm
-                "kind": "quadratic",  # fastdpm
-                "allow_saturation": True,  # fastdpm: as released nets were tuned
-            },
+            "noise": dataclasses.asdict(dpok.NOISE),
+            "sampler": dataclasses.asdict(dpok.SAMPLER),
             "method": {
                 "stage": "tune",  # pretrain
-                "name": "dpok",  # sft, kl_d, kl_o
                 "reward": "task",  # none: to sample only
-                "prompts": 10,
-                "guidance": 2.0,
-                "alpha": 1.0,
-                "beta": 0.01,
-                "kl": "exact",  # eps_mse
-                "kl_mode": "grad",  # reward: also of the states
-                "kl_target": 0.0,  # path KL that beta is adapted to, nats; 0: none
-                "clip": "ppo",  # hard, none
-                "clip_eps": 0.2,
-                "reduce": "sum",  # mean: log-probabilities over coordinates
-                "advantage": "value",  # batch, prompt, group
-                "policy_steps": 5,
-                "transitions": 4,  # of each trajectory in a policy step
-                "value_steps": 20,
-                "value_transitions": 5,
-                "rollouts": 1,  # last rollouts that policy steps use
-                "lora_rank": 4,  # 0: all parameters
-                "lora_match": "kernel$",
-                "gamma": 1.0,  # of kl_d and kl_o
-                "reward_shift": 0.0,  # of sft, kl_d, kl_o: weights must be >= 0
+                **dataclasses.asdict(dpok.OPTIONS),
             },
-            "train": {
-                "steps": 60,  # updates
-                "accumulate": 1,
-                "seed": 0,
-                "eval_every": 10,
-                "save_every": 0,
-                "save_minutes": 2.0,
-                "keep": 2,
-                "init_from": "",
-                "sample": 0,
-            },
+            # Updates.
+            "train": blocks.train(60, eval_every=10, save_minutes=2.0),
         }
     )
     if preset == "smoke":

@@ -281,12 +281,13 @@ def make(
       tx: an optimizer in place of ``config.optim``.
 
     Raises:
-      ValueError: see ``Net``, ``optimizer`` and ``optim.dion``.
+      ValueError: see ``Net``, ``optimizer``, ``optim.dion`` and ``rank_schedule``.
     """
     if net is None:
         net = network(options.from_config(Net, config.net, "net"))
     labels = replicas = None
     if tx is None:
+        rank_schedule(config)  # Refused before any part of the run.
         tx = optimizer(config)
         if config.train.replica_sync == "lowrank":
             specs = functools.partial(optim.replica_specs, replicate_axis="replica")

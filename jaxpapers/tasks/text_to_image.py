@@ -34,7 +34,7 @@ def abstract(config: Any) -> Data:
         )
     shapes["prompt"] = jax.ShapeDtypeStruct((size,), jnp.int32)
     classifier = classifiers.untrained(tuple(config.net.shape), 10)
-    facts = {"reward_fn": captioned.probability(classifier)}
+    facts = _reward(config, captioned.probability(classifier))
     return Data(None, shapes, facts, unit="images")
 
 
@@ -57,8 +57,13 @@ def read(config: Any) -> Data:
     fields = {"tokens": source.prompt_tokens, "prompt": number}
     return data._replace(
         examples=arrays.Examples(fields, config.data.seed),
-        facts={"reward_fn": source.reward},
+        facts=_reward(config, source.reward),
     )
+
+
+def _reward(config: Any, reward_fn: Callable) -> dict[str, Callable]:
+    """The fact of tuning, which ``method.reward=none`` leaves out: sampling only."""
+    return {} if config.method.reward == "none" else {"reward_fn": reward_fn}
 
 
 def study(name: str, config: Any, data: Data, mesh: Any) -> Study:

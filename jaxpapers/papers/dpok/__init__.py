@@ -108,7 +108,14 @@ POOL_RULES = (
     (r"extra/pool/(states|eps)$", P(None, None, "data")),
     (r"extra/pool/(tokens|prompt|reward)$", P(None, "data")),
 )
-NET = Net(vocab=11, value=(256, 256, 256))
+NET = Net(
+    vocab=11,
+    value=(256, 256, 256),
+    channels=64,
+    multipliers=(1, 2, 2),
+    attention=(2,),
+    groups=8,
+)
 NOISE = NoiseSchedule()
 SAMPLER = Sampler("ddim", steps=20)
 OPTIONS = Options()

@@ -68,6 +68,7 @@ from jaxpapers.papers.score_wasserstein.certify import (
     diagnose,
 )
 from jaxpapers.papers.score_wasserstein.discrete import (
+    NOISE,
     Model,
     factor,
     init_params,
@@ -90,12 +91,12 @@ from jaxpapers.papers.score_wasserstein.matching import (
 from jaxpapers.papers.score_wasserstein.options import Net, Options
 
 __all__ = [
-    "Bound", "Certificate", "Factor", "Lipschitz", "Model", "Net", "NoiseSchedule",
-    "Options", "antithetic_steps", "certificate", "diagnose", "discrete_terms",
-    "discrete_weights", "dsm_loss", "init_params", "integrating_factor", "loss", "make",
-    "model", "one_sided_lipschitz", "one_sided_lipschitz_upper", "sampler",
-    "score_lipschitz", "sm_loss", "w2_bound_cor1", "w2_bound_general",
-    "w2_bound_theorem1", "w2_offset_vp",
+    "NOISE", "Bound", "Certificate", "Factor", "Lipschitz", "Model", "Net",
+    "NoiseSchedule", "Options", "antithetic_steps", "certificate", "diagnose",
+    "discrete_terms", "discrete_weights", "dsm_loss", "init_params",
+    "integrating_factor", "loss", "make", "model", "one_sided_lipschitz",
+    "one_sided_lipschitz_upper", "sampler", "score_lipschitz", "sm_loss",
+    "w2_bound_cor1", "w2_bound_general", "w2_bound_theorem1", "w2_offset_vp",
 ]  # fmt: skip
 
 

@@ -88,7 +88,7 @@ __all__ = [
     "value_loss",
 ]  # fmt: skip
 
-NET = Net(model="steps", shape=(2,), value_scale_output=True)
+NET = Net(model="steps", shape=(2,), blocks=2, value_scale_output=True)
 NOISE = NoiseSchedule("sigmoid", timesteps=10, beta_start=1e-5, beta_end=1e-2)
 SAMPLER = Sampler("ddpm", steps=10)
 OPTIONS = Options()
