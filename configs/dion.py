@@ -1,6 +1,6 @@
 """Language models trained with Dion, and the same model with AdamW and Muon.
 
-    jaxpapers run dion                 default: 4 minutes on 2 cores
+    jaxpapers run dion                 default: two to five minutes on 2 cores
     jaxpapers run dion:smoke           20 seconds
     jaxpapers run dion:standard        30 minutes
     jaxpapers run dion:adamw | dion:muon    the default model, other optimizers
@@ -8,7 +8,7 @@
     jaxpapers plan dion:3b --topology v5p:8x8x8 --mesh data:64,model:8
                                          3.1 B parameters, for pods
 
-Expected: see the table in README.md, which benchmarks/ and these presets produce.
+Expected: see docs/results.md, whose numbers these presets and benchmarks/ produce.
 """
 
 import dataclasses

@@ -243,7 +243,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--seeds", type=int, default=1, metavar="N",
                      help="train N times and report mean and spread")  # fmt: skip
     sub.add_argument("--alone", action="store_true",
-                     help="without the rows that need training of their own")  # fmt: skip
+                     help="only the paper's own row, rows of stages on its way, and "
+                     "rows that train nothing")  # fmt: skip
     sub.add_argument("--fresh", action="store_true",
                      help="refuse a workdir that holds checkpoints")  # fmt: skip
     sub.add_argument("--quiet", action="store_true", help="results only")
@@ -335,8 +336,9 @@ def _set_up_devices(options: argparse.Namespace) -> None:
 
 
 def _has_only_cpus() -> bool:
-    """No TPU's device file and no plugin of another kind: then libtpu, installed for
-    ``plan``, is not asked for a TPU, which it would miss loudly.
+    """Whether there is neither a TPU's device file nor a plugin of another platform.
+
+    JAX then skips libtpu, which ``plan`` needs and which logs errors without a TPU.
     """
     import glob
     from importlib.metadata import entry_points
