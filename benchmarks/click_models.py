@@ -1,4 +1,4 @@
-"""Click models on MovieLens-100k, light nets on digits: rows and gates of docs/results.md.
+"""Click models on MovieLens-100k, light nets on digits: rows and gates of results.md.
 
     python benchmarks/click_models.py             every row (an hour on two cores)
     python benchmarks/click_models.py DIN         rows whose name contains the word
