@@ -1,6 +1,7 @@
 """The bound: equality cases, Gaussian pairs, recorded numbers, what it refuses."""
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -90,29 +91,25 @@ EQUAL = (0, 1, 5)
 @pytest.mark.parametrize("row", range(len(TABLE)))
 def test_table(row):
     *case, prior, w2, theorem1, corollary1, J, I = TABLE[row]
-    found = gaussians(*(jnp.float64(v) for v in case), prior)
+    values = gaussians(*(np.float64(v) for v in case), prior)
     expected = {
-        "w2": w2,
-        "theorem1": theorem1,
-        "corollary1": corollary1,
-        "J": J,
-        "I": I,
-    }
+        "w2": w2, "theorem1": theorem1, "corollary1": corollary1, "J": J, "I": I,
+    }  # fmt: skip
     for name, value in expected.items():
-        np.testing.assert_allclose(found[name], value, rtol=1e-6, atol=1e-7)
+        np.testing.assert_allclose(values[name], value, rtol=1e-6, atol=1e-7)
     if row in EQUAL:
-        np.testing.assert_allclose(found["theorem1"], found["w2"], rtol=0, atol=1e-7)
-        np.testing.assert_allclose(found["corollary1"], found["w2"], rtol=0, atol=1e-7)
+        for name in ("theorem1", "corollary1"):
+            np.testing.assert_allclose(values[name], values["w2"], rtol=0, atol=1e-7)
     else:
-        assert found["w2"] + 1e-5 < found["theorem1"] <= found["corollary1"] + 1e-7
-    assert found["corollary1"] >= found["theorem1"] - 1e-12
+        assert values["w2"] + 1e-5 < values["theorem1"] <= values["corollary1"] + 1e-7
+    assert values["corollary1"] >= values["theorem1"] - 1e-12
 
 
 @pytest.mark.matrix
 @pytest.mark.parametrize("row", [0, 2, 3])
 def test_distance_and_bounds_grow_with_the_root_of_the_dimension(row):
     *case, prior, _, _, _, _, _ = TABLE[row]
-    case = [jnp.float64(v) for v in case]
+    case = [np.float64(v) for v in case]
     one, three = (gaussians(*case, prior, 20_001, 2000, dim) for dim in (1, 3))
     for name in ("w2", "theorem1", "corollary1"):
         np.testing.assert_allclose(three[name], 3**0.5 * one[name], rtol=1e-9)
@@ -122,45 +119,49 @@ def test_distance_and_bounds_grow_with_the_root_of_the_dimension(row):
 
 @pytest.mark.parametrize("row", [0, 1])
 def test_the_wrong_sign_of_the_drift_breaks_the_bound(row):
-    found = gaussians(*(jnp.float64(v) for v in TABLE[row][:4]), False)
-    assert found["wrong"] < 0.9 * found["w2"]
+    values = gaussians(*(np.float64(v) for v in TABLE[row][:4]), False)
+    assert values["wrong"] < 0.9 * values["w2"]
 
 
-def random_pair(key):
-    """A Gaussian p_0, an affine score with positive definite A(t), a Gaussian q_T."""
-    keys = iter(jax.random.split(key, 14))
+class Pair(NamedTuple):
+    """Gaussians p_0 and q_T and an affine score; ellipses as axes and squared radii."""
 
-    def vector(size=1.0):
-        return size * jax.random.normal(next(keys), (2,))
+    means: np.ndarray  # Of p_0, of the score at both ends, of q_T.
+    axes: np.ndarray
+    radii: np.ndarray
 
-    def rotated():
-        """Axes of an ellipse and its squared radii, so that inverses are cheap."""
-        axes = jnp.linalg.qr(jax.random.normal(next(keys), (2, 2)))[0]
-        return axes, 0.05 + jax.random.exponential(next(keys), (2,))
 
-    def matrix(axes, values):
-        return (axes * values[None]) @ axes.T
+def random_pairs(count):
+    """Draws of ``Pair``, stacked."""
+    rng = np.random.default_rng(0)
+    return Pair(
+        rng.normal(size=(count, 4, 2)) * np.array([1, 1, 1, 0.1])[:, None],
+        np.linalg.qr(rng.normal(size=(count, 5, 2, 2)))[0],
+        0.05 + rng.exponential(size=(count, 5, 2)),
+    )
 
-    m0, c0, c1 = vector(), vector(), vector()
-    data, near, first, last, start = (rotated() for _ in range(5))
+
+def bounds_of_a_pair(pair):
+    def matrix(i, values):
+        return (pair.axes[i] * values[None]) @ pair.axes[i].T
+
+    (m0, c0, c1, start), radii = pair.means, pair.radii
+    near, first, last = (functools.partial(matrix, i) for i in (1, 2, 3))
 
     def law(t, power=1):
         a, var = scale_and_var(t)
-        return a * m0, matrix(data[0], (a**2 * data[1] + var) ** power)
+        return a * m0, matrix(0, (a**2 * radii[0] + var) ** power)
 
     def A(t):
+        """Positive definite."""
         a, var = scale_and_var(t)
-        own = matrix(near[0], 1 / (a**2 * near[1] + var))
-        return own + 0.3 * t * matrix(*first) + 0.2 * (1 - t) * matrix(*last)
+        noised = near(1 / (a**2 * radii[1] + var))
+        return noised + 0.3 * t * first(radii[2]) + 0.2 * (1 - t) * last(radii[3])
 
     def c(t):
         return c0 * (1 - t) + c1 * t * 0.1
 
-    return (m0, matrix(*data)), law, A, c, (vector(0.1), matrix(*start))
-
-
-def bounds_of_a_pair(key):
-    data, law, A, c, start = random_pair(key)
+    data, prior = (m0, matrix(0, radii[0])), (start, matrix(4, radii[4]))
     t = jnp.linspace(0.0, 1.0, 501)
     (m, v), At, ct = jax.vmap(law)(t), jax.vmap(A)(t), jax.vmap(c)(t)
     differ = At - jax.vmap(lambda t: law(t, -1)[1])(t)
@@ -170,8 +171,8 @@ def bounds_of_a_pair(key):
     g2 = VP.diffusion(t) ** 2
     L_s = jax.vmap(largest_eigenvalue)(-At)
     log_I = sw.integrating_factor(VP.L_f(t), L_s, g2, t).log
-    end = sde.gaussian_reverse_moments(VP, *start, A, c, 200)
-    offset = distance.gaussian_w2(m[-1], v[-1], *start)
+    end = sde.gaussian_reverse_moments(VP, *prior, A, c, 200)
+    offset = distance.gaussian_w2(m[-1], v[-1], *prior)
     lam = g2 * jnp.exp(log_I)
     J, J_lam = (0.5 * jnp.trapezoid(w * b, t) for w in (g2, lam))
     return (
@@ -183,8 +184,9 @@ def bounds_of_a_pair(key):
 
 
 def test_bounds_of_200_random_pairs():
-    keys = jax.random.split(jax.random.key(0), 200)
-    w2, theorem1, corollary1, general = jax.jit(jax.vmap(bounds_of_a_pair))(keys)
+    w2, theorem1, corollary1, general = together(
+        jax.vmap(bounds_of_a_pair), random_pairs(200)
+    )
     assert np.isfinite(w2).all() and (w2 > 0.01).all()
     assert (w2 <= theorem1 * (1 + 1e-4)).all()
     assert (theorem1 <= corollary1 * (1 + 1e-12)).all()

@@ -38,9 +38,8 @@ def test_constants_of_a_linear_score(dim):
         constant = functools.partial(sw.one_sided_lipschitz, score)
         return {
             "jacobian": constant(x, t, "jacobian", chunk=3).value,
-            "power": constant(x, t, "power", chunk=3, iterations=800).value,
-            "pairs": constant(x, t, "pairs", chunk=3).value,
-            "extreme pair": constant(more, t, "pairs").value,
+            "power": constant(x, t, "power", chunk=3, iterations=400).value,
+            "pairs": constant(more, t, "pairs", chunk=3).value,
         }
 
     more = np.concatenate([x, x[:1] + vectors[:, :1].T])
@@ -48,9 +47,8 @@ def test_constants_of_a_linear_score(dim):
         constants = together(program, A, x, more, t)
     np.testing.assert_allclose(constants["jacobian"], exact, atol=1e-12)
     np.testing.assert_allclose(constants["power"], exact, atol=1e-5)
-    # Pairs are at most that, and equal if one lies along the extreme direction.
-    assert (constants["pairs"] <= exact + 1e-9).all()
-    np.testing.assert_allclose(constants["extreme pair"], exact, atol=1e-9)
+    # Pairs are at most that; one of these lies along the extreme direction.
+    np.testing.assert_allclose(constants["pairs"], exact, atol=1e-9)
 
 
 # Losses
@@ -83,14 +81,14 @@ def test_denoising_loss_exceeds_the_true_one_by_a_constant():
         error = d * total * (1 / total - 1 / other) ** 2
         exact = 0.5 * jnp.trapezoid(g2 * error, t)
         key_x, key_t, key = jax.random.split(jax.random.key(0), 3)
-        x = jnp.sqrt(total)[:, None, None] * jax.random.normal(key_x, (400, 200, d))
-        x0 = jnp.sqrt(var) * jax.random.normal(key_t, (40_000, d))
+        x = jnp.sqrt(total)[:, None, None] * jax.random.normal(key_x, (400, 100, d))
+        x0 = jnp.sqrt(var) * jax.random.normal(key_t, (20_000, d))
         # Drawing from the importance density costs a thousand numbers a sample.
         dsm = [
             sw.dsm_loss({}, lambda p, x, t: wrong(x, t), process, x0[:count], key,
                         "g2", name, t_min=low)[0]
             for name, count in (
-                ("uniform", 40_000), ("antithetic", 40_000), ("importance", 10_000)
+                ("uniform", 20_000), ("antithetic", 20_000), ("importance", 4000)
             )
         ]  # fmt: skip
         return exact, constant, sw.sm_loss(wrong, score, process, x, t), dsm
