@@ -101,7 +101,13 @@ class Case:
         return self.data.examples.batch(index * size, size)
 
     def init(self, mesh: str) -> State:
-        return self.on(mesh).init(jax.random.key(0))
+        """The first state, drawn by the program of 4x2 and laid out on any mesh."""
+        state = self.on("4x2").init(jax.random.key(0))
+        if mesh == "4x2":
+            return state
+        return jax.tree.map(
+            lambda x, s: jax.device_put(x, s.sharding), state, self.on(mesh).shapes
+        )
 
     def step(self, state: State, mesh: str, index: int, compiled: Any = None):
         """(state, metrics) after the step of batch ``index``."""
@@ -145,13 +151,14 @@ class Case:
 
         @jax.jit
         def descend(params):
-            def body(params, _):
-                g, _ = grad(params, batch, jax.random.key(1))
+            def body(carry, _):
+                params, g = carry
                 size = 0.1 / jnp.maximum(1.0, optax.tree.norm(g))
-                return jax.tree.map(lambda p, g: p - size * g, params, g), None
+                params = jax.tree.map(lambda p, g: p - size * g, params, g)
+                return (params, grad(params, batch, jax.random.key(1))[0]), None
 
-            params, _ = jax.lax.scan(body, params, None, steps)
-            return params, grad(params, batch, jax.random.key(1))[0]
+            start = (params, jax.tree.map(jnp.zeros_like, params))
+            return jax.lax.scan(body, start, None, steps + 1)[0]
 
         return descend(params)
 

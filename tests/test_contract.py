@@ -22,8 +22,9 @@ CONTRACTS = {
     name: importlib.import_module(f"tests.papers.test_{name}").CONTRACT
     for name in TRAINED
 }
+# Stages before the paper's own are gradient descent and averages: ``test_method``.
 CASES = [
-    f"{name} {stage}".strip()
+    pytest.param(f"{name} {stage}", marks=pytest.mark.matrix) if stage else name
     for name, contract in CONTRACTS.items()
     for stage in contract.stages
 ]
