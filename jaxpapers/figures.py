@@ -9,7 +9,7 @@ import numpy as np
 from jaxpapers import plots
 
 
-def comparison(study: Any, results: Sequence[Any], out: str | Path) -> Path:
+def comparison(study: Any, results: Sequence[Any], out: str | Path) -> Path | None:
     """Draws the metric of every seed of every trained row, the others as lines.
 
     A baseline that is far from all of them is named in the legend only, and of a model
@@ -18,7 +18,7 @@ def comparison(study: Any, results: Sequence[Any], out: str | Path) -> Path:
 
     Args:
       study, results: see ``study.Study`` and ``study.Results``.
-      out: image file.
+      out: image file; not written if no row has a finite value.
     """
     from matplotlib.figure import Figure
 
@@ -26,7 +26,8 @@ def comparison(study: Any, results: Sequence[Any], out: str | Path) -> Path:
     runs = {_label(r): r.values(study.metric) for r in trained}
     runs = {k: [x for x in v if np.isfinite(x)] for k, v in runs.items()}
     runs = {label: values for label, values in runs.items() if values}
-    own = next(iter(runs))
+    if not runs:
+        return None
     # The best on top, as in the table.
     ranked = sorted(runs, key=lambda k: np.mean(runs[k]), reverse=study.rising)
     runs = {label: runs[label] for label in ranked}
@@ -34,7 +35,7 @@ def comparison(study: Any, results: Sequence[Any], out: str | Path) -> Path:
     figure = Figure(figsize=(7, 1.2 + 0.5 * len(runs)), layout="constrained")
     axes = figure.subplots()
     means = np.array([sum(values) / len(values) for values in runs.values()])
-    far = _far(means, list(runs).index(own))
+    far = _far(means, [label == _label(trained[0]) for label in runs])
     shown: list[float] = []
     for i, values in enumerate(runs.values()):
         if far[i]:
@@ -80,9 +81,11 @@ def curves(results: Sequence[Any], out: str | Path) -> Path:
     names = list(dict.fromkeys(k for r in results for k in r.findings[0].curves))
     figure = Figure(figsize=(6 * len(names), 4.2), layout="constrained")
     row = figure.subplots(1, len(names), squeeze=False)[0]
+    lines: dict[str, Any] = {}
     for axes, name in zip(row, names):
-        drawn = [r for r in results if name in r.findings[0].curves]
-        for i, r in enumerate(drawn):
+        for i, r in enumerate(results):
+            if name not in r.findings[0].curves:
+                continue
             curves = [np.asarray(f.curves[name], float) for f in r.findings]
             style = {
                 "color": f"C{i % 10}",
@@ -91,11 +94,11 @@ def curves(results: Sequence[Any], out: str | Path) -> Path:
             }
             same = all(np.array_equal(c[0], curves[0][0]) for c in curves)
             if not same:
-                for j, (x, y) in enumerate(curves):
-                    axes.plot(x, y, label=None if j else _label(r), **style)
+                for x, y in curves:
+                    (lines[_label(r)],) = axes.plot(x, y, **style)
                 continue
             x, y = curves[0][0], np.stack([c[1] for c in curves])
-            axes.plot(x, y.mean(0), label=_label(r), **style)
+            (lines[_label(r)],) = axes.plot(x, y.mean(0), **style)
             if len(y) > 1:
                 axes.fill_between(
                     x, y.min(0), y.max(0), color=style["color"], alpha=0.2
@@ -103,8 +106,9 @@ def curves(results: Sequence[Any], out: str | Path) -> Path:
         vertical, _, horizontal = name.partition(" against ")
         axes.set(xlabel=horizontal, ylabel=vertical)
         axes.grid(alpha=0.25)
-    handles, labels = row[0].get_legend_handles_labels()
-    figure.legend(handles, labels, frameon=False, fontsize=8, loc="outside right upper")
+    figure.legend(
+        lines.values(), lines, frameon=False, fontsize=8, loc="outside right upper"
+    )
     figure.savefig(out, dpi=150)
     return Path(out)
 
@@ -116,19 +120,28 @@ def samples(results: Sequence[Any], out: str | Path) -> None:
 
     Args:
       results: with a file ``samples.npz``, see ``plots.plot_samples``.
-      out: image file.
+      out: image file of the first seed of the paper's own row; each run's folder has a
+        file of the same name.
     """
     for i, r in enumerate(results):
-        arrays = r.findings[0].files.get("samples.npz")
-        if arrays is None:
-            continue
-        start = r.row.stage.after
-        before = [x for x in results if start and x.row.stage == start]
-        plots.plot_samples(
-            before[0].findings[0].files["samples.npz"] if before else None,
-            arrays,
-            out if i == 0 else r.folders[0] / Path(out).name,
-        )
+        for j, folder in enumerate(r.folders):
+            arrays = r.findings[j].files.get("samples.npz")
+            if arrays is None:
+                continue
+            before = _before(r.row.stage, results, j)
+            plots.plot_samples(before, arrays, folder / Path(out).name)
+            if (i, j) == (0, 0) and folder != Path(out).parent:
+                plots.plot_samples(before, arrays, out)
+
+
+def _before(stage: Any, results: Sequence[Any], seed: int) -> Any:
+    """Samples of the run that a stage started from; None if there are none."""
+    for r in results:
+        if stage.after is not None and r.row.stage == stage.after:
+            return r.findings[seed].files.get("samples.npz")
+    start = stage.config.train.init_from
+    path = Path(start) / "samples.npz" if start else None
+    return np.load(path) if path and path.exists() else None
 
 
 def against(
@@ -158,7 +171,8 @@ def _levels(study: Any, results: Sequence[Any]) -> dict[str, float]:
 
 
 def _far(means, own):
-    """Which models would squeeze the others into a fifth of the axis; never ``own``."""
+    """Mask of outliers, never ``own``, that would compress the other means into a fifth
+    of the axis."""
     apart = np.abs(means - np.median(means))
     far = apart > 8 * np.median(apart)
     far[own] = False

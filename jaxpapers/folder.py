@@ -18,7 +18,10 @@ def write_config(folder: Path, name: str, config: dict, label: str = "") -> None
         stored = {
             "version": __version__, "paper": name, "label": label, "config": config,
         }  # fmt: skip
-        (folder / "config.json").write_text(json.dumps(stored, indent=1) + "\n")
+        # A kill while writing leaves the file that was there.
+        part = folder / "config.json.part"
+        part.write_text(json.dumps(stored, indent=1) + "\n")
+        part.replace(folder / "config.json")
 
 
 def read_stored(workdir: str | Path) -> dict[str, Any]:
@@ -26,12 +29,15 @@ def read_stored(workdir: str | Path) -> dict[str, Any]:
 
     Raises:
       FileNotFoundError: ``workdir`` holds no run.
-      ValueError: another version wrote it.
+      ValueError: version 0.1 wrote it, or it is damaged.
     """
     path = Path(workdir) / "config.json"
     if not path.exists():
         raise FileNotFoundError(f"{workdir} holds no run (no config.json); train first")
-    stored = json.loads(path.read_text())
+    try:
+        stored = json.loads(path.read_text())
+    except ValueError as e:
+        raise ValueError(f"{path} is damaged: {e}") from e
     if "version" not in stored:
         raise ValueError(
             f"{workdir} was written by jaxpapers 0.1, whose runs {__version__} does not "
@@ -60,12 +66,14 @@ def load_run(workdir: str, mesh: str | None = None) -> tuple:
 
     Raises:
       FileNotFoundError: ``workdir`` holds no run.
-      ValueError: another version wrote it.
+      ValueError: version 0.1 wrote it, or the paper trains nothing.
     """
     from ml_collections import ConfigDict
 
     stored = read_stored(workdir)
     name, config = stored["paper"], ConfigDict(stored["config"]).lock()
+    if not papers.check(name).trained:
+        raise ValueError(f"{workdir}: {name} trains nothing, there is no model to load")
     data = tasks.abstract(config)
     method = papers.load(name).make(config, **data.facts)
     shape = meshes.parse_mesh(mesh) if mesh else {"data": jax.device_count()}

@@ -244,9 +244,8 @@ def comparison(study: Study, results: Results) -> Table:
         first = next(iter(row.values()))
         if several and not columns:
             values = first.values(study.metric)
-            spread = max(values) - min(values)
             trained = first.row.stage is not None and len(values) > 1
-            texts.append(f"{spread:.4f}" if trained else "")
+            texts.append(f"{max(values) - min(values):.4f}" if trained else "")
         texts += [_cell(first.values(c)) for c in extra]
         bold = "[bold]" if first is results[0] else ""
         table.add_row(*(f"{bold}{escape(x)}" for x in (label, *texts)))

@@ -1,6 +1,7 @@
 """Every action of the command line as one function, for scripts and notebooks."""
 
 import json
+import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,13 +17,14 @@ from jaxpapers import mesh as meshes
 from jaxpapers import plan as plans
 from jaxpapers import study as studies
 from jaxpapers.config import load_config
-from jaxpapers.folder import load_run
+from jaxpapers.folder import load_run, write_config
+from jaxpapers.measure import measure_rows
 from jaxpapers.method import path_name
-from jaxpapers.stages import Stages, measure, same, unique
+from jaxpapers.stages import Stages, parts_of, same, unique
 
 
 def list_papers() -> Table:
-    """Table of the papers that are here."""
+    """Table of available papers."""
     table = Table(box=None, pad_edge=False)
     for column in ("name", "title", "year", "field", "smoke preset"):
         table.add_column(column, no_wrap=column not in ("title", "smoke preset"))
@@ -114,7 +116,7 @@ def run(
     for seed, own in zip(every, rows):
         if own[0].stage:
             stages.place(own[0].stage, folder / f"seed{seed}" if seeds > 1 else folder)
-    stages.check(unique([row.stage for row in rows[0]]))
+    stages.check([part for row in rows[0] for part in studies.lineage(row.stage)])
     if dry_run:
         _dry_run(stages, rows[0], console)
         return {}
@@ -122,10 +124,15 @@ def run(
         raise ValueError(
             f"--fresh: {folder} holds checkpoints; choose another --workdir or remove it"
         )
-    results, state = measure(
+    results, state = measure_rows(
         stages, rows, others, every, study.metric,
         lambda text: talk.print(f"[bold]{text}[/]"),
     )  # fmt: skip
+    summary = studies.summary(study, results, every, folder)
+    if jax.process_index() == 0:
+        _write(summary, results, folder)
+        if not paper.trained:
+            write_config(folder, name, studies.plain(config))
     console.print(report.comparison(study, results))
     for table in results[0].findings[0].tables:
         console.print(report.small_table(table))
@@ -136,9 +143,7 @@ def run(
         text = study.sample(method, state, key, c.prompt, c.sample, c.temperature)
         console.print("[bold]sample[/]")
         console.print(c.prompt + text, markup=False, soft_wrap=True)
-    summary = studies.summary(study, results, every, folder)
     if jax.process_index() == 0:
-        _write(summary, results, folder)
         _draw(study, results, folder, console)
     seconds = time.monotonic() - began
     talk.print(f"{seconds:.0f} s in all; wrote {folder}/")
@@ -190,7 +195,12 @@ def evaluate(workdir: str, *, mesh: str | None = None) -> dict[str, float]:
         studies.Result(row, [row.measure()], []) for row in others if row.stage is None
     ]
     report.make_console().print(report.comparison(study, results))
-    return dict(results[0].findings[0].numbers)
+    constants = {
+        f"baseline_{r.row.label}": value
+        for r in results[1:]
+        for value in r.values(study.metric)
+    }
+    return {**results[0].findings[0].numbers, **constants}
 
 
 def sample(
@@ -272,27 +282,38 @@ def _dry_run(stages: Stages, rows: Sequence[studies.Row], console: Console) -> N
     if stage is None:
         console.print(f"{len(rows)} rows, nothing to train; dry run: nothing written")
         return
-    began = time.monotonic()
-    compiled, method = stages.compiled(stage), stages.method(stage)
-    labels = method.labels(compiled.shapes.params) if method.labels else None
-    console.print(report.parameter_table(compiled.shapes.params, labels))
-    console.print(report.memory_line(compiled))
-    console.print(
-        f"compiled for mesh {dict(stages.grid.shape)} in {time.monotonic() - began:.1f} "
-        "s; dry run: nothing written"
-    )
+    for part in parts_of(stage):
+        began = time.monotonic()
+        compiled, method = stages.compiled(part), stages.method(part)
+        labels = method.labels(compiled.shapes.params) if method.labels else None
+        console.print(report.parameter_table(compiled.shapes.params, labels))
+        console.print(report.memory_line(compiled))
+        console.print(
+            f"compiled for mesh {dict(stages.grid.shape)} in "
+            f"{time.monotonic() - began:.1f} s; dry run: nothing written"
+        )
 
 
 def _write(summary: dict, results: studies.Results, folder: Path) -> None:
-    """``comparison.json``, and the files of the findings in the folders of their rows."""
+    """``comparison.json``, and the files of the findings in the folders of their rows.
+
+    Rows that train nothing, and those whose run is another row's too, have a folder
+    below ``rows``; the paper's own row has the study's.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "comparison.json").write_text(json.dumps(summary) + "\n")
+    written: set[Path] = set()
     for i, result in enumerate(results):
-        places: list[Path] = list(result.folders)
-        if not places:
-            label = result.row.label.replace("/", "-").replace(" ", "-")
-            places = [folder if i == 0 else folder / "rows" / label]
-        for finding, place in zip(result.findings, places):
+        for j, finding in enumerate(result.findings):
+            row = result.row
+            label = f"{row.label}-{row.column}" if row.column else row.label
+            place = folder / "rows" / re.sub(r"[^\w.=-]+", "-", label)
+            place = folder if i == 0 else place
+            place = place / f"seed{j}" if len(result.findings) > 1 else place
+            if result.folders and result.folders[j] not in written:
+                place = result.folders[j]
+            if finding.files:
+                written.add(place)
             for name, content in finding.files.items():
                 place.mkdir(parents=True, exist_ok=True)
                 if isinstance(content, Mapping):

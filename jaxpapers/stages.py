@@ -1,6 +1,6 @@
 """Training runs of a study: each stage once, each program once, in folders by content."""
 
-import functools
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,10 +16,6 @@ from jaxpapers.folder import open_writers, read_stored, write_config
 from jaxpapers.method import Method, State
 from jaxpapers.study import (
     Data,
-    Finding,
-    Result,
-    Results,
-    Row,
     Stage,
     last_step,
     lineage,
@@ -38,7 +34,7 @@ Numbers = Mapping[str, float]
 
 
 class Stages:
-    """Trains stages below one folder and keeps what they share.
+    """Trains stages in one folder; caches data, methods and compiled steps.
 
     Stages with the same config but for what only the host reads (the seed, when to save)
     share their method and their compiled step.
@@ -62,9 +58,10 @@ class Stages:
         self._folders: dict[str, Path] = {}
 
     def data(self, stage: Stage) -> Data:
-        """What a stage reads; read once for all stages that read the same."""
+        """Data of a stage, cached."""
         config = plain(stage.config)
-        key = json.dumps([config.get(k) for k in ("data", "net", "method")])
+        groups = {k: v for k, v in config.items() if k not in ("train", "optim")}
+        key = json.dumps(groups, sort_keys=True)
         if key not in self._data:
             self._data[key] = tasks.read(stage.config)
         return self._data[key]
@@ -87,12 +84,14 @@ class Stages:
         return self._compiled[key]
 
     def check(self, stages: Sequence[Stage]) -> None:
-        """Refuses before any training what a later stage would refuse after hours.
+        """Checks all stages before the first is trained.
 
         Raises:
-          ValueError: of ``make``, or of a step traced with the shapes of its batch.
+          ValueError: of ``make``, of a step traced with the shapes of its batch, or of
+            a folder that holds another run.
         """
-        for stage in stages:
+        for stage in {stage_key(s): s for s in stages}.values():
+            _holds_run(self.folder(stage), self._stored(stage))
             method, data = self.method(stage), self.data(stage)
             if data.examples is not None:
                 meshes.batch_rows(
@@ -116,7 +115,8 @@ class Stages:
         if key not in self._folders:
             folder = self.root / "stages" / stage_name(stage)
             if folder in self._folders.values():  # Of the same run, longer or shorter.
-                folder = folder.with_name(f"{folder.name}-{last_step(stage)}")
+                digest = hashlib.sha256(key.encode()).hexdigest()[:8]
+                folder = folder.with_name(f"{folder.name}-{digest}")
             self._folders[key] = folder
         return self._folders[key]
 
@@ -139,18 +139,12 @@ class Stages:
         Returns:
           The final state.
         """
-        parts = [stage]
-        while parts[0].continues:
-            assert parts[0].after is not None
-            parts.insert(0, parts[0].after)
+        parts = parts_of(stage)
         start = parts[0].after
         init_from = str(self.folder(start)) if start else stage.config.train.init_from
-        folder, config, data = self.folder(stage), plain(stage.config), self.data(stage)
+        folder, config, data = self.folder(stage), self._stored(stage), self.data(stage)
         folder.mkdir(parents=True, exist_ok=True)
-        if any((folder / "checkpoints").glob("[0-9]*")):
-            read_stored(folder)
-            check_continues(folder, config)
-        else:
+        if not _holds_run(folder, config):
             write_config(folder, stage.paper, config, label)
         reporter = report.Report(
             tokens_per_step=config["data"].get("batch", 1) * data.work,
@@ -161,8 +155,8 @@ class Stages:
         state = None
         try:
             for part in parts:
-                done = ckpt.latest_step(folder / "checkpoints") or 0
-                if part is stage or done < last_step(part):
+                saved = folder / "checkpoints"
+                if part is stage or (ckpt.latest_step(saved) or 0) < last_step(part):
                     state = self._fit(part, folder, config, init_from, watch, reporter)
             assert state is not None
             # Only now is it known that the config fits the checkpoint that was there.
@@ -173,6 +167,10 @@ class Stages:
         finally:
             reporter.close()
         return state
+
+    def _stored(self, stage: Stage) -> dict:
+        """The config that a run's folder keeps: that of its first part."""
+        return plain(parts_of(stage)[0].config)
 
     def _fit(self, stage, folder, config, init_from, watch, reporter) -> State:
         method, data, c = self.method(stage), self.data(stage), stage.config
@@ -203,102 +201,27 @@ class Stages:
 
 
 def unique(stages: Sequence[Stage | None]) -> list[Stage]:
-    """Stages and what they start from, in an order of training, equal ones once.
+    """Stages with their ancestors, in training order, without duplicates.
 
     Stages that another one continues are part of that one's run and are left out, unless
     they are asked for themselves.
     """
-    found: dict[str, Stage] = {}
+    ordered: dict[str, Stage] = {}
     for stage in stages:
         for part in lineage(stage):
             continued = [s for s in lineage(stage) if s.continues and s.after is part]
             if part is stage or not continued:
-                found.setdefault(stage_key(part), part)
-    return list(found.values())
+                ordered.setdefault(stage_key(part), part)
+    return list(ordered.values())
 
 
-def measure(
-    stages: Stages,
-    rows: Sequence[Sequence[Row]],
-    others: Sequence[Sequence[Row]],
-    seeds: Sequence[int],
-    metric: str,
-    announce: Callable[[str], None],
-) -> tuple[Results, State | None]:
-    """Trains what the rows need, row by row and seed by seed, and measures them.
-
-    Args:
-      stages: where.
-      rows: one list per seed, see ``study.check_rows``.
-      others: all rows of the study, whose ``watch`` also sees stages on the way.
-      seeds: of the rows.
-      metric: of the untrained rows, written beside the paper's own final numbers.
-      announce: told what is trained next.
-
-    Returns:
-      Results in the order of the rows, and the final state of the paper's own first run.
-    """
-    findings: dict[tuple[int, int], Finding] = {}
-    own: list[State] = []
-    done: set[str] = set()
-
-    @functools.cache
-    def untrained(j):
-        for i, row in enumerate(rows[j]):
-            if row.stage is None:
-                findings[i, j] = row.measure()
-        known = {i: f for (i, k), f in findings.items() if k == j}
-        return {
-            f"baseline_{row.label}": known[i].numbers[metric]
-            for i, row in enumerate(rows[j])
-            if row.stage is None and metric in known[i].numbers
-        }
-
-    def train(stage, j):
-        if stage_key(stage) in done:
-            return
-        done.add(stage_key(stage))
-        # A stage without the seed in its config serves the rows of all seeds.
-        here = [
-            (i, k)
-            for k, of_seed in enumerate(rows)
-            for i, row in enumerate(of_seed)
-            if same(row.stage, stage)
-        ]
-        first = here[0][0] if here else None
-        label = "first stage" if first is None else rows[j][first].label
-        if first != 0 or len(seeds) > 1:
-            announce(f"{label}, seed {seeds[j]}")
-
-        def finish(method, state):
-            for i, k in here:
-                findings[i, k] = rows[k][i].measure(method, state)
-            if first is None:
-                return {}
-            numbers = findings[here[0]].numbers
-            final = {f"validation_{k}": v for k, v in numbers.items()}
-            return {**final, **untrained(j)} if first == 0 else final
-
-        watch = _watch(stage, others[j])
-        state = stages.train(stage, label=label, watch=watch, finish=finish)
-        if first == 0 and not own:
-            own.append(state)
-
-    for i in range(len(rows[0])):
-        for j in range(len(seeds)):
-            if rows[j][i].stage is None:
-                untrained(j)
-            for stage in unique([rows[j][i].stage]):
-                train(stage, j)
-    results = [
-        Result(
-            row,
-            [findings[i, j] for j in range(len(seeds))],
-            [stages.folder(stage) for r in rows if (stage := r[i].stage)],
-        )
-        for i, row in enumerate(rows[0])
-    ]
-    return results, own[0] if own else None
+def parts_of(stage: Stage) -> list[Stage]:
+    """A stage and those that it continues, the first one first: one run."""
+    parts = [stage]
+    while parts[0].continues:
+        assert parts[0].after is not None
+        parts.insert(0, parts[0].after)
+    return parts
 
 
 def same(one: Stage | None, other: Stage | None) -> bool:
@@ -308,31 +231,18 @@ def same(one: Stage | None, other: Stage | None) -> bool:
     return stage_key(one) == stage_key(other)
 
 
-def _watch(stage: Stage, rows: Sequence[Row]) -> Callable | None:
-    """Numbers to follow during a stage: of its row, or of one that continues it."""
+def _holds_run(folder: Path, config: dict) -> bool:
+    """Whether a folder has checkpoints.
 
-    def run(other: Stage | None) -> list[Stage]:
-        """The stage and those that it continues."""
-        parts = [other] if other else []
-        while parts and parts[-1].continues:
-            assert parts[-1].after is not None
-            parts.append(parts[-1].after)
-        return parts
-
-    for row in rows:
-        if any(same(part, stage) for part in run(row.stage)):
-            break
-    else:
-        return None
-    if row.watch:
-        return row.watch
-    last, measured = last_step(stage), row.measure
-
-    def watch(method, state):
-        # The final state is measured right after training.
-        return {} if int(state.step) == last else measured(method, state).numbers
-
-    return watch
+    Raises:
+      ValueError: they are of another config or version.
+    """
+    if not any((folder / "checkpoints").glob("[0-9]*")):
+        return False
+    if (folder / "config.json").exists():
+        read_stored(folder)
+    check_continues(folder, config)
+    return True
 
 
 def _program_key(stage: Stage) -> str:

@@ -16,9 +16,19 @@ from typing import Any, NamedTuple
 
 from jaxpapers.config import MAY_CHANGE
 
+# Fields that a run may change and that make another run of a stage all the same.
+DEFINING = {
+    "data.path", "net.remat", "net.unroll", "optim.rank_fraction",
+    "optim.rank_multiple_of", "optim.rank_schedule", "train.accumulate",
+    "train.replica_sync",
+}  # fmt: skip
+
 
 class Data(NamedTuple):
     """What a training run reads: ``tasks/<t>.read(config)``.
+
+    It must not depend on the groups ``train`` and ``optim``: runs that differ there only
+    share it. Data has a seed of its own, ``data.seed``.
 
     Attributes:
       examples: has ``batch(start, size, rows)``: rows [start, start + size) of the
@@ -26,12 +36,13 @@ class Data(NamedTuple):
         A function (State) -> such an object where the state decides (mining); with
         ``refresh`` it is called at the start and after each refresh and must depend only
         on what the refresh wrote, without it before every step. None: the environment
-        lives in the state and batches are empty.
+        lives in the state and batches are empty. Arrays of the state that it keeps
+        must be copied: the step donates them.
       shapes: ShapeDtypeStructs of one global batch.
       facts: what ``make`` takes besides the config: counts, a reward.
       refresh: (k, State -> State), on the host before steps 0, k, 2k, ...: mining,
         k-means starts, dead codes. It may change ``State.extra``, ``params`` and
-        ``opt_state``, not their shapes.
+        ``opt_state``, not their shapes; step and key stay.
       work: units of work per example, for the progress line.
       unit: name of that unit.
       summary: one line about the data.
@@ -76,7 +87,7 @@ class Table(NamedTuple):
 
 
 class Finding(NamedTuple):
-    """What a measurement gives; plain data.
+    """Result of a measurement; plain data.
 
     Attributes:
       numbers: metric -> value.
@@ -203,15 +214,13 @@ def stage_key(stage: Stage) -> str:
 
 
 def stage_name(stage: Stage) -> str:
-    """Folder name of a stage: its paper and a hash of what a run may not change.
+    """Folder name of a stage: its paper and a hash of the fields that define the run.
 
-    A stage that continues another one is the same run, later, in the same folder.
+    The number of steps is not among them: the same run goes on in the same folder.
     """
-    while stage.continues:
-        assert stage.after is not None
-        stage = stage.after
+    ignored = MAY_CHANGE - DEFINING
     parts = [
-        [s.paper, {k: v for k, v in _flat(s.config) if k not in MAY_CHANGE}, s.until]
+        [s.paper, {k: v for k, v in _flat(s.config) if k not in ignored}, s.until]
         for s in lineage(stage)
     ]
     text = json.dumps(parts, sort_keys=True)
@@ -241,7 +250,7 @@ def with_fields(config: Any, fields: Mapping[str, Any]) -> Any:
 
 
 def plain(config: Any) -> dict:
-    """A config as JSON would give it back: dicts and lists."""
+    """The config as plain dicts and lists."""
     return json.loads(json.dumps(config.to_dict()))
 
 
@@ -284,7 +293,10 @@ def summary(study: Study, results: Results, seeds: Sequence[int], root: Path) ->
                 "numbers": [
                     {k: _finite(v) for k, v in f.numbers.items()} for f in r.findings
                 ],
-                "tables": [t._asdict() for t in r.findings[0].tables],
+                "tables": [
+                    {**t._asdict(), "rows": [list(map(_cell, x)) for x in t.rows]}
+                    for t in r.findings[0].tables
+                ],
                 "curves": [
                     {
                         k: [list(map(_finite, v)) for v in xy]
@@ -298,6 +310,12 @@ def summary(study: Study, results: Results, seeds: Sequence[int], root: Path) ->
     }
     # As the file gives it back: lists, and numbers of Python.
     return json.loads(json.dumps(content, default=lambda x: x.item()))
+
+
+def _cell(value: Any) -> Any:
+    """A table's cell: NumPy scalars as Python's, non-finite numbers as None."""
+    value = value.item() if hasattr(value, "item") else value
+    return _finite(value) if isinstance(value, float) else value
 
 
 def _finite(value: Any) -> float | None:

@@ -311,20 +311,27 @@ def _reader(examples: Any, refreshed: bool, batch: int, rows: slice) -> Callable
 
 
 def _refreshed(state: State, change: Callable, shapes: State) -> State:
-    """The state after a refresh, laid out as before.
+    """The state after a refresh, laid out as before; step and key are the old ones.
 
     Raises:
-      ValueError: the refresh changed a shape, a dtype, or the step, which only
-        ``update`` counts.
+      ValueError: the refresh changed a shape or a dtype.
     """
-    new = change(state)
+    new = change(state)._replace(step=state.step, key=state.key)
     forms = [jax.tree.map(lambda x: (np.shape(x), x.dtype), x) for x in (new, shapes)]
-    if forms[0] != forms[1] or new.step is not state.step:
+    if forms[0] != forms[1]:
         raise ValueError(
             "a refresh may change the values of State.params, opt_state and extra, not "
-            f"their shapes, dtypes or the step; got {forms[0]}, expected {forms[1]}"
+            f"their shapes or dtypes; got {forms[0]}, expected {forms[1]}"
         )
-    return jax.tree.map(lambda x, s: jax.device_put(x, s.sharding), new, shapes)
+    kept = {id(x) for x in jax.tree.leaves(state)}
+
+    def place(x, shape):
+        # The step donates the state, which must not hold a buffer twice.
+        x = x if id(x) in kept else jnp.copy(x)
+        kept.discard(id(x))
+        return jax.device_put(x, shape.sharding)
+
+    return jax.tree.map(place, new, shapes)
 
 
 @jax.jit

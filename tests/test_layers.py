@@ -50,7 +50,9 @@ ALLOWED = {
         "tasks",
         "train",
     },
+    "measure": {"method", "stages", "study"},
     "run": {
+        "measure",
         "config",
         "data",
         "figures",

@@ -1,6 +1,8 @@
 """The verb of all papers, on toy papers: rows, stages, programs, refreshes, files."""
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import chex
@@ -16,6 +18,10 @@ from jaxpapers.folder import load_run
 
 TOYS = Path(__file__).parent / "toys"
 CONFIG = str(TOYS / "config.py")
+
+
+def config_of_line():
+    return run.load_config("line", (), CONFIG)
 
 
 @pytest.fixture(autouse=True)
@@ -122,6 +128,54 @@ def test_same_command_continues_and_another_model_is_refused(tmp_path, compiled)
         call(tmp_path / "a", fresh=True)
 
 
+# Two runs of two programs, and the checkpoints' own.
+@pytest.mark.programs(20)
+@pytest.mark.parametrize(
+    "cut",
+    [
+        "this model",
+        *(pytest.param(x, marks=pytest.mark.matrix) for x in ("first stage", "slow")),
+    ],
+)
+def test_a_stopped_study_continues(tmp_path, monkeypatch, cut):
+    """SIGTERM in any of its runs; the same call ends with the same numbers."""
+    fields = ("method.staged=True", "method.others=True")
+    whole = call(tmp_path / "whole", *fields, seeds=2)
+    sums = tasks.load(config_of_line()).Sums
+    batch, state = (
+        sums.batch,
+        {"left": {"first stage": 2, "this model": 5, "slow": 27}[cut]},
+    )
+
+    def stopping(self, *args):
+        state["left"] -= 1
+        if state["left"] == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return batch(self, *args)
+
+    monkeypatch.setattr(sums, "batch", stopping)
+    with pytest.raises(trainer.Preempted):
+        call(tmp_path / "cut", *fields, seeds=2)
+    monkeypatch.setattr(sums, "batch", batch)
+    rest = call(tmp_path / "cut", *fields, seeds=2)
+    assert rest["rows"] == whole["rows"]
+
+
+def test_a_folder_of_another_run_is_refused_before_any_training(tmp_path, compiled):
+    call(tmp_path, "method.staged=True", "train.steps=1")
+    assert len(compiled) == 2
+    with pytest.raises(ValueError, match="config.method.half=False, got True"):
+        call(tmp_path, "method.staged=True", "train.steps=1", "method.half=True")
+    assert len(list((tmp_path / "stages").iterdir())) == 1
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="config.json is damaged"):
+        call(tmp_path, "method.staged=True", "train.steps=1")
+    # Without it the checkpoints say what the run is.
+    (tmp_path / "config.json").unlink()
+    call(tmp_path, "method.staged=True", "train.steps=1")
+    assert json.loads((tmp_path / "config.json").read_text())["paper"] == "line"
+
+
 def test_workdirs_of_older_versions_are_refused(tmp_path):
     call(tmp_path)
     path = tmp_path / "config.json"
@@ -145,6 +199,7 @@ def test_a_stage_starts_from_another_ones_checkpoint(tmp_path, compiled):
     assert len(list((tmp_path / "stages").iterdir())) == 2
 
 
+@pytest.mark.programs(20)  # Three runs.
 def test_init_from_and_parts_of_one_run(tmp_path):
     whole = call(tmp_path / "parts", "method.parts=True")
     steps = [r["step"] for r in plots.read_metrics(tmp_path / "parts") if "loss" in r]
@@ -197,6 +252,52 @@ def test_refreshed_examples_resume_bitwise(tmp_path, mesh, monkeypatch):
         )
 
 
+def test_a_jitted_refresh_and_one_that_shares_a_buffer():
+    config = run.load_config("line", ["--config.method.mined=3"], CONFIG)
+    data = tasks.read(config)
+    method = papers.load("line").make(config, **data.facts)
+
+    def init(key, batch):
+        state = method.init(key, batch)
+        return state._replace(extra={**state.extra, "copy": state.params["w"] * 0})
+
+    kept = method._replace(init=init)
+    compiled = trainer.compile(kept, meshes.make_mesh(), data.shapes)
+
+    def shared(state):
+        return state._replace(extra={**state.extra, "copy": state.params["w"]})
+
+    def fit(refresh, steps):
+        return trainer.fit(
+            kept, data.examples, compiled=compiled, refresh=(2, refresh), steps=steps,
+            batch=8,
+        )  # fmt: skip
+
+    states = [fit(refresh, 3) for refresh in (shared, jax.jit(shared))]
+    chex.assert_trees_all_equal(*(jax.device_get(s._replace(key=0)) for s in states))
+    before = fit(shared, 2)
+    chex.assert_trees_all_equal(states[0].extra["copy"], before.params["w"])
+
+
+def test_examples_of_every_step():
+    """Without a refresh a function of the state is called before each step."""
+    seen = []
+
+    def examples(state):
+        seen.append(int(state.step))
+        return tasks.load(config_of_line()).Sums()
+
+    method = papers.load("line").make(config_of_line())
+    data = tasks.abstract(config_of_line())
+    compiled = trainer.compile(method, meshes.make_mesh(), data.shapes)
+    state = trainer.fit(method, examples, compiled=compiled, steps=3, batch=8)
+    plain = trainer.fit(
+        method, tasks.load(config_of_line()).Sums(), compiled=compiled, steps=3, batch=8
+    )
+    assert seen == [0, 1, 2]
+    chex.assert_trees_all_equal(state.params, plain.params)
+
+
 def test_what_a_refresh_may_not_change(tmp_path):
     config = run.load_config("line", ["--config.method.mined=3"], CONFIG)
     data = tasks.read(config)
@@ -207,7 +308,7 @@ def test_what_a_refresh_may_not_change(tmp_path):
         return state._replace(extra={"chosen": np.zeros(17, np.int32)})
 
     fit = {"compiled": compiled, "steps": 2, "batch": 8}
-    with pytest.raises(ValueError, match="may change the values"):
+    with pytest.raises(ValueError, match="not their shapes or dtypes"):
         trainer.fit(method, data.examples, refresh=(1, longer), **fit)
     with pytest.raises(ValueError, match="at least 1 step"):
         trainer.fit(method, data.examples, refresh=(0, longer), **fit)
@@ -253,14 +354,19 @@ def test_a_paper_that_trains_nothing(tmp_path, capsys):
         {"value": 2.0},
         {"value": 4.0},
     ]
-    assert (tmp_path / "order.csv").read_text() == "a,b\n"
-    assert np.load(tmp_path / "arrays.npz")["x"] == [2.0]
-    assert (tmp_path / "rows" / "theirs" / "raw").read_bytes() == b"\0"
+    for seed in (0, 1):
+        folder = tmp_path / f"seed{seed}"
+        assert (folder / "order.csv").read_text() == "a,b\n"
+        assert np.load(folder / "arrays.npz")["x"] == [2.0 + 2 * seed]
+        for label in ("ours-right", "theirs-left", "theirs-right"):
+            assert (
+                tmp_path / "rows" / label / folder.name / "raw"
+            ).read_bytes() == b"\0"
     assert (tmp_path / "curves.png").exists() and (tmp_path / "comparison.png").exists()
     assert not list(tmp_path.glob("**/checkpoints"))
     with pytest.raises(ValueError, match="trains nothing"):
         run.plan("none", config_path=f"{CONFIG}:none")
-    with pytest.raises(FileNotFoundError, match="holds no run"):
+    with pytest.raises(ValueError, match="none trains nothing"):
         run.evaluate(str(tmp_path))
 
 
@@ -298,5 +404,10 @@ def test_names_of_stages_go_by_content():
     assert studies.stage_name(stage) != studies.stage_name(other)
     after = studies.Stage("line", config, after=other)
     assert studies.stage_name(after) != studies.stage_name(stage)
+    ranks = [studies.with_fields(config, {"train.accumulate": n}) for n in (1, 2, 4)]
+    lengths = [studies.with_fields(config, {"train.steps": n}) for n in (3, 4, 4)]
+    some = [studies.Stage("line", c) for c in (*ranks, *lengths)]
+    trainers = stages.Stages(Path("root"), meshes.make_mesh())
+    assert len({trainers.folder(x) for x in some}) == 5
     chain = studies.Stage("line", config, stage, continues=True)
     assert stages.unique([chain, after, None, after]) == [chain, other, after]

@@ -169,6 +169,7 @@ def population(
         warm_start=_population_start(method.warm_start, each, n),
         diagnose=diagnose if method.diagnose else None,
         predict=predict if method.predict else None,
+        served=method.served,
     )
 
 

@@ -78,6 +78,7 @@ def study(name: str, config: Any, data: Data, mesh: Any) -> Study:
     """The model, its ablations and the baselines of the task, on the same test rows."""
     del data  # Of this config; the rows' stages read their own.
     clicks, c = load(config), config.data
+    meshes.batch_rows(mesh, c.eval_batch, name="data.eval_batch")
     label = clicks.test.label
 
     def trained(title, paper, config):
@@ -85,22 +86,22 @@ def study(name: str, config: Any, data: Data, mesh: Any) -> Study:
         measure = functools.partial(_evaluate, config, clicks, mesh)
         return Row(title, Stage(paper, config), lambda *run: Finding(measure(*run)))
 
-    def constant(title, score):
+    @functools.cache
+    def auc(score):
         # Of items, not of the buckets that they share.
-        return Row(title, None, lambda: Finding({"auc": ranking.auc(label, score())}))
+        return Finding({"auc": ranking.auc(label, score(_load_unhashed(config)))})
 
     def rows(seed):
         models = {"this model": (name, config)}
         models |= {k: (name, v) for k, v in ablations(name, config).items()}
         models |= baselines(name, config)
-        known = functools.partial(_load_unhashed, config)
         return [
             *(
                 trained(k, paper, with_seed(v, seed))
                 for k, (paper, v) in models.items()
             ),
-            constant("popularity", lambda: ctr.popularity(known())),
-            constant("item mean", lambda: ctr.item_mean(known())),
+            Row("popularity", None, functools.partial(auc, ctr.popularity)),
+            Row("item mean", None, functools.partial(auc, ctr.item_mean)),
         ]
 
     return Study(

@@ -112,10 +112,14 @@ def compare(clicks: Clicks, name: str, config: Any, mesh: Any) -> Study:
             p = np.concatenate([np.asarray(x) for x in parts])[: len(held)]
         return Finding(defer.score(labels, p))
 
+    @functools.cache
+    def steps(method_name):
+        return Journey(clicks, with_method(config, method_name)).steps
+
     def stage(method_name, seed):
         own = with_method(with_seed(config, seed), method_name)
         if method_name != config.method.name or not own.train.steps:
-            own = with_fields(own, {"train.steps": Journey(clicks, own).steps})
+            own = with_fields(own, {"train.steps": steps(method_name)})
         until = journey.first_event // c.batch if method_name == "pretrained" else 0
         return Stage(name, own, until=until)
 

@@ -50,6 +50,7 @@ def study(name: str, config: Any, data: Data, mesh: Any) -> Study:
     driven by the model would reach.
     """
     del name  # Dion's paper is the only one here.
+    meshes.batch_rows(mesh, config.data.eval_batch, name="data.eval_batch")
     corpus, unit = _corpus(config), data.unit.rstrip("s")
     bits = functools.partial(_bits, config, corpus, mesh)
 
