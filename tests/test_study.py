@@ -129,7 +129,7 @@ def test_same_command_continues_and_another_model_is_refused(tmp_path, compiled)
 
 
 # Two runs of two programs, and the checkpoints' own.
-@pytest.mark.programs(20)
+@pytest.mark.programs(30)
 @pytest.mark.parametrize(
     "cut",
     [
