@@ -1,4 +1,4 @@
-"""Signals that end a run between two steps, and what its processes agree on."""
+"""SIGTERM and clocks of a run, agreed on by all its processes."""
 
 import signal
 
@@ -8,7 +8,10 @@ from jax.experimental import multihost_utils
 
 
 def agreed(seconds: int | float, step: int) -> float:
-    """The first process's clock, now and then: all have to save at the same step."""
+    """Seconds of process 0, broadcast every 20 steps, 0 in between.
+
+    All processes then save at the same step.
+    """
     if jax.process_count() == 1:
         return seconds
     if step % 20:
@@ -17,16 +20,19 @@ def agreed(seconds: int | float, step: int) -> float:
 
 
 def preempted(stop, manager, step: int) -> bool:
-    """A signal here, or on several hosts a notice that reached any of them."""
+    """Whether this process got SIGTERM.
+
+    With several processes: whether any of them got a preemption notice.
+    """
     if jax.process_count() > 1:
         return bool(manager and manager.reached_preemption(step))
     return stop.raised
 
 
 class Flag:
-    """SIGTERM sets a flag instead of killing the process between two steps.
+    """Context in which SIGTERM sets ``raised`` instead of ending the process.
 
-    Of several processes JAX's preemption service has the handler: it tells the others.
+    With several processes JAX's preemption service handles SIGTERM instead.
     """
 
     def __init__(self):

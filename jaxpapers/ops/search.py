@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, Num, Shaped, UInt16
 from jaxpapers.ops import rows
 
 
-class Found(NamedTuple):
+class Selection(NamedTuple):
     """Results of a search, best first, then empty slots.
 
     Attributes:
@@ -39,7 +39,7 @@ def topk_masked(
     *,
     chunk: int = 0,
     recall: float = 1.0,
-) -> Found:
+) -> Selection:
     """The k largest scores among the valid positions.
 
     Positions are masked before the selection, so that padding never outranks a valid
@@ -84,7 +84,7 @@ def topk_masked(
         for x, fill in ((values, least), (idx, -1))
     )
     valid = values > least
-    return Found(jnp.where(valid, idx, -1).astype(jnp.int32), valid, values)
+    return Selection(jnp.where(valid, idx, -1).astype(jnp.int32), valid, values)
 
 
 def _two_level(scores, k, chunk):
@@ -107,7 +107,7 @@ def topk_sharded(
     axis_name: str,
     *,
     chunk: int = 0,
-) -> Found:
+) -> Selection:
     """``topk_masked`` of a sequence split over a mesh axis, inside ``jax.shard_map``.
 
     Each of the M shards sends its k best: M k entries are communicated instead of T. The
@@ -127,15 +127,15 @@ def topk_sharded(
       ValueError: see ``topk_masked``.
     """
     check_k(k)
-    own = min(k, scores_local.shape[-1])
-    local = topk_masked(scores_local, ids_local >= 0, own, chunk=chunk)
+    slots = min(k, scores_local.shape[-1])
+    local = topk_masked(scores_local, ids_local >= 0, slots, chunk=chunk)
     ids = jnp.where(local.valid, take(ids_local, local), -1)
     values, ids = (
         lax.all_gather(x, axis_name, axis=x.ndim - 1, tiled=True)
         for x in (local.values, ids)
     )
-    found = topk_masked(values, ids >= 0, k)
-    return found._replace(idx=jnp.where(found.valid, take(ids, found), -1))
+    selected = topk_masked(values, ids >= 0, k)
+    return selected._replace(idx=jnp.where(selected.valid, take(ids, selected), -1))
 
 
 def topk_on_mesh(
@@ -144,7 +144,7 @@ def topk_on_mesh(
     k: int,
     *,
     chunk: int = 0,
-) -> Found:
+) -> Selection:
     """``topk_masked`` of sequences split over the mesh axis ``model``.
 
     Under ``jax.jit`` and a mesh with Auto axes this is ``topk_sharded``; without, or if T
@@ -179,21 +179,25 @@ def topk_on_mesh(
 
 
 def take(
-    values: Shaped[Array, "*batch T"] | Shaped[Array, "*batch T D"], found: Found
+    values: Shaped[Array, "*batch T"] | Shaped[Array, "*batch T D"], selected: Selection
 ) -> Shaped[Array, "..."]:
     """Values at the positions of a search's results; zeros in empty slots.
 
     Args:
-      values: a number or vector per position; as many leading axes as ``found.idx``.
-      found: of ``topk_masked`` or ``hard_search``.
+      values: a number or vector per position; as many leading axes as ``selected.idx``.
+      selected: of ``topk_masked`` or ``hard_search``.
 
     Example:
-      >>> found = Found(jnp.array([1, -1]), jnp.array([True, False]), jnp.array([3, 0]))
-      >>> take(jnp.array([5, 7]), found).tolist()
-      [7, 0]
+      >>> selected = topk_masked(jnp.array([3, 9]), jnp.array([True, False]), 2)
+      >>> take(jnp.array([5, 7]), selected).tolist()
+      [5, 0]
     """
-    idx, valid, axis = jnp.maximum(found.idx, 0), found.valid, found.idx.ndim - 1
-    if values.ndim > found.idx.ndim:
+    idx, valid, axis = (
+        jnp.maximum(selected.idx, 0),
+        selected.valid,
+        selected.idx.ndim - 1,
+    )
+    if values.ndim > selected.idx.ndim:
         idx, valid = idx[..., None], valid[..., None]
     picked = jnp.take_along_axis(values, idx, axis, mode="promise_in_bounds")
     return jnp.where(valid, picked, jnp.zeros((), values.dtype))
@@ -204,7 +208,7 @@ def hard_search(
     mask: Bool[Array, "*batch T"],
     cat_target: Int[Array, "*batch"],
     k: int,
-) -> Found:
+) -> Selection:
     """The k most recent behaviours of the candidate's category, newest first.
 
     SIM, arXiv 2006.05639, eq 1 (hard). A cumulative sum counts the matches and k binary
@@ -238,7 +242,7 @@ def hard_search(
     place = jax.vmap(lambda s, w: jnp.searchsorted(s, w))(*flat)
     valid = wanted > 0
     idx = jnp.where(valid, place.reshape(wanted.shape), -1).astype(jnp.int32)
-    return Found(idx, valid, idx)
+    return Selection(idx, valid, idx)
 
 
 def soft_search(
@@ -248,7 +252,7 @@ def soft_search(
     k: int,
     *,
     chunk: int = 512,
-) -> Found:
+) -> Selection:
     """The k behaviours of the largest inner product, from tables of projected items.
 
     The history is read in chunks: memory holds ids, the vectors of one chunk and the k
@@ -299,10 +303,10 @@ def soft_search(
                 (best.values, scores), (best.valid, fresh), (best.idx, place)
             )
         )  # fmt: skip
-        found = topk_masked(values, valid, k)
-        return found._replace(idx=jnp.where(found.valid, take(idx, found), -1))
+        selected = topk_masked(values, valid, k)
+        return selected._replace(idx=jnp.where(selected.valid, take(idx, selected), -1))
 
-    none = Found(
+    none = Selection(
         jnp.full((batch, k), -1, jnp.int32),
         jnp.zeros((batch, k), bool),
         jnp.full((batch, k), -jnp.inf, jnp.float32),

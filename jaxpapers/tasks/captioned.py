@@ -5,8 +5,8 @@ pretrained model is misaligned. The reward is the probability of the prompted di
 a classifier; accuracy is counted by another one, trained on other scans, so that
 over-optimisation shows as a gap. ``colours``: the same scans in four inks, with
 combinations that are never captioned rightly. ``emoji``: glyphs and their Unicode names;
-the reward is how near the ink is to the colour that the name says, accuracy asks for the
-colour that the name of the nearest real emoji says.
+the reward is minus the distance of the mean colour to the colour in the prompt, accuracy
+counts images whose nearest real emoji has that colour in its name.
 """
 
 import functools
@@ -21,7 +21,7 @@ from jaxpapers.data import captions, emoji, fetch, images
 from jaxpapers.tasks import classifiers
 
 SOURCES = ("digits", "colours", "emoji")
-# Colours that names of emoji say, as (red, green, blue).
+# Colours in names of emoji, as (red, green, blue).
 INKS = {
     "red": (0.85, 0.15, 0.15), "orange": (0.95, 0.55, 0.1), "yellow": (0.98, 0.8, 0.2),
     "green": (0.35, 0.65, 0.25), "blue": (0.2, 0.5, 0.85), "purple": (0.55, 0.25, 0.7),
@@ -30,7 +30,7 @@ INKS = {
 
 
 class Source(NamedTuple):
-    """Captioned images, and what evaluates new ones.
+    """Captioned images with reward and held-out classifier.
 
     Attributes:
       image: (n, H, W, C) in [-1, 1].
@@ -44,7 +44,7 @@ class Source(NamedTuple):
       chance: share that guessing gets right.
       features: images -> (n, F), for the Frechet distance.
       held_out: images that the model and the features' classifier did not see.
-      name: for people.
+      name: shown in titles.
     """
 
     image: np.ndarray
@@ -85,7 +85,7 @@ def load(config: Any) -> Source:
         )
     if length != ((c.length,) if c.length else ()):
         raise ValueError(
-            f"config.data.length must be {length[0] if length else 0}, the words of a "
+            f"config.data.length must be {length[0] if length else 0}, the tokens of a "
             f"caption of {c.source}, got {c.length}"
         )
     return source
@@ -104,10 +104,10 @@ def _digits(parts, share):
     label = [p.label for p in parts]
     rewarding = classifiers.train(signed[1], label[1], 10, seed=0)
     held_out = classifiers.train(signed[2], label[2], 10, seed=1)
-    told = captions.misaligned(label[0], 10, share, seed=0)
+    noisy_labels = captions.misaligned(label[0], 10, share, seed=0)
     return Source(
         signed[0],
-        told + 1,
+        noisy_labels + 1,
         captions.digit_captions(np.arange(10)),
         np.arange(1, 11, dtype=np.int32),
         np.zeros(10, bool),
@@ -162,37 +162,40 @@ def _colours(parts):
 
 def _emoji(path):
     pairs = emoji.emoji(path or None)
-    kept, held = emoji.split(pairs)
+    train, held = emoji.split(pairs)
     words = captions.Vocabulary.of(pairs.caption, ignored=())
     length = max(len(words.encode(text)) for text in pairs.caption)
     names = list(INKS)
-    said = [[n for n in names if n in text.split()] for text in pairs.caption]
-    prompts = tuple(t for t, found in zip(pairs.caption, said) if len(found) == 1)
-    ink = np.array([names.index(found[0]) for found in said if len(found) == 1])
+    named_colours = [[n for n in names if n in text.split()] for text in pairs.caption]
+    # Prompts are the captions that name one colour.
+    single = [len(colours) == 1 for colours in named_colours]
+    prompts = tuple(text for text, kept in zip(pairs.caption, single) if kept)
+    target_colour = np.array([names.index(x[0]) for x in named_colours if len(x) == 1])
 
     def reward(x, prompt):
-        gap = _ink(x)[:, None] - jnp.asarray(list(INKS.values()))[None]
+        gap = _mean_colour(x)[:, None] - jnp.asarray(list(INKS.values()))[None]
         distance_to = jnp.sqrt(jnp.square(gap).sum(-1))
-        return -distance_to[jnp.arange(len(prompt)), jnp.asarray(ink)[prompt]]
+        return -distance_to[jnp.arange(len(prompt)), jnp.asarray(target_colour)[prompt]]
 
     def agrees(x, prompt):
-        gap = np.asarray(_ink(jnp.asarray(x)))[:, None] - np.array(list(INKS.values()))
-        return np.square(gap).sum(-1).argmin(1) == ink[prompt]
+        colour = np.asarray(_mean_colour(jnp.asarray(x)))
+        gap = colour[:, None] - np.array(list(INKS.values()))
+        return np.square(gap).sum(-1).argmin(1) == target_colour[prompt]
 
-    real = images.to_signed(pairs.image[[len(found) == 1 for found in said]])
+    real = images.to_signed(pairs.image[single])
 
     def nearest(x, prompt):
-        own, known = pooled(np.asarray(x)), pooled(real)
-        gap = np.square(known).sum(1)[None] - 2 * own @ known.T
-        return ink[gap.argmin(1)] == ink[prompt]
+        drawn, known = pooled(np.asarray(x)), pooled(real)
+        gap = np.square(known).sum(1)[None] - 2 * drawn @ known.T
+        return target_colour[gap.argmin(1)] == target_colour[prompt]
 
     def pooled(x):
         side = x.shape[1] // 4
         return x.reshape(len(x), 4, side, 4, side, 3).mean((2, 4)).reshape(len(x), -1)
 
     return Source(
-        images.to_signed(kept.image),
-        words.encode_all(kept.caption, length),
+        images.to_signed(train.image),
+        words.encode_all(train.caption, length),
         prompts,
         words.encode_all(prompts, length),
         np.isin(prompts, held.caption),
@@ -207,8 +210,8 @@ def _emoji(path):
 
 
 @jax.jit
-def _ink(x):
-    """Mean colour of what is not white, weighted by how far from white it is."""
+def _mean_colour(x):
+    """Mean colour (B, 3) of images, pixels weighted by their distance from white."""
     colour = jnp.clip((x + 1) / 2, 0, 1)
     weight = (1 - colour).max(-1, keepdims=True)
     return (weight * colour).sum((1, 2)) / (weight.sum((1, 2)) + 1e-3)

@@ -1,4 +1,4 @@
-"""Learning orders of characters, or of any network of parts: what learning costs.
+"""Learning orders of characters, or of any network of parts, by their learning cost.
 
 Nothing is trained: every row is an order, simulated and measured.
 """
@@ -69,7 +69,7 @@ def read(config: Any) -> Data:
 
 
 def study(name: str, config: Any, data: Data, mesh: Any) -> Study:
-    """DNW's order, and those that it is compared with; each row simulates one."""
+    """DNW's order and the baseline orders; each row simulates one."""
     del name
     table, net = data.facts["characters"], data.facts["network"]
     credit = config.method.credit
@@ -88,13 +88,13 @@ def study(name: str, config: Any, data: Data, mesh: Any) -> Study:
         return Finding(_numbers(metrics), curves=curves)
 
     def measure_own():
-        found = measure(own)
+        finding = measure(own)
         bound = dnw.smith_lower_bound(net.freq, net.own_cost)
-        curves = dict(found.curves)
+        curves = dict(finding.curves)
         if config.method.sweep:
             curves["area against b"] = _areas(config.method, net, closures)
         return Finding(
-            {**found.numbers, "completion_bound": bound},
+            {**finding.numbers, "completion_bound": bound},
             [_other_credit(credit, {label: course(label) for label in orders})],
             curves,
             {"order.csv": _csv(orders[own](), net, table)},
@@ -115,7 +115,7 @@ def study(name: str, config: Any, data: Data, mesh: Any) -> Study:
 
 
 def _table(c: Any) -> tuple[Characters, Any]:
-    """What is known of the characters, and the wanted ones; None: all."""
+    """The characters' table and the nodes to include (None: all)."""
     if c.path:
         return characters.table(c.path), None
     folder = fetch.get("cjk-characters")
@@ -138,7 +138,7 @@ def _table(c: Any) -> tuple[Characters, Any]:
 
 
 def _primitive_costs(table: Characters, kind: str) -> dict[str, float]:
-    """Costs of primitives by their strokes; 1 where those are not known."""
+    """Costs of primitives by their strokes; 1 without a stroke count."""
     if kind == "unit":
         return {}
     path = fetch.get("unihan-strokes") / "Unihan_IRGSources.txt"
@@ -155,7 +155,7 @@ def _orders(config: Any, data: Data, mesh: Any) -> dict[str, Callable[[], Any]]:
     values = (m.b, *m.others)
     several = mesh if mesh.size > 1 else None
     weights = dnw.sweep(net, values, mesh=several, use_multiplicity=m.use_multiplicity)
-    weights = np.asarray(weights)  # What follows runs on one device.
+    weights = np.asarray(weights)  # Orders are computed on one device.
     own, *others = (f"DNW, b = {b:g}" for b in values)
     scores = {own: weights[0], **dict(zip(others, weights[1:]))}
     scores["offspring, all"] = dnw.noo_all(net)
@@ -166,21 +166,21 @@ def _orders(config: Any, data: Data, mesh: Any) -> dict[str, Callable[[], Any]]:
         scores[graded[0]] = np.array(
             [-table.grade.get(c, last) for c in net.chars], float
         )
-    found = jax.device_get(_sorted(scores, net))
+    sorted_by = jax.device_get(_sorted(scores, net))
     before = (own, "usage frequency", *others, "offspring, direct", "offspring, all",
               "level", "frequency / cost", "Loach-Wang")  # fmt: skip
     orders: dict[str, Callable[[], Any]] = {
-        label: functools.partial(found.get, label) for label in before
+        label: functools.partial(sorted_by.get, label) for label in before
     }
     orders["density greedy"] = lambda: dnw.density_greedy(net)
     if config.fit.steps:
         orders["DNW, b per level"] = lambda: _fitted(net, **config.fit)
-    return orders | {label: functools.partial(found.get, label) for label in graded}
+    return orders | {label: functools.partial(sorted_by.get, label) for label in graded}
 
 
 @jax.jit
 def _sorted(scores, net):
-    """Orders of the given scores, and those that the network alone gives."""
+    """Orders by the given scores, and by scores of the network alone."""
     scores = {
         "usage frequency": dnw.ufo(net),
         "offspring, direct": dnw.noo_direct(net),
@@ -202,7 +202,7 @@ def _simulate(order, net, closures):
 
 
 def _fitted(net: dnw.CharNet, *, steps: int, lr: float, tau: float, top: int) -> Any:
-    """The order by W with a b per level, which is fitted here."""
+    """Order by W with a fitted b per level."""
 
     @jax.jit
     def fitted(net, closures):

@@ -24,7 +24,7 @@ class Clicks(NamedTuple):
       features: columns with one row per click.
       click_ts: times.
       conv_ts: times of the conversions, -1 or inf for none.
-      name: for people.
+      name: shown in titles.
     """
 
     features: dict[str, np.ndarray]
@@ -46,7 +46,7 @@ def abstract(config: Any) -> Data:
 
 
 def read(config: Any) -> Data:
-    """The journey of the configured method: resolved clicks, then the stream's events.
+    """Resolved clicks, then the events of the configured method's stream.
 
     Raises:
       ValueError: an empty phase.
@@ -55,8 +55,8 @@ def read(config: Any) -> Data:
 
 
 def bind(clicks: Clicks, config: Any) -> Data:
-    """``read`` for clicks that are here already."""
-    c, examples = config.data, Journey(clicks, config)
+    """``read`` with clicks in memory."""
+    c, examples = config.data, TrainingStream(clicks, config)
     for phase, rows in (
         ("pretraining", examples.pretrain),
         ("streamed", examples.stream.ts),
@@ -86,8 +86,8 @@ def study(name: str, config: Any, data: Data, mesh: Any) -> Study:
 
 
 def compare(clicks: Clicks, name: str, config: Any, mesh: Any) -> Study:
-    """``study`` for clicks that are here already."""
-    c, journey = config.data, Journey(clicks, config)
+    """``study`` with clicks in memory."""
+    c, training = config.data, TrainingStream(clicks, config)
     held = _held_out(clicks, config)
     labels = truth(clicks, c.w2)[held]
     others = c.get("baselines", ())
@@ -114,17 +114,17 @@ def compare(clicks: Clicks, name: str, config: Any, mesh: Any) -> Study:
 
     @functools.cache
     def steps(method_name):
-        return Journey(clicks, with_method(config, method_name)).steps
+        return TrainingStream(clicks, with_method(config, method_name)).steps
 
     def stage(method_name, seed):
         own = with_method(with_seed(config, seed), method_name)
         if method_name != config.method.name or not own.train.steps:
             own = with_fields(own, {"train.steps": steps(method_name)})
-        until = journey.first_event // c.batch if method_name == "pretrained" else 0
+        until = training.first_event // c.batch if method_name == "pretrained" else 0
         return Stage(name, own, until=until)
 
     def constant():
-        rate = truth(clicks, c.w2)[journey.pretrain].mean()
+        rate = truth(clicks, c.w2)[training.pretrain].mean()
         return Finding({"nll": defer.score(labels, np.full(len(labels), rate))["nll"]})
 
     def rows(seed):
@@ -172,8 +172,8 @@ def resolved_rows(clicks: Clicks, index: np.ndarray, w1: float, w2: float) -> di
     }
 
 
-class Journey:
-    """Epochs over the resolved clicks, then the events of the stream in their order.
+class TrainingStream:
+    """Resolved clicks for some epochs, then the stream's events in time order.
 
     Each phase fills whole batches (rows of weight 0 at its end), so that no batch mixes
     the two. After the last event all rows have weight 0.
@@ -193,7 +193,7 @@ class Journey:
         self.steps = c.epochs * whole[0] + whole[1]
 
     def batch(self, start: int, size: int, rows: slice = slice(None)) -> dict:
-        """Rows [start, start + size) of the journey, of which ``rows`` are built."""
+        """The slice ``rows`` of rows [start, start + size) of the training stream."""
         at = np.arange(start, start + size)[rows]
         if start >= self.first_event:
             at = at - self.first_event

@@ -50,7 +50,7 @@ def table(
       seeds: of the runs.
       methods: of ``defer.NAMES``; "pretrained" and "oracle" are always run.
       clicks: instead of ``config.data.source``.
-      progress: told each method's name when it starts.
+      progress: called with each method's name before it starts.
 
     Returns:
       A row per method.
@@ -62,16 +62,16 @@ def table(
     for name in methods:
         if progress:
             progress(name)
-        own = conversions.with_method(config, name)
+        variant = conversions.with_method(config, name)
         # Its network has one more output, and learns delays.
-        start = pretrain(clicks, own, seeds) if name == "dfm" else shared
-        truths, found = stream(clicks, own, start)
+        start = pretrain(clicks, variant, seeds) if name == "dfm" else shared
+        truths, predictions = stream(clicks, variant, start)
         scores = [
-            defer.streaming_score(truths, [p[i] for p in found])
+            defer.streaming_score(truths, [p[i] for p in predictions])
             for i in range(len(seeds))
         ]
         values = {k: np.array([s[k] for s in scores]) for k in defer.METRICS}
-        every = np.concatenate(found, -1)
+        every = np.concatenate(predictions, -1)
         values["clipped"] = (every >= 1).mean(-1)
         rows.append(FamilyRow(name, values))
     low, high = (rows[i].values["nll"] for i in (0, 1))
@@ -148,11 +148,11 @@ def stream(
         c.stream_until,
         c.bucket,
     )
-    _, found = defer.run_stream(
+    _, predictions = defer.run_stream(
         step, predict, state, buckets, clicks.features, clicks.click_ts, batch=c.batch
     )
     truth = conversions.truth(clicks, c.w2)
-    return [truth[b.clicks] for b in buckets], found
+    return [truth[b.clicks] for b in buckets], predictions
 
 
 @jax.jit

@@ -1,7 +1,7 @@
 """Samples like those of a data set: points by distances, images by features.
 
-What a method samples is compared with data, beside what another draw of the data would
-give (the two-sample floor) and a Gaussian fitted to the training data.
+Beside the samples' distances stand those of other real data (the two-sample floor) and of
+a Gaussian fitted to the training data.
 """
 
 import functools
@@ -29,7 +29,7 @@ BASELINES = ("two-sample floor", "fitted Gaussian")
 DIRECTIONS = 100
 # Points of an exact distance: the assignment costs their cube.
 EXACT = 2000
-# Points that stand for the data's law where a method certifies a bound.
+# Points of the data distribution in a certificate.
 CERTIFIED = 256
 SHOWN = 64
 
@@ -39,9 +39,9 @@ class Source(NamedTuple):
 
     Attributes:
       train: (n, *X), images in [-1, 1].
-      held_out: (m, *X), to compare with.
+      held_out: (m, *X), which no model is trained on.
       classifier: of images, trained on ``held_out``; None for points.
-      name: for people.
+      name: shown in titles.
     """
 
     train: np.ndarray
@@ -68,7 +68,7 @@ def read(config: Any) -> Data:
 
 
 def study(name: str, config: Any, data: Data, mesh: Any) -> Study:
-    """The model, its ablations, the model before tuning, and two draws of no model."""
+    """The model, its ablations, the model before tuning, and two untrained baselines."""
     del data  # Of this config; the rows' stages read their own.
     source, certified = load(config), name == "score_wasserstein"
     points = source.classifier is None
@@ -127,14 +127,14 @@ def study(name: str, config: Any, data: Data, mesh: Any) -> Study:
 
 
 def baselines(source: Source, count: int) -> dict[str, np.ndarray]:
-    """Other samples of the data, the floor of every distance, and a fitted Gaussian's."""
+    """Other real data, the floor of every distance, and samples of a fitted Gaussian."""
     flat = source.train.reshape(len(source.train), -1).astype(np.float64)
     rng = np.random.default_rng(0)
     cov = np.atleast_2d(np.cov(flat, rowvar=False))
     gaussian = rng.multivariate_normal(flat.mean(0), cov, count, method="eigh")
     gaussian = gaussian.reshape(count, *source.train.shape[1:]).astype(np.float32)
-    # Samples are compared with what they were not learned from; images, whose held-out
-    # part trained the classifier, with what they were.
+    # Points are compared with held-out data; images with training data, because the
+    # held-out ones trained the classifier.
     other = source.train if source.classifier is None else source.held_out
     return dict(zip(BASELINES, (other[:count], gaussian)))
 
@@ -206,7 +206,7 @@ def _files(name, path):
 
 
 def _classified(train, held_out, classes, name):
-    """Images with a classifier of the held-out ones, in whose features they compare."""
+    """Images, with a classifier trained on the held-out ones for its features."""
     signed = images.to_signed(held_out.image)
     classifier = classifiers.train(signed, held_out.label, classes)
     return Source(images.to_signed(train.image), signed, classifier, name)
@@ -215,7 +215,7 @@ def _classified(train, held_out, classes, name):
 def _evaluate(
     config, mesh, source, sample, method, state, quick=False
 ) -> dict[str, float]:
-    """Distances of the model's samples, and what the method says of itself."""
+    """Distances of the samples and the method's diagnostics."""
     count = config.data.eval_count
     values = _distances(source, sample(method, state, 0, count), quick)
     if not quick and "sampler" in config and config.sampler.name != "ddpm":
@@ -225,8 +225,8 @@ def _evaluate(
         }
     if not method.diagnose:
         return values
-    # Both take the same points for the data's law: two sets of 256 points of one law are
-    # a distance apart that has nothing to do with the model.
+    # Bound and distance are of the same points: two sets of 256 points of one
+    # distribution are far apart already.
     held = source.held_out[:CERTIFIED]
     with jax.set_mesh(mesh):
         diagnosis = _jitted(method.diagnose)(
@@ -250,8 +250,8 @@ def _jitted(f: Callable) -> Callable:
 def _sampling(config: Any, mesh: Any, source: Source) -> Callable:
     """(method, state, seed, count, full, start) -> samples, numpy.
 
-    ``full``: in all of training's steps instead of the config's. Trajectories that start
-    from noised data, where the method has such, get ``start``, or training data.
+    ``full``: in all steps of training instead of the config's. ``start``: data that
+    trajectories of ``method.start=data`` start from, noised; None: training data.
     """
     replicated = NamedSharding(mesh, PartitionSpec())
     from_data = config.method.get("start") == "data"
@@ -269,8 +269,8 @@ def _sampling(config: Any, mesh: Any, source: Source) -> Callable:
 
         @functools.partial(jax.jit, static_argnames="count")
         def draw(params, extra, key, start, count):
-            what = start if from_data else (count, *config.net.shape)
-            samples = sampler(params, key, what, extra=extra, **options)
+            start = start if from_data else (count, *config.net.shape)
+            samples = sampler(params, key, start, extra=extra, **options)
             return jax.lax.with_sharding_constraint(samples, replicated)
 
         return draw
@@ -285,7 +285,7 @@ def _sampling(config: Any, mesh: Any, source: Source) -> Callable:
         with jax.set_mesh(mesh):
             if config.net.get("model") != "unet":
                 return np.asarray(draw(key, start, 0 if from_data else count))
-            # What a step of training holds, a rollout of as many rows holds too.
+            # In batches of pretraining, whose memory is known to suffice.
             size = min(config.get("pretrain", config.data).batch, count)
             parts = [
                 np.asarray(draw(jax.random.fold_in(key, i), None, size))

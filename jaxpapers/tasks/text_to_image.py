@@ -1,4 +1,4 @@
-"""Images for prompts, tuned to a reward and measured by a classifier it never saw."""
+"""Images for prompts, tuned to a reward, evaluated by a held-out classifier."""
 
 import functools
 from collections.abc import Callable
@@ -67,7 +67,7 @@ def _reward(config: Any, reward_fn: Callable) -> dict[str, Callable]:
 
 
 def study(name: str, config: Any, data: Data, mesh: Any) -> Study:
-    """The tuned model, the model before tuning, and other ways to use as many rewards."""
+    """The tuned model, its variants with as many rewards, and the model before tuning."""
     del data  # Of this config; the rows' stages read their own.
     source = captioned.load(config)
     prompt = np.repeat(
@@ -138,10 +138,10 @@ def study(name: str, config: Any, data: Data, mesh: Any) -> Study:
 
 
 def variants(config: Any) -> dict[str, dict[str, Any]]:
-    """Label -> fields of other ways to use as many rewards.
+    """Label -> fields of the variants, which get as many rewards.
 
-    No KL, the released code's clip, and the paper's supervised ones; none where the
-    config is one of these itself.
+    No KL, the released code's clip, and the paper's supervised baselines; none beside a
+    supervised baseline.
     """
     if config.method.name != "dpok":
         return {}
@@ -215,7 +215,7 @@ def _frechet(source, x):
 
 
 def _best_of_four(source, sample, prompt):
-    """The best of four by the reward: what choosing without training gives."""
+    """Best-of-4 sampling by reward, without training."""
     tries = [sample(prompt, seed=seed) for seed in range(4)]
     rewards = np.stack([_jitted(source.reward)(x, prompt) for x in tries])
     best = np.stack(tries)[rewards.argmax(0), np.arange(len(prompt))]

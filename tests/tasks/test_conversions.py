@@ -1,4 +1,4 @@
-"""Late conversions: the journey of a run, the family's rows, the streaming protocol."""
+"""Late conversions: the training stream, the family's rows, the streaming protocol."""
 
 import math
 
@@ -34,11 +34,11 @@ def clicks():
     return conversions.Clicks({"x": x}, click, conv, "test")
 
 
-def test_journey_is_every_resolved_click_then_every_event(clicks):
+def test_training_stream_is_every_resolved_click_then_every_event(clicks):
     config = config_of()
-    journey = conversions.Journey(clicks, config)
+    training = conversions.TrainingStream(clicks, config)
     size = config.data.batch
-    batches = [journey.batch(i * size, size) for i in range(journey.steps)]
+    batches = [training.batch(i * size, size) for i in range(training.steps)]
     shapes = conversions.abstract(config).shapes
     for batch in (batches[0], batches[-1]):
         assert {k: (v.shape, v.dtype) for k, v in batch.items()} == {
@@ -58,12 +58,12 @@ def test_journey_is_every_resolved_click_then_every_event(clicks):
 
     events = batches[pretraining:]
     label = np.concatenate([b["label"][b["weight"] > 0] for b in events])
-    np.testing.assert_array_equal(label, journey.stream.label)
+    np.testing.assert_array_equal(label, training.stream.label)
     elapsed = np.concatenate([b["elapsed"][b["weight"] > 0] for b in events])
     assert elapsed.min() >= config.data.w1 * (1 - 1e-5) and elapsed.max() <= 30.001
-    end = journey.batch(journey.steps * size, size)
+    end = training.batch(training.steps * size, size)
     assert not end["weight"].any()
-    part = journey.batch(size, size, slice(16, 32))
+    part = training.batch(size, size, slice(16, 32))
     np.testing.assert_array_equal(part["x"], batches[1]["x"][16:32])
 
 
@@ -183,13 +183,13 @@ def test_rows_of_the_family_are_runs_of_their_methods(clicks, rows):
     assert own.config.method.name == "defer" and last_step(own) == 9
     for name in ("pretrained", "oracle"):
         config = with_seed(conversions.with_method(config_of(), name), 4)
-        steps = conversions.Journey(clicks, config).steps
+        steps = conversions.TrainingStream(clicks, config).steps
         assert models[name].stage.config.train.steps == steps != 9
     alone = rows((), grid(), "method.name=oracle", "train.steps=0")["this model"].stage
     same = with_baselines(models["oracle"].stage, ())
     assert stages.same(with_baselines(alone, ()), same)
-    journey = conversions.Journey(clicks, own.config)
-    assert last_step(models["pretrained"].stage) == journey.first_event // 64
+    training = conversions.TrainingStream(clicks, own.config)
+    assert last_step(models["pretrained"].stage) == training.first_event // 64
     rate = np.isfinite(clicks.conv_ts[clicks.click_ts < 40]).mean()
     held = np.isfinite(
         clicks.conv_ts[(clicks.click_ts >= 95) & (clicks.click_ts < 100)]

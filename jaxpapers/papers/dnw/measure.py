@@ -67,9 +67,9 @@ class LevelLinks(NamedTuple):
 
 def level_links(net: CharNet, use_multiplicity: bool = False) -> LevelLinks:
     """The links of a network for ``dnw_levels``."""
-    use = net.mult > 0
+    valid = net.mult > 0
     weight = np.asarray(weights(net, use_multiplicity))
-    comp, whole, weight = net.comp[use], net.whole[use], weight[use]
+    comp, whole, weight = net.comp[valid], net.whole[valid], weight[valid]
     row = net.n_levels - net.level[whole]
     size = np.bincount(row, minlength=1).max(initial=1)
     shape = (net.n_levels - 1, int(size))
@@ -78,10 +78,10 @@ def level_links(net: CharNet, use_multiplicity: bool = False) -> LevelLinks:
         np.full(shape, last, np.int32), np.full(shape, last, np.int32), np.zeros(shape)
     )
     for i in range(net.n_levels - 1):
-        here = row == i
-        count = int(here.sum())
+        links_of_row = row == i
+        count = int(links_of_row.sum())
         for table, values in zip(links, (comp, whole, weight)):
-            table[i, :count] = values[here]
+            table[i, :count] = values[links_of_row]
     return links
 
 

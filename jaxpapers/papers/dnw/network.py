@@ -147,8 +147,8 @@ def wholes_of(net: CharNet) -> list[np.ndarray]:
 def parts_of(net: CharNet) -> list[np.ndarray]:
     """For each node, its distinct direct components."""
     order = np.argsort(net.whole, kind="stable")
-    use = net.mult[order] > 0
-    return _grouped(net.whole[order], net.comp[order], use, len(net.chars))
+    valid = net.mult[order] > 0
+    return _grouped(net.whole[order], net.comp[order], valid, len(net.chars))
 
 
 def bottom_up(net: CharNet) -> np.ndarray:
@@ -156,9 +156,9 @@ def bottom_up(net: CharNet) -> np.ndarray:
     return np.argsort(net.level, kind="stable")
 
 
-def _grouped(key, value, use, n):
-    ends = np.cumsum(np.bincount(key[use], minlength=n))
-    return np.split(value[use], ends[:-1])
+def _grouped(key, value, valid, n):
+    ends = np.cumsum(np.bincount(key[valid], minlength=n))
+    return np.split(value[valid], ends[:-1])
 
 
 def _repeated(nodes):

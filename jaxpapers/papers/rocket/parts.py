@@ -211,7 +211,7 @@ def parts_of(net: Net) -> tuple[Part, Part, Part]:
 
 
 def _click_head(net: Any, core: Callable, read: Callable, width: int) -> Part:
-    """An MLP of what ``read`` makes of the features, beside ``core`` parameters."""
+    """MLP head on the output of ``read``, which has the parameters of ``core``."""
 
     def init(key):
         key_core, key_mlp = jax.random.split(key)

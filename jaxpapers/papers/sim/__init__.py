@@ -171,8 +171,8 @@ def forward(
     if net.search == "hard":
 
         def select(cates):
-            found = units.hard(read, cates, net)
-            return units.selected(params, read, found, net), found.valid
+            selected = units.hard(read, cates, net)
+            return units.embed_selected(params, read, selected, net), selected.valid
 
         z, valid = units.per_category(select, batch["cate"], distinct)
         long = esu(params["esu"], z, valid, query)
@@ -181,9 +181,9 @@ def forward(
         if net.search == "soft":
             weights = params["gsu"]
             scores = soft_scores(weights["W_a"], weights["W_b"], keys, query)
-            found = units.soft(lax.stop_gradient(scores), mask, net)
-            valid = found.valid
-            z = units.with_gaps(params, units.take(keys, found), read, found, net)
+            selected = units.soft(lax.stop_gradient(scores), mask, net)
+            valid = selected.valid
+            z = units.with_gaps(params, units.take(keys, selected), read, selected, net)
             long = esu(params["esu"], z, valid, query)
             if train:
                 scores, keys, mask = units.subset(scores, keys, mask, key, net)
@@ -222,7 +222,7 @@ def loss(
 
     Returns:
       The loss per row; metrics ``esu`` and ``gsu`` in nats, ``rate`` (mean predicted
-      probability), ``found`` (share of the search's slots that hold a behaviour) and,
+      probability), ``filled`` (share of the search's slots that hold a behaviour) and,
       with weights, ``weight`` (their sum); the new statistics.
     """
     out, extra = forward(params, extra, batch, net=net, train=True, key=key)
@@ -234,7 +234,7 @@ def loss(
     }
     value = beta * metrics["esu"]
     if out.valid is not None:
-        metrics["found"] = mean(out.valid.mean(-1, dtype=label.dtype))
+        metrics["filled"] = mean(out.valid.mean(-1, dtype=label.dtype))
     if out.gsu is not None:
         metrics["gsu"] = mean(optax.sigmoid_binary_cross_entropy(out.gsu, label))
         value = value + alpha * metrics["gsu"]
@@ -271,11 +271,11 @@ def ids(batch: Mapping[str, Array], *, net: Net) -> dict[str, Int[Array, "..."]]
     if net.search != "hard":
         return behaviour.ids(batch, net=net)
     read = units.fields(batch, net)
-    found = units.hard(read, batch["cate"], net)
+    selected = units.hard(read, batch["cate"], net)
     parts = {}
     for name in ("hist_item", "hist_cate"):
         if read[name] is not None:
-            both = [units.take(read[name], x) for x in (found, read["recent"])]
+            both = [units.take(read[name], x) for x in (selected, read["recent"])]
             parts[name] = jnp.concatenate(both, 1)
     slots = parts["hist_item"].shape[1]
     length = jnp.full_like(batch["length"], slots)

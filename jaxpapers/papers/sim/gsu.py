@@ -1,4 +1,4 @@
-"""SIM's general search unit: the soft search's scores, and its own click model."""
+"""SIM's general search unit: the soft search's scores and the model that trains them."""
 
 from typing import Any
 
@@ -40,7 +40,7 @@ def gsu_aux(
     pool: str = "sum",
     **options: Any,
 ) -> tuple[Float[Array, "*candidates"], dict[str, DiceState]]:
-    """Logits of GSU's own click model: an MLP of [sum_i r_i e_i; e_a].
+    """Logits of GSU's click model: an MLP of [sum_i r_i e_i; e_a].
 
     Args:
       params: a ``nets.mlp`` from 2 D to 1.

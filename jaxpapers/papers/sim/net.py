@@ -31,7 +31,7 @@ class Net(behaviour.Net):
     gsu_dim: int = 16
     """Width of the soft search's projections."""
     gsu_hidden: tuple[int, ...] = (200, 80)
-    """Widths of the hidden layers of GSU's own click model."""
+    """Widths of the hidden layers of GSU's click model."""
     gsu_pool: str = "sum"
     """Of its history, one of ``GSU_POOL``."""
     gsu_sample: int = 0

@@ -13,7 +13,7 @@ from jaxpapers.nets import behaviour, embedding, interest
 from jaxpapers.nets.attention import activation_unit
 from jaxpapers.ops import search
 from jaxpapers.ops.attention import attention_pool
-from jaxpapers.ops.search import Found, hard_search, time_bucket, topk_masked
+from jaxpapers.ops.search import Selection, hard_search, time_bucket, topk_masked
 from jaxpapers.papers.sim.net import Net
 
 
@@ -69,11 +69,11 @@ def fields(batch, net: Net) -> dict[str, Any]:
     back = jnp.arange(net.short, dtype=jnp.int32)[None]
     last = batch["length"][:, None] - 1 - back
     idx = jnp.where(last >= 0, last, -1)
-    read["recent"] = Found(idx, last >= 0, idx)
+    read["recent"] = Selection(idx, last >= 0, idx)
     return read
 
 
-def hard(read, cates, net: Net) -> Found:
+def hard(read, cates, net: Net) -> Selection:
     """Positions of the latest behaviours of the candidates' categories."""
     mask = read["long_mask"] & (read["raw_cate"] != embedding.PADDING)
     hist = read["raw_cate"]
@@ -83,7 +83,7 @@ def hard(read, cates, net: Net) -> Found:
     return hard_search(hist, mask, cates, net.k)
 
 
-def soft(scores, mask, net: Net) -> Found:
+def soft(scores, mask, net: Net) -> Selection:
     """Positions of the behaviours of the largest scores."""
     if scores.ndim == 3:
         mask = jnp.broadcast_to(mask[:, None], scores.shape)
@@ -95,22 +95,24 @@ def embed_history(tables, read):
     return behaviour.embed(tables, read["hist_item"], read["hist_cate"])
 
 
-def selected(params, read, found, net: Net):
-    """z of the behaviours that a search found, without embedding any others."""
-    return with_gaps(params, embed_at(params["tables"], read, found), read, found, net)
+def embed_selected(params, read, selected, net: Net):
+    """z of the selected behaviours; no others are embedded."""
+    return with_gaps(
+        params, embed_at(params["tables"], read, selected), read, selected, net
+    )
 
 
-def embed_at(tables, read, found):
-    """Vectors of the behaviours at the positions found; no others are embedded."""
-    cate = None if read["hist_cate"] is None else take(read["hist_cate"], found)
-    return behaviour.embed(tables, take(read["hist_item"], found), cate)
+def embed_at(tables, read, selected):
+    """Vectors of the selected behaviours; no others are embedded."""
+    cate = None if read["hist_cate"] is None else take(read["hist_cate"], selected)
+    return behaviour.embed(tables, take(read["hist_item"], selected), cate)
 
 
-def with_gaps(params, z, read, found, net: Net):
-    """``append_gaps`` for behaviours at the positions found."""
+def with_gaps(params, z, read, selected, net: Net):
+    """``append_gaps`` for the selected behaviours."""
     if not net.time_dim:
         return z
-    return append_gaps(params, z, read["time"], take(read["hist_time"], found), net)
+    return append_gaps(params, z, read["time"], take(read["hist_time"], selected), net)
 
 
 def append_gaps(params, z, now, times, net: Net):
@@ -122,10 +124,10 @@ def append_gaps(params, z, now, times, net: Net):
     return jnp.concatenate([z, params["gaps"][bucket]], -1)
 
 
-def take(values, found):
+def take(values, selected):
     """``search.take`` of (B, T, ..) at (B, K) or (B, N, K) positions."""
-    shape = found.idx.shape
-    flat = jax.tree.map(lambda x: x.reshape(shape[0], -1), found)
+    shape = selected.idx.shape
+    flat = jax.tree.map(lambda x: x.reshape(shape[0], -1), selected)
     return search.take(values, flat).reshape(*shape, *values.shape[2:])
 
 
