@@ -305,5 +305,5 @@ def check_batch(
 
 
 def compute_dtype(dtype: str) -> Any:
-    """One of ``DTYPES`` as ``nets.mlp.matmul`` takes it: None is the inputs' own."""
+    """One of ``DTYPES`` as ``nets.mlp.matmul`` takes it: None for that of the inputs."""
     return jnp.bfloat16 if dtype == "bfloat16" else None

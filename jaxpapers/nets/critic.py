@@ -1,7 +1,7 @@
 """Critics that score samples, and the bounds that keep them Lipschitz.
 
-Kernels are Kaiming-normal, biases zero. No net here has batch statistics: a gradient
-penalty is per sample.
+Kernels are Kaiming-normal, biases zero. There are no batch statistics, so that a
+gradient penalty is per sample.
 """
 
 import functools

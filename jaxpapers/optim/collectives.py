@@ -112,8 +112,8 @@ def share_sum(
     """Sum of symmetric matrices over devices, of which each gets a share to work on.
 
     Only triangles are sent. Where the batch fills a mesh axis (``share_axes``), the sum
-    is scattered and what devices make of their shares is gathered: the bytes of a plain
-    sum, a fraction of the work. Else every device has all, and nothing is gathered.
+    is scattered and results of the shares are gathered: the bytes of a plain sum, a
+    fraction of the work. Else every device has the whole sum, and nothing is gathered.
 
     Args:
       x: (n, r, r), a summand.
@@ -121,7 +121,7 @@ def share_sum(
 
     Returns:
       The share (k, r, r) of the sum, and a function that gathers the lower triangles of
-      something (k, r, r), or numbers (k, c), from all shares.
+      matrices (k, r, r), or numbers (k, c), from all shares.
     """
     n, r = x.shape[:2]
     names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
@@ -131,7 +131,7 @@ def share_sum(
     if not shared:
         return symmetric(unpack(psum(pack(x), names), r)), lambda y: y
     # Scatter, sum the share over the other axes, gather: the bytes of one all-reduce.
-    # What pads the batch is the identity, which can be factorised.
+    # The batch is padded with identities, which can be factorised.
     eye = jnp.broadcast_to(jnp.eye(r, dtype=x.dtype), (padded - n, r, r))
     packed = pack(jnp.concatenate([x, eye]))
     mine = lax.psum_scatter(packed, shared, scatter_dimension=0, tiled=True)

@@ -1,4 +1,4 @@
-r"""What a Dion step costs, in closed form: bytes by collective and axes, FLOPs, state.
+r"""Cost of a Dion step in closed form: bytes by collective and axes, FLOPs, state.
 
 For N matrices with P on the side l, split over t devices, and Q on the side s, split
 over f, at rank r and e bytes per number, a device holds (l/t, s/f) and sends
@@ -62,9 +62,9 @@ class DionPlan(NamedTuple):
       split: how P's orthonormalisation is shared, see ``choose_split``.
       bytes_per_step: bytes sent in rings, by (collective, mesh axes); with scqr those of
         well-conditioned P's.
-      bytes_per_pass: what one more Gram pass of every orthonormalisation of the step
-        sends, where scqr needs more than two.
-      bytes_of_rescue: what jitter and refinement send in ill-conditioned batches, beside
+      bytes_per_pass: bytes of one more Gram pass of every orthonormalisation of the step,
+        where scqr needs more than two.
+      bytes_of_rescue: bytes of jitter and refinement in ill-conditioned batches, beside
         further passes.
       largest: elements of the largest result of a collective.
       flops: multiplications and additions, of well-conditioned P's.
@@ -222,7 +222,7 @@ def plan_dion(
 
 
 class _Sent:
-    """Adds up what collectives send."""
+    """Adds up the bytes of collectives."""
 
     def __init__(self, order: list[str], sizes: dict[str, int]):
         self._order, self.sizes = order, sizes
@@ -284,7 +284,7 @@ def _gram_pass(
     """Adds the collectives of a Gram matrix and its factor; a device's share of them.
 
     Args:
-      sent: what is added to.
+      sent: sums that are updated.
       axes: mesh axes that split the rows.
       n: matrices.
       r: columns.
@@ -309,7 +309,7 @@ def _gram_pass(
 
 
 def _rescue(sent: _Sent, axes: Axes, n: int, r: int, e: int, *, times: int = 1) -> None:
-    """Adds what jitter and refinement send: sum p^2, and L beside its inverse."""
+    """Adds the bytes of jitter and refinement: sum p^2, and L beside its inverse."""
     shared, padded = share_axes(n, {a: sent.sizes[a] for a in axes})
     for _ in range(times):
         sent.add("all-reduce", axes, n, e)

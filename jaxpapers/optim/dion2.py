@@ -6,8 +6,8 @@ last, (l, s), and the k = ceil(alpha s) columns of largest L1 norm, S (s, k) sel
 $$ U = \mathrm{polar}(B S), \quad M \leftarrow B - (1 - \mu) B S S^\top, \quad
    \mathrm{update}\ U S^\top $$
 
-Only what was used of the momentum decays. The product B S is summed over the devices
-that split s, as Dion's P is; then l is the only side that is split, and
+Only the selected columns of the momentum decay. The product B S is summed over the
+devices that split s, as Dion's P is; then l is the only side that is split, and
 ``newton_schulz`` needs no exchange but that of a (k, k) Gram matrix.
 
 Departs from the reference code in the side that is selected from: always the shorter one,

@@ -1,4 +1,4 @@
-"""What the optimizers of matrices share: layouts, groups of leaves, init and update."""
+"""Layouts, groups of leaves, init and update of all optimizers of matrices."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -7,7 +7,7 @@ direction O by the root of a running mean of its squares, and restores |O|_F:
 $$ v \leftarrow \beta_2 v + (1 - \beta_2)\,\mathrm{mean}_{in}(O^2), \quad
    O' = O / (\sqrt v + \epsilon), \quad O \leftarrow O'\, |O|_F / |O'|_F $$
 
-``newton_schulz`` tells what crosses devices. The reference code is microsoft/dion,
+Communication is described in ``newton_schulz``. The reference code is microsoft/dion,
 whose arithmetic is bfloat16; here it is float32, so numbers agree to bfloat16's rounding.
 """
 

@@ -100,7 +100,7 @@ def newton_schulz(
 
 
 def choose_exchange(n: int, l: int, s: int, devices: int) -> str:
-    """How devices that split the shorter side get whole rows: what sends least.
+    """How devices that split the shorter side get whole rows with the fewest bytes.
 
     ============ ================================= ==============================
     choice       a device then has                 numbers that it receives

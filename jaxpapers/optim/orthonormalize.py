@@ -1,8 +1,8 @@
 """Orthonormal bases of tall matrices whose rows may be spread over mesh axes.
 
-Every method returns a matrix with the column space of ``p``. They differ in what
-they cost, what they survive and what they send; ``l`` is the number of rows over
-all devices, ``r`` the number of columns, ``u`` the unit round-off.
+Every method returns a matrix with the column space of ``p``. They differ in
+cost, in communication and in the condition numbers that they bear; ``l`` is the number
+of rows over all devices, ``r`` the number of columns, ``u`` the unit round-off.
 
 ============ ============================================== =====================
 method       passes                                         sent per matrix
@@ -54,11 +54,11 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxpapers.optim.collectives import AxisNames, pmax, psum, share_sum
 
 METHODS = ("scqr", "cqr2", "rcqr", "qr")
-# What a well-conditioned matrix takes, and what any does at most. The first pass of scqr
-# may be done twice.
+# Gram passes of a well-conditioned matrix, and the most of any matrix. The first pass of
+# scqr may be done twice.
 GRAM_PASSES = {"scqr": 2, "cqr2": 2, "rcqr": 2, "qr": 0}
 SCQR_MAX_PASSES = 12
-# Name, in compiled programs, of what only an ill-conditioned batch runs.
+# Name scope, in compiled programs, of operations for ill-conditioned batches only.
 RESCUE = "ill_conditioned"
 # Least squared distance of a unit column from the span of all others (scqr), or of those
 # before it (the last pass of cqr2 and rcqr), at which a Cholesky factor is trusted.
@@ -207,8 +207,8 @@ def _refine(basis: Array, p: Array, lower: Array, inverse: Array) -> Array:
     """One step of iterative refinement of basis L^T = p.
 
     A shifted pass lifts the smallest singular value of a jittered p, u, by
-    1 / sqrt(shift). What the explicit inverse loses of the span there, no later pass
-    finds again.
+    1 / sqrt(shift). No later pass recovers the part of the span that the explicit
+    inverse loses there.
     """
     lost = p - jnp.einsum("nlr,nsr->nls", basis, jnp.tril(lower), precision=HIGHEST)
     return basis + _times_upper(lost, inverse)
@@ -235,8 +235,8 @@ def _factor(
 ) -> tuple[Array, Array, tuple[Array, Array, Array]]:
     """L, L^-1, and (n,) of whether it is safe, near the identity, and finite.
 
-    Textbook shifts, 11 (l r + r (r + 1)) u |p|^2, swamp the small directions. What is
-    not safe is shifted by four times the smaller of u tr(A) and 4 sqrt(r) u max(A_jj),
+    Textbook shifts, 11 (l r + r (r + 1)) u |p|^2, swamp the small directions. Unsafe
+    matrices are shifted by four times the smaller of u tr(A) and 4 sqrt(r) u max(A_jj),
     which makes up for the rounding of a Gram matrix in nearly all cases; where that
     does not, sixteen times as much does.
 
@@ -295,8 +295,8 @@ def _inverse_factor(gram: Array) -> tuple[Array, Array]:
     """Cholesky factor L and its inverse.
 
     The small inverse, then one product with p: products run at full speed everywhere,
-    triangular solves with many right-hand sides nowhere. What the explicit inverse of
-    an ill-conditioned L loses of the orthonormality the next pass repairs.
+    triangular solves with many right-hand sides nowhere. The next pass repairs the
+    orthonormality that the explicit inverse of an ill-conditioned L loses.
     """
 
     def invert(gram):

@@ -1,10 +1,9 @@
 """Data-parallel replicas that exchange factors instead of gradients.
 
-With ``replicate_axis`` every replica keeps a momentum of its own, fed by its own
-gradient. Outside the ``jax.shard_map`` over that axis the momenta of one leaf are one
-array with the replicas on its leading axis, so a checkpoint of the state is complete and
-a run resumed from it is bitwise the uninterrupted one. Parameters, Q and all else are
-equal on all replicas.
+With ``replicate_axis`` every replica keeps the momentum of its gradients. Outside the
+``jax.shard_map`` over that axis the momenta of one leaf are one array with the replicas
+on its leading axis, so a checkpoint of the state is complete and a run resumed from it is
+bitwise the uninterrupted one. Parameters, Q and all else are equal on all replicas.
 
     specs = optim.replica_specs(state, params, "replica")
 
@@ -30,7 +29,7 @@ def check_axis(name: str) -> int:
     """Size of a manual mesh axis.
 
     Raises:
-      ValueError: it is not one here.
+      ValueError: no manual mesh axis of that name where it is called.
     """
     try:
         return lax.axis_size(name)

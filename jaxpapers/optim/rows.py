@@ -1,4 +1,4 @@
-r"""Row-sparse optimizers: a step costs what its batch touches, not the vocabulary.
+r"""Row-sparse optimizers: a step's cost is in the rows of its batch, not the vocabulary.
 
 A gradient is a tree of ``Rows`` (ids and values, each id once), an update too; states are
 as large as the tables, but only those rows of them are read and written. The

@@ -19,7 +19,7 @@ from jaxpapers.optim.power_iteration import MeshAxes
 
 
 def leaf_spec(layout: Layout, spec: P) -> P:
-    """Partition of what is shaped as the leaf."""
+    """Partition of an array of the leaf's shape."""
     del layout
     return spec
 
@@ -56,7 +56,7 @@ def blockwise(
       replica: mesh axes, manual already, over which the step averages.
 
     Returns:
-      The results of ``step``, sharded as said.
+      The results of ``step``, sharded by the specs of the leaves and ``specs``.
     """
     mesh = shardings[0].mesh if shardings[0] is not None else None
     leaf_specs = tuple(P() if s is None else s.spec for s in shardings)

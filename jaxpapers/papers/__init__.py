@@ -1,4 +1,4 @@
-"""The papers: name -> what it is. Modules are imported when asked for."""
+"""The list of papers. Modules are imported when asked for."""
 
 import difflib
 import importlib
@@ -15,7 +15,7 @@ class Paper(NamedTuple):
       year: of the arXiv version or publication.
       arxiv: id on arXiv; "" for none.
       field: a tag.
-      smoke: what the smoke preset shows, and its cost on 2 cores.
+      smoke: result of the smoke preset, and its cost on 2 cores.
       trained: whether the module has ``make``; False for papers that train nothing.
       venue: where it was published, for papers that are not on arXiv.
     """
@@ -125,7 +125,7 @@ NAMES: dict[str, Paper] = {
         2013,
         "1303.1599",
         "networks",
-        "a learning order of 300 characters and what it costs, < 20 s",
+        "a learning order of 300 characters and its cost, < 20 s",
         trained=False,
     ),
 }

@@ -176,7 +176,7 @@ def predict(
 ) -> Float[Array, "B ..."]:
     """Logits of candidates, by the moving statistics.
 
-    What does not depend on the candidate is computed once per user.
+    Parts that do not depend on the candidate are computed once per user.
 
     Args:
       params: see ``init``.

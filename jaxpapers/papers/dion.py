@@ -18,7 +18,7 @@ $$ Q \leftarrow R\,\mathrm{diag}(1/(\|R_j\|+\epsilon)), \quad
 The optimizer itself is ``jaxpapers.optim.dion`` and documents where it departs from the
 reference code. This module is the language model that it trains: next-token loss, sampler
 with a key/value cache, and the AdamW and Muon baselines. The paper trains GPT-2-sized
-models on FineWeb; here the text is whatever ``data.text`` reads, by default the source of
+models on FineWeb; here the text is read by ``data.text``, by default from the source of
 the running Python's standard library, byte by byte.
 """
 

@@ -2,10 +2,10 @@
 
 A task is a module with three functions, see docs/add_a_paper.md:
 
-    read(config) -> Data                what a training run reads
+    read(config) -> Data                data of a training run
     abstract(config) -> Data            its shapes, and facts of the same shapes and cost,
                                         without reading any data; ``examples`` is None
-    study(name, config, data, mesh) -> Study   the rows that are compared, of paper
+    study(name, config, data, mesh) -> Study   the rows of the comparison, that of paper
                                         ``name`` first
 """
 
@@ -18,7 +18,7 @@ from jaxpapers.study import Data, Study
 
 
 def read(config: Any) -> Data:
-    """What a training run of this config reads."""
+    """Data of a training run of this config."""
     return load(config).read(config)
 
 
@@ -28,7 +28,7 @@ def abstract(config: Any) -> Data:
 
 
 def study(name: str, config: Any, data: Data, mesh: Any) -> Study:
-    """The comparison that a paper's config asks for."""
+    """The comparison of a paper's config."""
     return load(config).study(name, config, data, mesh)
 
 
@@ -36,7 +36,7 @@ def load(config: Any) -> ModuleType:
     """The module that ``config.data.task`` names.
 
     Raises:
-      ValueError: no such task.
+      ValueError: unknown task.
     """
     names = sorted(module.name for module in pkgutil.iter_modules(__path__))
     task = config.data.task

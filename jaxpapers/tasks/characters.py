@@ -74,7 +74,7 @@ def study(name: str, config: Any, data: Data, mesh: Any) -> Study:
     table, net = data.facts["characters"], data.facts["network"]
     credit = config.method.credit
     closures, orders = dnw.closures(net), _orders(config, data, mesh)
-    own, *others = orders
+    first, *others = orders
 
     @functools.cache
     def course(label):
@@ -82,13 +82,13 @@ def study(name: str, config: Any, data: Data, mesh: Any) -> Study:
 
     def measure(label):
         curve, metrics = course(label)[credit]
-        if label.startswith("DNW") and label != own:  # Lines between own and frequency.
+        if label.startswith("DNW") and label != first:  # Between first and frequency.
             return Finding(_numbers(metrics))
         curves = {"share of usage against cost": _points(curve, net.own_cost.sum())}
         return Finding(_numbers(metrics), curves=curves)
 
-    def measure_own():
-        finding = measure(own)
+    def measure_first():
+        finding = measure(first)
         bound = dnw.smith_lower_bound(net.freq, net.own_cost)
         curves = dict(finding.curves)
         if config.method.sweep:
@@ -97,13 +97,13 @@ def study(name: str, config: Any, data: Data, mesh: Any) -> Study:
             {**finding.numbers, "completion_bound": bound},
             [_other_credit(credit, {label: course(label) for label in orders})],
             curves,
-            {"order.csv": _csv(orders[own](), net, table)},
+            {"order.csv": _csv(orders[first](), net, table)},
         )
 
     def rows(seed):
         del seed  # Nothing is drawn.
         measures = {label: functools.partial(measure, label) for label in others}
-        return [Row(x, None, f) for x, f in ({own: measure_own} | measures).items()]
+        return [Row(x, None, f) for x, f in ({first: measure_first} | measures).items()]
 
     return Study(
         title=f"cost to 90 % of usage, {credit} credit",
@@ -156,8 +156,8 @@ def _orders(config: Any, data: Data, mesh: Any) -> dict[str, Callable[[], Any]]:
     several = mesh if mesh.size > 1 else None
     weights = dnw.sweep(net, values, mesh=several, use_multiplicity=m.use_multiplicity)
     weights = np.asarray(weights)  # Orders are computed on one device.
-    own, *others = (f"DNW, b = {b:g}" for b in values)
-    scores = {own: weights[0], **dict(zip(others, weights[1:]))}
+    main, *others = (f"DNW, b = {b:g}" for b in values)
+    scores = {main: weights[0], **dict(zip(others, weights[1:]))}
     scores["offspring, all"] = dnw.noo_all(net)
     graded = []
     if table.grade:
@@ -167,7 +167,7 @@ def _orders(config: Any, data: Data, mesh: Any) -> dict[str, Callable[[], Any]]:
             [-table.grade.get(c, last) for c in net.chars], float
         )
     sorted_by = jax.device_get(_sorted(scores, net))
-    before = (own, "usage frequency", *others, "offspring, direct", "offspring, all",
+    before = (main, "usage frequency", *others, "offspring, direct", "offspring, all",
               "level", "frequency / cost", "Loach-Wang")  # fmt: skip
     orders: dict[str, Callable[[], Any]] = {
         label: functools.partial(sorted_by.get, label) for label in before

@@ -76,7 +76,7 @@ def read(config: Any) -> Data:
 
 def study(name: str, config: Any, data: Data, mesh: Any) -> Study:
     """The model, its ablations and the baselines of the task, on the same test rows."""
-    del data  # Of this config; the rows' stages read their own.
+    del data  # Each stage reads the data of its config.
     clicks, c = load(config), config.data
     meshes.batch_rows(mesh, c.eval_batch, name="data.eval_batch")
     label = clicks.test.label
@@ -114,7 +114,7 @@ def study(name: str, config: Any, data: Data, mesh: Any) -> Study:
 
 
 def ablations(name: str, config: Any) -> dict[str, Any]:
-    """Label -> config of the paper's own variants."""
+    """Label -> config of the paper's variants."""
     variants = {"dien": dien, "rocket": rocket, "sim": sim}
     fields = variants[name].ablations(config) if name in variants else {}
     return {label: with_fields(config, values) for label, values in fields.items()}
@@ -123,10 +123,10 @@ def ablations(name: str, config: Any) -> dict[str, Any]:
 def baselines(name: str, config: Any) -> dict[str, tuple[str, Any]]:
     """Label -> paper and config of logistic regression, Base and DIN, trained as long.
 
-    None where ``data.baselines`` says so, and beside those models themselves. Those of
-    DIN have its own sizes. Beside another model they have those of DIN's preset for the
-    source, and on other sources than ml-100k the optimizer and the constant part of the
-    learning rate of that model: its schedule is made for its own number of steps.
+    None with ``data.baselines=False``, and beside one of these models. Beside DIN they
+    have its sizes. Beside another model they have the sizes of DIN's preset for the
+    source, and on other sources than ml-100k that model's optimizer at a constant
+    learning rate, because its schedule fits its number of steps only.
     """
     if not config.data.get("baselines", True):
         return {}
@@ -157,7 +157,7 @@ def _din_beside(config: Any) -> Any:
     din = din.copy_and_resolve_references().unlock()
     _copy_shared(din.data, config.data)
     _copy_shared(din.train, config.train)
-    # DIN's steps need no cutting where the other model's do, nor its first stage.
+    # DIN's steps fit into memory whole, and it has no stage before.
     din.train.accumulate, din.train.init_from = 1, ""
     din.net.rows_multiple = config.net.rows_multiple
     if not small:
@@ -215,7 +215,7 @@ def load(config: Any) -> ctr.Clicks:
     ``item_buckets`` rows, where the config has some.
 
     Raises:
-      FileNotFoundError: files that are not there; says which, and where to get them.
+      FileNotFoundError: missing files, with where to get them.
       ValueError: unknown names.
     """
     c = config.data

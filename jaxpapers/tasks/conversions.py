@@ -117,11 +117,11 @@ def compare(clicks: Clicks, name: str, config: Any, mesh: Any) -> Study:
         return TrainingStream(clicks, with_method(config, method_name)).steps
 
     def stage(method_name, seed):
-        own = with_method(with_seed(config, seed), method_name)
-        if method_name != config.method.name or not own.train.steps:
-            own = with_fields(own, {"train.steps": steps(method_name)})
+        seeded = with_method(with_seed(config, seed), method_name)
+        if method_name != config.method.name or not seeded.train.steps:
+            seeded = with_fields(seeded, {"train.steps": steps(method_name)})
         until = training.first_event // c.batch if method_name == "pretrained" else 0
-        return Stage(name, own, until=until)
+        return Stage(name, seeded, until=until)
 
     def constant():
         rate = truth(clicks, c.w2)[training.pretrain].mean()

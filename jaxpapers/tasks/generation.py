@@ -69,11 +69,11 @@ def read(config: Any) -> Data:
 
 def study(name: str, config: Any, data: Data, mesh: Any) -> Study:
     """The model, its ablations, the model before tuning, and two untrained baselines."""
-    del data  # Of this config; the rows' stages read their own.
+    del data  # Each stage reads the data of its config.
     source, certified = load(config), name == "score_wasserstein"
     points = source.classifier is None
     shown = EXACT if points else SHOWN
-    # All rows sample as the config says, whatever their stage was trained for.
+    # All rows sample by this config, the pretrained model too.
     sample = _sampling(config, mesh, source)
     numbers = functools.partial(_evaluate, config, mesh, source, sample)
 
@@ -87,10 +87,10 @@ def study(name: str, config: Any, data: Data, mesh: Any) -> Study:
         return Row(label, Stage(name, config, after), measure, watch=watch)
 
     def rows(seed):
-        own = with_seed(config, seed)
-        first = sft_pg.pretraining(own) if name == "sft_pg" else None
+        seeded = with_seed(config, seed)
+        first = sft_pg.pretraining(seeded) if name == "sft_pg" else None
         before = [measured("before tuning", first)] if first else []
-        rows = [measured("this model", own, *(row.stage for row in before)), *before]
+        rows = [measured("this model", seeded, *(row.stage for row in before)), *before]
         if certified and config.net.regularizer == "none":
             # The paper's two ways to lower the constant.
             for label, value in (
@@ -98,7 +98,7 @@ def study(name: str, config: Any, data: Data, mesh: Any) -> Study:
                 ("weight clip", "clip"),
             ):
                 rows.append(
-                    measured(label, with_fields(own, {"net.regularizer": value}))
+                    measured(label, with_fields(seeded, {"net.regularizer": value}))
                 )
         return rows + [
             Row(label, None, functools.partial(constant, label)) for label in BASELINES
@@ -181,7 +181,7 @@ def _read(
         make = getattr(points, name)
         if name in ("clusters", "gaussian"):  # In as many dimensions as the net has.
             make = functools.partial(make, dim=dim)
-        # Other draws of the same law, never seen in training.
+        # Other draws of the same distribution.
         held_out = make(eval_count, 1_000_003 + seed, spread)
         train = make(count, seed, spread)
         return Source(train, held_out, None, name.replace("_", " "))

@@ -44,7 +44,7 @@ def read(config: Any) -> Data:
 
 def study(name: str, config: Any, data: Data, mesh: Any) -> Study:
     """The model, its ablations, and two classifiers without training."""
-    del data  # Of this config; the rows' stages read their own.
+    del data  # Each stage reads the data of its config.
     dataset, size = load(config), config.data.eval_batch
     meshes.batch_rows(mesh, size, name="data.eval_batch")
 
@@ -60,11 +60,11 @@ def study(name: str, config: Any, data: Data, mesh: Any) -> Study:
         return Row(label, None, lambda: Finding({"error": errors()[label]}))
 
     def rows(seed):
-        own = with_seed(config, seed)
+        seeded = with_seed(config, seed)
         variants = rocket.ablations(config) if name == "rocket" else {}
         return [
-            trained("this model", own),
-            *(trained(k, with_fields(own, v)) for k, v in variants.items()),
+            trained("this model", seeded),
+            *(trained(k, with_fields(seeded, v)) for k, v in variants.items()),
             *map(constant, BASELINES),
         ]
 

@@ -46,10 +46,10 @@ def study(name: str, config: Any, data: Data, mesh: Any) -> Study:
     """The model beside general compressors of the same bytes.
 
     The number is the total code length of every validation token, document ends included,
-    divided by the number of bytes (or of tokens, for token shards): what a compressor
-    driven by the model would reach.
+    divided by the number of bytes (or of tokens, for token shards): the rate of an ideal
+    compressor driven by the model.
     """
-    del name  # Dion's paper is the only one here.
+    del name  # Only dion has this task.
     meshes.batch_rows(mesh, config.data.eval_batch, name="data.eval_batch")
     corpus, unit = _corpus(config), data.unit.rstrip("s")
     bits = functools.partial(_bits, config, corpus, mesh)
@@ -70,9 +70,11 @@ def study(name: str, config: Any, data: Data, mesh: Any) -> Study:
         return Row(name, None, lambda: Finding({"bits": compressors()[name]}))
 
     def rows(seed):
-        own = Row("this model", _stages(with_seed(config, seed)), measure, watch=watch)
+        model = Row(
+            "this model", _stages(with_seed(config, seed)), measure, watch=watch
+        )
         names = COMPRESSORS if corpus.byte_level else ()
-        return [own, *map(compressor, names)]
+        return [model, *map(compressor, names)]
 
     return Study(
         title=f"validation, bits per {unit}",

@@ -68,7 +68,7 @@ def _reward(config: Any, reward_fn: Callable) -> dict[str, Callable]:
 
 def study(name: str, config: Any, data: Data, mesh: Any) -> Study:
     """The tuned model, its variants with as many rewards, and the model before tuning."""
-    del data  # Of this config; the rows' stages read their own.
+    del data  # Each stage reads the data of its config.
     source = captioned.load(config)
     prompt = np.repeat(
         np.arange(len(source.prompts), dtype=np.int32), config.data.eval_each
@@ -99,14 +99,14 @@ def study(name: str, config: Any, data: Data, mesh: Any) -> Study:
         return finding._replace(numbers={**finding.numbers, **more})
 
     def rows(seed):
-        own = with_seed(config, seed)
-        tunes, first = config.method.stage == "tune", dpok.pretraining(own)
+        seeded = with_seed(config, seed)
+        tunes, first = config.method.stage == "tune", dpok.pretraining(seeded)
         before = Stage(name, first) if first else None
         tuned = {"this model": {}, **(variants(config) if tunes else {})}
         rows = [
             Row(
                 label,
-                Stage(name, with_fields(own, fields), before),
+                Stage(name, with_fields(seeded, fields), before),
                 measure if tunes else measure_untuned,
                 watch=scores,
             )

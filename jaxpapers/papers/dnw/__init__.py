@@ -19,8 +19,8 @@ A is nilpotent, so the sum ends with the longest path and W exists for every b; 
 the usage frequency order. In networkx, W is the Katz centrality of the reversed graph
 with alpha = b and beta = f.
 
-Departures. The paper's body was not at hand; what follows from its abstract and the
-authors' published table is the measure. Reconstructed: b = 0.35, the own cost of a
+Departures. The paper's body was not at hand; its abstract and the authors' published
+table are the reference. Reconstructed: b = 0.35, the own cost of a
 compound (its number of components, 1 for a primitive), ties (frequency, then code point)
 and that components of a target are paid for but not learned with it (``transient``).
 Under the other reading (``learn``) the frequency and the W order differ by less than 0.1

@@ -23,7 +23,7 @@ def level_b(params: Float[Array, " L"]) -> Float[Array, " L"]:
 
 
 def level_scores(b: Float[Array, " L"], net: CharNet) -> Float[Array, " n"]:
-    """W_v = f_v + b_l(v) sum W_w: the level of the component says what it inherits.
+    """W_v = f_v + b_l(v) sum W_w: the level of the component decides its b.
 
     Args:
       b: of the levels from 1 to L.

@@ -1,8 +1,8 @@
-"""Learning in an order: what it costs, and how much of running text it covers.
+"""Learning in an order: its cost, and the share of running text that is covered.
 
 Both simulators give one point per learned node. A node whose components are unknown costs
-the sum of the own costs over all that it is made of, as far as unknown; the walk stops
-at known nodes. Under ``learn`` these components are then known, under ``transient`` they
+the sum of its cost and of the costs of all unknown nodes below it; the walk stops at
+known nodes. Under ``learn`` these components are then known, under ``transient`` they
 are paid for again until their own turn comes.
 """
 
@@ -85,7 +85,7 @@ def simulate_transient(
 def target_costs(
     place: Int[Array, " n"], net: CharNet, closures: Closures, chunk: int = 1024
 ) -> Float[Array, " m"]:
-    """What each target costs at its turn under ``transient``.
+    """Cost of each target at its turn under ``transient``.
 
     Args:
       place: position of every node in the order.

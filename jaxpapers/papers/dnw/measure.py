@@ -171,7 +171,7 @@ def _sharded(mesh: Mesh, n_levels: int) -> Any:
 
 
 class Contribution(NamedTuple):
-    """What one node adds to another's W.
+    """Contribution of one node to another's W.
 
     Attributes:
       char: the node w.

@@ -160,7 +160,7 @@ def check_steps(options: Options, sampler: Sampler) -> None:
 
 
 def check_training(config: Any, options: Options, has_reward: bool) -> None:
-    """Checks what only ``make`` knows: the batch, the optimizers, the reward.
+    """Checks the fields outside of ``Options``: batch, optimizers, reward.
 
     Raises:
       ValueError: fields that do not fit each other, no reward.

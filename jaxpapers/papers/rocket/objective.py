@@ -32,9 +32,9 @@ class Options:
     hint: str = "mimic"
     """One of ``hints.HINTS``."""
     block: str = "logits"
-    """What gets no gradient of the hint: logits the booster's logits, hence the booster
-    and the shared layers' path through it; booster_params the booster's own parameters;
-    none nothing."""
+    """Where the hint's gradient stops: "logits" at the booster's logits, hence before the
+    booster and the shared layers below it; "booster_params" at the parameters that only
+    the booster has; "none" nowhere."""
     temperature: float = 4.0
     """T of the hint kd and of the teacher."""
     features: str = "none"

@@ -182,7 +182,7 @@ def w2_bound_general(
     for name, value in (("g2", g2), ("lam", lam)):
         _check_sign(name, value)
     if not _traced(lam, g2) and ((np.asarray(lam) == 0) & (np.asarray(g2) > 0)).any():
-        raise ValueError("lam is zero where g2 is not: its loss says nothing there")
+        raise ValueError("lam is zero where g2 is not: its loss bounds nothing there")
     _check_sign("J", J_lam)
     ratio = jnp.where(
         g2 > 0, 2 * _log(g2) - _log(jnp.where(g2 > 0, lam, 1.0)), -jnp.inf

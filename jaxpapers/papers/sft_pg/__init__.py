@@ -144,7 +144,7 @@ def init_params(key: Key[Array, ""], model: Model) -> dict:
 def loss(
     params: dict, batch: dict, key: Key[Array, ""], *, model: Model
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """Losses of critic, value net and policy on one rollout, each of its own net only.
+    """Losses of critic, value net and policy on one rollout; each trains one net.
 
     Args:
       params: see ``init_params``.

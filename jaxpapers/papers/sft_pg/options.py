@@ -96,7 +96,7 @@ def check_schedule(options: Options, model: str, schedule: Schedule) -> None:
 
 
 def check_training(config: Any, options: Options) -> None:
-    """Checks what only ``make`` knows: the batch and the optimizers.
+    """Checks the fields outside of the group ``method``: batch and optimizers.
 
     Raises:
       ValueError: fields that do not fit each other.

@@ -300,16 +300,20 @@ def check_batch(batch: Mapping[str, Any], *, net: Net) -> None:
     units.check_shapes(x, net)
     if "hist_time" not in x:
         return
-    here = np.arange(x["hist_time"].shape[1])[None] < x["length"][:, None]
-    if (here[:, 1:] & (np.diff(x["hist_time"], axis=1) < 0)).any():
+    present = np.arange(x["hist_time"].shape[1])[None] < x["length"][:, None]
+    if (present[:, 1:] & (np.diff(x["hist_time"], axis=1) < 0)).any():
         raise ValueError(
             "hist_time must not fall within a history: sort it, oldest first"
         )
-    late = here & (x["hist_time"] > x["time"][:, None]) if "time" in x else here[:, :0]
+    late = (
+        present & (x["hist_time"] > x["time"][:, None])
+        if "time" in x
+        else present[:, :0]
+    )
     if late.any():
         row = int(np.flatnonzero(late.any(1))[0])
         raise ValueError(
-            f"hist_time of row {row} reaches {x['hist_time'][row][here[row]].max()}, "
+            f"hist_time of row {row} reaches {x['hist_time'][row][present[row]].max()}, "
             f"after the request at time {x['time'][row]}; cut histories before it"
         )
 
