@@ -1,5 +1,7 @@
 """Diffusion in discrete steps: recorded numbers, closed forms, rollouts, errors."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -182,10 +184,10 @@ def test_ddim_with_eta_one_is_the_posterior_of_its_grid():
 
 # Rollouts and steps
 
-SAMPLERS = ["ddim", pytest.param("ddpm", marks=pytest.mark.matrix), "fastdpm"]
+MATRIX = functools.partial(pytest.param, marks=pytest.mark.matrix)
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", ["ddim", MATRIX("ddpm"), MATRIX("fastdpm")])
 def test_perfect_noise_gives_back_the_point(name):
     """For data at one point the true noise is known; samples are near the point."""
     schedule, point = SCHEDULES[name], np.float32([0.7, -0.4])
@@ -211,7 +213,7 @@ def linear_eps(x, time):
     return 0.3 * x + 0.01 * time[:, None]
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", [MATRIX("ddim"), MATRIX("ddpm"), "fastdpm"])
 def test_log_probabilities_of_a_rollout(name):
     schedule = SCHEDULES[name]
     steps = np.arange(len(schedule.std))
@@ -294,25 +296,21 @@ def test_noise_drawn_at_once_is_that_of_the_steps(monkeypatch):
         return 0.1 * x + 0.01 * time[:, None]
 
     def draw(at_once):
-        program = jax.jit(
-            lambda key: trajectories.rollout(
-                key, eps_fn, schedule, (8, 2), store="keys"
-            )
-        )
+        @jax.jit
+        def program(key):
+            rollout = trajectories.rollout(key, eps_fn, schedule, (8, 2), store="keys")
+            replay = trajectories.replay(
+                rollout, eps_fn, schedule, lambda last, k, x, x_next, eps: x_next,
+                rollout.start,
+            )  # fmt: skip
+            return rollout.sample, replay
+
+        lowered = program.lower(jax.random.key(0))
         # All noise is there before the loop, or none of it.
-        assert ("6x8x2xf32" in program.lower(jax.random.key(0)).as_text()) == at_once
-        found = program(jax.random.key(0))
-        states = jax.jit(
-            lambda found: trajectories.replay(
-                found,
-                eps_fn,
-                schedule,
-                lambda last, k, x, x_next, eps: x_next,
-                found.start,
-            )
-        )(found)
-        np.testing.assert_array_equal(states, found.sample)
-        return found.sample
+        assert ("6x8x2xf32" in lowered.as_text()) == at_once
+        sample, replay = lowered.compile()(jax.random.key(0))
+        np.testing.assert_array_equal(replay, sample)
+        return sample
 
     assert len(schedule.std) * 8 * 2 < trajectories.AT_ONCE
     before = draw(True)
@@ -321,28 +319,29 @@ def test_noise_drawn_at_once_is_that_of_the_steps(monkeypatch):
 
 
 def test_replay_is_bitwise_the_same(users_options):
-    schedule = SCHEDULES["ddpm"]
+    schedule = SCHEDULES["ddim"]
+    steps = len(schedule.std)
+
     # As users compile: the tests' own options round differently in two programs.
-    draw = jax.jit(
-        lambda store: trajectories.rollout(
-            jax.random.key(3), linear_eps, schedule, (5, 2), store=store
-        ),
-        static_argnums=0,
-        compiler_options=users_options,
-    )
-    kept, whole = draw("keys"), draw("all")
-    assert kept.states is None and kept.eps is None
-    np.testing.assert_array_equal(kept.sample, whole.sample)
+    @functools.partial(jax.jit, compiler_options=users_options)
+    def draw(key):
+        return [
+            trajectories.rollout(key, linear_eps, schedule, (5, 2), store=store)
+            for store in ("keys", "all")
+        ]
 
     def visit(carry, k, x, x_next, eps):
         states, predictions = carry
         return states.at[k].set(x), predictions.at[k].set(eps)
 
-    empty = (jnp.zeros((40, 5, 2)), jnp.zeros((40, 5, 2)))
-    replay = jax.jit(
-        lambda kept: trajectories.replay(kept, linear_eps, schedule, visit, empty),
-        compiler_options=users_options,
-    )
+    @functools.partial(jax.jit, compiler_options=users_options)
+    def replay(kept):
+        empty = (jnp.zeros((steps, 5, 2)), jnp.zeros((steps, 5, 2)))
+        return trajectories.replay(kept, linear_eps, schedule, visit, empty)
+
+    kept, whole = draw(jax.random.key(3))
+    assert kept.states is None and kept.eps is None
+    np.testing.assert_array_equal(kept.sample, whole.sample)
     states, predictions = replay(kept)
     np.testing.assert_array_equal(states, whole.states[:-1])
     np.testing.assert_array_equal(predictions, whole.eps)

@@ -99,9 +99,10 @@ def start(model, txs, theta=PRE, v=0.0):
 ADAM = {"policy": optax.adam(1e-2), "value": optax.adam(1e-2)}
 
 
-def updates(model, count=1, txs=ADAM, batch=BATCH):
-    """The initial state, the last one, and metrics of every update."""
+def updates(model, count=1, txs=ADAM, batches=(BATCH,)):
+    """For each batch the initial state, the last one, and metrics of every update."""
 
+    @jax.jit
     def program(batch):
         def step(state, _):
             return dpok.update(state, batch, model=model, txs=txs)
@@ -110,8 +111,14 @@ def updates(model, count=1, txs=ADAM, batch=BATCH):
         last, metrics = jax.lax.scan(step, first, None, length=count)
         return tuple(s._replace(key=jnp.zeros(())) for s in (first, last)), metrics
 
-    (first, last), metrics = together(program, batch)
-    return first, last, metrics
+    runs = jax.device_get([program(batch) for batch in batches])
+    return [(*states, metrics) for states, metrics in runs]
+
+
+def only(prompt):
+    """`BATCH` with a single prompt."""
+    row = np.full(20, prompt, np.int32)
+    return {"tokens": row + 1, "prompt": row}
 
 
 def moments(theta, schedule=SCHEDULE, np=np):
@@ -264,21 +271,19 @@ def test_gradient_of_the_objective_with_and_without_later_kl():
         by_trajectory = jax.tree.map(
             lambda v: v.reshape(count, steps, *v.shape[1:]), chosen
         )
-        gains = {"grad": gain, "reward": gain - beta * later}
-        grads = {
-            mode: jax.vmap(of_trajectory)(by_trajectory, g.reshape(count, steps))
-            for mode, g in gains.items()
-        }
-        exact = jax.grad(lambda theta: -moments(theta)[-1][0] + beta * path_kl(theta))(
-            jnp.asarray(THETA)
-        )
-        return {m: (g.mean(0), g.std(0)) for m, g in grads.items()}, exact
+        gains = jnp.stack([gain, gain - beta * later]).reshape(2, count, steps)
+        of_mode = jax.vmap(of_trajectory, (None, 0))
+        grads = jax.vmap(of_mode, (0, 1))(by_trajectory, gains)
+        return grads.mean(0), grads.std(0)
 
-    grads, exact = together(program, params(), batch)
-    off = {
-        mode: np.abs(mean - exact) / (std / np.sqrt(count))
-        for mode, (mean, std) in grads.items()
-    }
+    def exact(theta):
+        return -moments(theta)[-1][0] + beta * path_kl(theta)
+
+    theta, h = THETA.astype(np.float64), 1e-6 * np.eye(2)
+    slope = np.array([exact(theta + d) - exact(theta - d) for d in h]) / 2e-6
+    means, stds = together(program, params(), batch)
+    errors = np.abs(means - slope) / (stds / np.sqrt(count))
+    off = dict(zip(("grad", "reward"), errors))
     assert (off["reward"] < 4).all() and off["grad"].max() > 20, off
 
 
@@ -287,12 +292,12 @@ def test_optimum_is_the_gaussian_tilt():
     slope, beta = 0.6, 0.4
     model = linear(
         lambda x, prompt: slope * x[:, 0], one_step(1.0, 1.0), transitions=1,
-        value_transitions=1, guidance=1.0, beta=beta, policy_steps=4, value_steps=20,
+        value_transitions=1, guidance=1.0, beta=beta, policy_steps=4, value_steps=5,
     )  # fmt: skip
     # The decay averages out the noise of the gradient.
     rate = optax.exponential_decay(0.2, 200, 0.5)
     txs = {"policy": optax.sgd(rate), "value": optax.sgd(0.1)}
-    prompt = np.arange(2000, dtype=np.int32) % 10
+    prompt = np.arange(1000, dtype=np.int32) % 10
     batch = {"tokens": prompt, "prompt": prompt}
 
     def program(batch):
@@ -394,8 +399,7 @@ def test_what_is_trained(config, rank):
     "options",
     [
         {"rollouts": 2, "kl": "eps_mse", "clip": "hard", "reduce": "mean"},
-        {"advantage": "prompt"},
-        {"name": "kl_o", "reward_shift": 2.0},
+        MATRIX({"advantage": "prompt"}),
         MATRIX({}),
         MATRIX({"kl_mode": "reward"}),
         MATRIX({"advantage": "batch"}),
@@ -406,26 +410,62 @@ def test_what_is_trained(config, rank):
     ids=str,
 )
 def test_variants(options):
-    first, last, metrics = updates(
+    [(first, last, metrics)] = updates(
         linear(lambda x, prompt: jnp.exp(x[:, 0]), **options), 2
     )
+    assert_trained(first, last, metrics)
+
+
+def assert_trained(first, last, metrics):
     assert all(np.isfinite(v).all() for v in metrics.values())
     assert int(last.step) == 2
     assert (last.params["net"]["theta"] != first.params["net"]["theta"]).all()
     np.testing.assert_array_equal(last.params["reference"]["theta"], PRE)
-    if options.get("name") == "kl_o":
-        assert (metrics["least_weight"] > 2).all() and (metrics["reward"] > 0).all()
+
+
+def test_supervised_updates_refuse_negative_weights():
+    def pay(x, prompt):
+        return jnp.where(prompt == 3, -5.0, jnp.exp(x[:, 0]))
+
+    model = linear(pay, name="kl_o", reward_shift=2.0)
+    trained, refused = updates(model, 2, batches=(only(4), only(3)))
+    assert_trained(*trained)
+    metrics = trained[2]
+    assert (metrics["least_weight"] > 2).all() and (metrics["reward"] > 0).all()
+    first, last, metrics = refused
+    assert not differs(first.params, last.params)
+    assert np.isnan(metrics["least_weight"]).all() and (metrics["reward"] == -5).all()
+
+
+def host_reward(score):
+    def shape(x, prompt):
+        return jax.ShapeDtypeStruct(prompt.shape, jnp.float32)
+
+    return on_host(score, shape, finite=True)
 
 
 @pytest.mark.parametrize("mode", ["reward", MATRIX("grad")])
 def test_an_update_follows_the_gradient(mode):
-    """One policy step, computed again from the parts: sign and size of the change."""
-    model = linear(policy_steps=1, transitions=3, value_steps=1, beta=0.5, kl_mode=mode)
+    """One policy step, computed again from the parts: sign and size of the change.
+
+    The reward is on the host: one call per rollout with whole arrays.
+    """
+    calls, means = [], []
+
+    def score(x, prompt):
+        calls.append((x.shape, prompt.shape))
+        means.append(x.mean())
+        return x[:, 0]
+
+    model = linear(
+        host_reward(score), policy_steps=1, transitions=3, value_steps=1, beta=0.5,
+        kl_mode=mode,
+    )  # fmt: skip
     txs = {"policy": optax.sgd(1.0), "value": optax.sgd(0.0)}
 
     def program(batch):
         state = start(model, txs, jnp.asarray(THETA), 0.3)
-        new, _ = dpok.update(state, batch, model=model, txs=txs)
+        new, metrics = dpok.update(state, batch, model=model, txs=txs)
         key = jax.random.split(jax.random.fold_in(state.key, state.step), 3)[0]
         rollout = dpok.draw_rollout(key, state.params, batch, model)
         gain = jnp.repeat(rollout.reward, 3) - 0.3
@@ -434,13 +474,27 @@ def test_an_update_follows_the_gradient(mode):
             gain = gain - 0.5 * later.T.reshape(-1)
         rows = rollouts.all_transitions(rollout)
         grads = jax.grad(objective)(jnp.asarray(THETA), gain, rows, PRE, 0.5)
-        return new.params["net"]["theta"] - THETA, grads
+        return new.params["net"]["theta"] - THETA, grads, metrics["reward"]
 
-    moved, grads = together(program, BATCH)
+    moved, grads, mean = together(program, BATCH)
     np.testing.assert_allclose(moved, -grads, rtol=1e-3, atol=1e-5)
+    assert calls == 2 * [((20, 1), (20,))]
+    np.testing.assert_allclose(means, mean, atol=1e-6)
 
 
-def test_beta_follows_its_target():
+@pytest.mark.matrix
+def test_the_gradient_of_a_host_reward():
+    model = linear(host_reward(lambda x, prompt: 2 * x[:, 0] + 0.1 * prompt))
+
+    def program(params, batch):
+        loss = functools.partial(dpok.loss, model=model)
+        return jax.grad(loss, has_aux=True)(params, batch, jax.random.key(0))[0]
+
+    theta = together(program, params(), BATCH)["net"]["theta"]
+    assert np.isfinite(theta).all() and np.abs(theta).min() > 0
+
+
+def test_beta_follows_its_target_unless_a_reward_is_bad():
     """The first rollout's path KL is 0, below any target; the second's is not."""
     betas = together(
         lambda kl: [
@@ -449,10 +503,23 @@ def test_beta_follows_its_target():
         np.float32(0.1),
     )
     np.testing.assert_allclose(betas, [0.005, 0.01, 0.02, 0.01])
-    first, last, metrics = updates(linear(kl_mode="reward", kl_target=1e-4), 2)
+
+    def broken(x, prompt):
+        return jnp.where(prompt == 3, jnp.nan, x[:, 0])
+
+    model = linear(broken, kl_target=1e-4, advantage="prompt")
+    batches = (only(4), BATCH)
+    (first, last, metrics), (before, after, bad) = updates(model, 2, batches=batches)
     assert metrics["path_kl"][0] < 1e-9 < 1e-3 < metrics["path_kl"][1]
     assert metrics["beta"][1] == pytest.approx(0.5 * float(first.extra["beta"]))
     assert float(last.extra["beta"]) == pytest.approx(float(first.extra["beta"]))
+    # A reward that is not finite leaves the state alone.
+    assert not differs(
+        (before.params, before.opt_state), (after.params, after.opt_state)
+    )
+    assert not np.isfinite(bad["reward"]).any()
+    assert not np.isfinite(bad["reward_prompt_3"]).any()
+    assert np.isfinite(bad["reward_prompt_2"]).all()
 
 
 def test_kept_rollouts_replace_the_oldest():
@@ -541,64 +608,12 @@ def test_only_if_keeps_all_but_the_step():
     assert taken.params["a"].tolist() == [0, 0]
 
 
-# Rewards
-
-
-def host_reward(score):
-    def shape(x, prompt):
-        return jax.ShapeDtypeStruct(prompt.shape, jnp.float32)
-
-    return on_host(score, shape, finite=True)
-
-
-def test_a_reward_on_the_host():
-    """One call per rollout with whole arrays, its numbers in the metrics, a gradient."""
-    calls, means = [], []
-
-    def score(x, prompt):
-        reward = 2 * x[:, 0] + 0.1 * prompt
-        calls.append((x.shape, prompt.shape))
-        means.append(reward.mean())
-        return reward
-
-    model = linear(host_reward(score), guidance=1.0)
-
-    def program(params, batch):
-        state = start(model, ADAM)
-        _, metrics = dpok.update(state, batch, model=model, txs=ADAM)
-        loss = functools.partial(dpok.loss, model=model)
-        grads, _ = jax.grad(loss, has_aux=True)(params, batch, jax.random.key(0))
-        return metrics["reward"], grads["net"]["theta"]
-
-    mean, theta = together(program, params(), BATCH)
-    assert calls == 2 * [((20, 1), (20,))]
-    assert min(abs(mean - m) for m in means) < 1e-6
-    assert np.isfinite(theta).all() and np.abs(theta).min() > 0
-
-
-def test_a_bad_reward_leaves_the_state_alone():
-    def broken(x, prompt):
-        return jnp.where(prompt == 3, jnp.nan, 0.0)
-
-    first, last, metrics = updates(linear(broken))
-    assert not differs((first.params, first.opt_state), (last.params, last.opt_state))
-    assert not np.isfinite(metrics["reward"][0])
-    assert not np.isfinite(metrics["reward_prompt_3"][0])
-    assert np.isfinite(metrics["reward_prompt_2"][0])
+def test_rewards_refuse_other_shapes():
     with pytest.raises(ValueError, match="one number for each image"):
         jax.eval_shape(
             lambda x, prompt: rollouts.rewards(lambda x, prompt: x, x, prompt),
             np.zeros((20, 1), np.float32), PROMPT,
         )  # fmt: skip
-
-
-def test_supervised_updates_refuse_negative_weights():
-    def pay(x, prompt):
-        return x[:, 0] * 0 - 1.0
-
-    first, last, metrics = updates(linear(pay, name="sft"))
-    assert not differs(first.params, last.params)
-    assert np.isnan(metrics["least_weight"][0]) and metrics["reward"][0] == -1
 
 
 def test_kl_d_is_sft_with_a_shifted_reward():
