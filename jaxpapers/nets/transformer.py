@@ -128,11 +128,11 @@ class Attention(nn.Module):
             key_cache = jax.lax.dynamic_update_slice(key_cache, key, start)
             value_cache = jax.lax.dynamic_update_slice(value_cache, value, start)
             distance = positions[:, None] - jnp.arange(key_cache.shape[1])[None, :]
-            seen = distance >= 0
+            visible = distance >= 0
             if self.window:
-                seen &= distance < self.window
+                visible &= distance < self.window
             y = jax.nn.dot_product_attention(
-                query, key_cache, value_cache, mask=seen[None, None]
+                query, key_cache, value_cache, mask=visible[None, None]
             )
         y = nn.Dense(
             x.shape[-1],

@@ -289,8 +289,8 @@ def _map(f: Callable, updates: Any) -> Any:
 def _map_with(f: Callable, updates: Any, *states: Any) -> tuple[Any, tuple]:
     """(updates, states) from f(rows, *state) -> (rows, *state) at every leaf."""
     leaves, treedef = jax.tree.flatten(updates, is_leaf=is_rows)
-    done = [
+    results = [
         f(u, *s) for u, *s in zip(leaves, *(treedef.flatten_up_to(s) for s in states))
     ]
-    first, *rest = (jax.tree.unflatten(treedef, x) for x in zip(*done))
+    first, *rest = (jax.tree.unflatten(treedef, x) for x in zip(*results))
     return first, tuple(rest)

@@ -224,8 +224,10 @@ def make(config: Any, counts: Mapping[str, Any] | None = None) -> Method:
         method_loss = functools.partial(method_loss, lam=lam, counts=counts)
     elif lam:
         tables = jax.eval_shape(lambda key: init(key, net), jax.random.key(0))["tables"]
-        every = {n: (counts or {}).get(n, np.zeros(len(t))) for n, t in tables.items()}
-        table_tx = optax.chain(mba_transform(lam, {"tables": every}), table_tx)
+        table_counts = {
+            n: (counts or {}).get(n, np.zeros(len(t))) for n, t in tables.items()
+        }
+        table_tx = optax.chain(mba_transform(lam, {"tables": table_counts}), table_tx)
     return row_gradient(
         init_params,
         method_loss,

@@ -57,12 +57,12 @@ def delays(click_ts: np.ndarray, conv_ts: np.ndarray) -> np.ndarray:
             f"{click_ts.shape} and {conv_ts.shape}"
         )
     none = (conv_ts == -1) | np.isposinf(conv_ts)
-    good = np.isfinite(click_ts) & (click_ts >= 0)
-    _check_rows(good, "click_ts", click_ts, "finite times >= 0; shift the clock")
-    good = none | (conv_ts >= 0)
-    _check_rows(good, "conv_ts", conv_ts, "times >= 0, or -1 or inf for none")
-    good = none | (conv_ts >= click_ts)
-    _check_rows(good, "conv_ts", conv_ts, "no conversion before its click; drop it")
+    valid = np.isfinite(click_ts) & (click_ts >= 0)
+    _check_rows(valid, "click_ts", click_ts, "finite times >= 0; shift the clock")
+    valid = none | (conv_ts >= 0)
+    _check_rows(valid, "conv_ts", conv_ts, "times >= 0, or -1 or inf for none")
+    valid = none | (conv_ts >= click_ts)
+    _check_rows(valid, "conv_ts", conv_ts, "no conversion before its click; drop it")
     return np.where(none, np.inf, conv_ts - click_ts.astype(np.float64))
 
 
@@ -297,7 +297,9 @@ def predict_rows(
     ]
 
 
-def _check_rows(good: np.ndarray, name: str, values: np.ndarray, expected: str) -> None:
-    if not np.all(good):
-        row = int(np.argmin(good))
+def _check_rows(
+    valid: np.ndarray, name: str, values: np.ndarray, expected: str
+) -> None:
+    if not np.all(valid):
+        row = int(np.argmin(valid))
         raise ValueError(f"{name}[{row}]: expected {expected}; got {values[row]}")

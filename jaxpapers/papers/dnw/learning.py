@@ -112,7 +112,7 @@ def target_costs(
 
 
 def _divided(closures: Closures, size: int) -> Closures:
-    """Closures of a number of targets that ``size`` divides; those added cost nothing."""
+    """Closures padded to a multiple of ``size``; targets that are added cost nothing."""
     n = len(closures.nodes)
 
     def fill(table, value):

@@ -144,8 +144,8 @@ def sweep(
         return _levels_of_each(jnp.asarray(net.freq), *map(jnp.asarray, links), b)
     net = padded(net, mesh.shape["data"])
     links = (net.comp, net.whole, weights(net, use_multiplicity))
-    every = np.pad(b, (0, -len(b) % mesh.shape["model"]), mode="edge")
-    w = _sharded(mesh, net.n_levels)(jnp.asarray(net.freq), *links, every)
+    padded_b = np.pad(b, (0, -len(b) % mesh.shape["model"]), mode="edge")
+    w = _sharded(mesh, net.n_levels)(jnp.asarray(net.freq), *links, padded_b)
     return w[: len(b)]
 
 

@@ -54,7 +54,7 @@ def build_network(
     cost: str = "parts",
     costs: Mapping[str, float | int] | None = None,
 ) -> CharNet:
-    """The network of some characters and everything that they are made of.
+    """The network of some characters and all their components.
 
     Args:
       decomposition: node -> its direct components, repeated ones as often as they occur.
@@ -92,8 +92,8 @@ def build_network(
     level = _levels(chars, comp, whole)
     totals = {c: sum(components.values()) for c, components in parts.items()}
     less = cost == "combinations"
-    own = {c: float(max(total - less, 1)) for c, total in totals.items()}
-    own |= {c: x for c, x in (costs or {}).items() if c in index}
+    own_cost = {c: float(max(total - less, 1)) for c, total in totals.items()}
+    own_cost |= {c: x for c, x in (costs or {}).items() if c in index}
     return CharNet(
         tuple(chars),
         int(level.max()),
@@ -102,7 +102,7 @@ def build_network(
         np.array([links[link] for link in rising], float),
         level,
         _frequencies(chars, freq),
-        _positive_costs(chars, own),
+        _positive_costs(chars, own_cost),
     )
 
 
@@ -171,7 +171,7 @@ def _repeated(nodes):
 
 
 def _parts(decomposition, wanted, close):
-    """Node -> component -> multiplicity, for the wanted nodes and what they need."""
+    """Node -> component -> multiplicity, for the wanted nodes and their components."""
     allowed = set(wanted)
     parts: dict[str, dict[str, int]] = {}
     todo = list(wanted)
@@ -237,8 +237,8 @@ def _frequencies(chars, freq):
     return values / values.sum()
 
 
-def _positive_costs(chars, own):
-    values = np.array([own[c] for c in chars], float)
+def _positive_costs(chars, own_cost):
+    values = np.array([own_cost[c] for c in chars], float)
     bad = ~(np.isfinite(values) & (values > 0))
     if bad.any():
         i = int(np.argmax(bad))
@@ -253,7 +253,7 @@ def _positive_costs(chars, own):
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class Closures:
-    """Every node with all that it is made of, padded to K nodes and Q links.
+    """Every node with all nodes below it, padded to K nodes and Q links.
 
     Attributes:
       nodes: int32 (n, K), the node itself first; n where there is none.

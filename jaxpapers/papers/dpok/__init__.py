@@ -128,7 +128,7 @@ def model(
     options: Options = OPTIONS,
     reward_fn: Callable | None = None,
 ) -> Model:
-    """Nets, sampler, hyper-parameters and reward as the functions here take them.
+    """The argument ``model`` of this module: nets, sampler, options and reward.
 
     Args:
       net: denoiser and value net.

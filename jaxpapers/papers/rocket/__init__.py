@@ -184,7 +184,7 @@ def loss(
     net: Net,
     options: Options = PAPER,
 ) -> tuple[Float[Array, ""], tuple[dict[str, Array], dict]]:
-    """``rocket_loss`` of one of the nets here.
+    """``rocket_loss`` of a net of ``rocket.parts``.
 
     Args:
       params: see ``init``.
@@ -206,7 +206,7 @@ def predict(
     net: Net,
     options: Options = PAPER,
 ) -> Any:
-    """Logits of both nets as ``Predictions``, or one array where one net is there.
+    """Logits of both nets as ``Predictions``; of one net, where only one is trained.
 
     Args:
       params: see ``init``, or the result of ``export_light``.

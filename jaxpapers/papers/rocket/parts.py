@@ -204,7 +204,7 @@ NETS: dict[str, type] = {"din": DinNet, "dien": DienNet, "wrn": WrnNet}
 
 
 def parts_of(net: Net) -> tuple[Part, Part, Part]:
-    """The shared, light and booster parts of one of the nets here."""
+    """The shared, light and booster parts of a net."""
     if isinstance(net, DinNet):
         return din_parts(net)
     return dien_parts(net) if isinstance(net, DienNet) else wrn_parts(net)

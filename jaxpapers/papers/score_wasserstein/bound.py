@@ -247,8 +247,8 @@ def _exp(log):
 
 def _log(x):
     """-inf at 0, with a gradient of 0 there."""
-    some = x > 0
-    return jnp.where(some, jnp.log(jnp.where(some, x, 1.0)), -jnp.inf)
+    positive = x > 0
+    return jnp.where(positive, jnp.log(jnp.where(positive, x, 1.0)), -jnp.inf)
 
 
 def _traced(*values):

@@ -69,7 +69,7 @@ class Model(NamedTuple):
 
 
 def model(net: Net = NET, noise: NoiseSchedule = NOISE) -> Model:
-    """Net and forward process as the functions here take them.
+    """The argument ``model`` of this module: net and forward process.
 
     Args:
       net: options of the net.

@@ -114,7 +114,7 @@ def model(
     sampler: Sampler = SAMPLER,
     options: Options = OPTIONS,
 ) -> Model:
-    """Nets, sampler and hyper-parameters as the functions here take them.
+    """The argument ``model`` of this module: nets, sampler and options.
 
     Args:
       net: denoiser, critic and value net.
