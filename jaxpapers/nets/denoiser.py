@@ -79,9 +79,9 @@ def token_embedding(
 
     Example:
       >>> table = jnp.array([[0.0], [1.0], [5.0]])
-      >>> token_embedding(table, jnp.array([2, 0])).tolist()
+      >>> jax.jit(token_embedding)(table, jnp.array([2, 0])).tolist()
       [[5.0], [0.0]]
-      >>> token_embedding(table, jnp.array([[1, 2, 0], [0, 0, 0]])).tolist()
+      >>> jax.jit(token_embedding)(table, jnp.array([[1, 2, 0], [0, 0, 0]])).tolist()
       [[3.0], [0.0]]
     """
     rows = _rows(table, tokens, "tokens")
@@ -208,7 +208,8 @@ def softplus(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     log1p was half of a rollout of ``StepMLP``, and its derivative a fifth.
 
     Example:
-      >>> [f"{y:.4g}" for y in softplus(jnp.array([-80.0, 0.0, 3.0])).tolist()]
+      >>> y = jax.jit(softplus)(jnp.array([-80.0, 0.0, 3.0]))
+      >>> [f"{v:.4g}" for v in y.tolist()]
       ['1.805e-35', '0.6931', '3.049']
     """
     e = jnp.exp(-jnp.abs(x))

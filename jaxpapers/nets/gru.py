@@ -125,9 +125,9 @@ def augru_scan(
         fit, or no steps.
 
     Example:
-      >>> params = init(jax.random.key(0), 2, 3)
+      >>> params = jax.jit(init, static_argnums=(1, 2))(jax.random.key(0), 2, 3)
       >>> x, mask = jnp.ones((1, 4, 2)), jnp.ones((1, 4), bool)
-      >>> states, last = augru_scan(params, x, jnp.zeros((1, 4)), mask)
+      >>> states, last = jax.jit(augru_scan)(params, x, jnp.zeros((1, 4)), mask)
       >>> last.tolist()
       [[0.0, 0.0, 0.0]]
     """

@@ -56,7 +56,9 @@ def dice(
 
     Example:
       >>> x = jnp.array([[-1.0], [1.0]])
-      >>> y, _ = dice(x, jnp.ones(1), DiceState(jnp.zeros(1), jnp.ones(1)), train=True)
+      >>> state = DiceState(jnp.zeros(1), jnp.ones(1))
+      >>> train = jax.jit(lambda x: dice(x, jnp.ones(1), state, train=True))
+      >>> y, _ = train(x)
       >>> y.tolist()
       [[-1.0], [1.0]]
     """

@@ -151,7 +151,7 @@ def scale_by_dion(
       >>> import jax.numpy as jnp, optax
       >>> tx = optax.chain(scale_by_dion(0.25), optax.scale_by_learning_rate(0.02))
       >>> params = {"kernel": jnp.ones((8, 16))}
-      >>> state = tx.init(params)
+      >>> state = jax.jit(tx.init)(params)
       >>> state[0].q["kernel"].shape
       (8, 2)
     """
@@ -357,8 +357,8 @@ def dion(
       >>> import jax.numpy as jnp, optax
       >>> tx = optax.chain(optax.clip_by_global_norm(1.0), dion(0.02, 0.25))
       >>> params = {"dense": {"kernel": jnp.ones((8, 16)), "bias": jnp.ones((16,))}}
-      >>> state = tx.init(params)
-      >>> updates, state = tx.update(params, state, params)
+      >>> state = jax.jit(tx.init)(params)
+      >>> updates, state = jax.jit(tx.update)(params, state, params)
     """
     matrices = scale_by_dion(
         rank_fraction,

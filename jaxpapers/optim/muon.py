@@ -83,7 +83,7 @@ def scale_by_muon(
       >>> import jax.numpy as jnp
       >>> tx = scale_by_muon(scale=None)
       >>> params = {"kernel": jnp.eye(4, 8)}
-      >>> updates, _ = tx.update(params, tx.init(params))
+      >>> updates, _ = jax.jit(tx.update)(params, tx.init(params))
       >>> updates["kernel"].shape
       (4, 8)
     """

@@ -110,8 +110,9 @@ def sample_negatives(
       Indices into the pool; its last position if none can be drawn.
 
     Example:
-      >>> pool, avoid = jnp.array([5, 6]), jnp.array([5, 5, 6])
-      >>> pool[sample_negatives(jax.random.key(0), pool, avoid)].tolist()
+      >>> import numpy as np
+      >>> pool, avoid = np.array([5, 6]), np.array([5, 5, 6])
+      >>> pool[jax.jit(sample_negatives)(jax.random.key(0), pool, avoid)].tolist()
       [6, 6, 5]
     """
     mask = jnp.ones(pool.shape, bool) if mask is None else mask

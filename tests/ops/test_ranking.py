@@ -13,19 +13,17 @@ from jaxpapers.ops import ranking
     "ctr", only=lambda entry: "gauc_impression_weighted" in entry["arrays"]
 )
 def test_recorded_numbers(case):
-    folder, _, entry = case
-    with np.load(folder / entry["file"]) as file:
-        data = dict(file)
-    y, s, tol = data["y"], data["score"], entry["tolerance_float64"]
-    found = {
+    data, tolerance = case.arrays, case.tolerance("float64")
+    y, s = data["y"], data["score"]
+    metrics = {
         "auc": ranking.auc(y, s),
         "gauc_impression_weighted": ranking.gauc(data["user"], y, s),
         "pr_auc_trapezoid": ranking.pr_auc(y, s),
         "nll": ranking.log_loss(y, s),
         "rela_impr": ranking.rela_impr(0.8871, 0.8624),
     }
-    for name, value in found.items():
-        assert abs(value - data[name]) < tol, name
+    for name, value in metrics.items():
+        assert abs(value - data[name]) < tolerance, name
     # Ties are what the case is about.
     assert len(np.unique(s)) < len(s)
 

@@ -400,4 +400,4 @@ def test_shardings_that_do_not_fit(case, make_mesh):
     with jax.set_mesh(make_mesh((4, 2))):
         tx = scale_by_dion(0.25, sharding=spec)
         with pytest.raises(ValueError, match=match):
-            tx.init({"w": np.ones(shape, np.float32)})
+            tx.init({"w": jax.device_put(np.ones(shape, np.float32))})

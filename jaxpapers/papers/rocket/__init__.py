@@ -111,10 +111,12 @@ def rocket(
       >>> lower = Part(dense, lambda p, s, x, key, train: (x["x"] @ p["w"], s))
       >>> head = Part(dense, lambda p, w, s, h, x, key, train: (h @ p["w"], (), s))
       >>> nets = rocket(lower, head, head, options=Options(lam=0.1))
-      >>> params = nets.init(jax.random.key(0))
+      >>> params = jax.jit(nets.init)(jax.random.key(0))
       >>> batch = {"x": jnp.ones((3, 2)), "label": jnp.array([0, 1, 1])}
       >>> state = nets.statistics(params)
-      >>> value, (metrics, _) = nets.loss(params, state, batch, jax.random.key(1))
+      >>> value, (metrics, _) = jax.jit(nets.loss)(
+      ...     params, state, batch, jax.random.key(1)
+      ... )
       >>> nets.predict_light(export_light(params), state, batch).shape
       (3, 2)
     """

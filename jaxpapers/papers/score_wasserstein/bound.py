@@ -78,8 +78,8 @@ def integrating_factor(
       RuntimeWarning: a logarithm above 20 in size in float32.
 
     Example:
-      >>> one = jnp.ones(3)
-      >>> integrating_factor(0.5 * one, -one, one, jnp.array([0.0, 1.0, 2.0])).log
+      >>> one, t = np.ones(3, np.float32), np.arange(3, dtype=np.float32)
+      >>> jax.jit(integrating_factor)(0.5 * one, -one, one, t).log
       Array([ 0. , -0.5, -1. ], dtype=float32)
     """
     _check(t, L_f=L_f, L_s=L_s, g2=g2)
