@@ -49,6 +49,7 @@ def run(copy, *arguments):
     )  # fmt: skip
 
 
+@pytest.mark.matrix
 def test_the_page_passes_the_contract(copy):
     """On a mesh of fake devices, without a line of the page's code changed."""
     done = run(copy, "pytest", "-q", "-x", "tests", "-m", "not matrix")

@@ -160,6 +160,7 @@ def test_make_refuses_bad_values(case):
             jax.eval_shape(method.init, jax.random.key(0), case.data.shapes)
 
 
+@pytest.mark.matrix
 def test_accumulation_agrees_with_the_whole_batch(case):
     if case.contract.noisy:
         pytest.skip("micro-batches draw other noise")

@@ -36,6 +36,7 @@ def planned():
     return run.plan("dion:smoke", SMALL, mesh="data:4,model:2")
 
 
+@pytest.mark.matrix
 def test_optimizer_sends_what_the_closed_form_says(planned):
     grid = meshes.make_mesh({"data": 4, "model": 2})
     into, out = P(None, "data", "model"), P(None, "model", "data")

@@ -199,6 +199,7 @@ def test_a_stage_starts_from_another_ones_checkpoint(tmp_path, compiled):
     assert len(list((tmp_path / "stages").iterdir())) == 2
 
 
+@pytest.mark.matrix
 @pytest.mark.programs(20)  # Three runs.
 def test_init_from_and_parts_of_one_run(tmp_path):
     whole = call(tmp_path / "parts", "method.parts=True")

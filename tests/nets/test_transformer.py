@@ -106,6 +106,7 @@ def test_grouped_heads_equal_repeated_ones():
     np.testing.assert_allclose(grouped, plain, atol=1e-5)
 
 
+@pytest.mark.matrix
 def test_remat_and_unroll_change_nothing():
     net, params = build()
 

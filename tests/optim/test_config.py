@@ -70,6 +70,7 @@ def test_equals_optax(fields, tx):
     jax.tree.map(np.testing.assert_array_equal, given, parameters(tx()))
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     "name, tx",
     [

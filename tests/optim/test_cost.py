@@ -140,6 +140,7 @@ def check(sizes, **options):
     return found
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     "sizes",
     [
@@ -152,6 +153,7 @@ def test_bytes_on_every_mesh(sizes):
     check(sizes)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     "options",
     [

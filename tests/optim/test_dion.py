@@ -140,6 +140,7 @@ def test_power_iteration_converges_at_the_ratio_squared():
         np.testing.assert_allclose(ratios[-1], 1 / 9, rtol=0.05)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("iters", [2, np.int32(2)])
 def test_power_iters_repeat_with_unnormalised_r(iters):
     g, q = normal(12, 8), normal(8, 3, seed=1)

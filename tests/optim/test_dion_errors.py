@@ -142,6 +142,7 @@ def test_dtypes_are_real_numbers(name):
         scale_by_dion(**{name: np.int8})
 
 
+@pytest.mark.matrix
 def test_repeated_iterations_keep_the_scale():
     g = np.random.default_rng(0).normal(size=(16, 32)).astype(np.float32)
     tx = scale_by_dion(0.25, power_iters=3, eps=0.0)

@@ -46,7 +46,13 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(x, marks=() if x == "torch linear" else pytest.mark.matrix)
+        for x in LAYOUTS
+    ],
+)
 def test_equals_the_loop_over_matrices(name):
     shape, numbers, split = LAYOUTS[name]
     tx = scale_by_dion(0.5, weight_dimension_numbers=numbers)
@@ -69,6 +75,7 @@ def test_equals_the_loop_over_matrices(name):
             np.testing.assert_allclose(x, y, rtol=0, atol=4e-6)
 
 
+@pytest.mark.matrix
 def test_batching_changes_nothing():
     # a, b and c share the side of P and the rank, not the other side; d does not.
     shapes = {"a": (24, 16), "b": (24, 16), "c": (24, 8), "d": (20, 16)}
@@ -137,6 +144,7 @@ def test_p_side(side, rows):
     np.testing.assert_allclose(p.T @ p, np.eye(4), atol=1e-5)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("shape", [(8, 18), (18, 8)])
 def test_scales(shape):
     txs = [scale_by_dion(0.5, scale=s) for s in (None, "spectral", "rms")]
@@ -171,6 +179,7 @@ def test_dtypes():
     assert dtypes(mixed) == (jnp.float32, jnp.bfloat16)
 
 
+@pytest.mark.matrix
 def test_bfloat16_state_follows_float32():
     def train(g, dtype):
         tx = scale_by_dion(0.25, momentum_dtype=dtype)

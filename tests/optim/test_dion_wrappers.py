@@ -108,6 +108,7 @@ WRAPPED = {
 COMMON = ("partition", "inject schedule")
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     "name",
     [pytest.param(x, marks=() if x in COMMON else pytest.mark.matrix) for x in WRAPPED],
@@ -177,6 +178,7 @@ def test_injected_values_are_used_without_a_new_trace():
     assert len(traces) == 1
 
 
+@pytest.mark.matrix
 def test_injected_rank_needs_static_args_only_under_jit():
     tx = optax.inject_hyperparams(scale_by_dion)(0.5)
     g = {"w": jnp.asarray(normal(12, 8))}
@@ -222,6 +224,7 @@ def test_routing():
     assert dict((path, shape) for path, shape, _ in rows)["lm_head/kernel"] == (8, 20)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     "scalar", [pytest.param("adamw", marks=pytest.mark.matrix), "lion"]
 )

@@ -189,6 +189,7 @@ DEGENERATE = ("rank2", "8 rows", "every other column zero", "one entry", "cond1e
 IN_TURN = [("scqr", ("data", "model")), ("rcqr", ("data",))]
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     "method, axes",
     [
@@ -221,6 +222,7 @@ def test_sharded(method, axes, make_mesh):
         ), name
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("method", SOME)
 def test_rows_per_device_fewer_than_columns(method, make_mesh):
     # 16 rows on 8 devices, 8 columns: every shard is wide.

@@ -141,6 +141,7 @@ ALL = [
 IN_TURN = [((2, 2, 2), "Auto", True)]
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     "sizes, kind, silent",
     IN_TURN
@@ -235,6 +236,7 @@ def test_resize_to_other_replicas_and_ranks():
         jax.eval_shape(resize, two, wrong)
 
 
+@pytest.mark.matrix
 def test_rescaled_rank_keeps_columns_and_trains_on():
     rng = np.random.default_rng(0)
     grads = {"w": rng.normal(size=(16, 32)).astype(np.float32)}
@@ -271,6 +273,7 @@ def test_a_larger_rank_brings_new_directions():
         assert np.linalg.matrix_rank(q, tol=1e-2) == q.shape[1] == 32 * fraction
 
 
+@pytest.mark.matrix
 def test_a_rank_at_which_the_other_way_of_averaging_pays():
     mesh = mesh_of((2, 2, 2), "Auto")
     with jax.set_mesh(mesh):
@@ -316,6 +319,7 @@ def test_sharded_over_an_axis_that_is_manual():
             jax.eval_shape(f, g, state)
 
 
+@pytest.mark.matrix
 def test_composite_averages_the_other_leaves():
     mesh = mesh_of((2, 1, 1), "Auto")
     shapes = {"kernel": (16, 32), "bias": (32,), "embed": (8, 4)}

@@ -175,6 +175,7 @@ def test_accumulation_is_one_update_of_the_whole_batch(tx):
     chex.assert_trees_all_close(parts.params, whole.params, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.matrix
 def test_extra_goes_through_every_micro_batch():
     def counting(params, extra, batch, key):
         value, metrics = loss(params, batch, key)
@@ -258,6 +259,7 @@ def test_a_step_moves_only_what_the_batch_has(case):
     assert found and max(c.elements for c in found) <= largest
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     "name", ["adam", pytest.param("adagrad", marks=pytest.mark.matrix)]
 )

@@ -135,6 +135,7 @@ def model():
     return Model()
 
 
+@pytest.mark.matrix
 def test_auxiliary_classifier_is_trained_on_resolved_clicks_then_frozen(model, key):
     start = model.init(key, resolved(64))
     state, metrics = model.update(start, resolved(64))

@@ -264,6 +264,7 @@ def test_negatives_are_drawn_from_the_batch_by_the_key():
     assert first[1][0]["aux_collisions"] < 0.2
 
 
+@pytest.mark.matrix
 def test_losses_agree_on_a_mesh():
     """Tables over ``model``, the batch and the pool of drawn negatives over ``data``."""
     params, state = drawn(NET)
@@ -295,6 +296,7 @@ def test_attention_is_a_softmax_over_the_history():
     assert found.sum(1) == pytest.approx([1, 1, 0])
 
 
+@pytest.mark.matrix
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize(
     "fields",

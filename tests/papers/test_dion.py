@@ -179,6 +179,7 @@ SMALL = {
 }  # fmt: skip
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     "fields",
     [{"optim.name": "normuon"}]
@@ -248,6 +249,7 @@ def test_learns_the_standard_library(name, tmp_path):
     assert bits["this model"] < 0.75 * bits["order0"]
 
 
+@pytest.mark.matrix
 def test_own_network_and_optimizer(key):
     method = dion.make(load_config("dion:smoke"), MODULE, optax.sgd(0.1))
     assert method.labels is None
@@ -255,6 +257,7 @@ def test_own_network_and_optimizer(key):
     assert state.step == 1 and np.isfinite(metrics["loss"])
 
 
+@pytest.mark.matrix
 def test_another_rank(key):
     """``resize`` between two parts of a run: Q's leading columns stay, M as it is."""
     states = {

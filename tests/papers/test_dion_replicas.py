@@ -78,6 +78,7 @@ def plain(corpus):
     return fit(corpus, "replica:2,data:2,model:2")
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     "mesh, extra",
     [

@@ -423,7 +423,7 @@ def drawn(net):
 
 @pytest.mark.parametrize(
     "name",
-    ["dien", "wrn", *(pytest.param(n, marks=matrix) for n in ("din", "wrn, bottom"))],
+    ["wrn", *(pytest.param(n, marks=matrix) for n in ("dien", "din", "wrn, bottom"))],
 )
 def test_loss_and_predictions_of_every_model(name):
     net = NETS[name]

@@ -206,6 +206,7 @@ def test_only_the_soft_search_has_parameters():
     assert not {"gsu", "esu", "gaps"} & set(params["average"])
 
 
+@pytest.mark.matrix
 def test_hard_mode_reads_k_rows_and_not_t(key):
     """Ids are gathered before they are embedded; all that the loss reads are there."""
     net = net_of("hard")
@@ -223,6 +224,7 @@ def test_hard_mode_reads_k_rows_and_not_t(key):
     assert not [s for s in shapes if s[:2] == (B, T) and len(s) > 2]
 
 
+@pytest.mark.matrix
 def test_k_beyond_t_is_attention_over_everything_valid():
     """Then selection changes nothing: soft, and hard when all share the category."""
     x = batch()
@@ -248,7 +250,7 @@ def test_k_beyond_t_is_attention_over_everything_valid():
 
 
 @pytest.mark.parametrize(
-    "kind", ["hard", "soft", pytest.param("average", marks=matrix)]
+    "kind", ["hard", *(pytest.param(x, marks=matrix) for x in ("soft", "average"))]
 )
 def test_padding_changes_nothing_and_the_time_gap_does(kind):
     """And N candidates score as N rows, with more categories than the bound and fewer."""
@@ -291,6 +293,7 @@ def test_padding_changes_nothing_and_the_time_gap_does(kind):
         close(scores[:, :2], np.stack(single, 1))
 
 
+@pytest.mark.matrix
 def test_serving_from_the_tree_is_scoring_from_the_history():
     net, x = net_of("hard"), batch(candidates=N)
     hist = ("hist_item", "hist_cate", "hist_time")
@@ -370,6 +373,7 @@ def test_weights_are_means_and_zero_rows_count_nowhere(key):
 # Steps
 
 
+@pytest.mark.matrix
 def test_the_soft_search_agrees_on_a_mesh():
     """Rows of tables over ``model``, and the sequences too."""
     score = functools.partial(sim.predict, net=net_of("soft"))

@@ -135,6 +135,7 @@ def test_a_run_beside_its_baselines(amazon, tmp_path):
         assert again["auc"] == pytest.approx(values[label][0], abs=1e-6)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     "target, source, own",
     [

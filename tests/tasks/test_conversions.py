@@ -107,6 +107,7 @@ def table(clicks):
     return delayed_family.table(config_of("optim.lr=0.01"), (0, 1), METHODS, clicks)
 
 
+@pytest.mark.matrix
 def test_weights_recover_what_waiting_alone_destroys(table):
     values = {row.method: row.values for row in table}
     assert tuple(values) == METHODS

@@ -114,6 +114,7 @@ def test_tuning_starts_from_the_row_before_it():
         assert all(row.stage.after is None for row in trained.values())
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     "dim, target",
     [
