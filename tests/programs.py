@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from typing import Any
 
 import jax
@@ -20,7 +21,9 @@ KEY = jax.eval_shape(lambda: jax.random.key(0))
 # Fires for every executable that is compiled or read from the cache on disk.
 COMPILED = "/jax/core/compile/backend_compile_duration"
 MAX_PROGRAMS = 12
-ENFORCED = False
+# Counts are those of the oldest JAX. Products in the matrix are counted, not limited.
+ENFORCED = version("jaxlib").startswith("0.10.")
+UNLIMITED = ("matrix", "slow")
 
 
 def together(f: Callable, *args: Any) -> Any:
