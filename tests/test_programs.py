@@ -21,9 +21,10 @@ def guard(monkeypatch):
     jax.monitoring.unregister_event_duration_listener(guard._listen)
 
 
-def finish(guard, count, marker=None):
+def finish(guard, count, marker=None, name="programs"):
     """Ends the call of a test that has cost so many programs."""
-    item = SimpleNamespace(nodeid="a test", get_closest_marker=lambda name: marker)
+    markers = {name: marker}
+    item = SimpleNamespace(nodeid="a test", get_closest_marker=markers.get)
     guard.counts["a test"] = count
     call = guard.pytest_runtest_call(item)
     next(call)
@@ -47,6 +48,7 @@ def test_programs_from_the_compiler_and_from_disk_count(guard):
 
 def test_too_many_programs_fail(guard):
     finish(guard, 12)
+    finish(guard, 99, pytest.mark.matrix, "matrix")
     with pytest.raises(pytest.fail.Exception, match="13 programs.*at most 12"):
         finish(guard, 13)
     finish(guard, 30, pytest.mark.programs(30))
