@@ -260,13 +260,13 @@ def test_a_jitted_refresh_and_one_that_shares_a_buffer():
 
     def init(key, batch):
         state = method.init(key, batch)
-        return state._replace(extra={**state.extra, "copy": state.params["w"] * 0})
+        return state._replace(extra={**state.extra, "w": state.params["w"] * 0})
 
     kept = method._replace(init=init)
     compiled = trainer.compile(kept, meshes.make_mesh(), data.shapes)
 
     def shared(state):
-        return state._replace(extra={**state.extra, "copy": state.params["w"]})
+        return state._replace(extra={**state.extra, "w": state.params["w"]})
 
     def fit(refresh, steps):
         return trainer.fit(
@@ -277,7 +277,7 @@ def test_a_jitted_refresh_and_one_that_shares_a_buffer():
     states = [fit(refresh, 3) for refresh in (shared, jax.jit(shared))]
     chex.assert_trees_all_equal(*(jax.device_get(s._replace(key=0)) for s in states))
     before = fit(shared, 2)
-    chex.assert_trees_all_equal(states[0].extra["copy"], before.params["w"])
+    chex.assert_trees_all_equal(states[0].extra["w"], before.params["w"])
 
 
 def test_examples_of_every_step():
@@ -407,8 +407,10 @@ def test_names_of_stages_go_by_content():
     assert studies.stage_name(after) != studies.stage_name(stage)
     ranks = [studies.with_fields(config, {"train.accumulate": n}) for n in (1, 2, 4)]
     lengths = [studies.with_fields(config, {"train.steps": n}) for n in (3, 4, 4)]
-    some = [studies.Stage("line", c) for c in (*ranks, *lengths)]
+    # Other fields make other runs of one name, however long.
+    watched = [studies.with_fields(config, {"train.eval_every": n}) for n in (1, 2, 3)]
+    some = [studies.Stage("line", c) for c in (*ranks, *lengths, *watched)]
     trainers = stages.Stages(Path("root"), meshes.make_mesh())
-    assert len({trainers.folder(x) for x in some}) == 5
+    assert len({trainers.folder(x) for x in some}) == 8
     chain = studies.Stage("line", config, stage, continues=True)
     assert stages.unique([chain, after, None, after]) == [chain, other, after]
