@@ -56,6 +56,7 @@ def click_data(source: str, *, history: int, batch: int, **fields: Any) -> dict:
         "target": "next_item",  # of ml-100k; rating
         "order": "row",  # of equal times in ml-100k; id
         "categories": "first",  # genre of a film in ml-100k; combination
+        "max_id": 0,  # of files whose ids number rows; 0: a million, or 100 per row
         "split": "test",  # validation: of held-out training users, to tune on
         "shuffled": False,  # permute the labels: nothing can be learned
         "baselines": True,  # train Base, logistic regression and DIN beside the model

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from jaxpapers.data import pickles
-from jaxpapers.data.lines import records
+from jaxpapers.data.lines import number, numbered, records, rows, whole
 
 COLUMNS = ("character", "components", "frequency")
 OPTIONAL = ("cost", "grade", "pinyin", "gloss")
@@ -58,11 +58,11 @@ def ids(path: str | Path) -> dict[str, tuple[str, ...]]:
         if line.startswith("#"):
             return None
         code, character, *sequences = line.split("\t")
-        if not code.startswith("U+") or chr(int(code[2:], 16)) != character:
+        if not sequences or _character(code) != character:
             raise ValueError("expected U+XXXX, that character, and its sequences")
         return character, _described(character, sequences)
 
-    return dict(x for x in records(path, entry) if x is not None)
+    return _once(path, (x for x in records(path, entry) if x is not None))
 
 
 def _described(character, sequences):
@@ -98,7 +98,7 @@ def cjk_decomp(path: str | Path) -> dict[str, tuple[str, ...]]:
         primitive = len(parts) < 2 or node in parts or any(map(_is_stroke, parts))
         return node, () if primitive else parts
 
-    return dict(records(path, entry))
+    return _once(path, records(path, entry))
 
 
 def chaizi(path: str | Path) -> dict[str, tuple[str, ...]]:
@@ -133,12 +133,12 @@ def usage(path: str | Path) -> tuple[dict[str, int], dict[str, str], dict[str, s
     def entry(line: str) -> tuple[str, int, str, str]:
         _, character, count, _, *notes = line.split("\t")
         pinyin, gloss = (*notes, "", "")[:2]
-        return character, int(count), pinyin, gloss
+        return character, _count(count), pinyin, gloss
 
-    rows = list(records(path, entry))
-    counts = {character: count for character, count, _, _ in rows}
-    pinyin = {character: text for character, _, text, _ in rows if text}
-    gloss = {character: text for character, _, _, text in rows if text}
+    found = list(records(path, entry))
+    counts = _once(path, ((character, count) for character, count, _, _ in found))
+    pinyin = {character: text for character, _, text, _ in found if text}
+    gloss = {character: text for character, _, _, text in found if text}
     return counts, pinyin, gloss
 
 
@@ -149,11 +149,11 @@ def grades(path: str | Path) -> dict[str, int]:
       ValueError: a malformed line, with its number.
     """
 
-    def entry(line: str) -> tuple[str, int]:
-        character, level = line.split("\t")
-        return character, int(level)
+    def entry(character: str, level: str) -> tuple[str, int]:
+        return character, _count(level)
 
-    return dict(records(path, entry, header=True))
+    columns = ("character", "level")
+    return _once(path, rows(path, columns, entry, split=lambda line: line.split("\t")))
 
 
 def strokes(path: str | Path) -> dict[str, int]:
@@ -169,9 +169,11 @@ def strokes(path: str | Path) -> dict[str, int]:
         code, field, value = line.split("\t")
         if field != "kTotalStrokes":
             return None
-        return chr(int(code[2:], 16)), int(value.split()[0])
+        if not value.split():
+            raise ValueError("expected a number of strokes, got none")
+        return _character(code), _count(value.split()[0])
 
-    return dict(x for x in records(path, entry) if x is not None)
+    return _once(path, (x for x in records(path, entry) if x is not None))
 
 
 def gb2312_level1() -> tuple[str, ...]:
@@ -192,27 +194,35 @@ def table(path: str | Path) -> Characters:
     Raises:
       ValueError: a missing or unknown column, a malformed row, a character given twice.
     """
-    path = Path(path).expanduser()
     known = (*COLUMNS, *OPTIONAL)
     columns: dict[str, dict] = {name: {} for name in known[1:]}
-    with open(path, newline="", encoding="utf-8-sig") as f:
-        reader = csv.DictReader(f, restkey="", strict=True)
+    # The end of a line may be inside a quoted field.
+    numbers: list[int] = []
+    reader = csv.DictReader(_texts(path, numbers), restkey="", strict=True)
+    try:
         names = reader.fieldnames or ()
         missing = [name for name in COLUMNS if name not in names]
-        unknown = [name for name in names if name not in known]
+        unknown = [name for name in names if name not in known or names.count(name) > 1]
         if missing or unknown:
             what = f"no column {missing[0]!r}" if missing else f"column {unknown[0]!r}"
             raise ValueError(
                 f"{path}: {what}; expected the columns {', '.join(COLUMNS)} and, if you "
-                f"like, {', '.join(OPTIONAL)}"
+                f"like, {', '.join(OPTIONAL)}, each once"
             )
-        try:
-            for row in reader:
-                _add(columns, row)
-        except (ValueError, csv.Error) as e:
-            raise ValueError(f"{path}, line {reader.line_num}: {e}") from e
+        for row in reader:
+            _add(columns, row)
+    except (ValueError, csv.Error) as e:
+        if str(path) in str(e):  # A line that could not be read.
+            raise
+        raise ValueError(f"{path}, line {max(numbers, default=1)}: {e}") from e
     rename = {"frequency": "count"}
     return Characters(**{rename.get(name, name): x for name, x in columns.items()})
+
+
+def _texts(path, numbers):
+    for place, line in numbered(path):
+        numbers[:] = [place]
+        yield line + "\n"
 
 
 def _add(columns, row):
@@ -223,9 +233,9 @@ def _add(columns, row):
         raise ValueError(f"{name!r} is given twice")
     columns["components"][name] = tuple(row["components"].split())
     kinds = {
-        "frequency": float,
-        "cost": float,
-        "grade": int,
+        "frequency": lambda text: number(text, 0.0),
+        "cost": _cost,
+        "grade": _count,
         "pinyin": str,
         "gloss": str,
     }
@@ -233,6 +243,37 @@ def _add(columns, row):
         text = row.get(column, "").strip()
         if column == "frequency" or text:
             columns[column][name] = kind(text)
+
+
+def _cost(text):
+    if not (cost := number(text, 0.0)):
+        raise ValueError("a cost must be > 0, got 0")
+    return cost
+
+
+def _count(text):
+    """A whole number >= 0, as occurrences, levels and strokes are (ValueError)."""
+    value = whole(text)
+    if not 0 <= value < 1 << 53:
+        raise ValueError(f"expected a number of 0 .. 2^53, got {value}")
+    return value
+
+
+def _character(code):
+    """The character of a code point like U+4E00 (ValueError)."""
+    if not re.fullmatch(r"U\+[0-9A-Fa-f]{4,6}", code):
+        raise ValueError(f"expected a code point like U+4E00, got {code[:20]!r}")
+    return chr(int(code[2:], 16))
+
+
+def _once(path, pairs):
+    """A dict of pairs (ValueError: a key that is there twice)."""
+    values: dict = {}
+    for key, value in pairs:
+        if key in values:
+            raise ValueError(f"{path}: {key!r} is there twice")
+        values[key] = value
+    return values
 
 
 def _is_stroke(name):

@@ -7,15 +7,15 @@ events and labels from the times.
 
 import datetime
 import functools
-import math
 from array import array
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from jaxpapers.data import files
 from jaxpapers.data.features import bucketize, stable_hash, standardize
-from jaxpapers.data.lines import Progress, records
+from jaxpapers.data.lines import Progress, number, records, rows, whole
 
 DAY = 86400.0
 
@@ -24,6 +24,11 @@ DAY = 86400.0
 CRITEO_BINS = (64, 16, 128, 64, 128, 64, 512, 512)
 CRITEO_BUCKETS = (512, 128, 256, 256, 64, 256, 256, 16, 256)
 
+# Beyond it a number is no count, and float32 loses its sum.
+_LARGEST = 1e15
+_LEAST = 0.5  # share of the clicks that must lie in the days asked for
+
+_CDNOW = ("customer_id", "date", "number_of_cds", "dollar_value")
 _CDNOW_START = datetime.date(1997, 1, 1).toordinal()
 _CDNOW_DAYS = 546  # to 1998-06-30
 
@@ -91,14 +96,17 @@ def cdnow(
     days since the first purchase per purchase (in units of 30 days), day of the week.
 
     Args:
-      path: CDNOW_master.txt, or the folder that ``data.fetch.get("cdnow")`` returns.
+      path: CDNOW_master.txt, with a header or without (then customer, date, CDs and
+        dollars), or the folder that ``data.fetch.get("cdnow")`` returns.
       window: attribution window w2, days.
       pretrain_until: last day of pretraining.
       stream_from, stream_until: first and last day of the stream (25,110 clicks); the
         last is evaluated but not trained on.
 
     Raises:
-      ValueError: days out of order, or a malformed line (its number is in the message).
+      FileNotFoundError: no such file.
+      ValueError: days out of order, or a malformed line (its number is in the message):
+        a date outside CDNOW's, a negative number, more than a million CDs or dollars.
     """
     final = _CDNOW_DAYS - 1 - window
     if not 0 <= pretrain_until < stream_from <= stream_until <= final or window < 1:
@@ -108,19 +116,13 @@ def cdnow(
             f"{pretrain_until}, {stream_from}, {stream_until}"
         )
     path = Path(path).expanduser()
-    path = path / "CDNOW_master.txt" if path.is_dir() else path
-
-    def purchase(line: str) -> tuple[int, int, int, float]:
-        customer, date, cds, dollars = line.split()
-        day = datetime.datetime.strptime(date, "%Y%m%d").toordinal() - _CDNOW_START
-        if not 0 <= day < _CDNOW_DAYS or not 0 <= float(dollars) < np.inf:
-            raise ValueError(f"day {day}, dollars {dollars}")
-        return int(customer), day, int(cds), float(dollars)
-
-    rows = list(records(path, purchase, header=True))
-    if not rows:
+    path = path / "CDNOW_master.txt" if files.is_folder(path) else path
+    purchases = list(rows(path, _CDNOW, _purchase, split=str.split))
+    if not purchases:
         raise ValueError(f"{path}: no purchases")
-    customer, day, cds, dollars = (np.array(column) for column in zip(*rows))
+    customer, day, cds, dollars = (np.array(column) for column in zip(*purchases))
+    # Their order alone counts: numbers of 64 bits times days are too large.
+    customer = np.unique(customer, return_inverse=True)[1]
     merged, where = np.unique(customer * _CDNOW_DAYS + day, return_inverse=True)
     customer, day = np.divmod(merged, _CDNOW_DAYS)
     cds, dollars = np.bincount(where, cds), np.bincount(where, dollars)
@@ -145,6 +147,16 @@ def cdnow(
         "day",
         float(window),
     )
+
+
+def _purchase(customer: str, date: str, cds: str, dollars: str) -> tuple:
+    who, count = whole(customer), whole(cds)
+    if len(date) != 8 or not 0 <= who < 1 << 63 or not 0 <= count <= 1_000_000:
+        raise ValueError(f"customer {customer}, date {date}, {cds} CDs")
+    day = datetime.datetime.strptime(date, "%Y%m%d").toordinal() - _CDNOW_START
+    if not 0 <= day < _CDNOW_DAYS:
+        raise ValueError(f"date {date}, expected 19970101 to 19980630")
+    return who, day, count, number(dollars, 0.0, 1e6)
 
 
 def _cdnow_features(customer, day, cds, dollars) -> dict[str, np.ndarray]:
@@ -196,8 +208,10 @@ def criteo(
       progress: called with (bytes read, size of the file).
 
     Raises:
+      FileNotFoundError: no such file.
       ValueError: a malformed line, a conversion before its click, a negative or NaN time
-        (the line's number is in the message); no pretraining clicks.
+        (the line's number is in the message); no clicks, none to pretrain on, or more
+        than half of them after ``days``.
     """
     if not 0 < pretrain_days < days or window_days <= 0:
         raise ValueError(
@@ -216,11 +230,15 @@ def criteo(
             raise ValueError(f"{len(parts)} columns instead of {width}")
         clicked, converted = float(parts[0]), float(parts[1] or "inf")
         # Also refuses NaN.
-        if not 0 <= clicked < np.inf or not clicked <= converted:
+        if (
+            not 0 <= clicked < np.inf
+            or not clicked <= converted
+            or "_" in parts[0] + parts[1]
+        ):
             raise ValueError(f"clicked at {clicked}, converted at {converted}")
         row = [float(x or -1) for x in parts[2 : 2 + n]]
-        if not all(map(math.isfinite, row)):
-            raise ValueError("a number is not finite")
+        if not all(-_LARGEST <= x <= _LARGEST for x in row):
+            raise ValueError("a number is not finite, or beyond 1e15")
         categories = zip(parts[2 + n :], CRITEO_BUCKETS)
         buckets = [bucket(x, b, i) for i, (x, b) in enumerate(categories)]
         times.extend((clicked, converted))
@@ -229,12 +247,13 @@ def criteo(
 
     for _ in records(path, click, progress=progress):
         pass
+    if not times:
+        raise ValueError(f"{path}: no clicks, so no click before day {pretrain_days}")
     click_ts, conv_ts = np.array(times).reshape(-1, 2).T
+    _check_days(path, click_ts, pretrain_days, days)
     order = np.argsort(click_ts, kind="stable")
     click_ts, conv_ts = click_ts[order], conv_ts[order]
     pretrain = click_ts < pretrain_days * DAY
-    if not pretrain.any():
-        raise ValueError(f"{path}: no click before day {pretrain_days}")
     raw = np.array(numbers).reshape(-1, n)[order]
     categorical = np.array(hashed).reshape(-1, len(CRITEO_BUCKETS))[order]
     window = window_days * DAY
@@ -250,6 +269,19 @@ def criteo(
         "second",
         window,
     )
+
+
+def _check_days(path, click_ts, pretrain_days, days) -> None:
+    seen = f"clicks are at seconds {click_ts.min():.0f} to {click_ts.max():.0f}"
+    hint = "times are seconds from the log's start, neither unix times nor milliseconds"
+    if click_ts.min() >= pretrain_days * DAY:
+        raise ValueError(f"{path}: no click before day {pretrain_days}; {seen}; {hint}")
+    share = (click_ts < days * DAY).mean()
+    if share < _LEAST:
+        raise ValueError(
+            f"{path}: only {share:.1%} of {len(click_ts):,} clicks lie in the {days:g} "
+            f"days, expected at least {_LEAST:.0%}; {seen}; {hint}"
+        )
 
 
 def criteo_features(

@@ -62,6 +62,7 @@ class Clicks(NamedTuple):
         vocabulary.
       negatives: item and category ids of the source's own negatives, one per row of the
         log; None: negatives are drawn from ``pool``.
+      notes: what the reader found out about the files, for the summary of a run.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Clicks(NamedTuple):
     pool: np.ndarray
     rows: dict[str, int]
     negatives: tuple[np.ndarray, np.ndarray] | None = None
+    notes: str = ""
 
 
 class Examples:

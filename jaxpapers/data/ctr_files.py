@@ -12,12 +12,17 @@ from typing import Any
 
 import numpy as np
 
+from jaxpapers.data import amazon as amazon_rows
 from jaxpapers.data.ctr import FIRST, OOV, Clicks, Log, Samples
 from jaxpapers.data.ctr_tasks import pairs, user_ranges
-from jaxpapers.data.ids import by_frequency, renumbered, sorted_ids
-from jaxpapers.data.lines import Progress, literal, records
+from jaxpapers.data.ids import by_frequency, check_highest, renumbered, sorted_ids
+from jaxpapers.data.lines import Progress, fields, identity, records, seconds
+from jaxpapers.data.lines import rows as table_rows
 
 NO_CATEGORY = "default_cat"
+
+_LONGEST_REVIEW = 1 << 22  # bytes; a product of 2023 has up to a few 100,000
+_TAOBAO = ("user_id", "item_id", "category_id", "behavior_type", "timestamp")
 
 
 def amazon(
@@ -26,9 +31,10 @@ def amazon(
     *,
     protocol: str = "din",
     seed: int = 1234,
+    least: float = 0.5,
     progress: Progress | None = None,
 ) -> Clicks:
-    """Amazon reviews (2014, 5-core) as clicks on the next product.
+    """Amazon reviews (5-core) as clicks on the next product; see ``data.amazon``.
 
     "din" (Electronics): each review but a user's first is a positive; its negative is
     uniform over the products that the user never reviewed; a user's last review is the
@@ -40,39 +46,40 @@ def amazon(
     of the first path. Ids: by frequency in the training split.
 
     Args:
-      reviews: reviews_*.json(.gz), a Python or JSON dict per line.
-      meta: meta_*.json(.gz), the same.
+      reviews: reviews_*.json(.gz), a Python or JSON dict per line, of the release of
+        2014, 2018 or 2023.
+      meta: meta_*.json(.gz) of the same department; products without a category share
+        one, and ``Clicks.notes`` says how many reviews found theirs.
       protocol: "din" or "dien".
       seed: of the negatives and of the split.
+      least: share of the reviews whose product must have a category in ``meta``.
       progress: see the module.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: a malformed line, no reviews, or too few that find their category.
     """
     if protocol not in ("din", "dien"):
         raise ValueError(f"protocol must be 'din' or 'dien', got {protocol!r}")
     users: dict[str, int] = {}
     items: dict[str, int] = {}
     user, item, time = array("i"), array("i"), array("i")
-
-    def review(line: str) -> None:
-        row = literal(line)
-        asin, who = str(row["asin"]), str(row["reviewerID"])
-        user.append(users.setdefault(who, len(users)))
-        item.append(items.setdefault(asin, len(items)))
-        time.append(int(row["unixReviewTime"]))
-
-    for _ in records(reviews, review, progress=progress):
-        pass
+    parse = amazon_rows.Reviews()
+    for row in records(reviews, parse, progress=progress, longest=_LONGEST_REVIEW):
+        user.append(users.setdefault(row.user, len(users)))
+        item.append(items.setdefault(row.item, len(items)))
+        time.append(row.time)
     if not user:
         raise ValueError(f"{reviews}: no reviews")
-    path = -1 if protocol == "din" else 0
-    category: dict[str, str] = {}
-
-    def product(line: str) -> None:
-        row = literal(line)
-        if row["asin"] in items:
-            category[row["asin"]] = str(row["categories"][path][-1])
-
-    for _ in records(meta, product, progress=progress):
-        pass
+    category = _categories(meta, items, -1 if protocol == "din" else 0, progress)
+    known = np.array([name in category for name in items])
+    share = float(known[np.asarray(item)].mean())
+    if share < least:
+        raise ValueError(
+            f"{meta}: has categories of the products of only {share:.1%} of the "
+            f"{len(item):,} reviews in {reviews}, expected at least {least:.0%}; give "
+            "the meta file of the same department and release"
+        )
     names = sorted(items)
     cates = sorted({category.get(name, NO_CATEGORY) for name in names})
     cate_id = {name: i for i, name in enumerate(cates, FIRST)}
@@ -87,7 +94,20 @@ def amazon(
     )
     split = _amazon_din if protocol == "din" else _amazon_dien
     name = f"{Path(reviews).name} ({protocol})"
-    return split(name, log_user, log, np.array(table, np.int32), rows, seed)
+    clicks = split(name, log_user, log, np.array(table, np.int32), rows, seed)
+    note = f"release of {parse.release}; {share:.1%} of the reviews have a category"
+    return clicks._replace(notes=note)
+
+
+def _categories(meta, items, path, progress) -> dict[str, str]:
+    """Product -> last name of its path, for the products that are reviewed."""
+    category: dict[str, str] = {}
+    for row in records(
+        meta, amazon_rows.product, progress=progress, longest=_LONGEST_REVIEW
+    ):
+        if row.item in items and row.paths:
+            category[row.item] = row.paths[path][-1]
+    return category
 
 
 def _amazon_din(name, user, log, table, rows, seed) -> Clicks:
@@ -151,7 +171,8 @@ def taobao(
     paper keeps the last 200 behaviours: ``length`` of ``ctr.Examples``.
 
     Args:
-      path: lines user,item,category,behaviour,seconds without a header.
+      path: lines user,item,category,behaviour,seconds, without a header or with one
+        that names ``user_id,item_id,category_id,behavior_type,timestamp``.
       quantile: share of users in the training split.
       seed: of labels and negatives.
       progress: see the module.
@@ -161,15 +182,14 @@ def taobao(
     columns = [array("i") for _ in range(4)]
     append = [column.append for column in columns]
 
-    def action(line: str) -> None:
-        user, item, cate, kind, time = line.split(",")
+    def action(user: str, item: str, cate: str, kind: str, time: str) -> None:
         if kind not in ("pv", "buy", "cart", "fav"):
-            raise ValueError(kind)
-        values = int(user), int(item), int(cate), int(time)
+            raise ValueError(f"behaviour {kind!r}, expected pv, buy, cart or fav")
+        values = identity(user), identity(item), identity(cate), seconds(time)
         for put, value in zip(append, values):
             put(value)
 
-    for _ in records(path, action, progress=progress):
+    for _ in table_rows(path, _TAOBAO, action, split=fields, progress=progress):
         pass
     if not columns[0]:
         raise ValueError(f"{path}: no actions")
@@ -199,6 +219,11 @@ def taobao(
     cate = table[shown].astype(np.int32)
     data = Samples(user[at], shown, cate, log.time[at], label, first[at], at)
     late = data.time > np.sort(data.time)[int(len(at) * quantile)]
+    if not late.any():
+        raise ValueError(
+            f"{path}: no user's last action is later than the quantile {quantile} of "
+            f"them, second {data.time.max()}: no test split; are the times right?"
+        )
     train, test = (Samples(*(x[m] for x in data)) for m in (~late, late))
     pool = np.flatnonzero(place < last - 1)
     return Clicks(Path(path).name, train, test, log, pool, rows)
@@ -209,6 +234,7 @@ def dien_text(
     test: str | Path,
     *,
     vocabularies: dict[str, dict[str, int]] | None = None,
+    max_id: int = 0,
     progress: Progress | None = None,
 ) -> Clicks:
     r"""DIEN's local_train_splitByUser and local_test_splitByUser.
@@ -222,6 +248,7 @@ def dien_text(
       vocabularies: table ("user", "item", "cate") -> name -> number, as ``vocabulary``
         reads them from uid_voc.pkl, mid_voc.pkl, cat_voc.pkl; ids are numbers + 2. None:
         ids by frequency in the training file, as in DIEN's generate_voc.
+      max_id: highest number of a vocabulary, see ``ids.check_highest``.
       progress: see the module.
     """
     codes: dict[str, dict[str, int]] = {"user": {}, "item": {}, "cate": {}}
@@ -235,11 +262,13 @@ def dien_text(
     def sample(line: str) -> tuple:
         label, user, item, cate, hist, hist_cate = line.split("\t")
         if label not in ("0", "1"):
-            raise ValueError(label)
+            raise ValueError(f"label {label[:20]!r}, expected 0 or 1")
         if (hist, hist_cate) != (last[0], last[1]):
             names = [x.split("\x02") if x else [] for x in (hist, hist_cate)]
             if len(names[0]) != len(names[1]):
-                raise ValueError(hist)
+                raise ValueError(
+                    f"a history of {len(names[0])} items, {len(names[1])} categories"
+                )
             last[:] = hist, hist_cate, len(log[0])
             log[0].extend(code("item", x) for x in names[0])
             log[1].extend(code("cate", x) for x in names[1])
@@ -260,14 +289,20 @@ def dien_text(
         known = vocabularies.get(table, {})
         if not known:
             raise ValueError(f"vocabularies: {table!r} is missing or empty")
-        sizes[table] = max(known.values()) + FIRST + 1
+        highest = max(known.values())
+        check_highest(f"vocabularies: {table}", highest, len(known), max_id)
+        sizes[table] = highest + FIRST + 1
         numbers = (known[x] + FIRST if x in known else OOV for x in ids)
         maps[table] = np.array([0, OOV, *numbers], np.int32)
     return renumbered(clicks, maps, sizes)
 
 
 def mimn_text(
-    train: str | Path, test: str | Path, *, progress: Progress | None = None
+    train: str | Path,
+    test: str | Path,
+    *,
+    max_id: int = 0,
+    progress: Progress | None = None,
 ) -> Clicks:
     """MIMN's text files, with negatives of their own.
 
@@ -277,22 +312,25 @@ def mimn_text(
 
     Args:
       train, test: the two files.
+      max_id: highest id, see ``ids.check_highest``.
       progress: see the module.
     """
     log = tuple(array("i") for _ in range(4))
 
     def sample(line: str) -> tuple:
         user, item, cate, label, *lists = line.split("\t")
-        columns = [[int(x) for x in text.split(",") if x] for text in lists]
+        columns = [[identity(x) for x in text.split(",") if x] for text in lists]
         if len(columns) != 4 or label not in ("0", "1"):
-            raise ValueError(label)
+            raise ValueError(
+                f"label {label[:20]!r} and {len(columns)} lists, expected 0 or 1 and 4"
+            )
         if len({len(column) for column in columns}) != 1:
-            raise ValueError("lengths")
+            raise ValueError(f"lists of {', '.join(str(len(x)) for x in columns)} ids")
         padding = next((i for i, x in enumerate(columns[0]) if x), len(columns[0]))
         kept = [column[padding:] for column in columns]
-        ids = int(user) + 1, int(item) + 1, int(cate) + 1
-        if min(ids) < FIRST or any(min(column, default=1) < 1 for column in kept):
-            raise ValueError("id")
+        ids = tuple(identity(x, 1) + 1 for x in (user, item, cate))
+        if any(min(column, default=1) < 1 for column in kept):
+            raise ValueError("the id 0 within a list; it is padding at its start")
         start = len(log[0])
         for values, column in zip(log, kept):
             values.extend(x + 1 for x in column)
@@ -304,6 +342,8 @@ def mimn_text(
     item, cate, neg_item, neg_cate = (np.array(x, np.int32) for x in log)
     ids = [x for s in splits for x in (s.user, s.item, s.cate)]
     highest = max(int(x.max(initial=0)) for x in [*ids, item, cate, neg_item, neg_cate])
+    count = sum(map(len, ids)) + 4 * len(item)
+    check_highest(f"{train} and {test}", highest - 1, count, max_id)
     rows = dict.fromkeys(("user", "item", "cate"), highest + 1)
     behaviours = Log(item, cate, np.zeros_like(item))
     name, negatives = Path(train).name, (neg_item, neg_cate)

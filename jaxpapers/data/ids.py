@@ -5,8 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxpapers.data import pickles
+from jaxpapers.data import files, pickles
 from jaxpapers.data.ctr import FIRST, OOV, Clicks
+
+_MAX_JSON = 1 << 28  # bytes
 
 
 def by_frequency(clicks: Clicks) -> Clicks:
@@ -82,6 +84,24 @@ def categories(genres: dict[int, str], category: str) -> tuple[np.ndarray, int]:
     return table, len(ids) + FIRST
 
 
+def check_highest(name: str, highest: int, count: int, max_id: int = 0) -> None:
+    """Refuses an id that asks for a table far larger than the data (ValueError).
+
+    Args:
+      name: of the file and of what has the id.
+      highest: id of the data.
+      count: number of its rows or ids.
+      max_id: highest allowed; 0: a million, or 100 times ``count`` if that is more.
+    """
+    allowed = max_id or max(1_000_000, 100 * count)
+    if highest > allowed:
+        raise ValueError(
+            f"{name}: the id {highest:,} needs a table of as many rows, for {count:,} in "
+            f"the data; allowed is {allowed:,}; correct the id, number the values anew, "
+            "or raise max_id (config.data.max_id)"
+        )
+
+
 def sorted_ids(codes: dict[str, int]) -> np.ndarray:
     """Id of each code (0, 1, ...), in the order of the sorted names."""
     ids = np.empty(len(codes), np.int32)
@@ -100,10 +120,10 @@ def vocabulary(path: str | Path) -> dict[str, int]:
     path = Path(path).expanduser()
     try:
         if path.suffix == ".json":
-            loaded = json.loads(path.read_text())
+            loaded = json.loads(files.read(path, most=_MAX_JSON).decode("utf-8-sig"))
         else:  # DIEN's are of Python 2.
             loaded = pickles.load(path, encoding="utf-8")
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise ValueError(
             f"{path}: not a plain vocabulary: {e}; convert the vocabulary to a .json "
             "file of name -> number"

@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxpapers.data import documents, files
+
 SEPARATOR = 256
 # 257 symbols, rounded up so that a vocabulary axis divides over 8 devices.
 VOCAB_SIZE = 264
@@ -37,27 +39,32 @@ class Corpus(NamedTuple):
       name: of the source.
       train, validation: token arrays, uint16, memory-mapped for shards.
       byte_level: whether tokens are bytes, which bits per byte need.
+      notes: which files were skipped, and why; "" for none.
     """
 
     name: str
     train: list[np.ndarray]
     validation: list[np.ndarray]
     byte_level: bool
+    notes: str = ""
 
 
 def load(path: str | None = None, *, validation_fraction: float = 0.05) -> Corpus:
     """Reads a corpus.
 
+    Text is UTF-8, plain or gzipped. Of a folder other files are skipped, and
+    ``Corpus.notes`` says which; hidden ones without a word.
+
     Args:
-      path: a text file; a folder of text files (binary files are skipped); a token shard
-        ``*.bin`` or a folder of them (val* and *_val* are the validation split); None:
-        the sources of the running Python's standard library.
+      path: a text file; a folder of text files; a token shard ``*.bin`` or a folder of
+        them (val* and *_val* are the validation split); None: the sources of the running
+        Python's standard library.
       validation_fraction: expected share of files in the validation split, or the share
         at the end of a single file.
 
     Raises:
       FileNotFoundError: no such path.
-      ValueError: an empty split, or a malformed shard.
+      ValueError: a file that is no text, an empty split, or a malformed shard.
     """
     if not 0 < validation_fraction < 1:
         raise ValueError(
@@ -67,29 +74,15 @@ def load(path: str | None = None, *, validation_fraction: float = 0.05) -> Corpu
         root = Path(sysconfig.get_paths()["stdlib"])
         corpus = _from_files("stdlib", root, _python_files(root), validation_fraction)
     else:
-        root = Path(path).expanduser()
-        if not root.exists():
-            raise FileNotFoundError(
-                f"data.path: {path!r} does not exist; give a text file, a folder of text "
-                "files, a token shard (*.bin) or a folder of shards, or leave it empty "
-                "for the standard library's sources"
-            )
-        shards = [p for p in sorted(root.glob("**/*.bin")) if _is_shard(p)]
-        if root.suffix == ".bin" or shards:
-            corpus = _from_shards(path, shards or [root], validation_fraction)
-        elif root.is_dir():
-            files = [p for p in sorted(root.rglob("*")) if p.is_file()]
-            files = [p for p in files if not _hidden(p.relative_to(root))]
-            corpus = _from_files(path, root, files, validation_fraction)
-        else:
-            data = root.read_bytes()
-            cut = int(len(data) * (1 - validation_fraction))
-            corpus = _byte_corpus(path, [data[:cut]], [data[cut:]])
+        corpus = _from_path(path, validation_fraction)
     for split in ("train", "validation"):
-        if not sum(len(x) for x in getattr(corpus, split)):
+        streams = getattr(corpus, split)
+        # Each stream of bytes ends by a separator.
+        if sum(map(len, streams)) <= (len(streams) if corpus.byte_level else 0):
             raise ValueError(
                 f"data.path: {corpus.name!r} gives an empty {split} split at "
                 f"validation_fraction={validation_fraction}; give more text"
+                + (f" ({corpus.notes})" if corpus.notes else "")
             )
     return corpus
 
@@ -105,6 +98,21 @@ def in_validation(name: str, fraction: float) -> bool:
     # 3.11 to 3.13; that of SHA-256 has one file of 0.8 MB.
     digest = hashlib.md5(name.encode(), usedforsecurity=False).digest()
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
+
+
+def check_tokens(corpus: Corpus, vocab_size: int) -> None:
+    """Refuses a validation token beyond the vocabulary (ValueError).
+
+    An out-of-range label gives a wrong loss without an error. ``Windows`` checks the
+    training streams, which are too long to read at the start.
+    """
+    for stream in corpus.validation:
+        highest = int(stream.max(initial=0))
+        if highest >= vocab_size:
+            raise ValueError(
+                f"data: {corpus.name}: token {highest} in the validation split, but "
+                f"config.net.vocab_size={vocab_size}; raise it (GPT-2 tokens: 50304)"
+            )
 
 
 def encode(text: bytes) -> np.ndarray:
@@ -263,23 +271,28 @@ def read_shard(path: str | Path) -> np.ndarray:
     """Memory-maps a token shard in the layout of the Dion repository's FineWeb shards.
 
     Raises:
-      ValueError: wrong magic number or version, or fewer tokens than the header's count.
+      FileNotFoundError: no such file.
+      ValueError: wrong magic number or version, or another number of tokens than the
+        header's.
     """
+    path, size = files.check(path)
     header = np.fromfile(path, "<i4", SHARD_HEADER)
     if len(header) < SHARD_HEADER or header[0] != SHARD_MAGIC:
         raise ValueError(
             f"{path}: not a token shard, got magic {header[:1].tolist()}, expected "
-            f"{SHARD_MAGIC}; write shards with jaxpapers.data.text.write_shard"
+            f"{SHARD_MAGIC}; raw tokens, as nanoGPT writes, are not read: write shards "
+            "with jaxpapers.data.text.write_shard"
         )
     if header[1] != SHARD_VERSION:
         raise ValueError(f"{path}: shard version {header[1]}, expected {SHARD_VERSION}")
-    offset = SHARD_HEADER * 4
-    count = (Path(path).stat().st_size - offset) // 2
-    if count < header[2]:
+    offset, count = SHARD_HEADER * 4, int(header[2])
+    if size != offset + 2 * count or not count:
+        what = "truncated" if size < offset + 2 * count else "malformed"
         raise ValueError(
-            f"{path}: truncated shard, header says {header[2]} tokens, file has {count}"
+            f"{path}: {what} shard, header says {count} tokens, file has "
+            f"{(size - offset) / 2:g}"
         )
-    return np.memmap(path, "<u2", mode="r", offset=offset, shape=(int(header[2]),))
+    return np.memmap(path, "<u2", mode="r", offset=offset, shape=(count,))
 
 
 def _python_files(root: Path) -> list[Path]:
@@ -291,16 +304,46 @@ def _python_files(root: Path) -> list[Path]:
     )
 
 
-def _from_files(name, root, files, fraction) -> Corpus:
+def _from_path(path: str, fraction: float) -> Corpus:
+    root = Path(path).expanduser()
+    try:
+        folder = files.is_folder(root)
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"data.path: {path!r} does not exist; give a text file, a folder of text "
+            "files, a token shard (*.bin) or a folder of shards, or leave it empty for "
+            "the standard library's sources"
+        ) from None
+    if not folder and root.suffix == ".bin":
+        return _from_shards(path, [root], fraction)
+    if not folder:
+        return _from_document(path, documents.read(root), fraction)
+    inside = [p for p in sorted(root.rglob("*")) if not p.is_dir()]
+    inside = [p for p in inside if not _hidden(p.relative_to(root))]
+    shards = [p for p in inside if p.suffix == ".bin" and _is_shard(p)]
+    if not shards:
+        return _from_files(path, root, inside, fraction)
+    other = [p.relative_to(root).as_posix() for p in inside if p not in set(shards)]
+    notes = documents.notes([f"{x} (no token shard)" for x in other], len(inside))
+    return _from_shards(path, shards, fraction)._replace(notes=notes)
+
+
+def _from_files(name, root, paths, fraction) -> Corpus:
+    found, notes = documents.folder(root, paths)
+    if len(found) == 1:
+        return _from_document(name, found[0].data, fraction)._replace(notes=notes)
     splits: dict[bool, list[bytes]] = {False: [], True: []}
-    named = sorted((p.relative_to(root).as_posix(), p) for p in files)
-    for relative, path in named:
-        data = path.read_bytes()
-        if data and b"\0" not in data[:8192]:
-            splits[in_validation(relative, fraction)].append(data)
-    if not splits[True] and len(splits[False]) > 1:
-        splits[True] = [splits[False].pop()]  # Too few files for the hash.
-    return _byte_corpus(name, splits[False], splits[True])
+    for document in found:
+        splits[in_validation(document.name, fraction)].append(document.data)
+    for empty in (True, False):  # Too few files for the hash.
+        if not splits[empty] and len(splits[not empty]) > 1:
+            splits[empty] = [splits[not empty].pop()]
+    return _byte_corpus(name, splits[False], splits[True])._replace(notes=notes)
+
+
+def _from_document(name, data: bytes, fraction: float) -> Corpus:
+    cut = int(len(data) * (1 - fraction))
+    return _byte_corpus(name, [data[:cut]], [data[cut:]])
 
 
 def _byte_corpus(name, train: list[bytes], validation: list[bytes]) -> Corpus:
@@ -326,6 +369,8 @@ def _from_shards(name, shards, fraction) -> Corpus:
 
 def _is_shard(path: Path) -> bool:
     """Whether a *.bin file has the magic number of a token shard."""
+    if not path.is_file():  # A pipe would wait for ever.
+        return False
     header = np.fromfile(path, "<i4", 1)
     return bool(len(header) and header[0] == SHARD_MAGIC)
 

@@ -327,6 +327,25 @@ def pack(table: Float[Array, "V H"]) -> UInt16[Array, "V H"]:
     return lax.bitcast_convert_type(table.astype(jnp.bfloat16), jnp.uint16)
 
 
+def time_gap(
+    now: Int[Array, "*#shape"], past: Int[Array, "*#shape"]
+) -> Int[Array, "*shape"]:
+    """``now - past``; gaps beyond the integers' range are the nearest integer in it.
+
+    Logs have times of all 32 bits, whose difference needs 33.
+
+    Args:
+      now, past: seconds, of one dtype.
+
+    Example:
+      >>> int(time_gap(jnp.int32(2_000_000_000), jnp.int32(-2_000_000_000)))
+      2147483647
+    """
+    gap, limits = now - past, jnp.iinfo(now.dtype)
+    gap = jnp.where((now >= past) & (gap < 0), limits.max, gap)
+    return jnp.where((now < past) & (gap > 0), limits.min, gap)
+
+
 def time_bucket(
     dt: Int[Array, "*shape"], *, buckets: int = 26, unit: int = 1
 ) -> Int[Array, "*shape"]:

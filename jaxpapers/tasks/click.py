@@ -18,10 +18,10 @@ from jaxpapers.papers import dien, rocket, sim
 from jaxpapers.study import Data, Finding, Row, Stage, Study, with_fields, with_seed
 from jaxpapers.tasks.scores import named, scorer
 
-# Files that a source's folder has to hold, as patterns.
+# Files that a source's folder has to hold, as patterns; of some, first come first served.
 FILES = {
     "movielens-20m": ("ratings.csv", "movies.csv"),
-    "amazon": ("reviews_*.json.gz", "meta_*.json.gz"),
+    "amazon": ("reviews_*.json*|*_5.json*|[!m]*.jsonl*", "meta_*.json*"),
     "taobao": ("UserBehavior.csv",),
     "dien": ("local_train_splitByUser", "local_test_splitByUser"),
     "mimn": ("*train*.txt", "*test*.txt"),
@@ -70,7 +70,8 @@ def read(config: Any) -> Data:
     return data._replace(
         examples=examples,
         summary=f"{c.source}, {clicks.name}: {len(examples):,} rows to train on, "
-        f"{len(clicks.test.label):,} to test; {clicks.rows['item']:,} items",
+        f"{len(clicks.test.label):,} to test; {clicks.rows['item']:,} items"
+        + (f"; {clicks.notes}" if clicks.notes else ""),
     )
 
 
@@ -228,19 +229,21 @@ def _load_unhashed(config: Any) -> ctr.Clicks:
     c = config.data
     return _load(
         c.source, c.path, c.target, c.order, c.categories, c.get("protocol", "din"),
-        c.split, c.seed, c.shuffled,
+        c.get("max_id", 0), c.split, c.seed, c.shuffled,
     )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=2)
 def _load(
-    source, path, target, order, categories, protocol, split, seed, shuffled
+    source, path, target, order, categories, protocol, max_id, split, seed, shuffled
 ) -> ctr.Clicks:
     if split not in SPLITS:
         raise ValueError(f"config.data.split must be one of {SPLITS}, got {split!r}")
-    clicks = _read(source, path, target, order, categories, protocol)
+    clicks = _read(source, path, target, order, categories, protocol, max_id)
     if split == "validation":
         clicks = ctr.hold_out(clicks, seed=seed)
+    for part in ("train", "test"):
+        ctr.check(clicks, part)
     return ctr.shuffle_labels(clicks, seed) if shuffled else clicks
 
 
@@ -268,17 +271,23 @@ def hash_items(clicks: ctr.Clicks, buckets: int) -> ctr.Clicks:
 
 
 @functools.lru_cache(maxsize=2)
-def _read(source, path, target, order, categories, protocol) -> ctr.Clicks:
+def _read(source, path, target, order, categories, protocol, max_id) -> ctr.Clicks:
     if target not in TARGETS:
         raise ValueError(f"config.data.target must be one of {TARGETS}, got {target!r}")
     if source == "ml-100k":
-        ratings = movielens.ml_100k(path or fetch.get("ml-100k"), category=categories)
+        ratings = movielens.ml_100k(
+            path or fetch.get("ml-100k"), category=categories, max_id=max_id
+        )
         task = (
             ctr_tasks.task_next_item if target == "next_item" else ctr_tasks.task_rating
         )
         clicks = task(ratings, order=order)
     elif source in _READERS:
-        options = {"protocol": protocol} if source == "amazon" else {}
+        options: dict[str, Any] = {}
+        if source == "amazon":
+            options["protocol"] = protocol
+        elif source != "taobao":  # Both number their ids anew.
+            options["max_id"] = max_id
         files = _files(source, path)
         clicks = _READERS[source](*files, progress=lines.print_progress, **options)
     else:
@@ -290,13 +299,20 @@ def _read(source, path, target, order, categories, protocol) -> ctr.Clicks:
 
 def _files(source: str, path: str) -> list[Path]:
     folder, files = Path(path).expanduser(), []
-    for pattern in FILES[source]:
-        matches = sorted(folder.glob(pattern)) if path else []
+    for patterns in FILES[source]:
+        found = (sorted(folder.glob(x)) if path else [] for x in patterns.split("|"))
+        matches = next(filter(None, found), [])
         if not matches:
             raise FileNotFoundError(
                 f"config.data.path: {path or 'not given'}; {source} needs a folder with "
                 f"{' and '.join(FILES[source])}, which its owners offer for download; "
                 "--config.data.source=ml-100k needs none"
+            )
+        if len(matches) > 1:
+            names = ", ".join(x.name for x in matches[:4])
+            raise ValueError(
+                f"config.data.path: {path} has several files like {patterns}: {names}; "
+                "put one set of files into a folder of its own"
             )
         files.append(matches[0])
     return files

@@ -38,7 +38,7 @@ def read(config: Any) -> Data:
         work=c.context,
         unit=unit,
         summary=f"{corpus.name}: {sizes[0]:.2f} M {unit} to train on, "
-        f"{sizes[1]:.2f} M to validate",
+        f"{sizes[1]:.2f} M to validate" + (f"; {corpus.notes}" if corpus.notes else ""),
     )
 
 
@@ -108,6 +108,7 @@ def _corpus(config: Any) -> text.Corpus:
             f"config.net.vocab_size={vocab_size} is too small for bytes and a separator; "
             f"pass --config.net.vocab_size={text.VOCAB_SIZE}"
         )
+    text.check_tokens(corpus, vocab_size)
     return corpus
 
 

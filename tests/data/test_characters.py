@@ -88,11 +88,22 @@ def test_counts_grades_strokes(tmp_path):
     assert characters.strokes(path) == {"一": 1, "𠀀": 6}
     for read, bad in (
         (characters.usage, "1\t的\tmany\t4"),
+        (characters.usage, "1\t的\t-5\t4"),
         (characters.grades, "character\tlevel\n一"),
+        (characters.strokes, "U+110000\tkTotalStrokes\t1"),
+        (characters.strokes, "U+4E00\tkTotalStrokes\t"),
+        (characters.ids, "U+4E00\t一"),
         (characters.strokes, "U+4E00\tkTotalStrokes"),
     ):
         with pytest.raises(ValueError, match=r"bad.txt, line \d is malformed"):
             read(write(tmp_path, "bad.txt", bad))
+
+
+def test_other_columns_and_repetitions(tmp_path):
+    path = write(tmp_path, "h.tsv", "level\tcharacter\n1\t一\n")
+    assert characters.grades(path) == {"一": 1}
+    with pytest.raises(ValueError, match="'一' is there twice"):
+        characters.usage(write(tmp_path, "j.tsv", "1\t一\t9\t4\n2\t一\t8\t4\n"))
 
 
 def test_gb2312():
@@ -129,7 +140,13 @@ def test_table_of_the_user(tmp_path):
         (CSV + "x,月,,1\n", "line 5: expected a name and as many fields"),
         (CSV + "x,月,,1,,,more\n", "line 5: expected a name and as many fields"),
         (CSV + "x,月,,1,,first\n", "line 5: invalid literal .*'first'"),
-        (CSV + '"x,月,,1,,\n', "line 4: unexpected end"),
+        (CSV + "x,月,,-1,,\n", r"net.csv, line 5: expected a number in \[0, inf"),
+        (CSV + "x,月,,nan,,\n", "line 5: expected a number"),
+        (CSV + "x,月,,1,0,\n", "line 5: a cost must be > 0"),
+        (CSV.encode() + b"x,\xe9,,1,,\n", "line 5 is malformed .not UTF-8"),
+        ('"x', "net.csv, line 1: unexpected end"),
+        ("character,components,frequency,frequency\n", "column 'frequency'; expected"),
+        (CSV + '"x,月,,1,,\n', "line 5: unexpected end"),
     ],
 )
 def test_malformed_tables(tmp_path, text, message):

@@ -88,13 +88,32 @@ def test_the_future_changes_no_feature(tmp_path):
 
 @pytest.mark.parametrize(
     "line", ["1 19961231 1 2.0", "1 19980701 1 2.0", "1 19970230 1 2.0", "1 19970101 1",
-             "1 19970101 1 nan", "1 19970101 1 -2", "x 19970101 1 2"],
+             "1 19970101 1 nan", "1 19970101 1 -2", "x 19970101 1 2",
+             "1 19970101 -1 2.0", "1 19970101 1 1e308", "1 19970101 1_0 2.0",
+             "-1 19970101 1 2.0", f"{2**63} 19970101 1 2.0", "1 1997111 1 2.0"],
 )  # fmt: skip
 def test_malformed_purchase(tmp_path, line):
     path = write(tmp_path / "CDNOW_master.txt", purchases()[:3])
     path.write_text(path.read_text() + line + "\n")
     with pytest.raises(ValueError, match="CDNOW_master.txt, line 5 is malformed"):
         conversions.cdnow(tmp_path)
+
+
+def test_numbers_of_customers_do_not_count(tmp_path):
+    """Of 64 bits, times days they would wrap; nor does the order of the columns."""
+    rows = purchases()
+    plain = conversions.cdnow(write(tmp_path / "plain.txt", rows))
+    large = [(2**63 - 100 + row[0], *row[1:]) for row in rows]
+    for path in (write(tmp_path / "large.txt", large), tmp_path / "turned.txt"):
+        if path.name == "turned.txt":
+            lines = (tmp_path / "plain.txt").read_text().splitlines()
+            path.write_text("\n".join(" ".join(line.split()[::-1]) for line in lines))
+        read = conversions.cdnow(path)
+        np.testing.assert_array_equal(read.features, plain.features)
+        np.testing.assert_array_equal(read.conv_ts, plain.conv_ts)
+    bare = (tmp_path / "plain.txt").read_text().partition("\n")[2]
+    (tmp_path / "bare.txt").write_text(bare)
+    assert len(conversions.cdnow(tmp_path / "bare.txt").conv_ts) == len(plain.conv_ts)
 
 
 def test_days_out_of_order(tmp_path):
@@ -181,6 +200,12 @@ def test_no_early_click(tmp_path):
         path.write_text(text)
         with pytest.raises(ValueError, match="no click before day 30.0"):
             conversions.criteo(path)
+    days = [1, 61, 62, 63]
+    path.write_text("\n".join(criteo_line(day * 86400, "") for day in days))
+    with pytest.raises(
+        ValueError, match="only 25.0% of 4 clicks lie in .*milliseconds"
+    ):
+        conversions.criteo(path)
 
 
 def test_bins_are_equal_parts_of_the_range():

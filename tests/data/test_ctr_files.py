@@ -120,12 +120,146 @@ def test_malformed_review(tmp_path, line):
         ctr_files.amazon(path, path)
 
 
-@pytest.mark.parametrize("line", ["{'asin': 'a'}", "{'asin': 'a', 'categories': []}"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{'title': 'x'}",
+        "{'asin': 'a', 'categories': 'Lamps'}",
+        "{'asin': 'a', 'categories': [['Lamps'], 'x']}",
+        "{'asin': 'a', 'category': [None]}",
+        "{'asin': 1, 'categories': [['x']]}",
+    ],
+)
 def test_malformed_product(amazon, tmp_path, line):
     path = tmp_path / "meta.json"
     path.write_text(f"{{'asin': 'a', 'categories': [['x']]}}\n{line}\n")
     with pytest.raises(ValueError, match="meta.json, line 2 is malformed"):
         ctr_files.amazon(amazon[0], path)
+
+
+RELEASES = {
+    "2014": (("reviewerID", "asin", "unixReviewTime"), 1, "asin", "categories", True),
+    "2018": (("reviewerID", "asin", "unixReviewTime"), 1, "asin", "category", False),
+    "2023": (
+        ("user_id", "parent_asin", "timestamp"), 1000, "parent_asin", "categories", False
+    ),
+}  # fmt: skip
+
+
+def release(tmp_path, name, meta=META, mark=b""):
+    """The reviews and products of ``amazon`` as another release has them."""
+    keys, unit, product, category, nested = RELEASES[name]
+    rows = [
+        dict(zip(keys, (user, asin, (1000 + t) * unit)))
+        for user, items in REVIEWS.items()
+        for t, asin in enumerate(items.split())
+    ]
+    products = [
+        {product: asin, category: paths if nested else paths[-1]}
+        for asin, paths in meta.items()
+    ]
+    files = []
+    for kind, lines_ in (("reviews", rows), ("meta", products)):
+        files.append(tmp_path / f"{kind}_{name}.jsonl")
+        text = "\r\n".join(map(json.dumps, lines_))
+        content = text.encode()
+        files[-1].write_bytes(mark + content if mark else gzip.compress(content))
+    return files
+
+
+@pytest.mark.parametrize("name", RELEASES)
+@pytest.mark.parametrize("protocol", ["din", "dien"])
+def test_amazon_releases_give_the_same(tmp_path, name, protocol):
+    one = {asin: paths[:1] for asin, paths in META.items()}
+    clicks = [
+        ctr_files.amazon(*release(tmp_path, x, one, mark), protocol=protocol)
+        for x, mark in (("2014", b""), (name, b"\xef\xbb\xbf"))
+    ]
+    for split in ("train", "test"):
+        assert unpack(clicks[0], split) == unpack(clicks[1], split)
+    assert (
+        name in clicks[1].notes and "88.9% of the reviews have a cat" in clicks[1].notes
+    )
+
+
+def test_amazon_refuses_other_files(tmp_path):
+    reviews, meta = release(tmp_path, "2014")
+    _, other = release(tmp_path, "2018", {f"X{asin}": x for asin, x in META.items()})
+    with pytest.raises(ValueError, match="meta_2018.* only 0.0% of the 9 reviews in"):
+        ctr_files.amazon(reviews, other)
+    few = {asin: META[asin] if asin == "a" else [[]] for asin in META}
+    _, few = release(tmp_path, "2023", few)
+    with pytest.raises(
+        ValueError, match="only 22.2% of .* at least 50%; give the meta"
+    ):
+        ctr_files.amazon(reviews, few)
+    assert ctr_files.amazon(reviews, few, least=0.2).rows["cate"] == 4
+    with pytest.raises(ValueError, match="line 1 is malf.*expected a review of one of"):
+        ctr_files.amazon(meta, meta)
+    mixed = tmp_path / "mixed.json"
+    newer, _ = release(tmp_path, "2023", mark=b"\xef\xbb\xbf")
+    older, _ = release(tmp_path, "2018", mark=b"\xef\xbb\xbf")
+    mixed.write_bytes(older.read_bytes() + b"\n" + newer.read_bytes()[3:])
+    with pytest.raises(ValueError, match="line 10 is malformed.*of 2014 or 2018, by"):
+        ctr_files.amazon(mixed, meta)
+
+
+HEADERS = [
+    ("userId,movieId,rating,timestamp", (0, 1, 2, 3)),
+    ("\ufefftimestamp,rating,movieId,userId", (3, 2, 1, 0)),
+    (",user_id,movie_id,rating,timestamp", (3, 0, 1, 2, 3)),
+    (None, (0, 1, 2, 3)),
+]
+
+
+@pytest.mark.parametrize("header, order", HEADERS)
+def test_columns_are_read_by_their_names(tmp_path, header, order):
+    movies, ratings = tmp_path / "movies.csv", tmp_path / "ratings.csv"
+    movies.write_text("1,Film,Drama\n2,Film,Comedy\n" if header is None else
+                      "genres,movieId,title\nDrama,1,F\nComedy,2,F\n")  # fmt: skip
+    rows = [(u, m, 4, 10 * u + m) for u in (1, 2, 3) for m in (1, 2)]
+    text = [] if header is None else [header]
+    text += [",".join(f'"{row[i]}"' for i in order) for row in rows]
+    ratings.write_text("\n".join(text))
+    clicks = movielens.movielens_20m(ratings, movies, train_users=2)
+    read = sorted(unpack(clicks, "train") + unpack(clicks, "test"))
+    assert [(r[0], r[1], r[3]) for r in read] == [(u, m, t) for u, m, _, t in rows]
+    assert "films of 100.0% of the ratings" in clicks.notes
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("userId,film,rating,timestamp\n", "line 1: the column 'movieId' is missing"),
+        ("userId,userId,movieId,rating,timestamp\n", "'userId' is there twice"),
+        ("user,film,stars,time\n1,1,4,9\n", "line 1 .*by name or, without a header"),
+        ("1,1,4\n", "line 1 is malformed .*3 fields, expected 4"),
+        ("userId,movieId,rating,timestamp\n1,1,4,1112486027000\n", "milliseconds"),
+        ("1,1,4,9\n3000000000,1,4,9\n", "line 2 is malformed .*got 3000000000"),
+        ("1,1,4,9\n1_0,1,4,9\n", "line 2 is malformed .*an integer, got '1_0'"),
+        ("1,1,4,9\n20000000,1,4,9\n", "ratings.csv: users: the id 20,000,000 needs a"),
+    ],
+)
+def test_other_columns_and_values_are_refused(tmp_path, text, message):
+    movies, ratings = tmp_path / "movies.csv", tmp_path / "ratings.csv"
+    movies.write_text("1,Film,Drama\n")
+    ratings.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        movielens.movielens_20m(ratings, movies, train_users=1)
+
+
+def test_highest_id_can_be_raised(tmp_path):
+    movies, ratings = tmp_path / "movies.csv", tmp_path / "ratings.csv"
+    movies.write_text("1,Film,Drama\n2000000,Film,Drama\n")
+    ratings.write_text("1,1,4,9\n2,2000000,4,9\n")
+    with pytest.raises(ValueError, match=r"films: the id 2,000,000 .*raise max_id"):
+        movielens.movielens_20m(ratings, movies, train_users=1)
+    clicks = movielens.movielens_20m(ratings, movies, train_users=1, max_id=2_000_000)
+    assert clicks.rows["item"] == 2_000_002
+    movies.write_text("1,Film,Drama\n3,Film,Drama\n")
+    ratings.write_text("1,1,4,9\n2,2,4,9\n3,2,4,9\n")
+    with pytest.raises(ValueError, match="only 33.3% of 3 ratings are of films in the"):
+        movielens.movielens_20m(ratings, movies, train_users=1)
 
 
 def test_malformed_film(tmp_path):
@@ -136,7 +270,7 @@ def test_malformed_film(tmp_path):
         movielens.movielens_20m(ratings, movies)
     (tmp_path / "ml-100k.item").write_text("item_id:token\n1\tFilm\t1995\n")
     (tmp_path / "ml-100k.inter").write_text("user_id:token\n")
-    with pytest.raises(ValueError, match="ml-100k.item, line 2 is malformed"):
+    with pytest.raises(ValueError, match="line 1: the column 'class' is missing"):
         movielens.ml_100k(tmp_path)
 
 
@@ -179,6 +313,10 @@ def test_taobao(tmp_path):
     rng = np.random.default_rng(0)
     path = taobao_file(tmp_path, [rows[i] for i in rng.permutation(len(rows))])
     clicks = ctr_files.taobao(path)
+    named = tmp_path / "named.csv"
+    named.write_text(f"user_id,item_id,category_id,behavior_type,timestamp\n"
+                     f"{path.read_text()}")  # fmt: skip
+    assert unpack(ctr_files.taobao(named), "train") == unpack(clicks, "train")
     items = sorted({row[1] for row in rows})
     ids = {item - 499: i for i, item in enumerate(items, 1)}
     for split in ("train", "test"):
@@ -202,6 +340,12 @@ def test_taobao(tmp_path):
 def test_malformed_action(tmp_path, row):
     path = taobao_file(tmp_path, [(1, 2, 3, "pv", 4), row.split(",")])
     with pytest.raises(ValueError, match="UserBehavior.csv, line 2 is malformed"):
+        ctr_files.taobao(path)
+
+
+def test_taobao_of_one_time_has_no_test_split(tmp_path):
+    path = taobao_file(tmp_path, [(u, i, 1, "pv", 7) for u in (1, 2) for i in (1, 2)])
+    with pytest.raises(ValueError, match="second 7: no test split"):
         ctr_files.taobao(path)
 
 

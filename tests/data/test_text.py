@@ -1,14 +1,16 @@
 """Text loading, splits, windows, shards."""
 
+import bz2
 import gzip
 import lzma
+import os
 import sysconfig
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from jaxpapers.data import text
+from jaxpapers.data import documents, text
 
 
 @pytest.fixture
@@ -140,7 +142,14 @@ def test_malformed_shards(tmp_path):
         ValueError, match="truncated shard, header says 100 tokens, file has 99"
     ):
         text.read_shard(path)
-    header = np.zeros(256, "<i4")
+    for count in (-100, 0, 40):
+        header = np.zeros(256, "<i4")
+        header[:3] = text.SHARD_MAGIC, 1, count
+        path.write_bytes(header.tobytes() + b"\0" * 90)
+        with pytest.raises(
+            ValueError, match=f"header says {count} tokens, file has 45"
+        ):
+            text.read_shard(path)
     header[:2] = text.SHARD_MAGIC, 7
     path.write_bytes(header.tobytes())
     with pytest.raises(ValueError, match="version 7, expected 1"):
@@ -155,6 +164,84 @@ def test_one_file_is_cut_at_its_end(tmp_path):
     corpus = text.load(str(path), validation_fraction=0.1)
     joined = text.decode(corpus.train[0])[:-1] + text.decode(corpus.validation[0])[:-1]
     assert joined == path.read_bytes()
+
+
+BODY = b"def f(x):\n    return x + 1\n\n" * 100
+
+
+def test_gzipped_and_marked_texts_are_their_text(tmp_path):
+    plain = tmp_path / "a.txt"
+    plain.write_bytes(BODY)
+    expected = text.load(str(plain))
+    for name, data in {
+        "b.txt.gz": gzip.compress(BODY),
+        "c.txt": b"\xef\xbb\xbf" + BODY,
+        "d.gz": gzip.compress(b"\xef\xbb\xbf" + BODY),
+    }.items():
+        (tmp_path / name).write_bytes(data)
+        corpus = text.load(str(tmp_path / name))
+        np.testing.assert_array_equal(corpus.train[0], expected.train[0])
+        np.testing.assert_array_equal(corpus.validation[0], expected.validation[0])
+
+
+OTHERS = {
+    "x.parquet": (b"PAR1" + BODY, "a Parquet file"),
+    "x.zip": (b"PK\x03\x04" + BODY, "a zip archive"),
+    "x.xz": (lzma.compress(BODY), "compressed by xz"),
+    "x.bz2": (bz2.compress(BODY), "compressed by bzip2"),
+    "x16.txt": (BODY.decode().encode("utf-16"), "UTF-16 text"),
+    "x32.txt": (BODY.decode().encode("utf-32"), "UTF-32 text"),
+    "x16le.txt": (BODY.decode().encode("utf-16-le"), "binary .a zero byte at 1"),
+    "x.dat": (BODY + b"\xff\xfe" + BODY, "no UTF-8 .near byte 2800"),
+    "x.gz": (gzip.compress(BODY)[:-9], "unreadable after"),
+    "x2.gz": (gzip.compress(lzma.compress(BODY)), "compressed by xz"),
+}
+
+
+def test_other_files_are_named_and_counted(tmp_path):
+    for name, (data, kind) in OTHERS.items():
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(ValueError, match=f"{name}: (is )?{kind}"):
+            text.load(str(tmp_path / name))
+    with pytest.raises(
+        ValueError, match="empty train split .*skipped 10 of 10 files: x"
+    ):
+        text.load(str(tmp_path))
+    # A folder of one text is cut as the text alone.
+    (tmp_path / "a.txt").write_bytes(BODY)
+    (tmp_path / ".hidden").write_bytes(b"\0")
+    os.mkfifo(tmp_path / "pipe.bin")
+    corpus = text.load(str(tmp_path))
+    assert corpus.notes.startswith("skipped 11 of 12 files: pipe.bin (")
+    np.testing.assert_array_equal(
+        corpus.train[0], text.load(str(tmp_path / "a.txt")).train[0]
+    )
+    with pytest.raises(ValueError, match="pipe.bin: is a pipe"):
+        text.load(str(tmp_path / "pipe.bin"))
+    text.write_shard(tmp_path / "y.bin", np.arange(100))
+    assert "skipped 12 of 13 files: a.txt (no token" in text.load(str(tmp_path)).notes
+
+
+def test_texts_are_bounded(tmp_path, monkeypatch):
+    path = tmp_path / "bomb.txt.gz"
+    with gzip.open(path, "wb", 1) as f:
+        for _ in range(70):
+            f.write(b" " * (1 << 20))
+    with pytest.raises(ValueError, match="bomb.txt.gz: .* more than 200 times as many"):
+        text.load(str(path))
+    (tmp_path / "a.txt").write_bytes(BODY)
+    monkeypatch.setattr(documents, "MAX_BYTES", 1000)
+    with pytest.raises(
+        ValueError, match="more than 1,000 bytes of text; write token sh"
+    ):
+        text.load(str(tmp_path))
+
+
+def test_validation_tokens_are_within_the_vocabulary():
+    corpus = text.Corpus("x", [np.arange(9)], [np.arange(9), np.arange(12)], False)
+    text.check_tokens(corpus, 12)
+    with pytest.raises(ValueError, match="x: token 11 in the val.*vocab_size=11"):
+        text.check_tokens(corpus, 11)
 
 
 def test_errors_say_what_to_do(tmp_path):

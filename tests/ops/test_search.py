@@ -345,13 +345,22 @@ def test_buckets_are_exact_at_every_power_of_two():
     def check(gaps):
         days = search.time_bucket(jnp.array([86_399, 86_400, 3 * 86_400]), unit=86_400)
         largest = search.time_bucket(jnp.array([2**31 - 1]), buckets=40)
-        return search.time_bucket(gaps), days, largest
+        return (
+            search.time_bucket(gaps),
+            days,
+            largest,
+            search.time_gap(*map(jnp.asarray, apart)),
+        )
 
+    extreme = [-(2**31), -2134949234, -1, 0, 1, 1511999999, 2**31 - 1]
+    apart = np.meshgrid(*[np.array(extreme, np.int32)] * 2)
     gaps = (edges[:, None] + np.array([-1, 0, 1])).astype(np.int32)
-    found, days, largest = together(check, gaps)
+    found, days, largest, gap = together(check, gaps)
     expected = np.minimum(np.floor(np.log2(1.0 + gaps)), 25)
     np.testing.assert_array_equal(found, expected)
     assert days.tolist() == [0, 1, 2] and largest.tolist() == [31]
+    true = np.subtract(*(x.astype(np.int64) for x in apart))
+    np.testing.assert_array_equal(gap, true.clip(-(2**31), 2**31 - 1))
 
 
 @pytest.mark.parametrize(

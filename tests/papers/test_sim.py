@@ -467,6 +467,9 @@ def test_make_refuses(field, value, message):
 def test_check_batch_refuses(changes, message):
     net = net_of("hard")
     sim.check_batch(batch(), net=net)
+    early = batch()  # Rises by more than 32 bits hold.
+    early["hist_time"] = np.where(np.arange(T) < 1, -(2**31), early["hist_time"])
+    sim.check_batch({**early, "time": np.full(B, 2**31 - 1)}, net=net)
     x = {k: v for k, v in {**batch(), **changes}.items() if v is not None}
     with pytest.raises(ValueError, match=message):
         sim.check_batch(x, net=net)

@@ -301,7 +301,7 @@ def check_batch(batch: Mapping[str, Any], *, net: Net) -> None:
     if "hist_time" not in x:
         return
     present = np.arange(x["hist_time"].shape[1])[None] < x["length"][:, None]
-    if (present[:, 1:] & (np.diff(x["hist_time"], axis=1) < 0)).any():
+    if (present[:, 1:] & (x["hist_time"][:, 1:] < x["hist_time"][:, :-1])).any():
         raise ValueError(
             "hist_time must not fall within a history: sort it, oldest first"
         )

@@ -119,7 +119,7 @@ def append_gaps(params, z, now, times, net: Net):
     """Behaviours with the embedded time since each, if the net has that."""
     if not net.time_dim:
         return z
-    gaps = now.reshape((-1,) + (1,) * (times.ndim - 1)) - times
+    gaps = search.time_gap(now.reshape((-1,) + (1,) * (times.ndim - 1)), times)
     bucket = time_bucket(gaps, buckets=net.time_buckets, unit=net.time_unit)
     return jnp.concatenate([z, params["gaps"][bucket]], -1)
 
