@@ -3,26 +3,34 @@
 A run starts from the latest checkpoint in its workdir, else from
 ``config.train.init_from`` (parameters only), else from initialisation. Checkpoints are
 written to a temporary folder and renamed when complete, so an interrupted write loses
-nothing.
+nothing. They hold checksums of their files (``checksums``): a damaged one is named, and
+the newest whole one is read instead.
 """
 
+import contextlib
 import functools
 import logging
-import math
-from collections.abc import Callable
+import shutil
+import weakref
+from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
-from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxpapers.method import path_name
+from jaxpapers import checksums, leaves, signals
+from jaxpapers.whole import newest_whole, one_line, place, steps
 
+T = TypeVar("T")
 ITEMS = ("state", "data", "config")
 # Replicas share the writing of a leaf from this many bytes on. Orbax cuts each leaf by a
 # compiled slice: for small ones that is all that a first checkpoint costs.
 SPLIT_BYTES = 2**20
+PART = ".orbax-checkpoint-tmp"  # In the names of folders that are being written.
+
+
+_writable: weakref.WeakSet = weakref.WeakSet()  # Managers that may write.
 
 
 def open_manager(
@@ -30,17 +38,42 @@ def open_manager(
 ) -> ocp.CheckpointManager:
     """Orbax manager of a folder; keeps the last ``keep`` checkpoints.
 
-    Sets orbax's handler of arrays for the process, see ``SPLIT_BYTES``.
+    Sets orbax's handler of arrays for the process, see ``SPLIT_BYTES``. To write, the
+    caller holds the folder's lock: what an interrupted write left there is removed.
     """
     logging.getLogger("absl").setLevel(logging.ERROR)
     _split_large_leaves()
-    return ocp.CheckpointManager(
-        Path(directory).expanduser().resolve(),
+    folder = Path(directory).expanduser().resolve()
+    if not read_only and jax.process_index() == 0:
+        for part in folder.glob(f"*{PART}*"):
+            shutil.rmtree(part)
+    manager = ocp.CheckpointManager(
+        folder,
         item_names=ITEMS,
         options=ocp.CheckpointManagerOptions(
-            max_to_keep=keep, create=not read_only, read_only=read_only
+            max_to_keep=keep,
+            create=not read_only,
+            read_only=read_only,
+            async_options=ocp.options.AsyncOptions(
+                # By the first process, before the folder gets its name.
+                post_finalization_callback=functools.partial(_add_checksums, folder)
+            ),
         ),
     )
+    if not read_only:
+        _writable.add(manager)
+    return manager
+
+
+def close(manager: ocp.CheckpointManager) -> None:
+    """Waits and closes; raises OSError as ``save``."""
+    with _writing(manager):
+        manager.close()
+
+
+def _add_checksums(folder: Path) -> None:
+    for part in folder.glob(f"*{PART}*"):
+        checksums.write(part)
 
 
 @functools.cache
@@ -70,19 +103,43 @@ def save(
       state: State; its step names the checkpoint. An existing step is skipped.
       position: global index of the next training example.
       config: resolved config of plain values.
+
+    Raises:
+      OSError: this checkpoint, or the one before it, cannot be written.
     """
     step = int(state.step)
     if step in manager.all_steps():
         return
-    manager.save(
-        step,
-        args=ocp.args.Composite(
-            state=ocp.args.StandardSave(state),
-            data=ocp.args.JsonSave({"next_index": position}),
-            config=ocp.args.JsonSave(config),
-        ),
-        force=True,
-    )
+    with _writing(manager):
+        manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state),
+                data=ocp.args.JsonSave({"next_index": position}),
+                config=ocp.args.JsonSave(config),
+            ),
+            force=True,
+        )
+
+
+def wait(manager: ocp.CheckpointManager) -> None:
+    """Waits for the checkpoints that are being written; raises OSError as ``save``."""
+    with _writing(manager):
+        manager.wait_until_finished()
+
+
+@contextlib.contextmanager
+def _writing(manager: ocp.CheckpointManager) -> Generator[None, None, None]:
+    try:
+        yield
+    except signals.Preempted:
+        raise
+    except Exception as e:
+        whole = steps(place(manager))
+        raise OSError(
+            f"cannot write a checkpoint into {manager.directory}: {one_line(e)}; those "
+            f"of steps {whole} are whole, and the same command goes on from there"
+        ) from e
 
 
 def restore(
@@ -101,21 +158,33 @@ def restore(
       resize: (state, target) -> state of the target's shapes, for leaves that are stored
         with other shapes; raises ValueError for shapes that it cannot convert.
 
+    A damaged checkpoint is named in a warning and the one before it is taken; a manager
+    that may write renames its folder to ``<step>.damaged``.
+
     Raises:
       FileNotFoundError: no checkpoint.
-      ValueError: leaves that differ from ``target``; names the first.
+      ValueError: leaves that differ from ``target``, it names the first; all checkpoints
+        are damaged.
     """
-    step = _step(manager, step)
-    stored = _as_stored(manager, step, target) if resize else target
-    unchanged = _forms(stored) == _forms(target)
+    return newest_whole(
+        manager,
+        step,
+        functools.partial(_restore, manager, target, resize=resize),
+        writable=manager in _writable,
+    )
+
+
+def _restore(manager, target: Any, step: int, *, resize=None) -> tuple[Any, int]:
+    stored = leaves.as_stored(manager, step, target) if resize else target
+    unchanged = leaves.forms_of(stored) == leaves.forms_of(target)
     if resize and not unchanged:
         try:
             after = jax.eval_shape(functools.partial(resize, target=target), stored)
         except ValueError:
             after = None
-        if after is None or _forms(after) != _forms(target):
-            stored = target  # _check_match names the difference.
-    _check_match(manager, step, stored)
+        if after is None or leaves.forms_of(after) != leaves.forms_of(target):
+            stored = target  # check_match names the difference.
+    leaves.check_match(manager, step, stored)
     restored = manager.restore(
         step,
         args=ocp.args.Composite(
@@ -131,18 +200,21 @@ def restore(
 
 
 def latest_step(directory: str | Path) -> int | None:
-    """Step of the latest complete checkpoint in a folder; None without one."""
-    if not Path(directory).is_dir():
+    """Step of the newest whole checkpoint in a folder; None without one."""
+    if not steps(directory):
         return None
     with open_manager(directory, read_only=True) as manager:
-        return manager.latest_step()
+        return newest_whole(manager, None, lambda step: step)
 
 
 def read_config(manager: ocp.CheckpointManager, step: int | None = None) -> dict:
-    """The resolved config in a checkpoint."""
-    step = _step(manager, step)
-    items = ocp.args.Composite(config=ocp.args.JsonRestore())
-    return manager.restore(step, args=items)["config"]
+    """The resolved config in a checkpoint, the newest whole one by default."""
+
+    def read(step: int) -> dict:
+        items = ocp.args.Composite(config=ocp.args.JsonRestore())
+        return manager.restore(step, args=items)["config"]
+
+    return newest_whole(manager, step, read, item="config")
 
 
 def restore_params(directory: str | Path, target: Any) -> Any:
@@ -167,16 +239,18 @@ def restore_parts(directory: str | Path, targets: dict[str, Any]) -> dict[str, A
     # Orbax does not store a field without leaves.
     stored = {k: v for k, v in targets.items() if jax.tree.leaves(v)}
     with open_manager(_folder(directory), read_only=True) as manager:
-        step = _step(manager, None)
-        for name, target in stored.items():
-            _check_match(manager, step, target, prefix=name)
-        partial = ocp.args.PyTreeRestore(
-            stored,
-            restore_args=ocp.checkpoint_utils.construct_restore_args(stored),
-            partial_restore=True,
-        )
-        restored = manager.restore(step, args=ocp.args.Composite(state=partial))
-    return {**targets, **restored["state"]}
+
+        def read(step: int) -> Any:
+            for name, target in stored.items():
+                leaves.check_match(manager, step, target, prefix=name)
+            partial = ocp.args.PyTreeRestore(
+                stored,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(stored),
+                partial_restore=True,
+            )
+            return manager.restore(step, args=ocp.args.Composite(state=partial))
+
+        return {**targets, **newest_whole(manager, None, read)["state"]}
 
 
 def abstract(state: Any, shardings: Any) -> Any:
@@ -192,90 +266,3 @@ def _folder(directory: str | Path) -> Path:
     """A workdir's checkpoint folder, or the folder itself."""
     inside = Path(directory).expanduser() / "checkpoints"
     return inside if inside.is_dir() else Path(directory).expanduser()
-
-
-def _step(manager: ocp.CheckpointManager, step: int | None) -> int:
-    step = manager.latest_step() if step is None else step
-    if step is None or step not in manager.all_steps():
-        raise FileNotFoundError(
-            f"no checkpoint {'' if step is None else step} in {manager.directory}, "
-            f"found steps {sorted(manager.all_steps())}"
-        )
-    return step
-
-
-def _as_stored(manager, step: int, target: Any) -> Any:
-    """``target`` with the stored shapes, sharded where the mesh divides them."""
-    forms = _stored_forms(manager, step)
-
-    def leaf(path, x):
-        is_key = jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
-        shape, _ = forms.get(path_name(path), (x.shape, None))
-        if is_key or shape == x.shape:
-            return x
-        # The size of an axis may differ, or a leading axis may be missing or added.
-        mesh, spec = x.sharding.mesh, tuple(x.sharding.spec)
-        spec += (None,) * (len(x.shape) - len(spec))
-        spec = ((None,) * len(shape) + spec)[-len(shape) :]
-        spec = [
-            e if size % _parts(mesh, e) == 0 else None for size, e in zip(shape, spec)
-        ]
-        where = NamedSharding(mesh, PartitionSpec(*spec))
-        return jax.ShapeDtypeStruct(shape, x.dtype, sharding=where)
-
-    return jax.tree_util.tree_map_with_path(leaf, target)
-
-
-def _parts(mesh, entry: Any) -> int:
-    names = () if entry is None else (entry,) if isinstance(entry, str) else entry
-    return math.prod(mesh.shape[n] for n in names)
-
-
-def _stored_forms(manager, step: int) -> dict[str, tuple[tuple[int, ...], str]]:
-    # manager.item_metadata has only items that this manager wrote.
-    reader = ocp.PyTreeCheckpointHandler()
-    return _forms(reader.metadata(manager.directory / str(step) / "state").tree)
-
-
-def _check_match(manager, step: int, target: Any, prefix: str = "") -> None:
-    """Compares leaves with the stored metadata before orbax reads arrays."""
-    stored = _stored_forms(manager, step)
-    if prefix:
-        stored = {k[len(prefix) + 1 :]: v for k, v in stored.items()
-                  if k.startswith(f"{prefix}/")}  # fmt: skip
-    expected = _forms(target)
-    for name, form in expected.items():
-        if name not in stored:
-            raise ValueError(
-                f"checkpoint {manager.directory}/{step} has no leaf {name!r} of this "
-                "config; use the config that wrote it, or another --workdir"
-            )
-        for what, actual, required in zip(("shape", "dtype"), stored[name], form):
-            if actual != required:
-                raise ValueError(
-                    f"checkpoint {manager.directory}/{step}: leaf {name!r} has {what} "
-                    f"{actual}, this config expects {required}; use the config that "
-                    "wrote it (config.json beside it), or another --workdir"
-                )
-    extra = sorted(set(stored) - set(expected))
-    if extra:
-        raise ValueError(
-            f"checkpoint {manager.directory}/{step} has a leaf {extra[0]!r} that this "
-            "config lacks; use the config that wrote it, or another --workdir"
-        )
-
-
-def _forms(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Path -> (shape, dtype). Paths are text, since stored trees are dicts and lists."""
-
-    def form(leaf: Any) -> tuple[tuple[int, ...], str]:
-        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            leaf = jax.eval_shape(jax.random.key_data, leaf)  # Stored as its words.
-        return tuple(leaf.shape), str(leaf.dtype)
-
-    flat = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {
-        path_name(path): form(leaf)
-        for path, leaf in flat
-        if hasattr(leaf, "shape") and leaf.shape is not None
-    }

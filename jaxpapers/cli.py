@@ -1,9 +1,14 @@
 """The command line: parses, sets up devices, calls one function of ``run``."""
 
 import argparse
+import contextlib
 import os
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Generator, Sequence
+
+from jaxpapers import extras, signals
+from jaxpapers.arguments import parser_of
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,19 +35,59 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unknown argument {unknown[0]!r}; see {options.command} --help")
     if overrides and options.command not in ("run", "train", "plan"):
         parser.error(f"{options.command} takes no config fields, got {overrides[0]!r}")
+    with contextlib.ExitStack() as stack:
+        if options.command in ("run", "train"):
+            stack.enter_context(_one_line_warnings())
+        try:
+            if options.command in (
+                "run",
+                "train",
+            ):  # From here on SIGTERM ends with 75.
+                stack.enter_context(signals.stopping(hard=True))
+            _set_up_devices(options)
+            return options.action(options, overrides)
+        except signals.Preempted as e:
+            print(f"jaxpapers: {e}; the same command continues", file=sys.stderr)
+            return signals.PREEMPTED
+        except (ValueError, OSError, ModuleNotFoundError) as e:
+            if isinstance(e, BrokenPipeError):
+                return 1
+            if os.environ.get("JAXPAPERS_TRACEBACK"):
+                raise
+            print(f"jaxpapers: {_text(e)}", file=sys.stderr)
+            return 1
+        except KeyboardInterrupt:
+            print("jaxpapers: interrupted", file=sys.stderr)
+            return 130
+
+
+def _text(error: Exception) -> str:
+    """One line about what the user can change."""
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        known = error.name.partition(".")[0] in extras.EXTRAS
+        return str(error) if "pip install" in str(error) or not known else (
+            extras.text(error.name)
+        )  # fmt: skip
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
+
+
+@contextlib.contextmanager
+def _one_line_warnings() -> Generator[None, None, None]:
+    """Warnings of this package without the line of its source."""
+    shown = warnings.formatwarning
+
+    def one_line(message, category, filename, lineno, line=None):
+        if issubclass(category, UserWarning) and "jaxpapers" in filename:
+            return f"jaxpapers: {message}\n"
+        return shown(message, category, filename, lineno, line)
+
+    warnings.formatwarning = one_line
     try:
-        _set_up_devices(options)
-        return options.action(options, overrides)
-    except (ValueError, FileNotFoundError, ModuleNotFoundError) as e:
-        if os.environ.get("JAXPAPERS_TRACEBACK"):
-            raise
-        print(f"jaxpapers: {e}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("jaxpapers: interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        return 1
+        yield
+    finally:
+        warnings.formatwarning = shown
 
 
 def _list(options, overrides) -> int:
@@ -50,9 +95,8 @@ def _list(options, overrides) -> int:
 
     from jaxpapers import run
 
-    console = Console(
-        highlight=False
-    )  # Not report's: it asks the devices who is first.
+    # Not report's: it asks the devices who is first.
+    console = Console(highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
         console.width = 120
     console.print(run.list_papers())
@@ -73,30 +117,26 @@ def _show(options, overrides) -> int:
 
 
 def _run(options, overrides) -> int:
-    from jaxpapers import run, train
+    from jaxpapers import run
 
     if options.print_config:
         print(run.load_config(options.target, overrides, options.config, options.files))
         return 0
-    try:
-        run.run(
-            options.target,
-            overrides,
-            files=options.files,
-            workdir=options.workdir,
-            config_path=options.config,
-            mesh=options.mesh,
-            seeds=options.seeds,
-            alone=options.alone,
-            fresh=options.fresh,
-            dry_run=options.dry_run,
-            quiet=options.quiet,
-            profile=_steps(options.profile),
-            writers=[w for w in ("tensorboard", "wandb") if getattr(options, w)],
-        )
-    except train.Preempted as e:
-        print(f"jaxpapers: {e}; the same command continues", file=sys.stderr)
-        return train.PREEMPTED
+    run.run(
+        options.target,
+        overrides,
+        files=options.files,
+        workdir=options.workdir,
+        config_path=options.config,
+        mesh=options.mesh,
+        seeds=options.seeds,
+        alone=options.alone,
+        fresh=options.fresh,
+        dry_run=options.dry_run,
+        quiet=options.quiet,
+        profile=_steps(options.profile),
+        writers=[w for w in ("tensorboard", "wandb") if getattr(options, w)],
+    )
     return 0
 
 
@@ -167,143 +207,13 @@ def _export(options, overrides) -> int:
     return 0
 
 
-class _RunHelp(argparse.Action):
-    """``run NAME --help`` also lists every config field with its default."""
-
-    def __init__(self, option_strings, dest, **kwargs):
-        super().__init__(option_strings, dest, nargs=0, help="show this help and exit")
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        parser.print_help()
-        target = getattr(namespace, "target", None)
-        if target is None:
-            print("\nwith a NAME, --help also lists its config fields")
-        else:
-            from jaxpapers import run
-
-            try:
-                config = run.load_config(target, (), getattr(namespace, "config", None))
-            except ValueError as e:
-                return parser.error(str(e))
-            print(f"\nconfig fields of {target} (--config.group.field=value):")
-            for name, value in _fields(config, "--config"):
-                print(f"  {name:<36} {type(value).__name__:<6} {value!r}")
-        parser.exit()
-
-
-def _fields(config, prefix):
-    """Every field of a config and of its groups, by name."""
-    for name, value in sorted(config.items()):
-        if hasattr(value, "items"):
-            yield from _fields(value, f"{prefix}.{name}")
-        else:
-            yield f"{prefix}.{name}", value
-
-
 def _parser() -> argparse.ArgumentParser:
-    from jaxpapers import __version__
-
-    parser = argparse.ArgumentParser(
-        prog="jaxpapers",
-        description="The systems of 20 papers in JAX.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-
-    def command(name, action, summary, **kwargs):
-        sub = commands.add_parser(
-            name, help=summary, description=summary, allow_abbrev=False, **kwargs
-        )
-        sub.set_defaults(action=action)
-        return sub
-
-    command("list", _list, "list the papers")
-    sub = command("show", _show, "a paper's equations, departures and parameters")
-    sub.add_argument("target", metavar="NAME[:preset]")
-    sub.add_argument("--bibtex", action="store_true", help="print its BibTeX entry")
-
-    sub = command("run", _run, "run a paper's study: train what it needs, or continue "
-                  "what the workdir holds, and compare", add_help=False,
-                  aliases=["train"])  # fmt: skip
-    sub.add_argument("target", metavar="NAME[:preset]")
-    sub.add_argument("files", metavar="FILE", nargs="*",
-                     help="input of your own, instead of config.data.path")  # fmt: skip
-    sub.add_argument("-h", "--help", action=_RunHelp)
-    sub.add_argument("--workdir", help="default: runs/NAME-preset")
-    sub.add_argument(
-        "--config", metavar="FILE.py[:preset]", help="a config of your own"
-    )
-    sub.add_argument("--print-config", action="store_true", help="print it and exit")
-    sub.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="check, compile, print memory and cost; write nothing",
-    )
-    sub.add_argument("--seeds", type=int, default=1, metavar="N",
-                     help="train N times and report mean and spread")  # fmt: skip
-    sub.add_argument("--alone", action="store_true",
-                     help="only the paper's own row, rows of stages on its way, and "
-                     "rows that train nothing")  # fmt: skip
-    sub.add_argument("--fresh", action="store_true",
-                     help="refuse a workdir that holds checkpoints")  # fmt: skip
-    sub.add_argument("--quiet", action="store_true", help="results only")
-    sub.add_argument("--profile", metavar="FIRST:LAST",
-                     help="write a trace of these steps to WORKDIR/profile")  # fmt: skip
-    sub.add_argument("--tensorboard", action="store_true", help="needs jaxpapers[tb]")
-    sub.add_argument("--wandb", action="store_true", help="needs jaxpapers[wandb]")
-    _device_options(sub)
-    sub.add_argument("--distributed", action="store_true",
-                     help="join the processes of a pod or SLURM job")  # fmt: skip
-    sub.add_argument("--local-device-ids", metavar="0,1",
-                     help="devices of this process, with --distributed")  # fmt: skip
-    sub.add_argument("--heartbeat", metavar="SECONDS", type=int, default=100,
-                     help="with --distributed: silence after which a process is dead "
-                     "and the others end (default: %(default)s)")  # fmt: skip
-
-    sub = command("plan", _plan, "compile the training step for a pod: does it fit, "
-                  "what does it send")  # fmt: skip
-    sub.add_argument("target", metavar="NAME[:preset]")
-    sub.add_argument("--topology", metavar="v5p:8x8x8",
-                     help="a TPU slice; needs jaxpapers[tpu], no TPU")  # fmt: skip
-    sub.add_argument(
-        "--config", metavar="FILE.py[:preset]", help="a config of your own"
-    )
-    sub.add_argument("--json", action="store_true", help="print the plan as JSON")
-    _device_options(sub)
-
-    for name, action, summary in (
-        ("eval", _eval, "evaluate a run's latest checkpoint"),
-        ("sample", _sample, "continue a prompt with a run's latest checkpoint"),
-        ("export", _export, "write a run's parameters as safetensors"),
-    ):
-        sub = command(name, action, summary)
-        sub.add_argument("run", metavar="WORKDIR")
-        _device_options(sub)
-        if name == "sample":
-            sub.add_argument("--prompt", default="def ")
-            sub.add_argument("--length", type=int, default=400)
-            sub.add_argument("--temperature", type=float, default=0.7)
-            sub.add_argument("--seed", type=int, default=0)
-        if name == "export":
-            sub.add_argument("out", metavar="OUT.safetensors")
-
-    sub = command("data", _data, "fetch a data set by package name; list them")
-    sub.add_argument("name", metavar="NAME", nargs="?")
-    sub.add_argument("--cache", metavar="DIR",
-                     help="else $JAXPAPERS_CACHE, ~/.cache/jaxpapers")  # fmt: skip
-
-    sub = command("plot", _plot, "draw a metric of runs")
-    sub.add_argument("runs", metavar="WORKDIR", nargs="+")
-    sub.add_argument("--metric", default="bits")
-    sub.add_argument("-o", "--out", default="plot.png")
-    return parser
-
-
-def _device_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--mesh", metavar="data:4,model:2", help="default: all on data")
-    parser.add_argument("--fake-devices", type=int, metavar="N",
-                        help="split the CPU into N devices")  # fmt: skip
+    return parser_of(
+        {
+            "list": _list, "show": _show, "run": _run, "plan": _plan, "eval": _eval,
+            "sample": _sample, "export": _export, "data": _data, "plot": _plot,
+        }
+    )  # fmt: skip
 
 
 def _steps(text: str | None) -> tuple[int, int] | None:

@@ -1,13 +1,17 @@
 """Configs: finding them, typed overrides, what a continued run may change."""
 
+import contextlib
+import difflib
 import importlib.util
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from jaxpapers import checkpoint as ckpt
-from jaxpapers import papers
+from jaxpapers import papers, workdir
 
 # What does not change the meaning of a checkpoint. steps moves the schedule's end.
 MAY_CHANGE = {
@@ -17,6 +21,13 @@ MAY_CHANGE = {
     "train.steps", "train.accumulate", "train.replica_sync", "train.eval_every",
     "train.save_every", "train.save_minutes", "train.keep", "train.init_from",
     "train.sample", "train.prompt", "train.temperature",
+}  # fmt: skip
+
+# Least values of fields by their name, in whatever group.
+LEAST = {
+    "batch": 1, "eval_batch": 1, "context": 1, "history": 1, "accumulate": 1, "keep": 1,
+    "steps": 0, "seed": 0, "eval_every": 0, "save_every": 0, "save_minutes": 0,
+    "sample": 0, "temperature": 0, "weight_decay": 0, "clip": 0,
 }  # fmt: skip
 
 
@@ -36,7 +47,8 @@ def load_config(
         one.
 
     Raises:
-      ValueError: unknown paper, preset, field (with a suggestion) or type.
+      ValueError: unknown paper, preset or field (with a suggestion), a value of another
+        type or out of its range, a path that is a URL.
     """
     # Not on import: absl must not see this program's flags, nor its user's.
     from absl import flags
@@ -46,20 +58,21 @@ def load_config(
     papers.check(name)
     if file:
         path, _, preset = file.partition(":")
-        source = Path(path)
+        source = workdir.local(path, "--config")
     else:
         source = config_file(name)
-    if not source.exists():
-        raise ValueError(f"no config file {source}")
-    spec = importlib.util.spec_from_file_location(f"config_{source.stem}", source)
-    if spec is None or spec.loader is None:
-        raise ValueError(f"config file {source} is not Python")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-        raise ValueError(f"config file {source} has no function get_config(preset)")
+    module = _load(source)
+    presets = getattr(module, "PRESETS", ())
+    if presets and preset and preset not in presets:
+        near = difflib.get_close_matches(preset, presets, 1)
+        hint = f"; did you mean {name}:{near[0]}?" if near else ""
+        raise ValueError(
+            f"unknown preset {name}:{preset}; expected one of {presets}{hint}"
+        )
     values = flags.FlagValues()
     config = module.get_config(preset or None)
+    for override in overrides:
+        _check_field(config, override)
     arguments = ["jaxpapers", *overrides]
     try:
         config_flags.DEFINE_config_dict(
@@ -76,7 +89,111 @@ def load_config(
             f"unknown argument {rest[0]!r}; config fields are set as "
             "--config.group.field=value, see --help"
         )
-    return _with_inputs(values.config, inputs) if inputs else values.config
+    config = _with_inputs(values.config, inputs) if inputs else values.config
+    _check_values(config)
+    return config
+
+
+def _load(source: Path) -> ModuleType:
+    """The module of a config file."""
+    if not source.is_file():
+        raise ValueError(f"no config file {source}")
+    spec = importlib.util.spec_from_file_location(f"config_{source.stem}", source)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"config file {source} is not Python")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise ValueError(f"config file {source} has no function get_config(preset)")
+    return module
+
+
+def fields(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every field of a config and of its groups, by its dotted name."""
+    for name, value in sorted(config.items()):
+        if hasattr(value, "items"):
+            yield from fields(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _check_field(config: Any, override: str) -> None:
+    """Refuses an override of a field that is not there; suggests one that is."""
+    name = override.partition("=")[0].removeprefix("--config.")
+    known = [field for field, _ in fields(config)]
+    if name in known or not override.startswith("--config."):
+        return
+    # Index expressions and groups are left to the parser of overrides.
+    if "[" in name or any(field.startswith(f"{name}.") for field in known):
+        return
+    last = name.rpartition(".")[2]
+    near = difflib.get_close_matches(name, known, 1, 0.75)
+    near = near or [field for field in known if field.rpartition(".")[2] == last]
+    near = near or difflib.get_close_matches(name, known, 1)
+    hint = (
+        f"Did you mean --config.{near[0]}?"
+        if near
+        else f"It has {', '.join(known[:8])} ...; --help lists them"
+    )
+    raise ValueError(f"unknown field --config.{name}. {hint}")
+
+
+def _check_values(config: Any) -> None:
+    """Refuses values that no run can have, by the names of their fields.
+
+    Raises:
+      ValueError: names field, value and bound.
+    """
+    for field, value in fields(config):
+        name = field.rpartition(".")[2]
+        least = 0 if name.endswith("_lr") else LEAST.get(name)
+        if isinstance(value, float) and math.isnan(value):
+            raise ValueError(f"{field} must be a number, got nan")
+        if least is not None and isinstance(value, (int, float)):
+            if not least <= value < math.inf:
+                raise ValueError(f"{field} must be >= {least}, got {value}")
+        if name == "lr" and isinstance(value, (int, float)) and not value > 0:
+            raise ValueError(f"{field} must be > 0, got {value}")
+        if name in ("path", "init_from"):
+            for path in value if isinstance(value, tuple) else (value,):
+                if path:
+                    workdir.local(path, field)
+
+
+@contextlib.contextmanager
+def named_by(file: str | Path, remedy: str) -> Generator[None, None, None]:
+    """Errors about a stored config name its file and what to do.
+
+    Raises:
+      ValueError: for a field that is missing or that a model refuses.
+    """
+    try:
+        yield
+    except (AttributeError, KeyError) as e:
+        if not _from_config(e):
+            raise
+        name = str(e).strip("'\"").split("'")[0]
+        raise ValueError(f"{file}: field {name!r} is missing; {remedy}") from e
+    except ValueError as e:
+        raise ValueError(f"{file}: {e}; {remedy}") from e
+
+
+def _from_config(error: BaseException) -> bool:
+    """Whether a ConfigDict raised an error."""
+    trace = error.__traceback__
+    while trace and trace.tb_next:
+        trace = trace.tb_next
+    return bool(trace) and "ml_collections" in trace.tb_frame.f_code.co_filename
+
+
+def preset_configs(name: str) -> list[dict]:
+    """The configs of all presets of a paper of the package, as plain dicts."""
+    source = config_file(name)
+    if not source.exists():
+        return []
+    module = _load(source)
+    presets = getattr(module, "PRESETS", (None,))
+    return [module.get_config(preset).to_dict() for preset in presets]
 
 
 def _with_inputs(config: Any, inputs: Sequence[str]) -> Any:

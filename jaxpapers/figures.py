@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxpapers import plots
+from jaxpapers import extras, plots
 
 
 def comparison(study: Any, results: Sequence[Any], out: str | Path) -> Path | None:
@@ -20,7 +20,8 @@ def comparison(study: Any, results: Sequence[Any], out: str | Path) -> Path | No
       study, results: see ``study.Study`` and ``study.Results``.
       out: image file; not written if no row has a finite value.
     """
-    from matplotlib.figure import Figure
+    with extras.named():
+        from matplotlib.figure import Figure
 
     trained = [r for r in results if r.row.stage] or list(results)
     runs = {_label(r): r.values(study.metric) for r in trained}
@@ -63,8 +64,7 @@ def comparison(study: Any, results: Sequence[Any], out: str | Path) -> Path | No
     axes.grid(alpha=0.25, axis="x")
     if levels:
         figure.legend(frameon=False, fontsize=8, loc="outside upper center", ncols=3)
-    figure.savefig(out, dpi=150)
-    return Path(out)
+    return plots.save(figure, out)
 
 
 def curves(results: Sequence[Any], out: str | Path) -> Path:
@@ -76,7 +76,8 @@ def curves(results: Sequence[Any], out: str | Path) -> Path:
       results: with ``Finding.curves``, whose names read "y against x".
       out: image file.
     """
-    from matplotlib.figure import Figure
+    with extras.named():
+        from matplotlib.figure import Figure
 
     names = list(dict.fromkeys(k for r in results for k in r.findings[0].curves))
     figure = Figure(figsize=(6 * len(names), 4.2), layout="constrained")
@@ -109,8 +110,7 @@ def curves(results: Sequence[Any], out: str | Path) -> Path:
     figure.legend(
         lines.values(), lines, frameon=False, fontsize=8, loc="outside right upper"
     )
-    figure.savefig(out, dpi=150)
-    return Path(out)
+    return plots.save(figure, out)
 
 
 def samples(results: Sequence[Any], out: str | Path) -> None:

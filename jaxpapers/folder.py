@@ -1,15 +1,17 @@
 """A run's folder: its config, its metrics, what its latest checkpoint holds."""
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from jaxpapers import __version__, papers, report, tasks
+from jaxpapers import __version__, papers, plots, report, tasks, workdir
 from jaxpapers import checkpoint as ckpt
 from jaxpapers import mesh as meshes
+from jaxpapers.config import named_by, preset_configs
 
 
 def write_config(folder: Path, name: str, config: dict, label: str = "") -> None:
@@ -18,32 +20,109 @@ def write_config(folder: Path, name: str, config: dict, label: str = "") -> None
         stored = {
             "version": __version__, "paper": name, "label": label, "config": config,
         }  # fmt: skip
-        # A kill while writing leaves the file that was there.
-        part = folder / "config.json.part"
-        part.write_text(json.dumps(stored, indent=1) + "\n")
-        part.replace(folder / "config.json")
+        workdir.write(folder / "config.json", json.dumps(stored, indent=1) + "\n")
 
 
-def read_stored(workdir: str | Path) -> dict[str, Any]:
+def read_stored(folder: str | Path) -> dict[str, Any]:
     """What ``write_config`` wrote.
 
     Raises:
-      FileNotFoundError: ``workdir`` holds no run.
-      ValueError: version 0.1 wrote it, or it is damaged.
+      FileNotFoundError: the folder holds no run.
+      ValueError: another version wrote it, or it is damaged; names file and field.
     """
-    path = Path(workdir) / "config.json"
-    if not path.exists():
-        raise FileNotFoundError(f"{workdir} holds no run (no config.json); train first")
+    path = workdir.local(folder, "WORKDIR") / "config.json"
     try:
-        stored = json.loads(path.read_text())
-    except ValueError as e:
-        raise ValueError(f"{path} is damaged: {e}") from e
+        text = path.read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(
+            f"{folder} holds no run (no config.json); train first"
+        ) from None
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path} is damaged: {e}; {_REMEDY}") from e
+    try:
+        stored = json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{path} is damaged: {e}; {_REMEDY}") from e
+    if not isinstance(stored, dict) or not {"paper", "config"} & set(stored):
+        raise ValueError(
+            f"{path} is no config of a run: expected an object with 'version', 'paper' "
+            f"and 'config', got {text.strip()[:60]!r}; {_REMEDY}"
+        )
     if "version" not in stored:
         raise ValueError(
-            f"{workdir} was written by jaxpapers 0.1, whose runs {__version__} does not "
+            f"{folder} was written by jaxpapers 0.1, whose runs {__version__} does not "
             "read: use that version, or another --workdir"
         )
+    for field, kind in (("version", str), ("paper", str), ("config", dict)):
+        if not isinstance(stored.get(field), kind):
+            raise ValueError(
+                f"{path}: field {field!r} must be of type {kind.__name__}, got "
+                f"{stored.get(field)!r}; {_REMEDY}"
+            )
+    if _release(stored["version"]) > _release(__version__):
+        raise ValueError(
+            f"{path} was written by jaxpapers {stored['version']}, newer than this "
+            f"{__version__}: update jaxpapers, or choose another --workdir"
+        )
+    papers.check(stored["paper"], f"{path}: field 'paper'")
+    _check_groups(path, stored["paper"], stored["config"])
     return stored
+
+
+_REMEDY = (
+    "put back a copy of it, or remove it: the same `run` command writes it anew from its "
+    "checkpoints"
+)
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """(minor, major) numbers of a version."""
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    return tuple(map(int, numbers.groups())) if numbers else (0,)
+
+
+def _check_groups(path: Path, name: str, config: dict) -> None:
+    """Groups are objects, and fields have the type that one of the presets gives them.
+
+    Raises:
+      ValueError: names file and field.
+    """
+    known = preset_configs(name)
+    for group, fields in config.items():
+        if not isinstance(fields, dict):
+            raise ValueError(
+                f"{path}: field 'config.{group}' must be an object of fields, got "
+                f"{fields!r}; {_REMEDY}"
+            )
+        for field, value in fields.items():
+            defaults = [c[group][field] for c in known if field in c.get(group, {})]
+            if defaults and not any(_alike(value, x) for x in defaults):
+                raise ValueError(
+                    f"{path}: field 'config.{group}.{field}' must be of type "
+                    f"{type(defaults[0]).__name__}, got {value!r}; {_REMEDY}"
+                )
+
+
+def _alike(value: Any, default: Any) -> bool:
+    """Whether a value of JSON is of a field's type: numbers mix, tuples are lists."""
+    if value is None or default is None:
+        return True
+    for kinds in (bool, (int, float), str, (list, tuple), dict):
+        if isinstance(default, kinds):
+            return isinstance(value, kinds) and (
+                kinds is bool or not isinstance(value, bool)
+            )
+    return True
+
+
+def evaluated(folder: Path, step: int) -> bool:
+    """Whether the evaluation of a step is in the metrics of a run's folder."""
+    if not (folder / "metrics.jsonl").exists():
+        return False
+    return any(
+        record["step"] == step and any(k.startswith("validation_") for k in record)
+        for record in plots.read_metrics(folder)
+    )
 
 
 def open_writers(folder: Path, config: dict, names: Sequence[str]) -> list:
@@ -58,24 +137,26 @@ def open_writers(folder: Path, config: dict, names: Sequence[str]) -> list:
     return writers
 
 
-def load_run(workdir: str, mesh: str | None = None) -> tuple:
+def load_run(folder: str, mesh: str | None = None) -> tuple:
     """(name, config, method, mesh, state) of a run's latest checkpoint.
 
     The state has the parameters and ``extra``; its optimizer state is (). The method is
     built without reading data, see ``tasks.abstract``.
 
     Raises:
-      FileNotFoundError: ``workdir`` holds no run.
-      ValueError: version 0.1 wrote it, or the paper trains nothing.
+      FileNotFoundError: ``folder`` holds no run.
+      ValueError: see ``read_stored``; the paper trains nothing; fields that the model
+        needs are missing; damaged checkpoints.
     """
     from ml_collections import ConfigDict
 
-    stored = read_stored(workdir)
+    stored = read_stored(folder)
     name, config = stored["paper"], ConfigDict(stored["config"]).lock()
     if not papers.check(name).trained:
-        raise ValueError(f"{workdir}: {name} trains nothing, there is no model to load")
-    data = tasks.abstract(config)
-    method = papers.load(name).make(config, **data.facts)
+        raise ValueError(f"{folder}: {name} trains nothing, there is no model to load")
+    with named_by(f"{folder}/config.json", _REMEDY):
+        data = tasks.abstract(config)
+        method = papers.load(name).make(config, **data.facts)
     shape = meshes.parse_mesh(mesh) if mesh else {"data": jax.device_count()}
     # Methods with replicas build their state on a mesh that has the axis.
     grid = meshes.make_mesh({"replica": 1, **shape})
@@ -83,8 +164,6 @@ def load_run(workdir: str, mesh: str | None = None) -> tuple:
         state = jax.eval_shape(method.init, jax.random.key(0), data.shapes)
     shardings = meshes.state_shardings(state, method.rules, grid)
     target = ckpt.abstract(state, shardings)
-    parts = ckpt.restore_parts(
-        workdir, {"params": target.params, "extra": target.extra}
-    )
+    parts = ckpt.restore_parts(folder, {"params": target.params, "extra": target.extra})
     state = state._replace(**parts, opt_state=(), step=(), key=())
     return name, config, method, grid, state

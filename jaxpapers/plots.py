@@ -7,12 +7,16 @@ from typing import Any
 
 import numpy as np
 
+from jaxpapers import extras
+from jaxpapers.workdir import replaced
+
 
 def read_metrics(run: str | Path) -> list[dict]:
     """Records of ``metrics.jsonl`` in step order, the last of each step and kind.
 
     Raises:
       FileNotFoundError: no such file.
+      ValueError: a line is JSON and no record.
     """
     path = Path(run) / "metrics.jsonl" if Path(run).is_dir() else Path(run)
     if not path.exists():
@@ -20,11 +24,17 @@ def read_metrics(run: str | Path) -> list[dict]:
             f"no metrics.jsonl in {run}; train with --workdir={run}"
         )
     records: dict[tuple, dict] = {}
-    for line in path.read_text().splitlines():
+    text = path.read_text(encoding="utf-8", errors="replace")
+    for number, line in enumerate(text.splitlines(), 1):
         try:
             record = json.loads(line)
-        except json.JSONDecodeError:
+        except ValueError:
             continue  # A line cut off by a kill.
+        if not isinstance(record, dict) or type(record.get("step")) is not int:
+            raise ValueError(
+                f"{path}, line {number}: no record of a run, expected an object with "
+                f"an integer 'step', got {line[:60]!r}; remove the line"
+            )
         kind = "+".join(sorted(record))  # Training, quick and full evaluation.
         records[record["step"], kind] = record
     return [records[k] for k in sorted(records)]
@@ -50,7 +60,8 @@ def plot(
       ModuleNotFoundError: without matplotlib.
       ValueError: a run has no such metric.
     """
-    from matplotlib.figure import Figure
+    with extras.named():
+        from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.2), layout="constrained")  # No global pyplot state.
     axes = figure.subplots()
@@ -79,8 +90,7 @@ def plot(
     axes.set(xlabel="step", ylabel=metric.replace("_", " "))
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, fontsize=8)
-    figure.savefig(out, dpi=150)
-    return Path(out)
+    return save(figure, out)
 
 
 def plot_against(
@@ -102,7 +112,8 @@ def plot_against(
     Raises:
       ValueError: a run without such evaluations.
     """
-    from matplotlib.figure import Figure
+    with extras.named():
+        from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5 * len(panels), 4.2), layout="constrained")
     row = figure.subplots(1, len(panels), squeeze=False)[0]
@@ -134,7 +145,13 @@ def plot_against(
     figure.legend(
         handles, labels, frameon=False, fontsize=8, loc="outside upper center", ncols=5
     )
-    figure.savefig(out, dpi=150)
+    return save(figure, out)
+
+
+def save(figure: Any, out: str | Path) -> Path:
+    """Writes a figure as a whole."""
+    with replaced(out) as part:
+        figure.savefig(part, dpi=150)
     return Path(out)
 
 
@@ -159,7 +176,8 @@ def plot_samples(
         kind, and for images optionally ``rows``, one name for each row of them.
       out: image file.
     """
-    from matplotlib.figure import Figure
+    with extras.named():
+        from matplotlib.figure import Figure
 
     panels = {} if before is None else {"before": before["samples"]}
     panels |= {"samples": after["samples"], "data": after["data"]}
@@ -187,8 +205,7 @@ def plot_samples(
             if title != "data":
                 axes.plot(x[:, 0], x[:, 1], ".", ms=2, color="C0", alpha=0.6)
             axes.set_aspect("equal")
-    figure.savefig(out, dpi=150)
-    return Path(out)
+    return save(figure, out)
 
 
 def contact_sheet(images: Any, rows: int) -> np.ndarray:

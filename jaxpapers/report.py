@@ -9,10 +9,11 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
+from jaxpapers import extras
 from jaxpapers.method import path_name
 from jaxpapers.study import Result, Results, Study
 
@@ -56,7 +57,8 @@ class TensorBoardWriter:
     """TensorBoard events; needs the extra ``tb``."""
 
     def __init__(self, folder: Path):
-        from tensorboardX import SummaryWriter
+        with extras.named():
+            from tensorboardX import SummaryWriter
 
         self._writer = SummaryWriter(str(folder))
 
@@ -74,7 +76,8 @@ class WandbWriter:
     """Weights & Biases; needs the extra ``wandb``, key from its own environment."""
 
     def __init__(self, folder: Path, config: dict):
-        import wandb
+        with extras.named():
+            import wandb
 
         self._run = wandb.init(dir=str(folder), config=config)
 
@@ -87,12 +90,28 @@ class WandbWriter:
         self._run.finish()
 
 
+MODULES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
+
+
+def check_writers(names: Sequence[str]) -> None:
+    """Raises ModuleNotFoundError, with the extra, before anything is trained."""
+    for name in names:
+        extras.need(MODULES[name])
+
+
 def make_console(quiet: bool = False) -> Console:
     """Console of the first process; wide lines where nothing is a terminal."""
-    console = Console(quiet=quiet or jax.process_index() > 0, highlight=False)
+    # Without markup: labels, paths and titles may hold square brackets.
+    quiet = quiet or jax.process_index() > 0
+    console = Console(quiet=quiet, highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
         console.width = 120
     return console
+
+
+def bold(text: str) -> Text:
+    """Text in bold, as it is."""
+    return Text(text, style="bold")
 
 
 class Report:
@@ -131,7 +150,7 @@ class Report:
             self._progress = Progress(
                 TextColumn("{task.completed:.0f}/{task.total:.0f}"),
                 BarColumn(bar_width=24),
-                TextColumn("{task.fields[text]}"),
+                TextColumn("{task.fields[text]}", markup=False),
                 TimeRemainingColumn(),
                 console=self.console,
             )
@@ -193,7 +212,7 @@ def parameter_table(params: Any, labels: Any = None) -> Table:
         local = sharding.shard_shape(leaf.shape) if sharding else leaf.shape
         spec = getattr(sharding, "spec", None)
         count += math.prod(leaf.shape)
-        table.add_row(
+        cells = (
             path_name(path),
             "x".join(map(str, leaf.shape)),
             str(leaf.dtype),
@@ -201,6 +220,7 @@ def parameter_table(params: Any, labels: Any = None) -> Table:
             f"{math.prod(local) * leaf.dtype.itemsize:,}",
             label,
         )
+        table.add_row(*map(Text, cells))
     table.add_row("total", f"{count:,} parameters")
     return table
 
@@ -218,11 +238,11 @@ def comparison(study: Study, results: Results) -> Table:
     columns = [c for c in dict.fromkeys(r.row.column for r in results) if c]
     extra = [c for c in study.columns if any(r.values(c) for r in results)]
     table = Table(box=None, pad_edge=False)
-    table.add_column(study.title)
+    table.add_column(Text(study.title))
     headers = [*columns, "mean"] if columns else [study.metric if extra else ""]
     headers += ["max - min"] if several and not columns else []
     for header in (*headers, *extra):
-        table.add_column(header.replace("_", " "), justify="right")
+        table.add_column(Text(header.replace("_", " ")), justify="right")
     cells: dict[str, dict[str, Result]] = {}
     for r in results:
         cells.setdefault(r.row.label, {})[r.row.column] = r
@@ -247,19 +267,20 @@ def comparison(study: Study, results: Results) -> Table:
             trained = first.row.stage is not None and len(values) > 1
             texts.append(f"{max(values) - min(values):.4f}" if trained else "")
         texts += [_cell(first.values(c)) for c in extra]
-        bold = "[bold]" if first is results[0] else ""
-        table.add_row(*(f"{bold}{escape(x)}" for x in (label, *texts)))
+        style = "bold" if first is results[0] else None
+        table.add_row(*map(Text, (label, *texts)), style=style)
     return table
 
 
 def small_table(table: Any) -> Table:
     """A ``study.Table`` for the console."""
-    shown = Table(title=table.title, box=None, pad_edge=False, title_justify="left")
+    title = Text(table.title, style="table.title")
+    shown = Table(title=title, box=None, pad_edge=False, title_justify="left")
     for i, column in enumerate(table.columns):
-        shown.add_column(str(column), justify="right" if i else "left")
+        shown.add_column(Text(str(column)), justify="right" if i else "left")
     for row in table.rows:
         shown.add_row(
-            *(escape(f"{x:.4g}" if isinstance(x, float) else str(x)) for x in row)
+            *(Text(f"{x:.4g}" if isinstance(x, float) else str(x)) for x in row)
         )
     return shown
 

@@ -1,21 +1,21 @@
 """Every action of the command line as one function, for scripts and notebooks."""
 
-import json
-import re
+import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from jaxpapers import figures, papers, plots, report, tasks
+from jaxpapers import checkpoint as ckpt
 from jaxpapers import mesh as meshes
+from jaxpapers import outputs, papers, plots, report, signals, tasks
 from jaxpapers import plan as plans
 from jaxpapers import study as studies
+from jaxpapers import workdir as folders
 from jaxpapers.config import load_config
 from jaxpapers.folder import load_run, write_config
 from jaxpapers.measure import measure_rows
@@ -36,9 +36,9 @@ def list_papers() -> Table:
 def show(name: str, preset: str = "") -> str:
     """A paper's docstring, and the parameter table of what it trains."""
     module = papers.load(name)
-    console = Console(width=110, highlight=False, file=None)
+    console = Console(width=110, highlight=False, markup=False, emoji=False)
     with console.capture() as capture:
-        console.print(module.__doc__, markup=False)
+        console.print(module.__doc__)
         if papers.NAMES[name].trained:
             config = load_config(f"{name}:{preset}" if preset else name)
             data = tasks.abstract(config)
@@ -94,25 +94,35 @@ def run(
     Raises:
       ValueError and the exceptions of ``train.fit``.
     """
-    began = time.monotonic()
     name, _, preset = target.partition(":")
     if seeds < 1:
         raise ValueError(f"--seeds must be >= 1, got {seeds}")
-    config = load_config(target, overrides, config_path, files)
-    folder = Path(workdir or f"runs/{name}{'-' + preset if preset else ''}")
+    report.check_writers(writers)
+    default = f"runs/{name}{'-' + preset if preset else ''}"
+    folder = folders.local(workdir or default, "--workdir")
+    with signals.stopping(), contextlib.ExitStack() as held:
+        config = load_config(target, overrides, config_path, files)
+        grid = meshes.make_mesh(meshes.parse_mesh(mesh) if mesh else None)
+        stages = Stages(folder, grid, quiet=quiet, profile=profile, writers=writers)
+        # Not of a folder that is not there: what follows may refuse the config.
+        if folder.exists() and not dry_run:
+            held.enter_context(folders.lock_for_all(folder))
+        return _run(name, config, stages, held, seeds, alone, fresh, dry_run, quiet)
+
+
+def _run(name, config, stages, held, seeds, alone, fresh, dry_run, quiet) -> dict:
+    began, folder = time.monotonic(), stages.root
     console, talk = report.make_console(), report.make_console(quiet=quiet)
-    grid = meshes.make_mesh(meshes.parse_mesh(mesh) if mesh else None)
     data = tasks.read(config)
-    study = tasks.study(name, config, data, grid)
+    study = tasks.study(name, config, data, stages.grid)
     paper = papers.NAMES[name]
-    talk.print(f"[bold]{paper.title}[/], {paper.reference}")
-    talk.print(data.summary, markup=False)
+    talk.print(report.bold(paper.title), paper.reference)
+    talk.print(data.summary)
     first = config.get("train", {}).get("seed", 0)
     every = range(first, first + seeds)
     others = [study.rows(seed) for seed in every]
     studies.check_rows(others)
     rows = [_alone(r) if alone else r for r in others]
-    stages = Stages(folder, grid, quiet=quiet, profile=profile, writers=writers)
     for seed, own in zip(every, rows):
         if own[0].stage:
             stages.place(own[0].stage, folder / f"seed{seed}" if seeds > 1 else folder)
@@ -120,17 +130,18 @@ def run(
     if dry_run:
         _dry_run(stages, rows[0], console)
         return {}
-    if fresh and any(folder.glob("**/checkpoints")):
+    if fresh and any(ckpt.steps(x) for x in folder.glob("**/checkpoints")):
         raise ValueError(
             f"--fresh: {folder} holds checkpoints; choose another --workdir or remove it"
         )
+    held.enter_context(folders.lock_for_all(folder))
     results, state = measure_rows(
         stages, rows, others, every, study.metric,
-        lambda text: talk.print(f"[bold]{text}[/]"),
+        lambda text: talk.print(report.bold(text)),
     )  # fmt: skip
     summary = studies.summary(study, results, every, folder)
     if jax.process_index() == 0:
-        _write(summary, results, folder)
+        outputs.write(summary, results, folder)
         if not paper.trained:
             write_config(folder, name, studies.plain(config))
     console.print(report.comparison(study, results))
@@ -141,10 +152,10 @@ def run(
         c, method = config.train, stages.method(stage)
         key = jax.random.key(c.seed)
         text = study.sample(method, state, key, c.prompt, c.sample, c.temperature)
-        console.print("[bold]sample[/]")
-        console.print(c.prompt + text, markup=False, soft_wrap=True)
+        console.print(report.bold("sample"))
+        console.print(c.prompt + text, soft_wrap=True)
     if jax.process_index() == 0:
-        _draw(study, results, folder, console)
+        outputs.draw(study, results, folder, console)
     seconds = time.monotonic() - began
     talk.print(f"{seconds:.0f} s in all; wrote {folder}/")
     return {**summary, "seconds": seconds}
@@ -235,7 +246,8 @@ def data(name: str, cache: str | None = None) -> Path:
 
 def plot(runs: Sequence[str], metric: str, out: str) -> Path:
     """Draws a metric of one or more runs."""
-    return plots.plot(runs, metric, out)
+    paths = [folders.local(run, "WORKDIR") for run in runs]
+    return plots.plot(paths, metric, folders.local(out, "--out"))
 
 
 def export(workdir: str, out: str) -> Path:
@@ -244,21 +256,29 @@ def export(workdir: str, out: str) -> Path:
     Names are the "/"-joined paths; layers stay stacked on the leading axis. What a model
     has besides parameters (moving statistics) is named ``extra/...``. What only training
     needs (``Method.served``) is left out.
+
+    Raises:
+      ValueError, FileNotFoundError: ``out`` is a folder or in none; of ``load_run``.
     """
     from safetensors.flax import save_file
 
+    path = folders.local(out, "OUT")
+    if path.is_dir():
+        raise ValueError(
+            f"{out} is a folder, expected a file such as {out}/x.safetensors"
+        )
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"no folder {path.parent} to write {path.name} into")
     name, _, method, _, state = load_run(workdir)
     params, extra = state.params, state.extra
     if method.served:
         params, extra = method.served(params), method.served(extra)
     tree = {**params, **({"extra": extra} if extra else {})}
     flat = jax.tree_util.tree_flatten_with_path(tree)[0]
-    save_file(
-        {path_name(k): v for k, v in flat},
-        out,
-        metadata={"paper": name, "format": "flax"},
-    )
-    return Path(out)
+    leaves = {path_name(k): v for k, v in flat}
+    with folders.replaced(path) as part:
+        save_file(leaves, part, metadata={"paper": name, "format": "flax"})
+    return path
 
 
 def _any_mesh() -> jax.sharding.Mesh:
@@ -292,55 +312,3 @@ def _dry_run(stages: Stages, rows: Sequence[studies.Row], console: Console) -> N
             f"compiled for mesh {dict(stages.grid.shape)} in "
             f"{time.monotonic() - began:.1f} s; dry run: nothing written"
         )
-
-
-def _write(summary: dict, results: studies.Results, folder: Path) -> None:
-    """``comparison.json``, and the files of the findings in the folders of their rows.
-
-    Rows that train nothing, and those whose run is another row's too, have a folder
-    below ``rows``; the paper's own row has the study's.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "comparison.json").write_text(json.dumps(summary) + "\n")
-    written: set[Path] = set()
-    for i, result in enumerate(results):
-        for j, finding in enumerate(result.findings):
-            row = result.row
-            label = f"{row.label}-{row.column}" if row.column else row.label
-            place = folder / "rows" / re.sub(r"[^\w.=-]+", "-", label)
-            place = folder if i == 0 else place
-            place = place / f"seed{j}" if len(result.findings) > 1 else place
-            if result.folders and result.folders[j] not in written:
-                place = result.folders[j]
-            if finding.files:
-                written.add(place)
-            for name, content in finding.files.items():
-                place.mkdir(parents=True, exist_ok=True)
-                if isinstance(content, Mapping):
-                    np.savez(place / name, **content)
-                elif isinstance(content, bytes):
-                    (place / name).write_bytes(content)
-                else:
-                    (place / name).write_text(content, encoding="utf-8")
-
-
-def _draw(study, results: studies.Results, folder: Path, console: Console) -> None:
-    """The study's figures; says so where matplotlib is missing."""
-    own = results[0]
-    try:
-        untrained = [r for r in results if r.row.stage is None]
-        levels = {r.row.label: x[0] for r in untrained if (x := r.values(study.metric))}
-        # A run of no steps has no metrics.
-        curves = [f for f in own.folders if plots.has_metric(f, study.curve)]
-        if curves:
-            levels = levels if study.curve == study.metric else None
-            plots.plot(curves, study.curve, folder / "loss.png", levels)
-        several = len(own.findings) > 1 or len([r for r in results if r.row.stage]) > 1
-        if several or not own.folders:
-            figures.comparison(study, results, folder / "comparison.png")
-        if any(finding.curves for r in results for finding in r.findings):
-            figures.curves(results, folder / "curves.png")
-        for name, draw in study.pictures.items():
-            draw(results, folder / name)
-    except ModuleNotFoundError:
-        console.print("figures not drawn: pip install 'jaxpapers[plot]'", markup=False)

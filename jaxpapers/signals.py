@@ -1,10 +1,136 @@
-"""SIGTERM and clocks of a run, agreed on by all its processes."""
+"""SIGTERM and clocks of a run, agreed on by all its processes.
 
+A run is stopped where nothing is lost: while it trains after the step, with its state
+saved; everywhere else (start, compilation, measurements, figures) at once.
+"""
+
+import os
 import signal
+import sys
+import threading
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any
 
-import jax
-import numpy as np
-from jax.experimental import multihost_utils
+PREEMPTED = 75  # EX_TEMPFAIL: the same command again continues
+GRACE = 5.0  # seconds to unwind in, where the main thread may be inside a compiler
+
+
+class Preempted(Exception):
+    """The run was asked to stop; its state is saved if it has a workdir."""
+
+
+class Stop:
+    """A context in which SIGTERM raises ``Preempted`` instead of ending the process.
+
+    Inside ``later()`` it only sets ``raised``. Contexts are nested: the outermost one
+    handles the signal, see ``stopping``.
+
+    Attributes:
+      raised: whether the signal came.
+    """
+
+    def __init__(self, hard: bool = False):
+        """Args: hard: end the process where it does not unwind within ``GRACE``."""
+        self.raised = False
+        self._hard, self._deferred = hard, False
+        self._over, self._nothing_lost = threading.Event(), threading.Event()
+        self._nothing_lost.set()
+        self._old: Any = None
+        self._pipe: tuple[int, int] | None = None
+
+    def __enter__(self) -> "Stop":
+        try:
+            self._old = signal.signal(signal.SIGTERM, self._handle)
+        except ValueError:  # Not in the main thread (a notebook's worker): no handler.
+            return self
+        if self._hard:
+            # A handler in Python waits for the compiler to return; a thread does not.
+            self._pipe = os.pipe()
+            os.set_blocking(self._pipe[1], False)
+            self._old_pipe = signal.set_wakeup_fd(
+                self._pipe[1], warn_on_full_buffer=False
+            )
+            threading.Thread(target=self._watch, daemon=True).start()
+        return self
+
+    def __exit__(self, *exc):
+        self._over.set()
+        if self._pipe:
+            signal.set_wakeup_fd(self._old_pipe)
+            os.close(self._pipe[1])
+        if self._old is not None:
+            signal.signal(signal.SIGTERM, self._old)
+
+    @contextmanager
+    def later(self) -> Generator[None, None, None]:
+        """Lets SIGTERM set ``raised`` only: its caller looks, saves and stops."""
+        self._deferred = True
+        self._nothing_lost.clear()
+        try:
+            yield
+        finally:
+            self._deferred = False
+            self._nothing_lost.set()
+        self._check()  # It came after the caller's last look.
+
+    @contextmanager
+    def at_once(self) -> Generator[None, None, None]:
+        """Inside ``later``: SIGTERM raises ``Preempted`` for the caller to save."""
+        deferred, self._deferred = self._deferred, False
+        try:
+            self._check()
+            yield
+        finally:
+            self._deferred = deferred
+
+    def _check(self) -> None:
+        if self.raised:
+            raise Preempted("stopped")
+
+    def _handle(self, signum, frame):
+        if self.raised:
+            return
+        self.raised = True
+        if not self._deferred:
+            raise Preempted("stopped")
+
+    def _watch(self):
+        assert self._pipe is not None
+        with open(self._pipe[0], "rb", buffering=0) as signals:
+            while number := signals.read(1):
+                if number[0] == signal.SIGTERM:
+                    self.end_process()
+
+    def end_process(self) -> None:
+        """Ends the process with 75, in ``GRACE`` seconds where it may be stopped."""
+        while not self._over.is_set():
+            self._nothing_lost.wait()
+            if not self._over.wait(GRACE) and self._nothing_lost.is_set():
+                end("stopped; the same command continues", PREEMPTED)
+
+
+_outermost: Stop | None = None
+
+
+@contextmanager
+def stopping(hard: bool = False) -> Generator[Stop, None, None]:
+    """The ``Stop`` around this code, or a new one."""
+    global _outermost
+    if _outermost is not None:
+        yield _outermost
+        return
+    with Stop(hard) as _outermost:
+        try:
+            yield _outermost
+        finally:
+            _outermost = None
+
+
+def end(text: str, code: int) -> None:
+    """Ends the process now, with one line; nothing is unwound."""
+    print(f"jaxpapers: {text}", file=sys.stderr, flush=True)
+    os._exit(code)
 
 
 def agreed(seconds: int | float, step: int) -> float:
@@ -12,45 +138,32 @@ def agreed(seconds: int | float, step: int) -> float:
 
     All processes then save at the same step.
     """
+    import jax
+
     if jax.process_count() == 1:
         return seconds
-    if step % 20:
-        return 0.0
-    return float(multihost_utils.broadcast_one_to_all(np.float32(seconds)))
+    return float(of_first(seconds)) if step % 20 == 0 else 0.0
 
 
-def preempted(stop, manager, step: int) -> bool:
+def of_first(value: int | float) -> int | float:
+    """A number of process 0, on all processes."""
+    import jax
+
+    if jax.process_count() == 1:
+        return value
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    return float(multihost_utils.broadcast_one_to_all(np.float32(value)))
+
+
+def preempted(stop: Stop, manager: Any, step: int) -> bool:
     """Whether this process got SIGTERM.
 
     With several processes: whether any of them got a preemption notice.
     """
+    import jax
+
     if jax.process_count() > 1:
         return bool(manager and manager.reached_preemption(step))
     return stop.raised
-
-
-class Flag:
-    """Context in which SIGTERM sets ``raised`` instead of ending the process.
-
-    With several processes JAX's preemption service handles SIGTERM instead.
-    """
-
-    def __init__(self):
-        self.raised = False
-
-    def __enter__(self):
-        self._old = None
-        if jax.process_count() > 1:
-            return self
-        try:
-            self._old = signal.signal(signal.SIGTERM, self._set)
-        except ValueError:  # Not in the main thread (a notebook's worker): no handler.
-            pass
-        return self
-
-    def __exit__(self, *exc):
-        if self._old is not None:
-            signal.signal(signal.SIGTERM, self._old)
-
-    def _set(self, signum, frame):
-        self.raised = True

@@ -1,5 +1,6 @@
 """Training runs of a study: each stage once, each program once, in folders by content."""
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -9,10 +10,10 @@ import jax
 
 from jaxpapers import checkpoint as ckpt
 from jaxpapers import mesh as meshes
-from jaxpapers import papers, report, tasks
+from jaxpapers import papers, report, tasks, workdir
 from jaxpapers import train as trainer
 from jaxpapers.config import check_continues
-from jaxpapers.folder import open_writers, read_stored, write_config
+from jaxpapers.folder import evaluated, open_writers, read_stored, write_config
 from jaxpapers.method import Method, State
 from jaxpapers.study import (
     Data,
@@ -91,7 +92,7 @@ class Stages:
             a folder that holds another run.
         """
         for stage in {stage_key(s): s for s in stages}.values():
-            _holds_run(self.folder(stage), self._stored(stage))
+            _holds_run(self.folder(stage), stage.paper, self._stored(stage))
             method, data = self.method(stage), self.data(stage)
             if data.examples is not None:
                 meshes.batch_rows(
@@ -142,9 +143,13 @@ class Stages:
         parts = parts_of(stage)
         start = parts[0].after
         init_from = str(self.folder(start)) if start else stage.config.train.init_from
+        with workdir.lock_for_all(self.folder(stage)):
+            return self._train(stage, parts, init_from, label, watch, finish)
+
+    def _train(self, stage, parts, init_from, label, watch, finish) -> State:
         folder, config, data = self.folder(stage), self._stored(stage), self.data(stage)
         folder.mkdir(parents=True, exist_ok=True)
-        if not _holds_run(folder, config):
+        if not _holds_run(folder, stage.paper, config):
             write_config(folder, stage.paper, config, label)
         reporter = report.Report(
             tokens_per_step=config["data"].get("batch", 1) * data.work,
@@ -190,6 +195,7 @@ class Stages:
             workdir=folder,
             config=config,
             evaluate=evaluate if watch else None,
+            evaluated=functools.partial(evaluated, folder),
             eval_every=c.train.eval_every,
             save_every=c.train.save_every,
             save_minutes=c.train.save_minutes,
@@ -231,16 +237,21 @@ def same(one: Stage | None, other: Stage | None) -> bool:
     return stage_key(one) == stage_key(other)
 
 
-def _holds_run(folder: Path, config: dict) -> bool:
-    """Whether a folder has checkpoints.
+def _holds_run(folder: Path, paper: str, config: dict) -> bool:
+    """Whether a folder has complete checkpoints.
 
     Raises:
-      ValueError: they are of another config or version.
+      ValueError: they are of another paper, config or version.
     """
-    if not any((folder / "checkpoints").glob("[0-9]*")):
+    if not ckpt.steps(folder / "checkpoints"):
         return False
     if (folder / "config.json").exists():
-        read_stored(folder)
+        stored = read_stored(folder)
+        if stored["paper"] != paper:
+            raise ValueError(
+                f"{folder} holds a run of {stored['paper']}, got {paper}; choose another "
+                "--workdir"
+            )
     check_continues(folder, config)
     return True
 

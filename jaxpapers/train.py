@@ -1,29 +1,22 @@
 """Training: the one place that knows meshes, jit, checkpoints and stopping."""
 
-import math
-import time
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxpapers import checkpoint as ckpt
 from jaxpapers import mesh as meshes
 from jaxpapers import signals
+from jaxpapers import workdir as folders
+from jaxpapers.loop import NonFiniteError, Plan, evaluation, loop, reader
 from jaxpapers.method import Method, State
+from jaxpapers.signals import PREEMPTED, Preempted
 
-PREEMPTED = 75  # EX_TEMPFAIL: the same command again continues
-
-
-class Preempted(Exception):
-    """The run was asked to stop; its state is saved if it has a workdir."""
-
-
-class NonFiniteError(ValueError):
-    """Loss or gradient became NaN or infinite; the last checkpoint is a good one."""
+__all__ = ["PREEMPTED", "Compiled", "NonFiniteError", "Preempted", "compile", "fit"]
 
 
 class Compiled(NamedTuple):
@@ -103,6 +96,7 @@ def fit(
     workdir: str | Path | None = None,
     config: dict | None = None,
     evaluate: Callable[[Any], dict[str, float]] | None = None,
+    evaluated: Callable[[int], bool] | None = None,
     eval_every: int = 0,
     save_every: int = 0,
     save_minutes: int | float = 0,
@@ -130,6 +124,8 @@ def fit(
       workdir: checkpoints go to its folder ``checkpoints``; None saves nothing.
       config: plain values, stored in every checkpoint.
       evaluate: state -> metrics, every ``eval_every`` steps and after the last.
+      evaluated: whether the evaluation of a step is recorded; the checkpoint that a run
+        goes on from may be of a step whose evaluation never came. None: evaluates again.
       eval_every: 0 only after the last step.
       save_every: steps between checkpoints; the last step is always saved.
       save_minutes: minutes between checkpoints; 0 for by step only.
@@ -145,7 +141,10 @@ def fit(
     Raises:
       Preempted: on SIGTERM, after saving.
       NonFiniteError: names the step; nothing of it is saved.
-      ValueError: shapes that do not fit the mesh or the checkpoint.
+      ValueError: shapes that do not fit the mesh or the checkpoint, ``steps`` below the
+        checkpoint's, no whole checkpoint among damaged ones, a workdir that another run
+        writes to.
+      OSError: a checkpoint cannot be written.
     """
     mesh = mesh or meshes.make_mesh()
     if compiled is None and (examples is None or callable(examples)):
@@ -155,9 +154,23 @@ def fit(
         )
     if refresh and refresh[0] < 1:
         raise ValueError(f"refresh needs at least 1 step between, got {refresh[0]}")
+    if steps < 0:
+        raise ValueError(f"train.steps must be >= 0, got {steps}")
+    if batch < 1 and examples is not None:
+        raise ValueError(f"data.batch must be >= 1, got {batch}")
     rows = slice(0) if examples is None else meshes.batch_rows(mesh, batch)
-    # From here on SIGTERM waits for the next step's end, also during compilation.
-    with signals.Flag() as stop:
+    plan = Plan(
+        steps, batch, refresh, config or {}, evaluate, eval_every, save_every,
+        save_minutes, profile, workdir,
+    )  # fmt: skip
+    with contextlib.ExitStack() as opened:
+        stop = opened.enter_context(signals.stopping())
+        manager = None
+        if workdir:
+            folder = folders.local(workdir, "workdir")
+            opened.enter_context(folders.lock_for_all(folder))
+            manager = ckpt.open_manager(folder / "checkpoints", keep=keep)
+            opened.callback(ckpt.close, manager)
         if compiled is None:
             local = examples.batch(0, batch, rows)
             shapes = jax.tree.map(
@@ -166,26 +179,24 @@ def fit(
             compiled = compile(method, mesh, shapes)
         elif not isinstance(compiled, Compiled):
             compiled = compiled()
-        read = _reader(examples, refresh is not None, batch, rows)
-        manager = (
-            ckpt.open_manager(Path(workdir) / "checkpoints", keep=keep)
-            if workdir
-            else None
-        )
-        try:
-            with jax.set_mesh(mesh):
-                state, position = _start(compiled, manager, seed, init_from, method)
-            if report:
-                report.start(compiled, method, int(state.step), steps)
-            with jax.set_mesh(mesh):
-                return _loop(
-                    compiled, state, position, read, refresh, mesh, batch, steps, manager,
-                    config or {}, evaluate, eval_every, save_every,
-                    save_minutes, report, profile, workdir, stop,
-                )  # fmt: skip
-        finally:
-            if manager:
-                manager.close()
+        with jax.set_mesh(mesh):
+            state, position = _start(compiled, manager, seed, init_from, method)
+        first = int(state.step)
+        if first > steps:
+            raise ValueError(
+                f"train.steps={steps}, but {workdir} is at step {first} already; raise "
+                "train.steps, or choose another --workdir"
+            )
+        if report:
+            report.start(compiled, method, first, steps)
+        with jax.set_mesh(mesh), stop.later():
+            # A stop or a kill may have come between the checkpoint and its evaluation.
+            if first and plan.evaluates(first) and not _known(evaluated, first):
+                evaluation(plan, state, report, stop)
+            return loop(
+                plan, compiled, state, position, mesh=mesh, manager=manager, stop=stop,
+                read=reader(examples, refresh is not None, batch, rows), report=report,
+            )  # fmt: skip
 
 
 def _start(compiled: Compiled, manager, seed: int, init_from: str | None, method):
@@ -210,132 +221,6 @@ def _start(compiled: Compiled, manager, seed: int, init_from: str | None, method
     return state, 0
 
 
-def _loop(
-    compiled, state, position, read, refresh, mesh, batch, steps, manager, config,
-    evaluate, eval_every, save_every, save_minutes, report, profile, workdir, stop,
-) -> State:  # fmt: skip
-    first = int(state.step)
-    saved_at = time.monotonic()
-    pending: dict | None = None
-    tracing = False
-
-    def flush(step: int) -> None:
-        """Reads the metrics of a step that was dispatched before the newest one."""
-        nonlocal pending
-        if pending is None:
-            return
-        metrics = {k: float(v) for k, v in jax.device_get(pending).items()}
-        pending = None
-        bad = {k: v for k, v in metrics.items() if not math.isfinite(v)}
-        if bad:
-            last = manager.latest_step() if manager else None
-            raise NonFiniteError(
-                f"non-finite metrics at step {step}: {bad}; "
-                + (
-                    f"last good checkpoint: step {last}"
-                    if last
-                    else "no checkpoint yet"
-                )
-                + "; lower config.optim.lr, or find the operation with JAX_DEBUG_NANS=1"
-            )
-        if report:
-            report.step(step, metrics)
-
-    for step in range(first, steps):
-        if profile and step == profile[0]:
-            jax.profiler.start_trace(str(Path(workdir or ".") / "profile"))
-            tracing = True
-        due_refresh = refresh and step % refresh[0] == 0
-        if refresh and due_refresh:
-            state = _refreshed(state, refresh[1], compiled.shapes)
-        local = read(state, position, bool(due_refresh))
-        previous = pending
-        with jax.profiler.StepTraceAnnotation("train", step_num=step):
-            state, metrics = compiled.step(state, meshes.put_batch(local, mesh, batch))
-        position += batch
-        # One step late: the device never waits for the host to read.
-        if previous is not None:
-            flush(step)
-        pending = metrics
-        done = step + 1
-        if tracing and profile and done > min(profile[1], steps - 1):
-            jax.block_until_ready(state)
-            jax.profiler.stop_trace()
-            tracing = False
-        due = evaluate and (done == steps or (eval_every and done % eval_every == 0))
-        late = save_minutes and signals.agreed(time.monotonic() - saved_at, done) > (
-            60 * save_minutes
-        )
-        save = done == steps or (save_every and done % save_every == 0) or late
-        preempted = signals.preempted(stop, manager, done)
-        if due or save or preempted:
-            flush(done)
-        if manager and (save or preempted):
-            if not bool(_finite((state.params, state.opt_state, state.extra))):
-                raise NonFiniteError(
-                    f"non-finite optimizer state after step {done}; last good "
-                    f"checkpoint: step {manager.latest_step()}; lower config.optim.lr"
-                )
-            ckpt.save(manager, state, position, config)
-            saved_at = time.monotonic()
-        if due and not preempted:
-            values = evaluate(state)
-            if report and values:
-                report.evaluation(done, values)
-        if preempted:
-            if manager:
-                manager.wait_until_finished()
-            raise Preempted(f"stopped at step {done} of {steps}")
-    flush(steps)
-    if manager:
-        manager.wait_until_finished()
-    if stop.raised:
-        raise Preempted(f"stopped after the last step, {steps}")
-    return state
-
-
-def _reader(examples: Any, refreshed: bool, batch: int, rows: slice) -> Callable:
-    """(state, position, just refreshed) -> this process's rows of the next batch."""
-    if examples is None:
-        return lambda state, position, new: {}
-    if not callable(examples):
-        return lambda state, position, new: examples.batch(position, batch, rows)
-    known: list[Any] = []
-
-    def read(state, position, new):
-        if not known or new or not refreshed:
-            known[:] = [examples(state)]
-        return known[0].batch(position, batch, rows)
-
-    return read
-
-
-def _refreshed(state: State, change: Callable, shapes: State) -> State:
-    """The state after a refresh, laid out as before; step and key are the old ones.
-
-    Raises:
-      ValueError: the refresh changed a shape or a dtype.
-    """
-    new = change(state)._replace(step=state.step, key=state.key)
-    forms = [jax.tree.map(lambda x: (np.shape(x), x.dtype), x) for x in (new, shapes)]
-    if forms[0] != forms[1]:
-        raise ValueError(
-            "a refresh may change the values of State.params, opt_state and extra, not "
-            f"their shapes or dtypes; got {forms[0]}, expected {forms[1]}"
-        )
-    kept = {id(x) for x in jax.tree.leaves(state)}
-
-    def place(x, shape):
-        # The step donates the state, which must not hold a buffer twice.
-        x = x if id(x) in kept else jnp.copy(x)
-        kept.discard(id(x))
-        return jax.device_put(x, shape.sharding)
-
-    return jax.tree.map(place, new, shapes)
-
-
-@jax.jit
-def _finite(tree: Any) -> jax.Array:
-    """Whether all floating point leaves are finite."""
-    floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
-    return jnp.array([jnp.isfinite(x).all() for x in floats]).all()
+def _known(evaluated: Callable[[int], bool] | None, step: int) -> bool:
+    """Whether the first process has a record of the evaluation of a step."""
+    return bool(signals.of_first(bool(evaluated and evaluated(step))))

@@ -17,7 +17,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxpapers import checkpoint, cli
+from jaxpapers import checkpoint, cli, loop
 from jaxpapers import mesh as meshes
 from jaxpapers import train as trainer
 from jaxpapers.method import gradient
@@ -189,7 +189,7 @@ def test_save_by_step_keeps_the_newest(tmp_path):
 def test_save_by_minutes(tmp_path, monkeypatch):
     examples = Examples()
     clock = types.SimpleNamespace(monotonic=lambda: 25.0 * len(examples.events))
-    monkeypatch.setattr(trainer, "time", clock)
+    monkeypatch.setattr(loop, "time", clock)
     # Each step is a batch and, a step later, its metrics: 50 s; a minute is two steps.
     fit(7, tmp_path, examples, save_minutes=1.0, keep=99)
     assert saved(tmp_path) == [2, 4, 6, 7]

@@ -141,13 +141,19 @@ def load(name: str) -> ModuleType:
     return importlib.import_module(f"jaxpapers.papers.{name}")
 
 
-def check(name: str) -> Paper:
-    """The list's row of a paper; ValueError with a suggestion if there is none."""
+def check(name: str, where: str = "") -> Paper:
+    """The list's row of a paper; ValueError with a suggestion if there is none.
+
+    Args:
+      name: of the paper.
+      where: the name stands, for the error.
+    """
     if name not in NAMES:
         near = difflib.get_close_matches(name, NAMES, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(
-            f"unknown paper {name!r}; expected one of {sorted(NAMES)}{hint}"
+            f"{where and where + ': '}unknown paper {name!r}; expected one of "
+            f"{sorted(NAMES)}{hint}"
         )
     return NAMES[name]
 
