@@ -1,0 +1,78 @@
+"""SIGTERM: raised where nothing is lost, kept for later where a state is to be saved."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jaxpapers import signals
+
+ROOT = Path(__file__).parent.parent
+
+
+def terminate():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_where_nothing_is_lost_it_raises():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(signals.Preempted), signals.stopping() as stop:
+        terminate()
+        pytest.fail("went on")
+    assert stop.raised
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_later_keeps_it_for_its_caller_and_for_the_end():
+    with pytest.raises(signals.Preempted), signals.stopping() as stop:
+        with stop.later():
+            terminate()
+            assert stop.raised
+            with pytest.raises(signals.Preempted), stop.at_once():
+                pytest.fail("entered")
+            terminate()  # The second one changes nothing.
+        pytest.fail("went on after the last look")
+
+
+def test_inside_later_what_can_be_done_anew_stops():
+    with pytest.raises(signals.Preempted), signals.stopping() as stop:
+        with stop.later():
+            with pytest.raises(signals.Preempted), stop.at_once():
+                terminate()
+                pytest.fail("went on")
+            saved = stop.raised
+    assert saved
+
+
+def test_the_outermost_handles_it():
+    with signals.stopping() as outer, signals.stopping() as inner:
+        assert inner is outer
+        handler = signal.getsignal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) != handler
+    with signals.stopping() as other:
+        assert other is not outer
+
+
+BUSY = """
+import hashlib, sys
+from jaxpapers import signals
+signals.GRACE = 0.2
+with signals.stopping(hard=True) as stop:
+    print("busy", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # No Python runs in this thread.
+"""
+
+
+def test_a_compiler_does_not_hold_it_up():
+    process = subprocess.Popen(
+        [sys.executable, "-c", BUSY], cwd=ROOT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout.readline() == "busy\n"
+    process.terminate()
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == signals.PREEMPTED == 75
+    assert errors == "jaxpapers: stopped; the same command continues\n"

@@ -1,0 +1,24 @@
+"""The command line with the toy papers: ``python tests/toys/command.py run line ...``."""
+
+import sys
+from pathlib import Path
+
+from jaxpapers import cli, papers, tasks
+
+TOYS = Path(__file__).parent
+CONFIG = str(TOYS / "config.py")
+LINE = papers.Paper("Lines", "Doe, Jane", 2026, "2601.00001", "tests", "seconds")
+
+
+def register(setattr=setattr, setitem=dict.__setitem__):
+    """Two papers and two tasks more; with pytest's monkeypatch for a test."""
+    for package, name in ((papers, "papers"), (tasks, "tasks")):
+        setattr(package, "__path__", [*package.__path__, str(TOYS / name)])
+    setitem(papers.NAMES, "line", LINE)
+    none = LINE._replace(title="Nothing", arxiv="", venue="Tests", trained=False)
+    setitem(papers.NAMES, "none", none)
+
+
+if __name__ == "__main__":
+    register()
+    sys.exit(cli.main())
