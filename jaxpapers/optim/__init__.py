@@ -10,7 +10,7 @@ from jaxpapers.optim.newton_schulz import newton_schulz
 from jaxpapers.optim.orthonormalize import orthonormalize
 from jaxpapers.optim.power_iteration import power_iterate
 from jaxpapers.optim.resize import rescale_rank, resize, sync_for_checkpoint
-from jaxpapers.optim.routing import route
+from jaxpapers.optim.routing import Route, RoutingTable, route, routing_table
 from jaxpapers.optim.state_sharding import (
     dion_state_sharding,
     replica_specs,
@@ -24,6 +24,8 @@ __all__ = [
     "DionState",
     "MuonState",
     "Options",
+    "Route",
+    "RoutingTable",
     "dion",
     "dion2",
     "dion_state_sharding",
@@ -38,6 +40,7 @@ __all__ = [
     "rescale_rank",
     "resize",
     "route",
+    "routing_table",
     "scale_by_dion",
     "scale_by_dion2",
     "scale_by_muon",

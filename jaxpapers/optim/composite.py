@@ -5,12 +5,14 @@ from collections.abc import Hashable
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from jax import lax
 
 from jaxpapers.optim import routing
-from jaxpapers.optim.layout import is_dimensions, make_layout, named_leaves, per_leaf
+from jaxpapers.optim.layout import make_layout
 from jaxpapers.optim.options import check_choice, check_leaf, check_range
+from jaxpapers.optim.paths import aligned, dimension_numbers, named_leaves
 
 
 def with_scalars(
@@ -69,10 +71,12 @@ def with_scalars(
     if scalar_learning_rate is None:
         scalar_learning_rate = learning_rate
 
+    mask = aligned(weight_decay_mask, _is_bool, "weight_decay_mask")
+
     def decay(amount):
         # An array (inject_hyperparams) may become non-zero: the state must not change.
         if isinstance(amount, jax.Array) or amount != 0:
-            return optax.add_decayed_weights(amount, weight_decay_mask)
+            return optax.add_decayed_weights(amount, mask)
         return optax.identity()
 
     def scalar_direction():
@@ -97,15 +101,26 @@ def with_scalars(
         "head": optax.chain(scalar_direction(), *head, scalar_rate),
     }
 
+    given = aligned(labels, routing.is_label, "labels")
+    told: list[str] = []
+
     def checked_labels(params):
         # Leaves of the other groups too: optax's AdamW takes complex ones.
         for path, leaf in named_leaves(params)[0]:
             check_leaf(path, leaf, "this optimizer")
-        if labels is None:
-            return routing.route(params, weight_dimension_numbers)
-        return labels(params) if callable(labels) else labels
+        if given is not None:
+            return given(params)
+        routes, treedef = routing.routes(params, weight_dimension_numbers)
+        # At every trace: init, update, each new shape.
+        if not told:
+            told.extend(routing.warn_left_out(routes))
+        return treedef.unflatten([x.group for x in routes])
 
     return optax.partition(transforms, checked_labels)
+
+
+def _is_bool(x: Any) -> bool:
+    return isinstance(x, bool | np.bool_)
 
 
 def _averaged(
@@ -126,9 +141,7 @@ def _scale_by_fan_in(weight_dimension_numbers: Any) -> optax.GradientTransformat
     def update(updates, params=None):
         del params
         named, treedef = named_leaves(updates)
-        dimensions = per_leaf(
-            weight_dimension_numbers, named, is_dimensions, "weight_dimension_numbers"
-        )
+        dimensions = dimension_numbers(weight_dimension_numbers, named)
         scaled = [
             g / math.sqrt(make_layout(path, g.shape, d).fan_in)
             for (path, g), d in zip(named, dimensions)

@@ -12,8 +12,9 @@ from jaxpapers import options
 from jaxpapers.optim import routing
 from jaxpapers.optim.dion import dion
 from jaxpapers.optim.dion2 import dion2
-from jaxpapers.optim.layout import DimensionNumbers, named_leaves, per_leaf
+from jaxpapers.optim.layout import DimensionNumbers
 from jaxpapers.optim.muon import muon, normuon
+from jaxpapers.optim.paths import dimension_numbers, named_leaves
 
 NAMES = (
     "adagrad", "adam", "adamw", "dion", "dion2", "muon", "normuon", "optax_muon",
@@ -258,14 +259,9 @@ def _decays(numbers, params):
 def _optax_numbers(numbers, params):
     """optax's dimension numbers of the hidden matrices, None for all other leaves."""
     named, treedef = named_leaves(params)
-    axes = per_leaf(
-        numbers or DimensionNumbers(),
-        named,
-        lambda x: x is None or isinstance(x, DimensionNumbers),
-        "weight_dimension_numbers",
-    )
-    labels = treedef.flatten_up_to(routing.route(params, numbers))
+    axes = dimension_numbers(numbers or DimensionNumbers(), named)
+    labels = jax.tree.leaves(routing.route(params, numbers))
     return treedef.unflatten(
-        optax.contrib.MuonDimensionNumbers(*a) if label == "dion" else None
+        optax.contrib.MuonDimensionNumbers(*a) if a and label == "dion" else None
         for a, label in zip(axes, labels)
     )

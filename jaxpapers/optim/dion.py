@@ -15,6 +15,7 @@ Departures from the reference code, each with its reason:
 * Factors are computed in float32 at least, also with bfloat16 state.
 """
 
+import functools
 import zlib
 from typing import Any, NamedTuple
 
@@ -26,27 +27,27 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxpapers.optim.composite import with_scalars
-from jaxpapers.optim.layout import (
-    SCALES,
-    Layout,
-    is_dimensions,
-    make_layout,
-    named_leaves,
-    per_leaf,
-)
+from jaxpapers.optim.layout import SCALES, Layout, make_layout
 from jaxpapers.optim.matrices import check_shapes, step_leaves
 from jaxpapers.optim.options import (
     check_choice,
     check_dtype,
     check_leaf,
+    check_paths,
     check_range,
-    check_trees,
     is_number,
     is_traced,
+    leaf_dtype,
     static_fraction,
     static_multiple,
 )
 from jaxpapers.optim.orthonormalize import METHODS
+from jaxpapers.optim.paths import (
+    dimension_numbers,
+    named_leaves,
+    per_leaf,
+    with_leaves,
+)
 from jaxpapers.optim.placement import Placement, constrain
 from jaxpapers.optim.power_iteration import (
     RIGHT_FACTORS,
@@ -168,9 +169,7 @@ def scale_by_dion(
     placement = Placement(sharding, unknown_sharding)
 
     def layouts_of(named, qs=None):
-        dimensions = per_leaf(
-            weight_dimension_numbers, named, is_dimensions, "weight_dimension_numbers"
-        )
+        dimensions = dimension_numbers(weight_dimension_numbers, named)
         sides = per_leaf(p_side, named, lambda x: isinstance(x, str), "p_side")
         fractions = per_leaf(rank_fraction, named, is_number, "rank_fraction")
         layouts = []
@@ -197,34 +196,40 @@ def scale_by_dion(
         return layouts
 
     def init(params):
-        named, treedef = named_leaves(params)
+        named, _ = named_leaves(params)
         layouts = layouts_of(named)
         leaves = [leaf for _, leaf in named]
         placement.see(named)
-        momentum, q = [], []
+        momentum, q, m_specs = [], [], []
         for layout, leaf, where in zip(
             layouts, leaves, placement.find(layouts, leaves)
         ):
-            dtype = jnp.dtype(momentum_dtype or leaf.dtype)
+            dtype = jnp.dtype(momentum_dtype or leaf_dtype(leaf))
             m = jnp.zeros_like(leaf, dtype=dtype)
+            m_specs.append(functools.partial(leaf_spec, layout))
             spec = None if where is None else where.spec
             if replicate_axis and layout.compresses:
                 count = count_replicas(replicate_axis, where)
-                m = jnp.zeros((count, *leaf.shape), dtype)
+                m = jnp.zeros((count, *layout.shape), dtype)
+                m_specs[-1] = functools.partial(
+                    _with_replicas, replicate_axis if count > 1 else None
+                )
                 spec = None if count == 1 or spec is None else P(replicate_axis, *spec)
             if where is not None and spec is not None:
                 m = constrain(m, NamedSharding(where.mesh, spec))
             momentum.append(m)
             q.append(_init_q(layout, seed, q_dtype or dtype, where, leaf))
         return DionState(
-            jnp.zeros((), jnp.int32), treedef.unflatten(momentum), treedef.unflatten(q)
+            jnp.zeros((), jnp.int32),
+            with_leaves(params, momentum, m_specs),
+            with_leaves(params, q, [x.q_spec for x in layouts]),
         )
 
     def update(updates, state, params=None):
         del params
         named, treedef = named_leaves(updates)
-        check_trees("dion", updates, state.momentum)
-        grads = [g for _, g in named]
+        check_paths("dion", named, named_leaves(state.momentum)[0])
+        grads = [jnp.asarray(g) for _, g in named]
         check_shapes(named, jax.tree.leaves(state.momentum), bool(replicate_axis))
         qs = jax.tree.leaves(state.q)
         layouts = layouts_of(named, qs)
@@ -259,10 +264,11 @@ def scale_by_dion(
             replicas=[axes if x else () for x in averaged],
         )
         momenta = [m[None] if x else m for x, m in zip(averaged, momenta)]
+        # In the boxes of the state, which may be others than those of the gradients.
         return treedef.unflatten(directions), DionState(
             jnp.asarray(optax.safe_increment(state.count)),
-            treedef.unflatten(momenta),
-            treedef.unflatten(qs),
+            jax.tree.structure(state.momentum).unflatten(momenta),
+            jax.tree.structure(state.q).unflatten(qs),
         )
 
     return optax.GradientTransformation(init, update)
@@ -397,6 +403,10 @@ def dion(
         labels=labels,
         replicate_axis=replicate_axis,
     )
+
+
+def _with_replicas(axis: str | None, spec: P) -> P:
+    return P(axis, *spec)
 
 
 def _init_q(layout: Layout, seed: Any, dtype: Any, where: NamedSharding | None, like):

@@ -5,12 +5,13 @@ relies on the order of the axes: ``DimensionNumbers`` names them, all others are
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
@@ -24,11 +25,15 @@ class DimensionNumbers(NamedTuple):
     The default is a Flax kernel, (in, out). Every axis that is not named is a batch
     axis: stacked layers (L, in, out) are ``DimensionNumbers(1, 2)``, an attention
     kernel (embed, heads, head_dim) is ``(0, (1, 2))``, or ``(0, 2)`` for one matrix per
-    head.
+    head. Options also take ``optax.contrib.MuonDimensionNumbers``, which mean the same.
     """
 
     reduction_axis: int | Sequence[int] = 0
     output_axis: int | Sequence[int] = 1
+
+
+# Of a leaf whose dimension numbers are None: it is no matrix, whatever its shape.
+EXCLUDED = DimensionNumbers((), ())
 
 
 class Layout(NamedTuple):
@@ -171,7 +176,7 @@ def make_layout(
     an unsharded matrix), so that a run does not depend on its mesh.
 
     Raises:
-      ValueError: no two sides, overlapping or unknown axes, bad rank options.
+      ValueError: excluded, no two sides, overlapping or unknown axes, bad rank options.
     """
     if dimensions is None:
         if len(shape) != 2:
@@ -182,6 +187,12 @@ def make_layout(
                 "to another optimizer"
             )
         dimensions = DimensionNumbers()
+    if dimensions == EXCLUDED:
+        raise ValueError(
+            f"{path}: weight_dimension_numbers is None for this parameter of shape "
+            f"{tuple(shape)}, so it is no matrix; keep it out with optax.masked or "
+            "labels=, or give its DimensionNumbers"
+        )
     reduction = _axes(path, "reduction_axis", dimensions.reduction_axis, shape)
     output = _axes(path, "output_axis", dimensions.output_axis, shape)
     if set(reduction) & set(output) or not reduction or not output:
@@ -213,30 +224,6 @@ def path_name(path: Sequence[Any]) -> str:
     return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
 
 
-def per_leaf(
-    option: Any, named: Sequence[tuple[str, Any]], is_value: Callable, name: str
-) -> list[Any]:
-    """Looks up a per-leaf option: one value, a function (path, leaf), or a tree.
-
-    A tree is matched by path, so that it may also describe leaves that a mask or
-    partition has taken out of ``named``.
-    """
-    if is_value(option):
-        return [option] * len(named)
-    if callable(option):
-        return [option(path, leaf) for path, leaf in named]
-    flat = jax.tree_util.tree_flatten_with_path(option, is_leaf=is_value)[0]
-    table = {path_name(path): value for path, value in flat}
-    missing = [path for path, _ in named if path not in table]
-    if missing:
-        raise ValueError(
-            f"{name} has no entry for the parameter {missing[0]!r}; got entries for "
-            f"{sorted(table)[:8]}; pass one value, a function (path, leaf), or a tree "
-            "with the parameters' structure"
-        )
-    return [table[path] for path, _ in named]
-
-
 def axis_names(axes: Sequence[int], spec: P) -> tuple[str, ...]:
     """Mesh axes that split the given array axes, in order."""
     entries = tuple(spec)
@@ -250,15 +237,11 @@ def mesh_axes(entry: Any) -> tuple[str, ...]:
     return (entry,) if isinstance(entry, str) else tuple(entry)
 
 
-def named_leaves(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
-    """[(path, leaf)] and the tree's structure."""
-    flat, treedef = jax.tree_util.tree_flatten_with_path(tree)
-    return [(path_name(path), leaf) for path, leaf in flat], treedef
-
-
 def is_dimensions(x: Any) -> bool:
     """Whether ``x`` is one value of a ``weight_dimension_numbers`` option."""
-    return x is None or isinstance(x, DimensionNumbers)
+    optax_numbers = optax.contrib.MuonDimensionNumbers
+    kinds = (DimensionNumbers, optax_numbers, optax.MaskedNode)
+    return x is None or isinstance(x, kinds)
 
 
 def is_sharding(x: Any) -> bool:

@@ -1,5 +1,6 @@
 """Layouts, groups of leaves, init and update of all optimizers of matrices."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,14 +10,15 @@ import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxpapers.optim.layout import (
-    Layout,
-    is_dimensions,
-    make_layout,
-    named_leaves,
-    per_leaf,
+from jaxpapers.optim.layout import Layout, make_layout
+from jaxpapers.optim.options import (
+    check_choice,
+    check_dtype,
+    check_leaf,
+    check_paths,
+    leaf_dtype,
 )
-from jaxpapers.optim.options import check_choice, check_dtype, check_leaf, check_trees
+from jaxpapers.optim.paths import dimension_numbers, named_leaves, with_leaves
 from jaxpapers.optim.placement import Placement, placed
 from jaxpapers.optim.sharded import blockwise, group_key, leaf_spec
 
@@ -54,9 +56,7 @@ def momentum_method(
     placement = Placement(sharding, unknown_sharding)
 
     def read_layouts(named):
-        numbers = per_leaf(
-            weight_dimension_numbers, named, is_dimensions, "weight_dimension_numbers"
-        )
+        numbers = dimension_numbers(weight_dimension_numbers, named)
         for path, leaf in named:
             check_leaf(path, leaf, name)
         return [
@@ -64,7 +64,7 @@ def momentum_method(
         ]
 
     def init(params):
-        named, treedef = named_leaves(params)
+        named, _ = named_leaves(params)
         layouts = read_layouts(named)
         placement.see(named)
         leaves = [leaf for _, leaf in named]
@@ -72,16 +72,17 @@ def momentum_method(
 
         def zeros(layout, x):
             del layout
-            return jnp.zeros_like(x, dtype=momentum_dtype or x.dtype)
+            return jnp.zeros_like(x, dtype=momentum_dtype or leaf_dtype(x))
 
         def tree(make, spec):
-            return treedef.unflatten(
+            specs = [functools.partial(spec, layout) for layout in layouts]
+            new = [
                 placed(
-                    make(layout, leaf),
-                    where and NamedSharding(where.mesh, spec(layout, where.spec)),
+                    make(layout, x), where and NamedSharding(where.mesh, of(where.spec))
                 )
-                for layout, leaf, where in zip(layouts, leaves, shardings)
-            )
+                for layout, x, where, of in zip(layouts, leaves, shardings, specs)
+            ]
+            return with_leaves(params, new, specs)
 
         momentum = tree(zeros, leaf_spec)
         return make_state(
@@ -91,7 +92,7 @@ def momentum_method(
     def update(updates, state, params=None):
         del params
         named, treedef = named_leaves(updates)
-        check_trees(name, updates, state.momentum)
+        check_paths(name, named, named_leaves(state.momentum)[0])
         momenta = jax.tree.leaves(state.momentum)
         check_shapes(named, momenta)
         layouts = read_layouts(named)
@@ -100,7 +101,7 @@ def momentum_method(
             step,
             layouts,
             placement.find(layouts, momenta, report=True),
-            [g for _, g in named],
+            [jnp.asarray(g) for _, g in named],
             [momenta, *further],
             [leaf_spec, *(spec for _, spec in statistics)],
             options,
@@ -108,8 +109,10 @@ def momentum_method(
             keys=[(x.fan_in, x.fan_out) for x in layouts],
         )
         count = jnp.asarray(optax.safe_increment(state.count))
+        # In the boxes of the state, which may be others than those of the gradients.
+        forms = [jax.tree.structure(x) for x in state[1 : 2 + len(statistics)]]
         return treedef.unflatten(directions), make_state(
-            count, *(treedef.unflatten(x) for x in states)
+            count, *(form.unflatten(x) for form, x in zip(forms, states))
         )
 
     return optax.GradientTransformation(init, update)

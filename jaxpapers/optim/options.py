@@ -1,6 +1,7 @@
 """Checks of the optimizers' hyper-parameters, before anything is traced if possible."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -44,23 +45,45 @@ def check_dtype(name: str, dtype: Any) -> None:
 
 
 def check_leaf(path: str, leaf: Any, name: str) -> None:
-    """TypeError unless the leaf is an array of real floating-point numbers."""
-    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+    """TypeError unless the leaf is an array or number of real floating point."""
+    try:
+        dtype = jnp.result_type(leaf)
+    except TypeError:
         raise TypeError(
-            f"{path}: {name} needs real floating-point leaves, got {leaf.dtype}; keep "
+            f"{path}: {name} needs real floating-point leaves, got "
+            f"{type(leaf).__name__}; keep it out with optax.masked"
+        ) from None
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(
+            f"{path}: {name} needs real floating-point leaves, got {dtype}; keep "
             "it out with optax.masked, or give it to another optimizer"
         )
 
 
-def check_trees(name: str, got: Any, expected: Any) -> None:
-    """ValueError where gradients do not have the structure of the state."""
-    structures = [jax.tree.structure(x) for x in (got, expected)]
-    if structures[0] != structures[1]:
-        raise ValueError(
-            f"{name}: gradients and state have different structures: got "
-            f"{structures[0]}, expected {structures[1]}; call init with the parameters "
-            "that these gradients belong to"
-        )
+def leaf_dtype(leaf: Any) -> Any:
+    """The dtype that a leaf, which may be of NumPy or Python, has in JAX."""
+    return jax.dtypes.canonicalize_dtype(jnp.result_type(leaf))
+
+
+def check_paths(name: str, got: Sequence, expected: Sequence) -> None:
+    """ValueError where gradients are not those of the state's parameters.
+
+    Args:
+      name: of the optimizer, for the message.
+      got: gradients with their paths.
+      expected: momenta with theirs.
+    """
+    paths = [path for path, _ in got]
+    wanted = [path for path, _ in expected]
+    if paths == wanted:
+        return
+    missing = [p for p in wanted if p not in set(paths)]
+    unknown = [p for p in paths if p not in set(wanted)]
+    raise ValueError(
+        f"{name}: gradients and state have different structures: got {len(paths)} "
+        f"gradients, expected {len(wanted)}; missing {missing[:3]}, unknown "
+        f"{unknown[:3]}; call init with the parameters that these gradients belong to"
+    )
 
 
 def is_number(x: Any) -> bool:

@@ -15,7 +15,8 @@ import jax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxpapers.optim.layout import Layout, is_sharding, mesh_axes, per_leaf
+from jaxpapers.optim.layout import Layout, is_sharding, mesh_axes
+from jaxpapers.optim.paths import per_leaf
 
 
 class Placement:
@@ -67,13 +68,13 @@ class Placement:
 
 
 def find_sharding(
-    layout: Layout, leaf: jax.Array, declared: Any, seen: NamedSharding | None
+    layout: Layout, leaf: Any, declared: Any, seen: NamedSharding | None
 ) -> tuple[NamedSharding | None, bool]:
     """How a leaf is sharded, and whether that is known.
 
     Args:
       layout: the leaf's layout (its path and shape appear in errors).
-      leaf: momentum or parameter, concrete or traced.
+      leaf: momentum or parameter, concrete (also of NumPy) or traced.
       declared: NamedSharding, PartitionSpec or None, from the user's ``sharding=``.
       seen: sharding of the concrete array that ``init`` was given, if any.
 

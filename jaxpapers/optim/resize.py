@@ -12,14 +12,14 @@ import jax
 import jax.numpy as jnp
 
 from jaxpapers.optim.dion import DionState
-from jaxpapers.optim.layout import (
-    is_dimensions,
-    make_layout,
+from jaxpapers.optim.layout import make_layout
+from jaxpapers.optim.options import is_number, static_fraction, static_multiple
+from jaxpapers.optim.paths import (
+    dimension_numbers,
+    map_named,
     named_leaves,
-    path_name,
     per_leaf,
 )
-from jaxpapers.optim.options import is_number, static_fraction, static_multiple
 
 
 def rescale_rank(
@@ -58,14 +58,13 @@ def rescale_rank(
     """
     table = dict(named_leaves(params)[0])
 
-    def layout_of(path):
-        name = path_name(path)
+    def layout_of(name):
         param = table[name]
         named = [(name, param)]
         return make_layout(
             name,
             param.shape,
-            per_leaf(weight_dimension_numbers, named, is_dimensions, "dimensions")[0],
+            dimension_numbers(weight_dimension_numbers, named)[0],
             rank_fraction=static_fraction(
                 name,
                 per_leaf(rank_fraction, named, is_number, "rank_fraction")[0],
@@ -75,7 +74,7 @@ def rescale_rank(
         )
 
     def q(path, leaf):
-        return _with_rank(path_name(path), leaf, layout_of(path).rank, seed)
+        return _with_rank(path, leaf, layout_of(path).rank, seed)
 
     def momentum(path, m):
         layout = layout_of(path)
@@ -105,7 +104,7 @@ def sync_for_checkpoint(state: Any, params: Any) -> Any:
     shapes = {path: leaf.shape for path, leaf in named_leaves(params)[0]}
 
     def momentum(path, m):
-        if m.shape[1:] != shapes[path_name(path)]:
+        if m.shape[1:] != shapes[path]:
             return m
         mean = jnp.broadcast_to(m.mean(0, keepdims=True), m.shape)
         return (
@@ -134,25 +133,23 @@ def resize(state: Any, target: Any, *, seed: int = 0) -> Any:
         if not isinstance(x, DionState):
             return x
 
-        def q(path, old, new):
-            name = path_name(path)
+        old_q, old_m = dict(named_leaves(x.q)[0]), dict(named_leaves(x.momentum)[0])
+
+        def q(name, new):
+            old = old_q[name]
             if old.shape[:-1] != new.shape[:-1]:
                 raise ValueError(
                     _UNLIKE.format(name=name, got=old.shape, expected=new.shape)
                 )
             return _with_rank(name, old, new.shape[-1], seed).astype(new.dtype)
 
-        def momentum(path, old, new, q):
+        def momentum(name, new):
+            old = old_m[name]
             # M has at least Q's axes; only one more can be that of replicas.
-            replicated = old.ndim > max(new.ndim - 1, q.ndim)
-            name = path_name(path)
+            replicated = old.ndim > max(new.ndim - 1, old_q[name].ndim)
             return _with_replicas(name, old, new.shape, replicated).astype(new.dtype)
 
-        tree_map = jax.tree_util.tree_map_with_path
-        return x._replace(
-            momentum=tree_map(momentum, x.momentum, t.momentum, x.q),
-            q=tree_map(q, x.q, t.q),
-        )
+        return x._replace(momentum=map_named(momentum, t.momentum), q=map_named(q, t.q))
 
     return jax.tree.map(node, state, target, is_leaf=lambda x: isinstance(x, DionState))
 
@@ -194,7 +191,6 @@ def _map_dion(state: Any, field: str, f: Callable) -> Any:
     def node(x):
         if not isinstance(x, DionState):
             return x
-        new = jax.tree_util.tree_map_with_path(f, getattr(x, field))
-        return x._replace(**{field: new})
+        return x._replace(**{field: map_named(f, getattr(x, field))})
 
     return jax.tree.map(node, state, is_leaf=lambda x: isinstance(x, DionState))

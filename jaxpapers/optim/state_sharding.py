@@ -8,11 +8,11 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxpapers.optim.dion import DionState
-from jaxpapers.optim.layout import (
-    is_dimensions,
-    make_layout,
+from jaxpapers.optim.layout import is_sharding, make_layout
+from jaxpapers.optim.paths import (
+    dimension_numbers,
+    map_named,
     named_leaves,
-    path_name,
     per_leaf,
 )
 
@@ -36,7 +36,8 @@ def dion_state_sharding(
     Args:
       state: arrays or ``jax.eval_shape(tx.init, params)``; any nesting of optax states.
       params: the parameters, or their shapes.
-      params_sharding: tree of NamedSharding like ``params``.
+      params_sharding: tree of NamedSharding like ``params``; boxes of the one need not
+        be those of the other.
       weight_dimension_numbers: as given to ``dion``.
       p_side: as given to ``dion``.
       replicate_axis: as given to ``dion``.
@@ -56,14 +57,13 @@ def dion_state_sharding(
       True
     """
     named, _ = named_leaves(params)
-    shardings = dict(named_leaves(params_sharding)[0])
-    table = {path: (leaf, shardings[path]) for path, leaf in named}
-    mesh = next(iter(shardings.values())).mesh
+    shardings = per_leaf(params_sharding, named, is_sharding, "params_sharding")
+    table = {path: (leaf, where) for (path, leaf), where in zip(named, shardings)}
+    mesh = shardings[0].mesh
     whole: Any = NamedSharding(mesh, P())
     rule = state_rules(weight_dimension_numbers, p_side=p_side)[0][1]
 
-    def like_parameter(path, leaf):
-        name = path_name(path)
+    def like_parameter(name, leaf):
         # The longest, as "block/kernel" ends in "kernel" too.
         owners = [p for p in table if name == p or name.endswith("/" + p)]
         if owners:
@@ -74,8 +74,7 @@ def dion_state_sharding(
                 return NamedSharding(mesh, P(replicate_axis, *where.spec))
         return whole
 
-    def like_q(path, leaf):
-        name = path_name(path)
+    def like_q(name, leaf):
         param, where = table[name]
         return NamedSharding(mesh, rule(name, leaf, param, where.spec))
 
@@ -85,13 +84,11 @@ def dion_state_sharding(
             return like_parameter(path, x)
         return x._replace(
             count=whole,
-            momentum=jax.tree_util.tree_map_with_path(like_parameter, x.momentum),
-            q=jax.tree_util.tree_map_with_path(like_q, x.q),
+            momentum=map_named(like_parameter, x.momentum),
+            q=map_named(like_q, x.q),
         )
 
-    return jax.tree_util.tree_map_with_path(
-        node, state, is_leaf=lambda x: isinstance(x, DionState)
-    )
+    return map_named(node, state, is_leaf=lambda x: isinstance(x, DionState))
 
 
 def replica_specs(state: Any, params: Any, replicate_axis: str) -> Any:
@@ -109,16 +106,14 @@ def replica_specs(state: Any, params: Any, replicate_axis: str) -> Any:
     shapes = {path: leaf.shape for path, leaf in named_leaves(params)[0]}
 
     def momentum(path, leaf):
-        per_replica = leaf.shape[1:] == shapes[path_name(path)]
+        per_replica = leaf.shape[1:] == shapes[path]
         return P(replicate_axis) if per_replica else P()
 
     def node(x):
         specs = jax.tree.map(lambda _: P(), x)
         if not isinstance(x, DionState):
             return specs
-        return specs._replace(
-            momentum=jax.tree_util.tree_map_with_path(momentum, x.momentum)
-        )
+        return specs._replace(momentum=map_named(momentum, x.momentum))
 
     return jax.tree.map(node, state, is_leaf=lambda x: isinstance(x, DionState))
 
@@ -141,7 +136,7 @@ def state_rules(
         layout = make_layout(
             path,
             param.shape,
-            per_leaf(weight_dimension_numbers, named, is_dimensions, "dimensions")[0],
+            dimension_numbers(weight_dimension_numbers, named)[0],
             p_side=per_leaf(p_side, named, lambda x: isinstance(x, str), "p_side")[0],
             rank=q.shape[-1],
         )
