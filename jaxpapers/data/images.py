@@ -13,6 +13,8 @@ import numpy as np
 from jaxpapers.data import arrays, pickles
 
 DIGITS_TRAIN = 1348
+# Of the pixels; labels are lists, in files that others wrote anew also arrays.
+_CIFAR_TYPES = ("uint8", "int32", "int64")
 
 
 class Split(NamedTuple):
@@ -209,7 +211,7 @@ def _digit(path, number, line):
 
 def _cifar_file(path: Path, key: bytes, classes: int) -> Split:
     try:
-        batch = pickles.load(path, allowed=pickles.ARRAYS, encoding="bytes")
+        batch = pickles.load(path, allowed=_CIFAR_TYPES, encoding="bytes")
         image, label = np.asarray(batch[b"data"]), np.asarray(batch[key], np.int32)
     except (ValueError, KeyError, TypeError) as e:
         raise ValueError(
