@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxpapers.data import files
+
 DIGITS = (
     "zero",
     "one",
@@ -32,6 +34,7 @@ NULL = 0
 """Null token: padding, and as a whole prompt unconditional generation."""
 
 _INKS = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0]], np.float32)
+_MAX_JSON = 1 << 28  # bytes; COCO's captions have a fourth of it
 _WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
 
 
@@ -326,9 +329,10 @@ def _checked(label: np.ndarray, classes: int) -> np.ndarray:
 
 
 def _json(path: str | Path, kind: type, expected: str) -> Any:
+    data = files.read(path, most=_MAX_JSON)
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as e:
+        value = json.loads(data.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as e:
         raise ValueError(f"{path}: not JSON ({e}); expected {expected}") from e
     if not isinstance(value, kind) or not value:
         raise ValueError(f"{path}: expected {expected}, got {value!r:.60}")

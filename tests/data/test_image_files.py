@@ -1,6 +1,7 @@
 """IDX, CSV, CelebA and folders: original files that the test writes, what is refused."""
 
 import gzip
+import os
 import struct
 
 import numpy as np
@@ -9,6 +10,10 @@ import pytest
 from jaxpapers.data import image_files, images
 
 Image = pytest.importorskip("PIL.Image")
+
+
+def save(path, pixels):
+    Image.fromarray(pixels).save(path)
 
 
 def as_idx(array):
@@ -37,7 +42,7 @@ VECTOR = as_idx(np.arange(5, dtype=np.uint8))
         # The same header with its bytes the other way round.
         (b"\1\x08\0\0" + VECTOR[4:], "starts with 0x01080000"),
         (b"", "starts with 0x; expected"),
-        (gzip.compress(VECTOR, mtime=0)[:-9], "not a whole gzip file"),
+        (gzip.compress(VECTOR, mtime=0)[:-9], "unreadable after 0 bytes"),
     ],
     ids=["cut", "too long", "cut header", "type", "byte order", "empty", "cut gzip"],
 )
@@ -270,6 +275,58 @@ def test_image_folder_refuses(tmp_path):
     write_folder(tmp_path / "inside", 1, (0, 0, 0))
     with pytest.raises(ValueError, match="images beside folders"):
         image_files.image_folder(tmp_path, 4)
+
+
+def test_images_are_turned_as_viewers_show_them(tmp_path):
+    """Of each EXIF orientation the loaded image is the upright one."""
+    upright = np.zeros((16, 16, 3), np.uint8)
+    upright[:8], upright[:, :8, 1] = (255, 0, 0), 255  # All four quarters differ.
+    turned = [upright, upright[:, ::-1], upright[::-1, ::-1], upright[::-1]]
+    turned += [upright.transpose(1, 0, 2), np.rot90(upright)]
+    turned += [np.rot90(upright, 2).transpose(1, 0, 2), np.rot90(upright, -1)]
+    for orientation, pixels in enumerate(turned, 1):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        Image.fromarray(np.ascontiguousarray(pixels)).save(
+            tmp_path / f"{orientation}.png", exif=exif
+        )
+    dataset = image_files.image_folder(tmp_path, 16, 0.25)
+    for image in np.concatenate([dataset.train.image, dataset.test.image]):
+        np.testing.assert_array_equal(image, upright / np.float32(255))
+
+
+def test_hidden_and_other_files_are_no_images(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for i in range(3):
+            save(tmp_path / name / f"{i}.png", np.full((4, 4, 3), 9, np.uint8))
+        (tmp_path / name / "._0.png").write_bytes(b"\0\5\x16\7 Mac OS X")
+    (tmp_path / "b" / "Thumbs.db").write_bytes(b"x")
+    (tmp_path / "readme.txt").write_bytes(b"x")
+    dataset = image_files.image_folder(tmp_path, 4, 0.5)
+    assert dataset.classes == 2 and len(dataset.train.label) == 3
+    assert dataset.notes.startswith("skipped 2 of 8 files: readme.txt (no image")
+
+
+def test_large_images_and_odd_files_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(image_files, "MAX_PIXELS", 99)
+    for i in range(2):
+        save(tmp_path / f"{i}.png", np.zeros((9, 9, 3), np.uint8))
+    save(tmp_path / "x.png", np.zeros((10, 10, 3), np.uint8))
+    with pytest.raises(ValueError, match="x.png: has 10 x 10 pixels, more than the 99"):
+        image_files.image_folder(tmp_path, 4, 0.5)
+    # Pillow's own refusal names no file.
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 45)
+    with pytest.raises(ValueError, match="x.png: broken image .DecompressionBomb"):
+        image_files.image_folder(tmp_path, 4, 0.5)
+    (tmp_path / "x.png").unlink()
+    os.mkfifo(tmp_path / "x.png")
+    with pytest.raises(ValueError, match="x.png: is a pipe"):
+        image_files.image_folder(tmp_path, 4, 0.5)
+    (tmp_path / "x.png").unlink()
+    (tmp_path / "x.png").mkdir()
+    with pytest.raises(ValueError, match="images beside folders"):
+        image_files.image_folder(tmp_path, 4, 0.5)
 
 
 def test_absent_pillow_is_named(tmp_path, monkeypatch):

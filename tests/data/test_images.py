@@ -2,12 +2,14 @@
 
 import gzip
 import pickle
+import struct
+import zlib
 
 import numpy as np
 import pytest
 from scipy.io import savemat
 
-from jaxpapers.data import images
+from jaxpapers.data import images, matlab
 
 
 def write_digits(folder, count=20, bad=""):
@@ -113,16 +115,48 @@ def test_cifar_refuses(tmp_path, monkeypatch, content, message):
     assert not (tmp_path / "evil").exists()
 
 
-def test_svhn(tmp_path):
-    rng = np.random.default_rng(0)
+def test_svhn(tmp_path, monkeypatch):
+    rng, y = np.random.default_rng(0), [[10], [1], [9], [10]]
     x = rng.integers(0, 256, (32, 32, 3, 4)).astype(np.uint8)
     for name in ("train", "test"):
-        savemat(tmp_path / f"{name}_32x32.mat", {"X": x, "y": [[10], [1], [9], [10]]})
+        savemat(tmp_path / f"{name}_32x32.mat", {"X": x, "y": y})
     dataset = images.svhn(tmp_path)
     assert dataset.train.label.tolist() == [0, 1, 9, 0]
     assert dataset.train.image[1, 2, 3, 0] == np.float32(x[2, 3, 0, 1] / 255)
     savemat(tmp_path / "extra_32x32.mat", {"X": x, "y": [[1]] * 4})
     assert len(images.svhn(tmp_path).train.label) == 8
+    savemat(tmp_path / "train_32x32.mat", {"X": x, "y": y}, do_compression=True)
+    assert images.svhn(tmp_path).train.label.tolist()[:4] == [0, 1, 9, 0]
+    content = (tmp_path / "train_32x32.mat").read_bytes()
+    bomb = zlib.compress(bytes(1 << 20))
+    monkeypatch.setattr(matlab, "_FREE_BYTES", 99)
+    for bad, message in (
+        (content[:-20], "cut off or malformed"),
+        (content[:60], "starts with b'MATLAB 5.0 MAT-file"),
+        (b"MATLAB 7.3 MAT-file" + content[19:], "save others .7.3 is HDF5. with -v7"),
+        (content[:140] + b"\xff" * 20 + content[160:], "a broken compressed element"),
+        (
+            content[:128] + struct.pack("<II", 15, len(bomb)) + bomb,
+            "grow to more than 23,",
+        ),
+    ):
+        (tmp_path / "train_32x32.mat").write_bytes(bad)
+        with pytest.raises(ValueError, match=f"train_32x32.mat: .*{message}"):
+            images.svhn(tmp_path)
+    cells = np.zeros((2, 2), object)
+    for bad, message in (
+        (
+            {"X": cells, "y": y},
+            "X is cell of shape .2, 2.; expected numbers of 4",
+        ),
+        ({"y": y}, "X is missing"),
+        ({"X": x, "y": [[1.5]] * 4}, r"y must be 1 .. 10"),
+        ({"X": x.astype(float), "y": y}, "X must be uint8"),
+    ):
+        savemat(tmp_path / "train_32x32.mat", bad)
+        with pytest.raises(ValueError, match=message):
+            images.svhn(tmp_path)
+    savemat(tmp_path / "train_32x32.mat", {"X": x, "y": y})
     savemat(tmp_path / "test_32x32.mat", {"X": x[:16], "y": [[1]] * 4})
     with pytest.raises(ValueError, match="32, 32, 3, 4"):
         images.svhn(tmp_path)
