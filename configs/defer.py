@@ -36,12 +36,12 @@ def get_config(preset: str | None = None) -> ConfigDict:
                 "batch": 1024,
                 "epochs": 5,  # of pretraining
                 "w1": 0.25 / 24,  # days, as all times here
-                "w2": 30.0,
+                "w2": 30.0,  # days in which a conversion counts
                 "w3": 0.0,  # 0: real negatives are known at w2
-                "bucket": 1 / 24,
-                "pretrain_until": 30.0,
-                "stream_from": 30.0,
-                "stream_until": 60.0,
+                "bucket": 1 / 24,  # days of the stream between updates
+                "pretrain_until": 30.0,  # day; clicks before it pretrain
+                "stream_from": 30.0,  # day of the first event that trains
+                "stream_until": 60.0,  # day of the last one
                 "baselines": ("pretrained", "oracle"),  # methods trained beside it
                 "holdout": 1.0,  # days at the end that are kept for evaluation
                 "seed": 0,

@@ -32,7 +32,7 @@ def get_config(preset: str | None = None) -> ConfigDict:
                 "grades": True,  # HSK 3.0 levels as a graded order
             },
             "method": {
-                "b": 0.35,
+                "b": 0.35,  # weight exponent of the learning order
                 "others": (0.1, 0.2, 0.5, 1.0),  # rows of the table
                 "sweep": 21,  # values of b from 0 to 1 in the figure
                 "use_multiplicity": False,  # a component counts as often as it occurs
@@ -42,9 +42,9 @@ def get_config(preset: str | None = None) -> ConfigDict:
             },
             "fit": {  # b per level
                 "steps": 60,  # 0: no such row
-                "lr": 0.1,
-                "tau": 0.3,
-                "top": 2000,
+                "lr": 0.1,  # learning rate
+                "tau": 0.3,  # temperature of the soft ranks
+                "top": 2000,  # characters whose cost is minimised
             },
         }
     )

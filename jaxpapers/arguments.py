@@ -1,6 +1,9 @@
 """Arguments of the command line and their help."""
 
 import argparse
+import difflib
+import re
+import textwrap
 from collections.abc import Callable, Mapping
 
 
@@ -16,32 +19,66 @@ class _RunHelp(argparse.Action):
         if target is None:
             print("\nwith a NAME, --help also lists its config fields")
         else:
-            from jaxpapers import run
-
-            try:
-                config = run.load_config(target, (), getattr(namespace, "config", None))
-            except ValueError as e:
-                return parser.error(str(e))
-            print(f"\nconfig fields of {target} (--config.group.field=value):")
-            for name, value in _fields(config, "--config"):
-                print(f"  {name:<36} {type(value).__name__:<6} {value!r}")
+            _print_fields(parser, target, getattr(namespace, "config", None))
         parser.exit()
 
 
-def _fields(config, prefix):
-    """Every field of a config and of its groups, by name."""
-    for name, value in sorted(config.items()):
-        if hasattr(value, "items"):
-            yield from _fields(value, f"{prefix}.{name}")
-        else:
-            yield f"{prefix}.{name}", value
+def _print_fields(parser, target: str, source: str | None) -> None:
+    """Every config field: name, type, default; below it what it is, and its choices."""
+    from jaxpapers.config import load_config
+    from jaxpapers.describe import describe
+
+    try:
+        config = load_config(target, (), source)
+        described = describe(target.partition(":")[0], config, source)
+    except (ValueError, OSError) as e:
+        return parser.error(str(e))
+    print(f"\nconfig fields of {target} (--config.group.field=value):")
+    for name, value, text, choices in described:
+        print(f"  --config.{name:<27} {type(value).__name__:<6} {value!r}")
+        if choices:
+            known = ", ".join(str(x) or "''" for x in choices)
+            text = (
+                f"{text.rstrip('.')}; one of: {known}" if text else f"one of: {known}"
+            )
+        indent = "      "
+        print(textwrap.fill(text, 88, initial_indent=indent, subsequent_indent=indent))
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors suggest the argument or command that was meant."""
+
+    def error(self, message):
+        found = re.search(r"invalid choice: '([^']*)'", message)
+        if found:
+            known = re.findall(r"\w+", message.partition("choose from")[2])
+            near = difflib.get_close_matches(found[1], known, 1)
+            message += f"; did you mean {near[0]!r}?" if near else ""
+        super().error(message)
+
+
+def suggestion(parser: argparse.ArgumentParser, argument: str, options) -> str:
+    """What an unknown argument of a command may have been meant for; "" for nothing."""
+    (commands,) = [x.choices for x in parser._actions if x.dest == "command"]
+    known = commands[options.command]._option_string_actions
+    name = argument.partition("=")[0]
+    near = difflib.get_close_matches(name, [x for x in known if x[:2] == "--"], 1, 0.75)
+    if not near and hasattr(options, "config"):
+        from jaxpapers.config import load_config, near_fields
+
+        try:
+            config = load_config(options.target, (), options.config)
+        except (ValueError, OSError):
+            return ""
+        near = [f"--config.{x}" for x in near_fields(config, name.strip("-"))]
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def parser_of(actions: Mapping[str, Callable]) -> argparse.ArgumentParser:
     """The parser; ``actions`` are called with the options, one for each command."""
     from jaxpapers import __version__
 
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="jaxpapers",
         description="The systems of 20 papers in JAX.",
         allow_abbrev=False,

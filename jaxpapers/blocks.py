@@ -5,6 +5,36 @@ For the files in configs/ and for your own: ``from jaxpapers import blocks``.
 
 from typing import Any
 
+FIELDS = {
+    "task": "module of jaxpapers.tasks that reads the data and makes the comparison",
+    "source": "data set",
+    "path": "files or folder of the user's own",
+    "batch": "rows of a training step, over all devices and processes",
+    "eval_batch": "rows of a step of an evaluation",
+    "eval_count": "samples of an evaluation",
+    "context": "tokens of a row",
+    "history": "last items of a user's past that a row has",
+    "spread": "standard deviation of the noise of a synthetic source",
+    "validation_fraction": "share of the text that is held out",
+    "seed": "of the draws",
+    "steps": "optimizer steps, or iterations of a method that has several per iteration",
+    "accumulate": "micro-batches of a step",
+    "eval_every": "steps between evaluations; 0: only at the end",
+    "save_every": "steps between checkpoints; 0: by minutes alone",
+    "save_minutes": "minutes between checkpoints; 0: by steps alone",
+    "keep": "checkpoints kept",
+    "init_from": "workdir whose parameters start the run",
+    "sample": "size of the sample drawn at the end; 0: none",
+    "prompt": "start of the sample",
+    "temperature": "of the sample; 0: the likeliest token",
+    "tables": "optimizer of the embedding tables: lazy_adam, row_adagrad or row_sgd on "
+    "the rows that a batch reads; dense: that of all other parameters on all rows",
+    "ema": "decay of the moving average of the parameters; 0: none",
+    "value_lr": "learning rate of the value net",
+    "critic_lr": "learning rate of the critic",
+}  # fmt: skip
+"""What fields mean that several configs have, for their help."""
+
 
 def train(
     steps: int,
@@ -17,14 +47,11 @@ def train(
     """The group ``train``, which ``jaxpapers.train`` and ``jaxpapers.run`` read.
 
     Args:
-      steps: optimizer steps, or iterations of a method that has several per iteration.
-      eval_every: steps between evaluations; 0: only at the end.
-      save_minutes: minutes between checkpoints.
-      sample: size of the sample drawn at the end; 0: none.
-      fields: what only this config has, or another value of ``accumulate`` (micro-batches
-        of a step), ``seed`` (of the parameters and of the steps' randomness),
-        ``save_every`` (steps between checkpoints; 0: by minutes alone), ``keep``
-        (checkpoints kept) and ``init_from`` (workdir whose parameters start the run).
+      steps: see ``FIELDS``, as for all others.
+      eval_every: steps between evaluations.
+      save_minutes: between checkpoints.
+      sample: size.
+      fields: what only this config has, or another value of a field below.
     """
     return {
         "steps": steps,

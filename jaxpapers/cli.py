@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Generator, Sequence
 
 from jaxpapers import extras, signals
-from jaxpapers.arguments import parser_of
+from jaxpapers.arguments import parser_of, suggestion
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,7 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.files += [x for x in unknown if not x.startswith("-")]
         unknown = [x for x in unknown if x.startswith("-")]
     if unknown:
-        parser.error(f"unknown argument {unknown[0]!r}; see {options.command} --help")
+        hint = suggestion(parser, unknown[0], options)
+        hint = hint or f"; see {options.command} --help"
+        parser.error(f"unknown argument {unknown[0]!r}{hint}")
     if overrides and options.command not in ("run", "train", "plan"):
         parser.error(f"{options.command} takes no config fields, got {overrides[0]!r}")
     with contextlib.ExitStack() as stack:

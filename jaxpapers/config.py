@@ -117,6 +117,17 @@ def fields(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{name}", value
 
 
+def near_fields(config: Any, name: str) -> list[str]:
+    """Fields that ``name`` may have been meant for, the likeliest first."""
+    known = [field for field, _ in fields(config)]
+    last = name.rpartition(".")[2]
+    ends = {field.rpartition(".")[2]: field for field in reversed(known)}
+    near = difflib.get_close_matches(name, known, 1, 0.75)
+    near += [field for field in known if field.rpartition(".")[2] == last]
+    near += [ends[x] for x in difflib.get_close_matches(last, ends, 1, 0.75)]
+    return near or difflib.get_close_matches(name, known, 1)
+
+
 def _check_field(config: Any, override: str) -> None:
     """Refuses an override of a field that is not there; suggests one that is."""
     name = override.partition("=")[0].removeprefix("--config.")
@@ -126,10 +137,7 @@ def _check_field(config: Any, override: str) -> None:
     # Index expressions and groups are left to the parser of overrides.
     if "[" in name or any(field.startswith(f"{name}.") for field in known):
         return
-    last = name.rpartition(".")[2]
-    near = difflib.get_close_matches(name, known, 1, 0.75)
-    near = near or [field for field in known if field.rpartition(".")[2] == last]
-    near = near or difflib.get_close_matches(name, known, 1)
+    near = near_fields(config, name)
     hint = (
         f"Did you mean --config.{near[0]}?"
         if near

@@ -17,6 +17,7 @@ config group, and ``from_config(Net, config.net, "net")`` the instance. Names in
 are those of the config, ``net.item_dim``.
 """
 
+import contextvars
 import dataclasses
 import difflib
 import typing
@@ -77,6 +78,32 @@ def _field(kind: Any, value: Any, where: str) -> Any:
     return value
 
 
+_recorded: contextvars.ContextVar[dict] = contextvars.ContextVar("recorded")
+
+
+def choices(cls: type, group: Any) -> dict[str, tuple]:
+    """Field -> its values, as a dataclass checks them for the values of a config group.
+
+    Example:
+      >>> @dataclasses.dataclass
+      ... class Net:
+      ...     pooling: str = "mean"
+      ...     def __post_init__(self):
+      ...         check_choices(self, "net", pooling=("attention", "mean"))
+      >>> choices(Net, {})
+      {'pooling': ('attention', 'mean')}
+    """
+    found: dict[str, tuple] = {}
+    token = _recorded.set(found)
+    try:
+        from_config(cls, group, "")
+    except (TypeError, ValueError):
+        pass  # A class that lacks the others' fields has checked some.
+    finally:
+        _recorded.reset(token)
+    return found
+
+
 def check_choices(options: Any, where: str, **choices: tuple) -> None:
     """Checks fields that have a few values.
 
@@ -88,6 +115,7 @@ def check_choices(options: Any, where: str, **choices: tuple) -> None:
     Raises:
       ValueError: a field with another value.
     """
+    _recorded.get({}).update(choices)
     for name, known in choices.items():
         value = getattr(options, name)
         if value not in known:

@@ -93,7 +93,8 @@ ALLOWED = {
     "outputs": {"figures", "plots", "study", "workdir"},
     "hlo": set(),
     "plan": {"hlo", "method", "optim", "train"},
-    "arguments": {"run"},
+    "describe": {"blocks", "config", "options", "papers"},
+    "arguments": {"config", "describe"},
     "cli": {
         "arguments",
         "data",
