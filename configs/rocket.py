@@ -43,7 +43,10 @@ def get_config(preset: str | None = None) -> ConfigDict:
                 "eval_batch": 512,
                 "seed": 1234,
             },
-            "net": {"model": "wrn", **dataclasses.asdict(rocket.WrnNet())},
+            "net": {
+                "model": "wrn",  # din, dien
+                **dataclasses.asdict(rocket.WrnNet()),
+            },
             "optim": {
                 "name": "sgd",  # adam
                 "lr": 0.1,

@@ -37,10 +37,10 @@ def _print_fields(parser, target: str, source: str | None) -> None:
     for name, value, text, choices in described:
         print(f"  --config.{name:<27} {type(value).__name__:<6} {value!r}")
         if choices:
-            known = ", ".join(str(x) or "''" for x in choices)
-            text = (
-                f"{text.rstrip('.')}; one of: {known}" if text else f"one of: {known}"
-            )
+            known = "one of " + ", ".join(str(x) or "''" for x in choices)
+            # The text names the constant that holds them.
+            text, count = re.subn(r"one of [\w.]*[A-Z]{3}\w*", known, text)
+            text = text if count else f"{text.rstrip('.')}; {known}".lstrip("; ")
         indent = "      "
         print(textwrap.fill(text, 88, initial_indent=indent, subsequent_indent=indent))
 
@@ -59,8 +59,8 @@ class _Parser(argparse.ArgumentParser):
 
 def suggestion(parser: argparse.ArgumentParser, argument: str, options) -> str:
     """What an unknown argument of a command may have been meant for; "" for nothing."""
-    (commands,) = [x.choices for x in parser._actions if x.dest == "command"]
-    known = commands[options.command]._option_string_actions
+    (commands,) = [x for x in parser._actions if x.dest == "command"]
+    known = dict(commands.choices or ())[options.command]._option_string_actions
     name = argument.partition("=")[0]
     near = difflib.get_close_matches(name, [x for x in known if x[:2] == "--"], 1, 0.75)
     if not near and hasattr(options, "config"):

@@ -41,7 +41,8 @@ def open_manager(
     Sets orbax's handler of arrays for the process, see ``SPLIT_BYTES``. To write, the
     caller holds the folder's lock: what an interrupted write left there is removed.
     """
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    # Orbax logs the tracebacks of its threads, whose errors come to the caller anyway.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     _split_large_leaves()
     folder = Path(directory).expanduser().resolve()
     if not read_only and jax.process_index() == 0:

@@ -158,8 +158,10 @@ def _check_values(config: Any) -> None:
         if isinstance(value, float) and math.isnan(value):
             raise ValueError(f"{field} must be a number, got nan")
         if least is not None and isinstance(value, (int, float)):
-            if not least <= value < math.inf:
+            if not value >= least:
                 raise ValueError(f"{field} must be >= {least}, got {value}")
+        if (least is not None or name == "lr") and value == math.inf:
+            raise ValueError(f"{field} must be finite, got inf")
         if name == "lr" and isinstance(value, (int, float)) and not value > 0:
             raise ValueError(f"{field} must be > 0, got {value}")
         if name in ("path", "init_from"):

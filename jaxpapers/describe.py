@@ -12,7 +12,6 @@ import re
 import sys
 import textwrap
 import tokenize
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,13 +64,13 @@ def describe(name: str, config: Any, source: str | None = None) -> list[Field]:
     return described
 
 
-def _group(config: Any, path: str) -> Mapping:
+def _group(config: Any, path: str) -> Any:
     for part in filter(None, path.split(".")):
         config = config[part]
     return config
 
 
-def _texts(group: Mapping) -> tuple[dict[str, str], dict[str, tuple]]:
+def _texts(group: Any) -> tuple[dict[str, str], dict[str, tuple]]:
     """Texts and choices of a group's fields, of the dataclasses that are most like it."""
     keys = {k for k in group if not hasattr(group[k], "items")}
     texts: dict[str, str] = {}

@@ -36,7 +36,7 @@ class JsonlWriter:
     """
 
     def __init__(self, path: Path):
-        self._file = path.open("a+b")
+        self._file = path.open("a+b", buffering=0)
         if self._file.tell():
             self._file.seek(-1, 2)
             if self._file.read() != b"\n":  # A kill cut the last line off.
@@ -45,8 +45,11 @@ class JsonlWriter:
     def write(self, step: int, values: dict[str, float]) -> None:
         """Appends a line."""
         record = {"step": step, "time": round(time.time(), 3), **values}
-        self._file.write(json.dumps(record).encode() + b"\n")
-        self._file.flush()
+        try:
+            # In one piece: a kill cuts no line, and an error is not written again later.
+            self._file.write(json.dumps(record).encode() + b"\n")
+        except OSError as e:
+            raise OSError(e.errno, e.strerror, self._file.name) from e
 
     def close(self) -> None:
         """Closes the file."""

@@ -26,8 +26,13 @@ def replaced(path: str | Path) -> Generator[Path, None, None]:
     """A path to write to; what lies there becomes ``path`` when all went well.
 
     A kill or an error while writing leaves the file that was there.
+
+    Raises:
+      FileNotFoundError: its folder is missing.
     """
     path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"no folder {path.parent} to write {path.name} into")
     part = path.with_name(f".part.{path.name}")  # Writers of figures go by the suffix.
     try:
         yield part
@@ -71,7 +76,9 @@ def lock(folder: str | Path) -> Generator[None, None, None]:
     thread already holds, of the folder, is not taken twice.
 
     Raises:
-      ValueError: another process or thread writes there; it names the process.
+      ValueError: another process or thread writes there, it names the process; or it is
+        a file.
+      OSError: it cannot be written to.
     """
     folder = Path(folder).resolve()
     me = threading.get_ident()
@@ -80,6 +87,10 @@ def lock(folder: str | Path) -> Generator[None, None, None]:
         return
     if folder in _held:
         raise ValueError(_taken(folder, "another thread of this process"))
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(
+            f"{folder} is a file, expected a folder; choose another --workdir"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     file = _locked(folder)
     _held[folder] = me
