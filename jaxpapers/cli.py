@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"{options.command} takes no config fields, got {overrides[0]!r}")
     with contextlib.ExitStack() as stack:
         if options.command in ("run", "train"):
-            stack.enter_context(_one_line_warnings())
+            stack.enter_context(_one_line_each())
         try:
             if options.command in (
                 "run",
@@ -76,8 +76,8 @@ def _text(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _one_line_warnings() -> Generator[None, None, None]:
-    """Warnings of this package without the line of its source."""
+def _one_line_each() -> Generator[None, None, None]:
+    """Warnings of this package without the line of its source, and no echoes."""
     shown = warnings.formatwarning
 
     def one_line(message, category, filename, lineno, line=None):
@@ -85,11 +85,18 @@ def _one_line_warnings() -> Generator[None, None, None]:
             return f"jaxpapers: {message}\n"
         return shown(message, category, filename, lineno, line)
 
-    warnings.formatwarning = one_line
+    said = sys.unraisablehook
+
+    def ignored(unraisable):
+        # Of tensorstore, where a save failed and its caller has got the reason.
+        if "Event loop is closed" not in str(unraisable.exc_value):
+            said(unraisable)
+
+    warnings.formatwarning, sys.unraisablehook = one_line, ignored
     try:
         yield
     finally:
-        warnings.formatwarning = shown
+        warnings.formatwarning, sys.unraisablehook = shown, said
 
 
 def _list(options, overrides) -> int:

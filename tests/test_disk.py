@@ -12,6 +12,10 @@ from jaxpapers import checkpoint, cli, folder, report
 from jaxpapers import train as trainer
 from tests.toys.command import CONFIG, register
 
+# Tensorstore's futures find their event loop closed after a save that failed.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)
 original, known = trainer.compile, {}
 
 
