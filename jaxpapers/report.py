@@ -256,7 +256,9 @@ def comparison(study: Study, results: Results) -> Table:
 
     def rank(label: str) -> float:
         value = _mean(means[label])
-        return math.inf if math.isnan(value) else -value if study.rising else value
+        if not math.isfinite(value):
+            return math.inf
+        return -value if study.rising else value
 
     for label in sorted(cells, key=rank):
         row = cells[label]

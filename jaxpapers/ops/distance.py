@@ -2,6 +2,8 @@
 
 Wasserstein distances are W, not W^2 (Euclidean ground cost, no factor 1/2 and none of
 1/d). Functions that run on the host say so; the others can be jitted and differentiated.
+Of NaN or infinite samples every distance is NaN, on the host a ValueError: a sampler that
+has diverged is never near.
 """
 
 import math
@@ -12,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Key
+
+from jaxpapers.ops.host import non_finite_rows
 
 MOST = 4096
 """Largest number of points of ``wasserstein_exact``, whose cost is cubic."""
@@ -25,10 +29,10 @@ def wasserstein_1d(
     Args:
       x: samples along the first axis.
       y: samples; their number may differ.
-      p: exponent, >= 1.
+      p: exponent, >= 1 and finite.
 
     Raises:
-      ValueError: p < 1, or no samples.
+      ValueError: another p, or no samples.
 
     Example:
       >>> x, y = jnp.array([0.0, 1.0]), jnp.array([3.0, 2.0])
@@ -36,8 +40,10 @@ def wasserstein_1d(
       2.0
     """
     n, m = len(x), len(y)
-    if p < 1 or not n or not m:
-        raise ValueError(f"wasserstein_1d needs p >= 1 and samples, got {p}, {n}, {m}")
+    _check_exponent("wasserstein_1d", p)
+    if not n or not m:
+        raise ValueError(f"wasserstein_1d needs samples, got {n} and {m}")
+    finite = jnp.isfinite(x).all(0) & jnp.isfinite(y).all(0)
     x, y = jnp.sort(x, 0), jnp.sort(y, 0)
     if n == m:
         share = 1.0 / n
@@ -49,7 +55,7 @@ def wasserstein_1d(
         share = ((ends - starts) / (n * m)).reshape(-1, *(1,) * (x.ndim - 1))
         share = jnp.asarray(share, x.dtype)
     cost = (jnp.abs(x - y) ** p * share).sum(0)
-    return _root(cost, p)
+    return jnp.where(finite, _root(cost, p), jnp.nan)
 
 
 def directions(key: Key[Array, ""], count: int, dim: int) -> Float[Array, "d P"]:
@@ -92,17 +98,22 @@ def wasserstein_exact(x: Any, y: Any, p: float = 2.0) -> float:
     Args:
       x: (N, d) points.
       y: (M, d) points; if M differs, points are repeated to the least common multiple.
-      p: exponent, >= 1.
+      p: exponent, >= 1 and finite.
 
     Raises:
-      ValueError: p < 1, dimensions that differ, no points, or more than ``MOST``.
+      ValueError: another p, dimensions that differ, no points, more than ``MOST``, or
+        points that are not finite, with their rows.
     """
     x, y = (np.asarray(a, np.float64) for a in (x, y))
-    if p < 1 or x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1]:
-        raise ValueError(
-            "wasserstein_exact needs p >= 1 and points (N, d) and (M, d), got "
-            f"{p}, {x.shape} and {y.shape}"
-        )
+    _check_exponent("wasserstein_exact", p)
+    _check_points("wasserstein_exact", x, y)
+    for name, points in (("x", x), ("y", y)):
+        rows = non_finite_rows(points)
+        if len(rows):
+            raise ValueError(
+                f"wasserstein_exact: {len(rows)} of {len(points)} points of {name} are "
+                f"not finite: rows {rows[:10].tolist()}"
+            )
     count = math.lcm(len(x), len(y))
     if not 0 < count <= MOST:
         raise ValueError(
@@ -125,10 +136,10 @@ def wasserstein_assigned(
     Args:
       x: points.
       y: points, as many.
-      p: exponent, >= 1.
+      p: exponent, >= 1 and finite.
 
     Raises:
-      ValueError: p < 1, no points or more than ``MOST``, shapes that differ.
+      ValueError: another p, no points or more than ``MOST``, shapes that differ.
     """
     _check_points("wasserstein_assigned", x, y)
     if len(x) != len(y):
@@ -136,11 +147,9 @@ def wasserstein_assigned(
             f"wasserstein_assigned needs as many points of each, got {len(x)} and "
             f"{len(y)}; wasserstein_exact takes any"
         )
-    if p < 1 or not 0 < len(x) <= MOST:
-        raise ValueError(
-            f"wasserstein_assigned needs p >= 1 and 1 to {MOST} points, got {p} and "
-            f"{len(x)}"
-        )
+    _check_exponent("wasserstein_assigned", p)
+    if len(x) > MOST:
+        raise ValueError(f"wasserstein_assigned takes 1 to {MOST} points, got {len(x)}")
     plan = jax.pure_callback(
         lambda x, y: _assignment(np.asarray(x), np.asarray(y), p)[1].astype(np.int32),
         jax.ShapeDtypeStruct((len(x),), jnp.int32),
@@ -148,7 +157,7 @@ def wasserstein_assigned(
         vmap_method="sequential",
     )
     square = jnp.square(x - y[plan]).sum(1)
-    return _root(_root(square, 2 / p).mean(), p)
+    return _of_finite(_root(_root(square, 2 / p).mean(), p), x, y)
 
 
 def sinkhorn_divergence(
@@ -173,6 +182,10 @@ def sinkhorn_divergence(
       eps: weight of the entropy, a squared length.
       iterations: of each of the three problems; more for a small eps.
 
+    Returns:
+      The distance, NaN where the halving has not come down to eps or rounding is larger
+      than eps: more iterations, a larger eps or float64.
+
     Raises:
       ValueError: eps or iterations that are not positive, no samples, or dimensions
         that differ.
@@ -181,16 +194,16 @@ def sinkhorn_divergence(
       Feydy et al., arXiv 1810.08278.
     """
     _check_points("sinkhorn_divergence", x, y)
-    if not eps > 0 or iterations < 1:
+    if not 0 < eps < math.inf or iterations < 1:
         raise ValueError(
-            "sinkhorn_divergence needs eps > 0 and iterations >= 1, got "
+            "sinkhorn_divergence needs a finite eps > 0 and iterations >= 1, got "
             f"{eps} and {iterations}"
         )
     between, own_x, own_y = (
         _entropic(_squares(a, b), eps, iterations, a is b)
         for a, b in ((x, y), (x, x), (y, y))
     )
-    return _root(between - 0.5 * own_x - 0.5 * own_y, 2.0)
+    return _of_finite(_root(between - 0.5 * own_x - 0.5 * own_y, 2.0), x, y)
 
 
 def energy_distance(x: Float[Array, "N d"], y: Float[Array, "M d"]) -> Float[Array, ""]:
@@ -204,7 +217,7 @@ def energy_distance(x: Float[Array, "N d"], y: Float[Array, "M d"]) -> Float[Arr
     _check_points("energy_distance", x, y)
     pairs = (_distances(x, y), _distances(x, x), _distances(y, y))
     between, own_x, own_y = (d.mean() for d in pairs)
-    return 2 * between - own_x - own_y
+    return _of_finite(2 * between - own_x - own_y, x, y)
 
 
 def mmd_rbf(
@@ -224,13 +237,13 @@ def mmd_rbf(
         differ.
     """
     _check_points("mmd_rbf", x, y)
-    if bandwidth <= 0:
-        raise ValueError(f"bandwidth must be > 0, got {bandwidth}")
+    if not 0 < bandwidth < math.inf:
+        raise ValueError(f"bandwidth must be > 0 and finite, got {bandwidth}")
 
     def mean(a, b):
         return jnp.exp(-_squares(a, b) / (2 * bandwidth**2)).mean()
 
-    return mean(x, x) + mean(y, y) - 2 * mean(x, y)
+    return _of_finite(mean(x, x) + mean(y, y) - 2 * mean(x, y), x, y)
 
 
 def gaussian_w2(
@@ -241,13 +254,15 @@ def gaussian_w2(
 ) -> Float[Array, ""]:
     r"""W_2 of Gaussians: root of $|m_1-m_2|^2 + tr(S_1 + S_2 - 2 (S_1 S_2)^{1/2})$.
 
-    Singular covariances are fine. The trace of the root is the sum of the singular
-    values of $S_1^{1/2} S_2^{1/2}$.
+    Singular covariances are fine; of matrices with eigenvalues below zero by more than
+    rounding, which are none, the result is NaN. The trace of the root is the sum of the
+    singular values of $S_1^{1/2} S_2^{1/2}$.
     """
     left, right = _symmetric_root(cov_x), _symmetric_root(cov_y)
     cross = jnp.linalg.svd(left @ right, compute_uv=False).sum()
     shift = jnp.square(mean_x - mean_y).sum()
-    return _root(shift + jnp.trace(cov_x) + jnp.trace(cov_y) - 2 * cross, 2.0)
+    square = shift + jnp.trace(cov_x) + jnp.trace(cov_y) - 2 * cross
+    return _of_finite(_root(square, 2.0), mean_x, cov_x, mean_y, cov_y)
 
 
 def frechet_distance(
@@ -291,7 +306,13 @@ def gaussian_kl(
         jnp.diagonal(jnp.linalg.cholesky(cov_x))
     ).sum()
     trace = jnp.square(whitened).sum()
-    return 0.5 * (trace + jnp.square(shift).sum() - len(mean_x)) + logdet
+    kl = 0.5 * (trace + jnp.square(shift).sum() - len(mean_x)) + logdet
+    return _of_finite(kl, mean_x, cov_x, mean_y, cov_y)
+
+
+def _check_exponent(name, p):
+    if not 1 <= p < math.inf:
+        raise ValueError(f"{name} needs a finite p >= 1, got {p}")
 
 
 def _check_points(name, x, y):
@@ -308,6 +329,8 @@ def _assignment(x, y, p):
     from scipy.spatial.distance import cdist
 
     cost = cdist(x, y) ** p
+    if not np.isfinite(cost).all():  # The result is no distance either.
+        return np.diagonal(cost), np.arange(len(x))
     rows, columns = linear_sum_assignment(cost)
     return cost[rows, columns], columns
 
@@ -335,7 +358,10 @@ def _entropic(cost, eps, iterations, symmetric):
     start = tuple(jnp.zeros(n, cost.dtype) for n in cost.shape)
     f, g = lax.scan(body, start, levels)[0]
     mass = jnp.exp((f[:, None] + g[None] - cost) / eps).mean()
-    return f.mean() + g.mean() - eps * (mass - 1)
+    # 1 at the optimum; far from it the bound says nothing, and of its root nothing but 0
+    # would be left.
+    reached = (levels[-1] <= eps) & (jnp.abs(mass - 1) < 0.5)
+    return jnp.where(reached, f.mean() + g.mean() - eps * (mass - 1), jnp.nan)
 
 
 def _squares(x, y):
@@ -346,15 +372,24 @@ def _squares(x, y):
 def _distances(x, y):
     """Distances of all pairs; the gradient is 0 where points are equal."""
     square = _squares(x, y)
-    return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 0.0)
+    none = square <= 0  # Not "not positive": NaN stays NaN.
+    return jnp.where(none, 0.0, jnp.sqrt(jnp.where(none, 1.0, square)))
 
 
 def _root(value, p):
-    """The p-th root of what is >= 0 but for rounding; its gradient at 0 is 0."""
-    some = value > 0
-    return jnp.where(some, jnp.where(some, value, 1.0) ** (1 / p), 0.0)
+    """The p-th root of what is >= 0 but for rounding, or NaN; its gradient at 0 is 0."""
+    none = value <= 0  # Not "not positive": NaN stays NaN.
+    return jnp.where(none, 0.0, jnp.where(none, 1.0, value) ** (1 / p))
+
+
+def _of_finite(value, *inputs):
+    """``value``, NaN where one of the arrays that it is computed from is not finite."""
+    finite = jnp.stack([jnp.isfinite(x).all() for x in inputs]).all()
+    return jnp.where(finite, value, jnp.nan)
 
 
 def _symmetric_root(matrix):
     values, vectors = jnp.linalg.eigh((matrix + matrix.T) / 2)
-    return (vectors * jnp.sqrt(jnp.maximum(values, 0.0))[None]) @ vectors.T
+    rounding = jnp.sqrt(jnp.finfo(values.dtype).eps) * jnp.abs(values).max()
+    values = jnp.where(values < -rounding, jnp.nan, jnp.maximum(values, 0.0))
+    return (vectors * jnp.sqrt(values)[None]) @ vectors.T

@@ -87,14 +87,24 @@ def _array(part: Any, leaf: Any, finite: bool) -> np.ndarray:
             f"the host function returned {array.dtype}, expected {leaf.dtype}"
         )
     array = array.astype(leaf.dtype)
-    if finite and not np.isfinite(array).all():
-        rows = np.flatnonzero(~np.isfinite(array).reshape(len(np.atleast_1d(array)), -1)
-                              .all(1))  # fmt: skip
+    rows = non_finite_rows(np.atleast_1d(array))
+    if finite and len(rows):
         raise ValueError(
             f"the host function returned values that are not finite in rows "
             f"{rows[:10].tolist()} of {len(np.atleast_1d(array))}"
         )
     return array
+
+
+def non_finite_rows(array: Any) -> np.ndarray:
+    """Indices of the rows of an array (N, ...) that hold a NaN or an infinity.
+
+    Example:
+      >>> non_finite_rows([[1.0, 2.0], [np.nan, 0.0], [0.0, np.inf]]).tolist()
+      [1, 2]
+    """
+    finite = np.isfinite(np.asarray(array))
+    return np.flatnonzero(~finite.reshape(len(finite), -1).all(1))
 
 
 def _describe(result: Any) -> str:

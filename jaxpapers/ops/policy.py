@@ -79,15 +79,18 @@ def ratio_metrics(
 ) -> dict[str, Float[Array, ""]]:
     """Mean ratio, largest deviation from 1, share outside the band, effective size.
 
-    ``ratio_ess`` is the effective sample size over the number of samples, at most 1.
+    ``ratio_ess`` is the effective sample size over the number of samples, at most 1. All
+    are NaN if one of the logarithms is not finite.
     """
     ratio = _ratio(log_ratio)
-    return {
+    metrics = {
         "ratio": ratio.mean(),
         "ratio_deviation": jnp.abs(ratio - 1).max(),
         "clip_fraction": (jnp.abs(ratio - 1) > clip).mean(),
         "ratio_ess": jnp.square(ratio.mean()) / jnp.square(ratio).mean(),
     }
+    finite = jnp.isfinite(log_ratio).all()
+    return {name: jnp.where(finite, v, jnp.nan) for name, v in metrics.items()}
 
 
 def to_go(cost: Float[Array, "S B"]) -> Float[Array, "S B"]:
@@ -146,13 +149,14 @@ def group_advantage(
 
     Returns:
       The advantages, and the share of groups whose rewards are all equal and give no
-      gradient.
+      gradient, NaN if a reward is not finite.
     """
     mean, std = _moments(reward, prompt, prompts)
     highest = jnp.full(prompts, -jnp.inf).at[prompt].max(reward)
     lowest = jnp.full(prompts, jnp.inf).at[prompt].min(reward)
     present = jnp.isfinite(highest)
     equal = (present & (highest == lowest)).sum() / jnp.maximum(present.sum(), 1)
+    equal = jnp.where(jnp.isfinite(reward).all(), equal, jnp.nan)
     return (reward - mean[prompt]) / (std[prompt] + eps), equal
 
 
@@ -206,10 +210,9 @@ def explained_variance(
     value: Float[Array, "..."], target: Float[Array, "..."]
 ) -> Float[Array, ""]:
     """1 - Var(target - value) / Var(target); 0 if the targets are constant."""
-    var = target.var()
-    return jnp.where(
-        var > 0, 1 - (target - value).var() / jnp.where(var > 0, var, 1), 0
-    )
+    var, rest = target.var(), (target - value).var()
+    share = jnp.where(var == 0, 0, 1 - rest / jnp.where(var == 0, 1, var))
+    return jnp.where(jnp.isfinite(rest), share, jnp.nan)
 
 
 def _ratio(log_ratio):

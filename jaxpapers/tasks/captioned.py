@@ -112,8 +112,8 @@ def _digits(parts, share):
         np.arange(1, 11, dtype=np.int32),
         np.zeros(10, bool),
         probability(rewarding),
-        lambda x, prompt: _classes(rewarding, x) == prompt,
-        lambda x, prompt: _classes(held_out, x) == prompt,
+        lambda x, prompt: classifiers.predicted(rewarding, x) == prompt,
+        lambda x, prompt: classifiers.predicted(held_out, x) == prompt,
         1 / 10,
         functools.partial(classifiers.features, held_out),
         signed[1],
@@ -141,7 +141,7 @@ def _colours(parts):
         return logs[0][rows, prompt % 10] + logs[1][rows, prompt // 10]
 
     def right(nets, x, prompt):
-        digit, colour = (_classes(net, x) for net in nets)
+        digit, colour = (classifiers.predicted(net, x) for net in nets)
         return (digit == prompt % 10) & (colour == prompt // 10)
 
     return Source(
@@ -224,7 +224,3 @@ def probability(net: classifiers.Trained) -> Callable:
         return jax.nn.softmax(net(x)[0])[jnp.arange(len(prompt)), prompt]
 
     return reward
-
-
-def _classes(net, x):
-    return classifiers.logits(net, x).argmax(-1)

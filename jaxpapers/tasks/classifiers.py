@@ -1,6 +1,7 @@
 """Classifiers that reward and evaluate generated images, trained on real ones."""
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -72,8 +73,19 @@ def _fit(net, params, x, y, key):
 
 
 def accuracy(classifier: Trained, x: np.ndarray, label: np.ndarray) -> float:
-    """Accuracy of a classifier on images (n, H, W, C) of classes (n,)."""
-    return float((logits(classifier, x).argmax(-1) == label).mean())
+    """Accuracy of a classifier on images (n, H, W, C) of classes (n,).
+
+    NaN if an image is not finite.
+    """
+    if not np.isfinite(x).all():
+        return math.nan
+    return float((predicted(classifier, x) == label).mean())
+
+
+def predicted(classifier: Trained, x: np.ndarray) -> np.ndarray:
+    """Classes (n,) of images; -1, which is none, where the logits are not finite."""
+    scores = logits(classifier, x)
+    return np.where(np.isfinite(scores).all(-1), scores.argmax(-1), -1)
 
 
 def logits(classifier: Trained, x: np.ndarray) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Click prediction on users' histories, measured by AUC and GAUC on held-out rows."""
 
 import functools
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from jaxpapers.nets import embedding
 from jaxpapers.ops import ranking
 from jaxpapers.papers import dien, rocket, sim
 from jaxpapers.study import Data, Finding, Row, Stage, Study, with_fields, with_seed
-from jaxpapers.tasks.scores import named, scorer
+from jaxpapers.tasks.scores import all_finite, named, scorer
 
 # Files that a source's folder has to hold, as patterns; of some, first come first served.
 FILES = {
@@ -35,6 +36,7 @@ _READERS: dict[str, Callable] = {
 }
 TARGETS = ("next_item", "rating")
 SPLITS = ("test", "validation")
+WITHOUT_GAUC = "no GAUC, because no user has test rows of both classes"
 _VOCABULARIES = {"item": "item_vocab", "cate": "cate_vocab", "user": "user_vocab"}
 
 
@@ -71,7 +73,8 @@ def read(config: Any) -> Data:
         examples=examples,
         summary=f"{c.source}, {clicks.name}: {len(examples):,} rows to train on, "
         f"{len(clicks.test.label):,} to test; {clicks.rows['item']:,} items"
-        + (f"; {clicks.notes}" if clicks.notes else ""),
+        + (f"; {clicks.notes}" if clicks.notes else "")
+        + ("" if _has_gauc(clicks.test) else f"; {WITHOUT_GAUC}"),
     )
 
 
@@ -110,7 +113,7 @@ def study(name: str, config: Any, data: Data, mesh: Any) -> Study:
         metric="auc",
         rising=True,
         rows=rows,
-        columns=("gauc",),
+        columns=("gauc",) if _has_gauc(clicks.test) else (),
     )
 
 
@@ -177,7 +180,10 @@ def _copy_shared(group: Any, other: Any) -> None:
 
 
 def _evaluate(config, clicks, mesh, method, state) -> dict[str, float]:
-    """AUC and GAUC of the test rows, of each net's scores."""
+    """AUC and, where it is defined, GAUC of the test rows, of each net's scores.
+
+    NaN, with a warning, if a score is not finite.
+    """
     times, _ = _reads(config)
     test = ctr.Examples(
         clicks, config.data.history, split="test", shuffle=False, seed=config.data.seed,
@@ -195,13 +201,12 @@ def _evaluate(config, clicks, mesh, method, state) -> dict[str, float]:
             if last is not None:
                 scores.append(jax.tree.map(np.asarray, named(last)))
     scores.append(jax.tree.map(np.asarray, named(newest)))
-    return {
-        f"{net}{metric}": value
-        for net in scores[0]
-        for metric, value in _measure(
-            test.samples, np.concatenate([x[net] for x in scores])[: len(test)]
-        ).items()
-    }
+    values = {}
+    for net in scores[0]:
+        of_net = np.concatenate([x[net] for x in scores])[: len(test)]
+        for metric, value in _measure(test.samples, of_net, net).items():
+            values[f"{net}{metric}"] = value
+    return values
 
 
 def _with_vocabularies(config: Any, clicks: ctr.Clicks) -> Any:
@@ -217,7 +222,7 @@ def load(config: Any) -> ctr.Clicks:
 
     Raises:
       FileNotFoundError: missing files, with where to get them.
-      ValueError: unknown names.
+      ValueError: unknown names; test rows of one class only.
     """
     c = config.data
     clicks, buckets = _load_unhashed(config), c.get("item_buckets", 0)
@@ -244,6 +249,13 @@ def _load(
         clicks = ctr.hold_out(clicks, seed=seed)
     for part in ("train", "test"):
         ctr.check(clicks, part)
+    positives = int(clicks.test.label.sum())
+    if positives in (0, len(clicks.test.label)):
+        raise ValueError(
+            f"{source}, {clicks.name}: {positives} of {len(clicks.test.label)} test rows "
+            "are positive, and AUC needs both classes; use more data or another "
+            "config.data.target or config.data.split"
+        )
     return ctr.shuffle_labels(clicks, seed) if shuffled else clicks
 
 
@@ -324,8 +336,15 @@ def _reads(config: Any) -> tuple[bool, bool]:
     return times, bool(config.method.get("aux_weight", 0.0))
 
 
-def _measure(samples: ctr.Samples, scores: np.ndarray) -> dict[str, float]:
-    return {
-        "auc": ranking.auc(samples.label, scores),
-        "gauc": ranking.gauc(samples.user, samples.label, scores),
-    }
+def _measure(samples: ctr.Samples, scores: np.ndarray, net: str) -> dict[str, float]:
+    metrics = ("auc", "gauc") if _has_gauc(samples) else ("auc",)
+    if not all_finite(scores, f"{net}scores of test rows"):
+        return dict.fromkeys(metrics, math.nan)
+    values = {"auc": ranking.auc(samples.label, scores)}
+    if "gauc" in metrics:
+        values["gauc"] = ranking.gauc(samples.user, samples.label, scores)
+    return values
+
+
+def _has_gauc(samples: ctr.Samples) -> bool:
+    return ranking.gauc_is_defined(samples.user, samples.label)

@@ -12,9 +12,10 @@ from jaxpapers import mesh as meshes
 from jaxpapers.data import conversions, fetch, lines
 from jaxpapers.papers import defer
 from jaxpapers.study import Data, Finding, Row, Stage, Study, with_fields, with_seed
-from jaxpapers.tasks.scores import scorer
+from jaxpapers.tasks.scores import all_finite, scorer
 
 SOURCES = ("synthetic", "cdnow", "criteo")
+WITHOUT_AUC = "no AUC and PR-AUC, because the held-out clicks are of one class"
 
 
 class Clicks(NamedTuple):
@@ -71,7 +72,8 @@ def bind(clicks: Clicks, config: Any) -> Data:
         examples=examples,
         summary=f"{clicks.name}: {len(examples.pretrain)} resolved clicks x {c.epochs} "
         f"epochs, then {len(examples.stream.ts)} events of {config.method.name}; "
-        f"{examples.steps} steps in all",
+        f"{examples.steps} steps in all"
+        + ("" if "auc" in _metrics(clicks, config) else f"; {WITHOUT_AUC}"),
     )
 
 
@@ -89,7 +91,7 @@ def compare(clicks: Clicks, name: str, config: Any, mesh: Any) -> Study:
     """``study`` with clicks in memory."""
     c, training = config.data, TrainingStream(clicks, config)
     held = _held_out(clicks, config)
-    labels = truth(clicks, c.w2)[held]
+    labels, metrics = truth(clicks, c.w2)[held], _metrics(clicks, config)
     others = c.get("baselines", ())
     unknown = set(others) - set(defer.NAMES)
     if unknown:
@@ -110,7 +112,10 @@ def compare(clicks: Clicks, name: str, config: Any, mesh: Any) -> Study:
                 c.batch,
             )
             p = np.concatenate([np.asarray(x) for x in parts])[: len(held)]
-        return Finding(defer.score(labels, p))
+        if not all_finite(p, "predictions of held-out clicks"):
+            return Finding(dict.fromkeys(metrics, math.nan))
+        scores = defer.score(labels, p)
+        return Finding({name: scores[name] for name in metrics})
 
     @functools.cache
     def steps(method_name):
@@ -138,8 +143,15 @@ def compare(clicks: Clicks, name: str, config: Any, mesh: Any) -> Study:
         metric="nll",
         rising=False,
         rows=rows,
-        columns=("auc", "pr_auc"),
+        columns=[name for name in ("auc", "pr_auc") if name in metrics],
     )
+
+
+def _metrics(clicks: Clicks, config: Any) -> tuple[str, ...]:
+    """Those of ``defer.METRICS`` that the held-out clicks have."""
+    labels = truth(clicks, config.data.w2)[_held_out(clicks, config)]
+    both = 0 < labels.sum() < len(labels)
+    return tuple(x for x in defer.METRICS if both or "auc" not in x)
 
 
 def _held_out(clicks: Clicks, config: Any) -> np.ndarray:

@@ -22,6 +22,7 @@ from jaxpapers.papers import sft_pg
 from jaxpapers.papers.score_wasserstein.bound import warn_inexact
 from jaxpapers.study import Data, Finding, Row, Stage, Study, with_fields, with_seed
 from jaxpapers.tasks import classifiers
+from jaxpapers.tasks.scores import all_finite
 
 POINTS = ("swiss_roll", "moons", "clusters", "gaussian", "digit_components")
 IMAGES = ("digits", "fashion", "mnist-5k", "cifar-10")
@@ -235,10 +236,13 @@ def _evaluate(
     if "log_factor" in diagnosis:  # Compiled, it could not warn by itself.
         warn_inexact(float(diagnosis["log_factor"]))
     samples = sample(method, state, 1, len(held), start=held)
+    finite = all_finite(samples, "certified samples")
     return {
         **values,
         **{k: float(v) for k, v in diagnosis.items()},
-        "certified_w2": distance.wasserstein_exact(samples, held, 2.0),
+        "certified_w2": distance.wasserstein_exact(samples, held, 2.0)
+        if finite
+        else math.nan,
     }
 
 
@@ -297,7 +301,11 @@ def _sampling(config: Any, mesh: Any, source: Source) -> Callable:
 
 
 def _distances(source: Source, x: np.ndarray, quick: bool) -> dict[str, float]:
-    """Frechet distance of images, Wasserstein distances of points; quick: only sliced."""
+    """Frechet distance of images, Wasserstein distances of points; quick: only sliced.
+
+    NaN, with a warning, if a sample is not finite.
+    """
+    finite = all_finite(x, "samples")
     if source.classifier is not None:
         return {"frechet": classifiers.frechet(source.classifier, x, source.train)}
     held = source.held_out
@@ -308,6 +316,8 @@ def _distances(source: Source, x: np.ndarray, quick: bool) -> dict[str, float]:
     most = min(len(x), len(held), EXACT)
     exact = {
         f"w{p:g}": distance.wasserstein_exact(x[:most], held[:most], p)
+        if finite
+        else math.nan
         for p in (1.0, 2.0)
     }
     return {"sliced_w2": float(sliced), **exact}

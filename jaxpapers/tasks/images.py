@@ -1,6 +1,7 @@
 """Classification of images, measured by the error on held-out ones."""
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ from jaxpapers import mesh as meshes
 from jaxpapers.data import fetch, images
 from jaxpapers.papers import rocket
 from jaxpapers.study import Data, Finding, Row, Stage, Study, with_fields, with_seed
-from jaxpapers.tasks.scores import named, scorer
+from jaxpapers.tasks.scores import all_finite, named, scorer
 
 BASELINES = ("most frequent class", "nearest class mean")
 SOURCES = ("digits", "cifar-10", "cifar-100", "svhn")
@@ -77,9 +78,13 @@ def study(name: str, config: Any, data: Data, mesh: Any) -> Study:
 
 
 def _evaluate(size, dataset, mesh, method, state) -> dict[str, float]:
-    """Share of test images that each net of the method classifies wrongly."""
+    """Share of test images that each net of the method classifies wrongly.
+
+    NaN, with a warning, if logits are not finite.
+    """
     rows = meshes.batch_rows(mesh, size, name="data.eval_batch")
-    score, test, wrong = scorer(method.predict, mesh), dataset.test, {}
+    score, test = scorer(method.predict, mesh), dataset.test
+    every: dict[str, list[np.ndarray]] = {}
     with jax.set_mesh(mesh):
         for start in range(0, len(test.label), size):
             label = test.label[start : start + size]
@@ -89,9 +94,18 @@ def _evaluate(size, dataset, mesh, method, state) -> dict[str, float]:
             )
             batch = meshes.put_batch({"image": image[rows]}, mesh, size)
             for net, logits in named(score(state.params, state.extra, batch)).items():
-                guess = np.asarray(logits).argmax(-1)[: len(label)]
-                wrong[net] = wrong.get(net, 0) + int((guess != label).sum())
-    return {f"{net}error": count / len(test.label) for net, count in wrong.items()}
+                every.setdefault(net, []).append(np.asarray(logits)[: len(label)])
+    return {
+        f"{net}error": _error(np.concatenate(parts), test.label, net)
+        for net, parts in every.items()
+    }
+
+
+def _error(logits, label, net):
+    """Share of rows whose largest logit is that of another class."""
+    if not all_finite(logits, f"rows of {net}logits"):
+        return math.nan
+    return float((logits.argmax(-1) != label).mean())
 
 
 def baselines(dataset: images.Dataset) -> dict[str, float]:

@@ -13,6 +13,7 @@ from jaxpapers import mesh as meshes
 from jaxpapers.data import text
 from jaxpapers.papers import dion
 from jaxpapers.study import Data, Finding, Row, Stage, Study, with_fields, with_seed
+from jaxpapers.tasks.scores import all_finite
 
 COMPRESSORS = ("order0", "gzip", "xz")  # Of ``text.baselines``.
 
@@ -141,6 +142,7 @@ def _bits(config, corpus, mesh, method, state, streams) -> float:
             if last is not None:
                 total.append(float(last))
     total += [] if newest is None else [float(newest)]
+    all_finite(np.array(total), f"code lengths of batches of {size} windows")
     count = sum(
         int((s < text.SEPARATOR).sum()) if corpus.byte_level else len(s)
         for s in streams

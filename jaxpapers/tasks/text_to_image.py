@@ -1,6 +1,7 @@
 """Images for prompts, tuned to a reward, evaluated by a held-out classifier."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from jaxpapers.ops.schedules import NoiseSchedule, Sampler, reverse_schedule
 from jaxpapers.papers import dpok
 from jaxpapers.study import Data, Finding, Row, Stage, Study, with_fields, with_seed
 from jaxpapers.tasks import captioned, classifiers
+from jaxpapers.tasks.scores import all_finite
 
 
 def abstract(config: Any) -> Data:
@@ -195,7 +197,10 @@ def _jitted(f: Callable) -> Callable:
 
 
 def _scores(source, x, prompt):
-    """Accuracies, reward and Frechet distance of images drawn for prompts."""
+    """Accuracies, reward and Frechet distance of images drawn for prompts.
+
+    All NaN, with a warning, if an image is not finite.
+    """
     correct = source.correct(x, prompt)
     scores = {
         "accuracy": float(correct.mean()),
@@ -205,7 +210,7 @@ def _scores(source, x, prompt):
     }
     if source.unseen.any():
         scores["unseen_accuracy"] = float(correct[source.unseen[prompt]].mean())
-    return scores
+    return scores if all_finite(x, "images") else dict.fromkeys(scores, math.nan)
 
 
 def _frechet(source, x):
@@ -229,12 +234,13 @@ def _best_of_four(source, sample, prompt):
 
 def _sweep(source, sample, prompt):
     """Accuracy under other guidance weights."""
-    return {
-        f"guidance_{weight:g}_accuracy": float(
-            source.correct(sample(prompt, guidance=weight), prompt).mean()
-        )
-        for weight in (1.0, 2.0, 4.0)
-    }
+
+    def accuracy(weight):
+        x = sample(prompt, guidance=weight)
+        finite = all_finite(x, f"images of guidance {weight:g}")
+        return float(source.correct(x, prompt).mean()) if finite else math.nan
+
+    return {f"guidance_{w:g}_accuracy": accuracy(w) for w in (1.0, 2.0, 4.0)}
 
 
 def _gallery(source, sample):

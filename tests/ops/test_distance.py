@@ -212,6 +212,81 @@ def test_gradients_of_gaussians(float64):
         np.testing.assert_allclose(derivative, difference, rtol=1e-5, atol=1e-7)
 
 
+NAN, INF = np.float32([np.nan, np.inf])
+DIVERGED = {
+    "one NaN": lambda x: np.where(np.arange(len(x))[:, None] == 3, NAN, x),
+    "all NaN": lambda x: NAN * x,
+    "one inf": lambda x: np.where(np.arange(len(x))[:, None] == 3, INF, x),
+    "-inf": lambda x: np.where(np.arange(len(x))[:, None] == 3, -INF, x),
+}
+
+
+@jax.jit
+def every_distance(x, y, moments):
+    axes = jnp.eye(3)
+    return {
+        "1d": distance.wasserstein_1d(x[:, 0], y[:, 0]),
+        "sliced": distance.sliced_wasserstein(x, y, axes),
+        "max sliced": distance.max_sliced_wasserstein(x, y, axes),
+        "directions": distance.sliced_wasserstein(x, x + 1, axes * y[3, 0]),
+        "assigned": distance.wasserstein_assigned(x, y),
+        "sinkhorn": distance.sinkhorn_divergence(x, y, 0.5, 50),
+        "energy": distance.energy_distance(x, y),
+        "mmd": distance.mmd_rbf(x, y, 1.0),
+        "frechet": distance.frechet_distance(x, y),
+        "gaussian w2": distance.gaussian_w2(*moments),
+        "gaussian kl": distance.gaussian_kl(*moments),
+    }
+
+
+MOMENTS = [np.zeros(3, np.float32), np.eye(3, dtype=np.float32)] * 2
+GAUSSIAN = {"gaussian w2", "gaussian kl"}
+
+
+@pytest.mark.parametrize("name", DIVERGED)
+def test_diverged_samples_are_nowhere_near(name):
+    """NaN, on the host an error, for samples that are not finite on either side."""
+    x, y, broken = points(0, 16), points(1, 16), DIVERGED[name]
+    assert np.isfinite([*every_distance(x, y, MOMENTS).values()]).all()
+    for pair in ((broken(x), y), (x, broken(y))):
+        values = every_distance(*pair, MOMENTS)
+        finite = {k for k, v in values.items() if np.isfinite(v)}
+        assert finite == GAUSSIAN
+        assert all(np.isnan(v) for k, v in values.items() if k not in GAUSSIAN)
+        rows = r"\[0, 1, 2, 3, 4, 5, 6, 7, 8, 9\]" if "all" in name else r"\[3\]"
+        with pytest.raises(ValueError, match=f"not finite: rows {rows}"):
+            distance.wasserstein_exact(*pair)
+
+
+@pytest.mark.parametrize("value", [NAN, INF])
+@pytest.mark.parametrize("i", range(4))
+def test_moments_that_are_not_finite(i, value):
+    moments = [m + value if j == i else m for j, m in enumerate(MOMENTS)]
+    values = every_distance(points(0, 16), points(1, 16), moments)
+    assert all(np.isnan(values[k]) for k in GAUSSIAN)
+
+
+@pytest.mark.parametrize("scale", [1e6, 1e10, 1e30])
+def test_far_samples_are_not_near(scale):
+    """Finite samples too far away for float32 or for the iterations."""
+    x, y = points(0, 16), points(1, 16)
+    near = every_distance(x, y, MOMENTS)
+    far = every_distance(x, np.float32(scale) * y, MOMENTS)
+    for name in near.keys() - GAUSSIAN - {"mmd"}:  # At most 2.
+        assert not far[name] < 1e3 * near[name], name
+    assert far["mmd"] > near["mmd"]
+
+
+def test_what_is_no_covariance_has_no_distance():
+    def f(minus, eye):
+        zero = jnp.zeros(2)
+        return distance.gaussian_w2(zero, minus, zero, eye)
+
+    eye = np.eye(2, dtype=np.float32)
+    # Clipped at 0, the trace of -I would make the distance of I and -I zero.
+    assert np.isnan(together(f, -eye, eye))
+
+
 def test_refuses():
     x = jnp.asarray(points(0, 4))
     with pytest.raises(ValueError, match="p >= 1"):
@@ -233,10 +308,14 @@ def test_refuses():
             with pytest.raises(ValueError, match=f"{name} needs points"):
                 # Without the tests' own check of the annotations.
                 inspect.unwrap(getattr(distance, name))(x, y, *more)
-    for eps, iterations in ((0.0, 10), (1.0, 0)):
-        with pytest.raises(ValueError, match="eps > 0"):
+    for eps, iterations in ((0.0, 10), (1.0, 0), (np.nan, 10), (np.inf, 10)):
+        with pytest.raises(ValueError, match="finite eps > 0"):
             distance.sinkhorn_divergence(x, x, eps, iterations)
-    with pytest.raises(ValueError, match="bandwidth"):
-        distance.mmd_rbf(x, x, 0.0)
+    for bandwidth in (0.0, np.nan, np.inf):
+        with pytest.raises(ValueError, match="bandwidth"):
+            distance.mmd_rbf(x, x, bandwidth)
+    for p in (np.nan, np.inf):
+        with pytest.raises(ValueError, match="a finite p >= 1"):
+            distance.wasserstein_1d(x, x, p)
     with pytest.raises(ValueError, match="two rows"):
         distance.frechet_distance(x, x[:1])

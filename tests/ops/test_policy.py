@@ -101,6 +101,24 @@ def test_ratio_metrics():
     assert float(values["ratio_ess"]) == pytest.approx((4.55 / 4) ** 2 / squares)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_metrics_of_what_is_not_finite_are_nan(value):
+    """No clipping, no constant targets, no equal groups are read out of NaN."""
+    good, bad = np.float32([0.1, 0.2, 0.3, 0.4]), np.float32([0.1, 0.2, value, 0.4])
+
+    def f(good, bad):
+        return {
+            "ratios": policy.ratio_metrics(bad, 0.1),
+            "target": policy.explained_variance(good, bad),
+            "value": policy.explained_variance(bad, good),
+            "both": policy.explained_variance(bad, 0 * good),
+            "groups": policy.group_advantage(bad, jnp.arange(4) % 2, 2)[1],
+        }
+
+    for name, leaf in together(f, good, bad).items():
+        assert all(map(np.isnan, jax.tree.leaves(leaf))), name
+
+
 def test_to_go_leaves_a_step_itself_out():
     cost = np.float32([[1.0], [2.0], [4.0]])
     np.testing.assert_allclose(together(policy.to_go, cost)[:, 0], [6, 4, 0])

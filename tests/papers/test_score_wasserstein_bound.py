@@ -316,6 +316,24 @@ def test_refuses(attempt, message):
         attempt()
 
 
+def test_compiled_bounds_of_nan_are_nan():
+    """Outside of jit they are refused; no bound is 0 or only infinite."""
+
+    def bounds(one, nan):
+        return {
+            "J": sw.w2_bound_cor1(one, one, nan[0], TIMES),
+            "negative J": sw.w2_bound_cor1(one, one, -one[0], TIMES),
+            "offset": sw.w2_bound_cor1(one, one, one[0], TIMES, nan[0]),
+            "g2": sw.w2_bound_cor1(nan, one, one[0], TIMES),
+            "lam": sw.w2_bound_general(one, one, nan, one[0], TIMES),
+            "b": sw.w2_bound_theorem1(one, one, nan, TIMES),
+        }
+
+    one = np.ones(len(TIMES), np.float32)
+    for name, bound in together(bounds, one, np.nan * one).items():
+        assert np.isnan(bound.total), name
+
+
 def test_refuses_lengths_that_differ():
     # Past the annotations, which tests check too.
     raw = sw.integrating_factor.__wrapped__

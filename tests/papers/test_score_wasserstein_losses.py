@@ -160,6 +160,18 @@ def test_discrete_weights():
         close(mild[2] / mild[0], betas[2] / betas[0] * np.exp(power))
 
 
+def test_a_constant_of_nan_is_nan():
+    """A pair with a point that is not finite counts."""
+
+    def constant(x):
+        lipschitz = sw.one_sided_lipschitz(lambda x, t: -x, x, jnp.ones(1), "pairs")
+        return lipschitz.value
+
+    x = points(16)
+    x[3, 0] = np.nan
+    assert np.isnan(together(constant, x))
+
+
 def test_functions_refuse():
     process, score = gaussian_case()
     x, one = jnp.asarray(points(16)), jnp.ones(1)

@@ -107,6 +107,20 @@ def test_recorded_critic_and_value_losses(case):
         assert_layers(grads, z, name, rtol)
 
 
+def test_the_penalty_of_nan_is_nan():
+    """A gradient of NaN is not one of zero; where the net is flat, its slope is 0."""
+
+    def penalty(x, slope):
+        return sft_pg.gradient_penalty(lambda z: slope * z.sum(1), x, x, jnp.zeros(4))
+
+    def f(x):
+        flat = jax.value_and_grad(penalty, argnums=1)(x, jnp.zeros(()))
+        return penalty(x, jnp.nan), flat
+
+    broken, (value, slope) = together(f, np.ones((4, 2), np.float32))
+    assert np.isnan(broken) and value == 1 and slope == 0
+
+
 @pytest.mark.parity("diffusion", only=files("grad_norms", "gp"))
 def test_recorded_gradient_penalty(case):
     z, rtol = case.arrays, case.tolerance("float32", otherwise=2e-5)

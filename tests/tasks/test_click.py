@@ -4,6 +4,7 @@ import gzip
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -90,6 +91,61 @@ def test_scores_are_measured_on_the_test_rows(amazon, mesh):
     ]
     assert numbers["auc"] == pytest.approx(np.mean(pairs))
     assert set(numbers) == {"auc", "gauc"}
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_scores_that_are_not_finite_are_named(amazon, value):
+    config = run.load_config("din:smoke", fields(amazon))
+    own = rows_of("din", config)["this model"]
+    user = click.load(config).test.user
+
+    def predict(params, extra, batch):
+        return jnp.where(batch["user"] == user[0], value, batch["item"] * 1.0)
+
+    broken = np.flatnonzero(user == user[0])
+    text = f"{len(broken)} of {len(user)} scores of test rows are NaN or infinite: "
+    with pytest.warns(RuntimeWarning, match=text + ", ".join(map(str, broken[:10]))):
+        measured = own.measure(Method(None, None, None, predict=predict), STATE)
+    assert all(map(np.isnan, measured.numbers.values()))
+    assert set(measured.numbers) == {"auc", "gauc"}
+
+
+@pytest.fixture
+def taobao(tmp_path):
+    """A log from which one test row for each user is made."""
+    rng = np.random.default_rng(0)
+    with open(tmp_path / "UserBehavior.csv", "w") as f:
+        for user in range(1, 41):
+            for _ in range(rng.integers(4, 9)):
+                item, at = rng.integers(1, 30), 1511539200 + rng.integers(0, 800000)
+                f.write(f"{user},{item},{item % 5 + 1},pv,{at}\n")
+    return tmp_path
+
+
+def test_gauc_is_left_out_where_no_user_has_both_classes(taobao, mesh="data:1"):
+    """With a note, before anything is trained."""
+    config = run.load_config("din:smoke", fields(taobao, **{"data.source": "taobao"}))
+    data = tasks.read(config)
+    assert data.summary.endswith(click.WITHOUT_GAUC)
+    grid = meshes.make_mesh({"data": 1}, jax.devices()[:1])
+    study = tasks.study("din", config, data, grid)
+    assert study.columns == ()
+    method = Method(
+        None, None, None, predict=lambda params, extra, batch: batch["item"]
+    )
+    numbers = study.rows(0)[0].measure(method, STATE).numbers
+    assert list(numbers) == ["auc"] and 0 <= numbers["auc"] <= 1
+
+
+def test_test_rows_of_one_class_are_refused(amazon, monkeypatch):
+    config = run.load_config("din:smoke", fields(amazon))
+    clicks = click.load(config)
+    ones = clicks.test._replace(label=np.ones_like(clicks.test.label))
+    monkeypatch.setattr(click, "_read", lambda *_: clicks._replace(test=ones))
+    click._load.cache_clear()
+    with pytest.raises(ValueError, match=f"{len(ones.label)} test rows are positive"):
+        tasks.read(config)
+    click._load.cache_clear()
 
 
 def test_rows_of_a_model_and_of_those_beside_it(amazon):

@@ -3,12 +3,14 @@
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxpapers import mesh as meshes
 from jaxpapers import stages
 from jaxpapers.config import load_config
+from jaxpapers.method import Method, State
 from jaxpapers.papers import defer
 from jaxpapers.study import Stage, last_step, with_seed
 from jaxpapers.tasks import conversions, delayed_family
@@ -99,6 +101,15 @@ def test_streaming_score_is_the_mean_weighted_by_clicks():
     assert scores["auc"] == 1.0  # The bucket with one class has none.
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -0.1, 1.5])
+def test_scores_of_what_is_no_probability_are_refused(value):
+    """Clipped, 1.5 would be a certain prediction."""
+    with pytest.raises(ValueError, match=r"probabilities in \[0, 1\].*at rows \[1\]"):
+        defer.score(np.array([0.0, 1]), np.array([0.2, value]))
+    with pytest.raises(ValueError, match="labels must be"):
+        defer.score(np.array([0.0, 1, 2]), np.array([0.2, 0.3, 0.4]))
+
+
 METHODS = ("pretrained", "oracle", "vanilla_win", "defer")
 
 
@@ -174,6 +185,37 @@ def test_rows_are_scored_on_the_last_days_with_their_true_labels(clicks, rows):
     numbers = own.measure(method, state).numbers
     for name, value in defer.score(truth, p).items():
         assert numbers[name] == pytest.approx(value, rel=1e-4)
+
+
+def constant(p):
+    """A method that predicts ``p`` for all clicks."""
+    return Method(None, None, None, predict=lambda w, e, b: jnp.full(len(b["x"]), p))
+
+
+def test_predictions_that_are_not_finite_are_named(rows):
+    own = rows((), grid())["this model"]
+    with pytest.warns(RuntimeWarning, match="predictions of held-out .*: 0, 1, 2, "):
+        numbers = own.measure(constant(np.nan), State(0, {}, (), (), 0)).numbers
+    assert set(numbers) == set(defer.METRICS) and np.isnan([*numbers.values()]).all()
+
+
+def test_auc_is_left_out_where_the_held_out_clicks_are_of_one_class(
+    clicks, monkeypatch
+):
+    """With a note, before anything is trained."""
+    late = clicks.click_ts >= 95
+    conv = np.where(late, np.inf, clicks.conv_ts)
+    monkeypatch.setattr(conversions, "_load", lambda *_: clicks._replace(conv_ts=conv))
+    config = config_of()
+    data = conversions.read(config)
+    assert data.summary.endswith(conversions.WITHOUT_AUC)
+    study = conversions.study("defer", config, data, grid())
+    assert study.columns == []
+    own = study.rows(0)[0]
+    numbers = own.measure(constant(0.25), State(0, {}, (), (), 0)).numbers
+    assert numbers == {
+        "nll": pytest.approx(-np.log(0.75)), "mean_p": pytest.approx(0.25)
+    }  # fmt: skip
 
 
 def test_rows_of_the_family_are_runs_of_their_methods(clicks, rows):

@@ -78,6 +78,26 @@ def test_points_are_compared_with_held_out_ones():
     assert images["samples"].shape == images["data"].shape == (300, 2)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_samples_that_are_not_finite_are_named(value):
+    c = config("sft_pg:smoke", **{"data.count": 60, "data.eval_count": 50})
+
+    def sample(params, key, shape, **options):
+        rows = jnp.arange(shape[0])[:, None]
+        return jnp.where((rows == 7) | (rows == 11), value, jnp.ones(shape))
+
+    method = sampling(sample, diagnose=lambda *args: {"size": jnp.ones(())})
+    row = rows_of("sft_pg", c)["this model"]
+    with pytest.warns(
+        RuntimeWarning, match="2 of 50 .*samples are NaN or inf.*: 7, 11"
+    ):
+        numbers = row.measure(method, STATE).numbers
+        quick = row.watch(method, STATE)
+    assert numbers.pop("size") == quick.pop("size") == 1
+    assert set(numbers) >= {"sliced_w2", "w1", "w2", "certified_w2"}
+    assert all(map(np.isnan, [*numbers.values(), *quick.values()]))
+
+
 def test_large_logarithms_of_a_certificate_warn():
     """Compiled, the certificate cannot."""
     c = config("sft_pg:smoke", **{"data.count": 60, "data.eval_count": 50})

@@ -67,6 +67,22 @@ def test_errors_are_those_counted_by_hand(config, grid):
     assert all(c.train == own.stage.config.train for c in trained)
 
 
+def test_logits_that_are_not_finite_have_no_error(config, grid):
+    """The largest of NaN would be class 0."""
+
+    def predict(params, extra, batch):
+        first = (jnp.arange(len(batch["image"])) == 1)[:, None]
+        logits = jnp.eye(10)[jnp.zeros(len(batch["image"]), jnp.int32)]
+        return Predictions(logits, jnp.where(first, jnp.nan, logits))
+
+    own = tasks.study("rocket", config, tasks.read(config), grid).rows(0)[0]
+    with pytest.warns(
+        RuntimeWarning, match="rows of booster_logits are NaN or inf.*: 1"
+    ):
+        numbers = own.measure(Method(None, None, None, predict=predict), STATE).numbers
+    assert 0 < numbers["error"] < 1 and np.isnan(numbers["booster_error"])
+
+
 def test_images_have_to_fit_the_net(config):
     with pytest.raises(ValueError, match="8, 8, 1"):
         images.load(with_fields(config, {"net.size": 32}))

@@ -93,6 +93,15 @@ def test_one_classifier_rewards_and_another_one_evaluates(folder):
     assert scores["accuracy"] > 0.9 and scores["reward_accuracy"] > 0.9
     assert scores["frechet"] == pytest.approx(0, abs=1e-3)
     assert "unseen_accuracy" not in scores
+    broken = np.where(np.arange(160)[:, None, None, None] == 5, np.nan, source.image)
+    with pytest.warns(RuntimeWarning, match="1 of 160 images are NaN or infinite: 5;"):
+        broken_scores = text_to_image._scores(source, np.float32(broken), real)
+    assert broken_scores.keys() == scores.keys()
+    assert all(map(np.isnan, broken_scores.values()))
+    far = np.full((1, *source.image.shape[1:]), 1e38, np.float32)
+    net = classifiers.untrained(far.shape[1:], 10)
+    assert classifiers.accuracy(net, far * np.nan, np.zeros(1)) != 0  # NaN.
+    assert classifiers.accuracy(net, far, np.zeros(1)) == 0
 
 
 @pytest.mark.parametrize("preset", ["smoke", "colours"])

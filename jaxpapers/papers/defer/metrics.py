@@ -16,8 +16,17 @@ def score(truth: np.ndarray, p: np.ndarray) -> dict[str, float]:
     Args:
       truth: final labels.
       p: probabilities; clipped to [1e-7, 1 - 1e-7] for NLL.
+
+    Raises:
+      ValueError: a p that is NaN or outside [0, 1], or see ``ops.ranking``.
     """
-    p = np.asarray(p, np.float64)
+    truth, p = np.asarray(truth, np.float64), np.asarray(p, np.float64)
+    bad = np.flatnonzero(~((p >= 0) & (p <= 1)))
+    if len(bad):
+        raise ValueError(
+            f"predictions must be probabilities in [0, 1], got {p[bad[:5]].tolist()} at "
+            f"rows {bad[:5].tolist()}, {len(bad)} in all"
+        )
     inside = np.clip(p, 1e-7, 1 - 1e-7)
     logit = np.log(inside) - np.log1p(-inside)
     both = 0 < truth.sum() < len(truth)

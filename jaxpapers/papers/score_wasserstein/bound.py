@@ -184,9 +184,8 @@ def w2_bound_general(
     if not _traced(lam, g2) and ((np.asarray(lam) == 0) & (np.asarray(g2) > 0)).any():
         raise ValueError("lam is zero where g2 is not: its loss bounds nothing there")
     _check_sign("J", J_lam)
-    ratio = jnp.where(
-        g2 > 0, 2 * _log(g2) - _log(jnp.where(g2 > 0, lam, 1.0)), -jnp.inf
-    )
+    still = g2 == 0
+    ratio = jnp.where(still, -jnp.inf, 2 * _log(g2) - _log(jnp.where(still, 1.0, lam)))
     intercept = _intercept(ratio + 2 * log_I, t)
     first = intercept + 0.5 * _log(jnp.asarray(J_lam, log_I.dtype))
     return _bound(first, intercept, log_I, offset)
@@ -241,14 +240,14 @@ def _log_integral(log_integrand, t):
 
 def _exp(log):
     """Infinite above ``LARGEST``."""
-    fits = log <= LARGEST
-    return jnp.where(fits, jnp.exp(jnp.where(fits, log, 0.0)), jnp.inf)
+    above = log > LARGEST  # Not "not below": NaN stays NaN.
+    return jnp.where(above, jnp.inf, jnp.exp(jnp.where(above, 0.0, log)))
 
 
 def _log(x):
-    """-inf at 0, with a gradient of 0 there."""
-    positive = x > 0
-    return jnp.where(positive, jnp.log(jnp.where(positive, x, 1.0)), -jnp.inf)
+    """-inf at 0, with a gradient of 0 there; NaN below."""
+    zero = x == 0
+    return jnp.where(zero, -jnp.inf, jnp.log(jnp.where(zero, 1.0, x)))
 
 
 def _traced(*values):

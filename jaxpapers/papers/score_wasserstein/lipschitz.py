@@ -133,8 +133,9 @@ def _over_pairs(score_fn, points, time, chunk):
         x, s = x_and_s
         apart, differ = x[None] - points, s[None] - scores
         square = jnp.square(apart).sum(1)
-        quotient = (apart * differ).sum(1) / jnp.where(square > 0, square, 1.0)
-        return jnp.where(square > 0, quotient, -jnp.inf).max()
+        same = square == 0
+        quotient = (apart * differ).sum(1) / jnp.where(same, 1.0, square)
+        return jnp.where(same, -jnp.inf, quotient).max()
 
     return lax.map(row, (points, scores), batch_size=min(chunk, len(points))).max()
 

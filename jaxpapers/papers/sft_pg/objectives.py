@@ -30,7 +30,8 @@ def gradient_penalty(
     grads = jax.grad(lambda z: f(z).sum())(mix * x + (1 - mix) * y)
     square = jnp.square(grads.reshape(len(x), -1)).sum(1)
     # The square root has an infinite gradient where a ReLU net is flat.
-    norm = jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
+    flat = square == 0
+    norm = jnp.where(flat, 0, jnp.sqrt(jnp.where(flat, 1, square)))
     return jnp.square(norm - 1).mean()
 
 
