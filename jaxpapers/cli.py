@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dis
 import os
 import sys
 import warnings
@@ -54,13 +55,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except (ValueError, OSError, ModuleNotFoundError) as e:
             if isinstance(e, BrokenPipeError):
                 return 1
-            if os.environ.get("JAXPAPERS_TRACEBACK"):
+            if os.environ.get("JAXPAPERS_TRACEBACK") or not _is_refusal(e):
                 raise
             print(f"jaxpapers: {_text(e)}", file=sys.stderr)
             return 1
         except KeyboardInterrupt:
             print("jaxpapers: interrupted", file=sys.stderr)
             return 130
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether an error is about the input, as a ``raise`` of this package says.
+
+    What a library raises out of our code is a bug of ours, and keeps its traceback:
+    whatever reads or checks input raises errors of its own. Files, disks and missing
+    extras are the user's.
+    """
+    if not isinstance(error, ValueError):
+        return True
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is None:
+        return True
+    code, module = trace.tb_frame.f_code, trace.tb_frame.f_globals.get("__name__", "")
+    own = module.partition(".")[0] == "jaxpapers" or module.startswith("config_")
+    return own and dis.opname[code.co_code[trace.tb_lasti]] == "RAISE_VARARGS"
 
 
 def _text(error: Exception) -> str:

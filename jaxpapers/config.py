@@ -102,7 +102,10 @@ def _load(source: Path) -> ModuleType:
     if spec is None or spec.loader is None:
         raise ValueError(f"config file {source} is not Python")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as e:
+        raise ValueError(f"config file {e.filename}, line {e.lineno}: {e.msg}") from e
     if not hasattr(module, "get_config"):
         raise ValueError(f"config file {source} has no function get_config(preset)")
     return module

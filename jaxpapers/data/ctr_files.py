@@ -93,10 +93,10 @@ def amazon(
         sorted_ids(users)[user], sorted_ids(items)[item], time, table
     )
     split = _amazon_din if protocol == "din" else _amazon_dien
-    name = f"{Path(reviews).name} ({protocol})"
-    clicks = split(name, log_user, log, np.array(table, np.int32), rows, seed)
+    table_of = np.array(table, np.int32)
+    clicks = split(str(reviews), log_user, log, table_of, rows, seed)
     note = f"release of {parse.release}; {share:.1%} of the reviews have a category"
-    return clicks._replace(notes=note)
+    return clicks._replace(name=f"{Path(reviews).name} ({protocol})", notes=note)
 
 
 def _categories(meta, items, path, progress) -> dict[str, str]:

@@ -51,14 +51,17 @@ def read(config: Any) -> Data:
         if value not in known:
             raise ValueError(f"{field} must be one of {known}, got {value!r}")
     table, seeds = _table(c)
-    network = dnw.build_network(
-        table.components,
-        table.count,
-        seeds,
-        close=c.close or not c.path,
-        cost=m.cost,
-        costs={**_primitive_costs(table, m.primitive), **table.cost},
-    )
+    try:
+        network = dnw.build_network(
+            table.components,
+            table.count,
+            seeds,
+            close=c.close or not c.path,
+            cost=m.cost,
+            costs={**_primitive_costs(table, m.primitive), **table.cost},
+        )
+    except ValueError as e:
+        raise ValueError(f"{c.path or c.source}: {e}") from e
     levels = np.bincount(network.level)[1:]
     summary = (
         f"{c.path or c.source}: {len(network.chars):,} nodes, {len(network.comp):,} "

@@ -3,6 +3,7 @@
 Built on the host, once; the other modules read its arrays.
 """
 
+import collections
 import dataclasses
 import functools
 import itertools
@@ -13,6 +14,8 @@ import jax
 import numpy as np
 
 COSTS = ("parts", "combinations")
+MAX_CLOSURES = 1 << 24
+"""Nodes below all nodes, each counted for every node above it."""
 
 
 @functools.partial(
@@ -182,7 +185,7 @@ def _parts(decomposition, wanted, close):
         components = list(decomposition.get(node) or ())
         if node in components:
             components = []
-        parts[node] = {c: components.count(c) for c in components}
+        parts[node] = dict(collections.Counter(components))
         outside = [c for c in parts[node] if c not in allowed]
         if outside and not close:
             raise ValueError(
@@ -269,16 +272,27 @@ class Closures:
 
 
 def closures(net: CharNet) -> Closures:
-    """The closures of all nodes under components."""
+    """The closures of all nodes under components.
+
+    Raises:
+      ValueError: more than ``MAX_CLOSURES`` nodes or links in them.
+    """
     n, parts = len(net.chars), parts_of(net)
     below: list[tuple[int, ...]] = [()] * n
-    for node in bottom_up(net):
+    for node in _bounded(net, bottom_up(net), below, "nodes"):
         under = itertools.chain(parts[node], *(below[part] for part in parts[node]))
         below[node] = tuple(dict.fromkeys(int(x) for x in under))
     nodes = [(i, *below[i]) for i in range(n)]
-    links = [_local_links(group, parts) for group in nodes]
+    links: list[list] = [[]] * n
+    for node in _bounded(net, range(n), links, "links"):
+        links[node] = _local_links(nodes[node], parts)
     width = max(map(len, nodes))
     size = max(1, max(map(len, links)))
+    if n * max(width, size) > 4 * MAX_CLOSURES:
+        raise ValueError(
+            f"the network has {n:,} nodes, and up to {width:,} nodes and {size:,} links "
+            "below one of them: too many to simulate"
+        )
     table = np.full((n, width), n, np.int32)
     both = np.zeros((2, n, size), np.int32)
     for i, (group, pairs) in enumerate(zip(nodes, links)):
@@ -286,6 +300,19 @@ def closures(net: CharNet) -> Closures:
         if pairs:
             both[:, i, : len(pairs)] = np.array(pairs).T
     return Closures(table, both[0], both[1], net.n_levels - 1)
+
+
+def _bounded(net, order, lists, kind):
+    """The nodes in order; refuses when the lists, each made for its node, grow large."""
+    count = 0
+    for node in order:
+        yield node
+        count += len(lists[node])
+        if count > MAX_CLOSURES:
+            raise ValueError(
+                f"the {len(net.chars):,} nodes have more than {MAX_CLOSURES:,} {kind} "
+                f"below them in all, at node {net.chars[node]!r}: too many to simulate"
+            )
 
 
 def _local_links(group, parts):
