@@ -133,6 +133,53 @@ def test_refused(call, arguments, message, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def broken_ours(*_):
+    return np.zeros(3) + np.zeros(2)
+
+
+def raised(error):
+    def function(*_):
+        raise error
+
+    return function
+
+
+@pytest.mark.parametrize(
+    "function, error",
+    [
+        (broken_ours, ValueError),  # Raised by NumPy, out of our code.
+        (lambda *_: int("x"), ValueError),
+        (raised(KeyError("x")), KeyError),
+        (raised(TypeError("x")), TypeError),
+        (raised(ZeroDivisionError("x")), ZeroDivisionError),
+    ],
+)
+def test_a_bug_keeps_its_traceback(monkeypatch, function, error):
+    monkeypatch.setattr(run, "data", function)
+    with pytest.raises(error):
+        cli.main(["data", "digits"])
+
+
+def test_a_refusal_is_one_line(call, monkeypatch, tmp_path):
+    monkeypatch.setattr(run, "data", raised(OSError(28, "No space left", "f.txt")))
+    assert call("data", "digits")[0::2] == (1, "jaxpapers: f.txt: No space left\n")
+    monkeypatch.undo()
+    (tmp_path / "my.py").write_text("def get_config(preset)\n")
+    code, _, error = call("run", "dion", f"--config={tmp_path / 'my.py'}")
+    assert code == 1 and error.startswith(
+        f"jaxpapers: config file {tmp_path}/my.py, li"
+    )
+    (tmp_path / "my.py").write_text(
+        "def get_config(preset):\n raise ValueError('no')\n"
+    )
+    assert call("run", "dion", f"--config={tmp_path / 'my.py'}")[2] == "jaxpapers: no\n"
+    rows = "character,components,frequency\na,b,1\nb,a,1\n"
+    (tmp_path / "net.csv").write_text(rows)
+    code, _, error = call("run", "dnw", str(tmp_path / "net.csv"),
+                          f"--workdir={tmp_path / 'run'}")  # fmt: skip
+    assert code == 1 and f"{tmp_path}/net.csv: the network has a cycle: " in error
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

@@ -10,6 +10,7 @@ import pytest
 
 from jaxpapers.mesh import make_mesh
 from jaxpapers.papers import dnw
+from jaxpapers.papers.dnw import network
 from tests.papers.dnw_networks import (
     dense,
     hand_made,
@@ -317,3 +318,22 @@ def test_explained():
          "照": B**2 * f["照"]}
     )  # fmt: skip
     assert [t.char for t in dnw.explain(net, "日", B, top=2)] == ["日", "明"]
+
+
+def test_networks_that_no_memory_holds(monkeypatch):
+    """A chain has n^2 / 2 nodes below its nodes, a dense network n^3 / 6 links."""
+    monkeypatch.setattr(network, "MAX_CLOSURES", 100)
+    for n, count, message in (
+        (9, 9, None), (20, 1, "more than 100 nodes below them in all, at node"),
+        (13, 13, "more than 100 links below"),
+    ):  # fmt: skip
+        names = [chr(0x4E00 + i) for i in range(n)]
+        parts = {x: names[max(0, i - count) : i] for i, x in enumerate(names)}
+        net = dnw.build_network(parts, {names[0]: 1})
+        if message is None:
+            monkeypatch.setattr(network, "MAX_CLOSURES", 1 << 20)
+            assert dnw.closures(net).nodes.shape == (n, n)
+            monkeypatch.setattr(network, "MAX_CLOSURES", 100)
+            continue
+        with pytest.raises(ValueError, match=message):
+            dnw.closures(net)

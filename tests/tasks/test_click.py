@@ -14,6 +14,7 @@ from jaxpapers.data import ctr, ctr_files
 from jaxpapers.method import Method, State
 from jaxpapers.study import with_fields
 from jaxpapers.tasks import click
+from tests import clicks
 
 SMALL = {
     "data.source": "amazon", "data.batch": 8, "data.eval_batch": 8, "data.history": 4,
@@ -255,6 +256,41 @@ def test_items_share_rows_by_a_hash(amazon):
     assert shared["this model"].stage.config.net.item_vocab == 7
     for label in ("popularity", "item mean"):
         assert shared[label].measure() == each[label].measure()
+
+
+@pytest.mark.parametrize(
+    "names, found",
+    [
+        ("reviews_E_5.json.gz meta_E.json.gz", "reviews_E_5.json.gz"),  # 2014
+        ("E_5.json.gz meta_E.json.gz", "E_5.json.gz"),  # 2018
+        ("E.jsonl.gz meta_E.jsonl.gz", "E.jsonl.gz"),  # 2023
+        ("reviews_E.json reviews_F.json meta_E.json", None),
+        ("E.jsonl meta_E.jsonl meta_F.jsonl", None),
+    ],
+)
+def test_files_of_every_release_and_of_one_department(tmp_path, names, found):
+    for name in names.split():
+        (tmp_path / name).touch()
+    if found is None:
+        with pytest.raises(
+            ValueError, match="has several files like .*a folder of its"
+        ):
+            click._files("amazon", str(tmp_path))
+        return
+    reviews, meta = click._files("amazon", str(tmp_path))
+    assert reviews.name == found and meta.name.startswith("meta_E")
+
+
+def test_data_without_a_test_split_are_refused_before_training(monkeypatch):
+    """Not after it, when they are to be measured."""
+    config = clicks.config("din:smoke", clicks.SIZES)
+    data = click.load(config)
+    nothing = ctr.Samples(*(x[:0] for x in data.test))
+    click._load.cache_clear()
+    monkeypatch.setattr(click, "_read", lambda *_: data._replace(test=nothing))
+    with pytest.raises(ValueError, match="test: no samples"):
+        click.load(config)
+    click._load.cache_clear()
 
 
 def test_missing_files_are_named():
