@@ -1,5 +1,6 @@
 """Eight fake devices, strict ranks, a compile cache on disk: before any device use."""
 
+import gc
 import os
 import zlib
 from importlib.metadata import version
@@ -17,6 +18,8 @@ FLAGS = [
 EMITTERS_CAN_BE_OFF = version("jaxlib").startswith("0.10.")
 if EMITTERS_CAN_BE_OFF:
     FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+    # Modules of LLVM: splitting costs more than it gains where other tests run beside.
+    FLAGS.append("--xla_cpu_parallel_codegen_split_count=1")
 os.environ.setdefault("XLA_FLAGS", " ".join(FLAGS))
 
 import jax  # noqa: E402
@@ -36,6 +39,8 @@ CACHE = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(
 jax.config.update("jax_compilation_cache_dir", CACHE)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+# Nobody reads the lines of a test's program.
+jax.config.update("jax_traceback_in_locations_limit", 0)
 
 REFERENCE = Path(
     os.environ.get("JAXPAPERS_REFERENCE") or Path(__file__).parent / "reference"
@@ -64,6 +69,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     config.hook.pytest_deselected(items=[x for x in items if not chosen(x)])
     items[:] = filter(chosen, items)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Imported modules live to the end: the collector need not visit them each time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 50, 50)
 
 
 def pytest_configure(config: pytest.Config) -> None:

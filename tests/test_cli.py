@@ -253,6 +253,7 @@ def test_what_a_run_prints_and_writes(finished):
     assert summary["rows"][0]["numbers"] == [{"bits": lines[-1]["validation_bits"]}]
 
 
+@pytest.mark.matrix
 def test_same_command_again_is_left_alone_and_fresh_refuses(call, tiny, finished):
     workdir = finished.workdir
     before = records(workdir)[-1]["validation_bits"]

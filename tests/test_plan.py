@@ -125,6 +125,7 @@ def test_compiles_for_a_tpu_slice(libtpu):
     assert all(r["largest"] < 4 * 64 * 192 for r in optimizer)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     "dtype", [pytest.param(None, marks=pytest.mark.matrix), jnp.bfloat16]
 )

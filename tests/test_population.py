@@ -112,6 +112,7 @@ def test_members_are_runs_of_their_own(shared, vectorize, axes, key):
     compare(outcome, members)
 
 
+@pytest.mark.matrix
 @pytest.mark.programs(30)  # Most are orbax's, of copies and keys.
 def test_trained_on_a_mesh_and_resumed(tmp_path, key):
     """Rules divide the members; four steps are two, a checkpoint, and two, bitwise."""

@@ -166,6 +166,7 @@ def test_mlp_denoiser_in_bfloat16(outputs):
     assert 0 < np.linalg.norm(half - full) / np.linalg.norm(full) < 0.05
 
 
+@pytest.mark.matrix
 def test_every_parameter_gets_a_gradient_once_the_last_layer_has_moved():
     net = MLPDenoiser(**{**SMALL, "blocks": 1}, vocab=3)
 

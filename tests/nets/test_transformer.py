@@ -83,6 +83,7 @@ def test_causal_and_cache_equals_full(options):
     assert int(cache.length) == 12
 
 
+@pytest.mark.matrix
 def test_grouped_heads_equal_repeated_ones():
     """GQA is attention whose K and V kernels are repeated over the heads of a group."""
     net, params = build(kv_heads=2)
@@ -136,6 +137,7 @@ def test_bfloat16_computes_in_half_and_keeps_float32_parameters():
     assert 1e-5 < error < 0.05
 
 
+@pytest.mark.matrix
 def test_zero_init_starts_as_the_identity(key):
     net = Transformer(**SMALL, init_residual="zero")
     head = normal(32, 40)

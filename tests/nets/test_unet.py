@@ -155,6 +155,7 @@ def test_dropout_in_training(outputs):
     assert np.abs(y["base"] - y["dropout"]).max() > 1e-3
 
 
+@pytest.mark.matrix
 def test_dropout_in_training_only():
     """Else it is the program of a net without dropout, and needs no key."""
 
@@ -198,6 +199,7 @@ def test_bfloat16_is_close_to_float32(params):
     assert 0 < np.linalg.norm(half - full) / np.linalg.norm(full) < 0.05
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("train", [True, MATRIX(False)])
 def test_an_odd_size_below_a_level(train):
     net = UNet(8, dropout=0.5, attention=())

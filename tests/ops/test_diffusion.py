@@ -288,6 +288,7 @@ def test_step_kl_is_that_of_the_gaussians():
     np.testing.assert_allclose(mean, expected / 2, rtol=1e-5)
 
 
+@pytest.mark.matrix
 def test_noise_drawn_at_once_is_that_of_the_steps(monkeypatch):
     """A large rollout draws step by step, a small one before it; replay does the same."""
     schedule = diffusion.ddpm_schedule(diffusion.linear_betas(6))

@@ -97,6 +97,7 @@ def test_equals_the_matrix_optimizer(name, tx):
     jax.tree.map(np.testing.assert_array_equal, given, expected)
 
 
+@pytest.mark.matrix
 def test_baselines_do_not_decay_embeddings():
     """adamw and optax_muon, given which axes form matrices."""
     for name in ("adamw", "optax_muon"):

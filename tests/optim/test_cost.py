@@ -246,6 +246,7 @@ def test_flops_and_state_against_the_compiler():
     assert arguments == plan.state_bytes + 512 * 1024 * 4 // 8 + 4  # And the count.
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("rank", [64, pytest.param(256, marks=pytest.mark.matrix)])
 def test_temporary_memory(rank):
     """At most one float32 block and three thin factors per matrix (digest, 9b)."""

@@ -94,6 +94,7 @@ def test_invariants(right_factor):
         assert (np.einsum("lr,ls,sr->r", p, b, q) > 0).all()
 
 
+@pytest.mark.matrix
 def test_rotation_equivariance():
     with jax.enable_x64(True):
         g, q = normal(2, 12, 8, dtype=np.float64), normal(8, 3, dtype=np.float64)
@@ -122,6 +123,7 @@ def test_scale_invariance():
         np.testing.assert_allclose(scaled.momentum["w"], m, atol=2e-6 * np.abs(m).max())
 
 
+@pytest.mark.matrix
 def test_power_iteration_converges_at_the_ratio_squared():
     with jax.enable_x64(True):
         u = np.linalg.qr(normal(10, 6, dtype=np.float64))[0]
@@ -205,6 +207,7 @@ def test_degenerate_gradients_stay_bounded_and_recover(method):
     assert (np.einsum("nab,nab->n", u, good / 1e20) > r).all()
 
 
+@pytest.mark.matrix
 def test_rcqr_is_orthonormal_with_fewer_rows_than_columns():
     # Defect 2 of the reference: 2.1 times the bound here.
     g = normal(256, 128) * (np.arange(256) < 8)[:, None]
@@ -212,6 +215,7 @@ def test_rcqr_is_orthonormal_with_fewer_rows_than_columns():
     assert np.linalg.norm(update) <= np.sqrt(64) * (1 + 1e-5)
 
 
+@pytest.mark.matrix
 def test_noise_guard_removes_amplified_noise():
     # Defect 3, the paper's too: one non-zero column gives a full-norm update.
     g = normal(24, 16) * (np.arange(16) == 3)

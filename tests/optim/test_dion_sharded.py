@@ -288,6 +288,7 @@ def sizes_in_jit(tx, params, mesh):
     return max(collective_sizes(compiled.as_text()))
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     "form",
     ["function"]
@@ -328,6 +329,7 @@ def test_explicit_axes_tell_inside_jit(make_mesh):
     assert sizes_in_jit(tx, one_leaf(mesh), mesh) <= 32 // 2 * 4
 
 
+@pytest.mark.matrix
 def test_init_on_another_mesh_replaces_what_was_seen(make_mesh):
     tx = scale_by_dion(0.25)
     mesh = make_mesh((4, 2))

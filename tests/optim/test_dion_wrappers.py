@@ -118,6 +118,7 @@ def test_same_steps_in_every_wrapper(name):
     assert_close(run(WRAPPED[name](), GRADS, matrices(7))[0], plain())
 
 
+@pytest.mark.matrix
 def test_multi_steps_average_gradients():
     tx = optax.MultiSteps(dion(LR, 0.5), 2)
     parts = [matrices(20 + 3 * i) for i in range(4)]
@@ -128,6 +129,7 @@ def test_multi_steps_average_gradients():
     assert_close(got, run(dion(LR, 0.5), means, matrices(7))[0])
 
 
+@pytest.mark.matrix
 def test_apply_if_finite_skips_nan_gradients():
     tx = optax.apply_if_finite(dion(LR, 0.5), 3)
     nan = jax.tree.map(lambda x: x * np.float32(np.nan), GRADS[0])
@@ -136,6 +138,7 @@ def test_apply_if_finite_skips_nan_gradients():
     assert int(state.total_notfinite) == 1
 
 
+@pytest.mark.matrix
 def test_scan():
     tx = dion(LR, 0.5)
 
@@ -193,6 +196,7 @@ def test_injected_rank_needs_static_args_only_under_jit():
     assert_close(*together(both, g, state))
 
 
+@pytest.mark.matrix
 def test_injected_decay_may_start_at_zero():
     tx = inject(
         dion, learning_rate=LR, rank_fraction=0.5, weight_decay=0.0,

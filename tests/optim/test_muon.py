@@ -98,6 +98,7 @@ def test_same_numbers_on_every_mesh(kind, sizes, axes, make_mesh):
             )
 
 
+@pytest.mark.matrix
 def test_no_whole_matrix_on_a_device(make_mesh):
     mesh = make_mesh((4, 2))
     where = NamedSharding(mesh, P(D, M))

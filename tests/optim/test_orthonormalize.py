@@ -86,6 +86,7 @@ def test_orthonormal_always(method, tol, name):
     assert defect(basis(method, name)) <= tol
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", NAMES)
 def test_cqr2_orthonormal_or_bounded(name):
     q = basis("cqr2", name)
@@ -120,6 +121,7 @@ def test_passes_are_two_unless_more_are_needed():
     assert passes(noise, inputs()["rank2"]) == counts["rank2"]
 
 
+@pytest.mark.matrix
 def test_companions_change_nothing():
     noise, bad = inputs()["tiny"], inputs()["rank2"]
     both = np.stack([noise, bad, np.zeros((L, R))]).astype(np.float32)
@@ -284,6 +286,7 @@ def test_square_and_degenerate(size):
 DRAWS = [((64, 16), 1), ((256, 32), 2)]
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     "shape, rank",
     [
@@ -316,6 +319,7 @@ def graded(name, l, r):
     return np.linalg.qr(rng.normal(size=(l, r)))[0] @ upper
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     "l, r", [(256, 32), pytest.param(512, 128, marks=pytest.mark.matrix)]
 )

@@ -208,6 +208,7 @@ def test_synchronised_state_goes_on_as_the_old_one():
             jax.tree.map(close, got, jax.tree.map(np.asarray, want))
 
 
+@pytest.mark.matrix
 def test_resize_to_other_replicas_and_ranks():
     one = together(transformation().init, zeros())
     one = one._replace(momentum=jax.tree.map(lambda m: m + 1, one.momentum))

@@ -157,6 +157,7 @@ def test_row_sgd_is_sgd_on_the_dense_gradient():
     assert float(other["grad_norm"]) == pytest.approx(float(metrics["grad_norm"]), 1e-5)
 
 
+@pytest.mark.matrix
 def test_clip_is_of_all_gradients_together():
     tx = optax.chain(optax.clip_by_global_norm(0.05), optax.sgd(0.1))
     expected, _, metrics = run(gradient(init_params, loss, tx))
@@ -165,6 +166,7 @@ def test_clip_is_of_all_gradients_together():
     chex.assert_trees_all_close(state.params, expected.params, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     "tx", [ADAM(), pytest.param(rows.row_adagrad(0.1), marks=pytest.mark.matrix)]
 )

@@ -305,6 +305,7 @@ def test_criteo_network_is_a_dense_one_on_one_hots():
     np.testing.assert_allclose(dense, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.matrix
 def test_batch_norm_statistics(key):
     """They follow the stream, ignore padding, and stay with the parameters."""
     net = defer.Net(features=3, bins=(3, 4), buckets=(5,), widths=(4,))

@@ -129,6 +129,7 @@ def aux_inputs():
     return states, pos, neg, np.arange(T)[None] < np.array(LENGTHS)[:, None]
 
 
+@pytest.mark.matrix
 @pytest.mark.usefixtures("float64")
 def test_reductions_and_the_inner_product():
     """Against a loop over samples and steps; weights as rows that are repeated."""

@@ -391,6 +391,7 @@ def test_same_numbers_on_every_mesh(sizes):
     chex.assert_trees_all_close(found, expected, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("activation", ["dice", pytest.param("sigmoid", marks=matrix)])
 def test_padded_rows_change_nothing_and_empty_histories_train(activation):
     net = dataclasses.replace(NET, unit_activation=activation)

@@ -395,6 +395,7 @@ def test_what_is_trained(config, rank):
     assert 2 * size <= sum(moments) <= 2 * size + 4
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     "options",
     [
@@ -423,6 +424,7 @@ def assert_trained(first, last, metrics):
     np.testing.assert_array_equal(last.params["reference"]["theta"], PRE)
 
 
+@pytest.mark.matrix
 def test_supervised_updates_refuse_negative_weights():
     def pay(x, prompt):
         return jnp.where(prompt == 3, -5.0, jnp.exp(x[:, 0]))
@@ -444,6 +446,7 @@ def host_reward(score):
     return on_host(score, shape, finite=True)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("mode", ["reward", MATRIX("grad")])
 def test_an_update_follows_the_gradient(mode):
     """One policy step, computed again from the parts: sign and size of the change.

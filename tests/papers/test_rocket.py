@@ -290,6 +290,7 @@ def test_block_leaves_the_booster_alone_and_blocks_differ_in_the_shared_layers()
     close(without["shared"], total)
 
 
+@pytest.mark.matrix
 def test_without_sharing_each_net_has_its_own_layers():
     own, _, batch = toy(share=False)
     assert set(own["shared"]) == {"light", "booster"}
@@ -313,6 +314,7 @@ def test_without_sharing_each_net_has_its_own_layers():
         assert not any(x.any() for x in jax.tree.leaves(alone[name]["shared"][other]))
 
 
+@pytest.mark.matrix
 def test_nets_alone_weights_export_and_recomputed_layers():
     params, state, batch = toy()
     key, weight = jax.random.key(0), np.array([2, 1, 0, 1, 0, 0], np.float32)
@@ -421,6 +423,7 @@ def drawn(net):
     return params_like(init, KEY)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     "name",
     ["wrn", *(pytest.param(n, marks=matrix) for n in ("dien", "din", "wrn, bottom"))],

@@ -176,6 +176,7 @@ def test_samples():
 # Training
 
 
+@pytest.mark.matrix
 def test_the_first_steps_maximise():
     c = config(
         **{"method.ascend_steps": 1, "optim.name": "sgd", "optim.weight_decay": 0.0}
@@ -204,6 +205,7 @@ def test_the_first_steps_maximise():
         assert moved > 1e-5
 
 
+@pytest.mark.matrix
 def test_both_regularizers_lower_the_constant():
     # Wide weights, as after a phase that maximised: both kernels of norm 4.
     wide = {

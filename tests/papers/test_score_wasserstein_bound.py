@@ -283,6 +283,7 @@ def test_overflow_is_infinite_and_flagged():
     np.testing.assert_allclose(values["grad"], [0.0, 0.5, 0.125])
 
 
+@pytest.mark.matrix
 @pytest.mark.programs(60)  # It warns outside of jit only.
 def test_large_logarithms_in_float32_warn():
     with jax.enable_x64(False):

@@ -316,6 +316,7 @@ OTHERS = {
 
 
 # The contract has the defaults.
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     "fields",
     [

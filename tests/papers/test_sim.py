@@ -340,6 +340,7 @@ def test_projected_copies_find_what_the_model_selects():
     assert (found != np.arange(net.k)).any()
 
 
+@pytest.mark.matrix
 def test_gsu_learns_from_a_random_subset():
     net = net_of("soft", gsu_sample=4)
     params, extra = drawn(net)
@@ -357,6 +358,7 @@ def test_gsu_learns_from_a_random_subset():
         jax.eval_shape(forward, params, extra, batch())
 
 
+@pytest.mark.matrix
 def test_weights_are_means_and_zero_rows_count_nowhere(key):
     """Four rows and four of weight 0 are those four rows twice."""
     args = drawn(net_of("soft"))
@@ -491,6 +493,7 @@ def test_other_errors():
         sim.gsu_pool(*arrays, pool="x")
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("preset", ["paper", "ml100k"])
 def test_presets_make_methods(preset):
     c = run.load_config(f"sim:{preset}")

@@ -249,6 +249,7 @@ def with_baselines(stage, names):
     return Stage(stage.paper, config, until=stage.until)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     "name",
     [

@@ -182,6 +182,7 @@ def started(name, c, step=False):
 
 
 # Parameters of a classifier are drawn one by one.
+@pytest.mark.matrix
 @pytest.mark.programs(40)
 def test_images_are_compared_in_the_features_of_a_classifier_of_others(folder):
     c = config("sft_pg:digits", **{"data.path": folder, "data.eval_count": 160})
