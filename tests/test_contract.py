@@ -174,17 +174,24 @@ def test_accumulation_agrees_with_the_whole_batch(case):
     assert difference < 1e-4, leaf
 
 
+def measured(case, mesh):
+    """The numbers of the case's row before the first step."""
+    row = case.row(mesh)
+    finding = (row.watch or row.measure)(case.method, case.init(mesh))
+    return getattr(finding, "numbers", finding)
+
+
+def test_row_is_measured_on_a_mesh(case):
+    numbers = measured(case, "4x2")
+    assert any(k.startswith(case.study.metric) for k in numbers)
+    assert all(map(np.isfinite, numbers.values()))
+
+
+@pytest.mark.matrix
 def test_row_is_measured_on_a_mesh_as_on_one_device(case):
-    numbers = []
-    for mesh in ("1x1", "4x2"):
-        row = case.row(mesh)
-        state = case.init(mesh)
-        finding = (row.watch or row.measure)(case.method, state)
-        numbers.append(getattr(finding, "numbers", finding))
-    assert any(k.startswith(case.study.metric) for k in numbers[0])
-    for name, value in numbers[0].items():
-        assert np.isfinite(value)
-        assert numbers[1][name] == pytest.approx(value, rel=1e-4), name
+    numbers = measured(case, "4x2")
+    for name, value in measured(case, "1x1").items():
+        assert numbers[name] == pytest.approx(value, rel=1e-4), name
 
 
 def test_predictions_and_draws(case):

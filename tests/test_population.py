@@ -157,6 +157,7 @@ def test_scores_and_samples_have_a_member_axis(key):
     assert value.shape == ()
 
 
+@pytest.mark.matrix
 def test_averages_start_members(key):
     """A stage after another: each member continues its own average."""
     first = population(averaged(single(), 0.5), 2)

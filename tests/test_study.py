@@ -216,7 +216,9 @@ def test_init_from_and_parts_of_one_run(tmp_path):
     assert values(same, "this model") == values(whole, "this model")
 
 
-@pytest.mark.parametrize("mesh", ["data:1", "data:8"])
+@pytest.mark.parametrize(
+    "mesh", [pytest.param("data:1", marks=pytest.mark.matrix), "data:8"]
+)
 def test_refreshed_examples_resume_bitwise(tmp_path, mesh, monkeypatch):
     """Cut inside an interval, at its edge, and not at all."""
     config = run.load_config(

@@ -43,6 +43,7 @@ def test_folder_is_split_by_file_in_path_order(folder):
     assert corpus.train[0][-1] == text.SEPARATOR
 
 
+@pytest.mark.matrix
 def test_standard_library_is_real_text_without_tests():
     root = Path(sysconfig.get_paths()["stdlib"])
     files = [p.relative_to(root) for p in text._python_files(root)]

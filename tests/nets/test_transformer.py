@@ -125,6 +125,7 @@ def test_remat_and_unroll_change_nothing():
         )
 
 
+@pytest.mark.matrix
 def test_bfloat16_computes_in_half_and_keeps_float32_parameters():
     net, params = build(dtype=jnp.bfloat16)
     assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}

@@ -132,6 +132,7 @@ def gaussian_score(process, mean=0.5, var=0.25):
     return score
 
 
+@pytest.mark.matrix
 def test_ancestral_steps_are_the_chain(key):
     betas = diffusion.linear_betas(6, 0.01, 0.3)
     process, bars = sde.discrete_vp(betas), diffusion.alpha_bars(betas)

@@ -17,8 +17,7 @@ from tests.programs import together
 STACKED = DimensionNumbers(1, 2)
 # The default method and the one with a sketch; the others are in the matrix.
 SOME = [
-    pytest.param(x, marks=() if x in ("scqr", "rcqr") else pytest.mark.matrix)
-    for x in METHODS
+    pytest.param(x, marks=() if x == "scqr" else pytest.mark.matrix) for x in METHODS
 ]
 
 

@@ -134,7 +134,16 @@ def test_rank_fraction_per_leaf():
         q_shapes(by_tree, c=(4, 4))
 
 
-@pytest.mark.parametrize("side, rows", [("longer", 8), ("output", 12), ("input", 8)])
+@pytest.mark.parametrize(
+    "side, rows",
+    [
+        ("longer", 8),
+        *(
+            pytest.param(*x, marks=pytest.mark.matrix)
+            for x in (("output", 12), ("input", 8))
+        ),
+    ],
+)
 def test_p_side(side, rows):
     # (in, out) = (12, 8): the input side is the longer one; Q takes the other.
     tx = scale_by_dion(0.5, p_side=side, scale=None)

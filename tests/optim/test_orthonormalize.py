@@ -49,10 +49,9 @@ def inputs():
 
 
 NAMES = tuple(inputs())
-# The default method and the one with a sketch; the others are in the matrix.
+# The default method; the others are in the matrix.
 SOME = [
-    pytest.param(x, marks=() if x in ("scqr", "rcqr") else pytest.mark.matrix)
-    for x in METHODS
+    pytest.param(x, marks=() if x == "scqr" else pytest.mark.matrix) for x in METHODS
 ]
 
 

@@ -199,7 +199,8 @@ def test_split_weights_are_the_concatenated_unit():
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize(
-    "normalize", ["none", "softmax_scaled", pytest.param("softmax", marks=matrix)]
+    "normalize",
+    ["none", *(pytest.param(x, marks=matrix) for x in ("softmax_scaled", "softmax"))],
 )
 def test_order_padding_and_empty_histories(normalize):
     net = dataclasses.replace(NET, normalize=normalize)

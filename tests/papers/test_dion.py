@@ -121,6 +121,7 @@ def test_sampler_refuses_bad_arguments(params, key):
         dion.sampler(params, key, TOKENS[:, :0], net=NET, length=2)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("preset", ["default", "smoke", "standard", "160m"])
 def test_presets_route_every_leaf(preset):
     """Hidden matrices to Dion; embedding, head and norms to AdamW."""

@@ -489,6 +489,7 @@ def test_residual_net_of_the_paper_has_its_size():
     assert booster == pytest.approx(0.564e6, rel=0.03)
 
 
+@pytest.mark.matrix
 def test_shared_layers_run_once():
     """A loss costs what both nets alone cost, less the shared layers once."""
 

@@ -76,6 +76,7 @@ def rows_of(c):
 
 
 # Parameters of two classifiers are drawn one by one.
+@pytest.mark.matrix
 @pytest.mark.programs(40)
 def test_one_classifier_rewards_and_another_one_evaluates(folder):
     c = digits(folder)
