@@ -1,6 +1,7 @@
 """Training: the one place that knows meshes, jit, checkpoints and stopping."""
 
 import contextlib
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -74,11 +75,17 @@ def compile(
         traced = step.trace(shapes, batch)
         executable = traced.lower().compile(compiler_options)
 
-    build = jax.jit(lambda key: method.init(key, batch), out_shardings=shardings)
+    @functools.cache
+    def build():
+        # Compiled before its key is seen: wherever that lies, this is one program.
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        key = jax.ShapeDtypeStruct((), key.dtype, sharding=replicated)
+        init = jax.jit(lambda key: method.init(key, batch), out_shardings=shardings)
+        return init.lower(key).compile()
 
     def init(key):
         with jax.set_mesh(mesh):
-            return build(key)
+            return build()(key)
 
     return Compiled(init, executable, shapes, executable, traced.jaxpr)
 
