@@ -75,6 +75,13 @@ def pad_histories(x: dict[str, np.ndarray], by: int, fill: int = 3) -> dict:
     }
 
 
+def overlong(x: dict[str, np.ndarray], by: int = 9) -> dict:
+    """The batch with recorded lengths beyond the slots, and below zero, by ``by``."""
+    slots = x["hist_item"].shape[1]
+    length = x["length"] + by * ((x["length"] == slots) - 1 * (x["length"] == 0))
+    return {**x, "length": length.astype(np.int32)}
+
+
 def candidate(x: dict[str, np.ndarray], n: int) -> dict[str, np.ndarray]:
     """The batch with the n-th of N candidates alone."""
     return {**x, "item": x["item"][:, n], "cate": x["cate"][:, n]}

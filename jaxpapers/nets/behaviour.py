@@ -188,7 +188,8 @@ def fields(batch: Mapping[str, Array], net: Net) -> dict[str, Any]:
 
     Returns:
       item, hist_item, cate and hist_cate (None without), user: ids within their
-      vocabularies, 0 beyond a history's end; mask (B, T), True at behaviours; row_mask
+      vocabularies, 0 beyond a history's end; length (B,), within 0 .. T: a history that
+      was longer than the slots fills them; mask (B, T), True at behaviours; row_mask
       (B,), True at positive weights, or None.
 
     Raises:
@@ -196,9 +197,11 @@ def fields(batch: Mapping[str, Array], net: Net) -> dict[str, Any]:
     """
     check_shapes(batch, net)
     slots = batch["hist_item"].shape[1]
-    within = jnp.arange(slots)[None, :] < batch["length"][:, None]
+    length = jnp.clip(batch["length"], 0, slots)
+    within = jnp.arange(slots)[None, :] < length[:, None]
     mask = within & (batch["hist_item"] != embedding.PADDING)
-    read: dict[str, Any] = {"mask": mask, "row_mask": candidate_mask(batch, 1)}
+    read: dict[str, Any] = {"mask": mask, "length": length}
+    read["row_mask"] = candidate_mask(batch, 1)
     read["item"] = embedding.resolve(batch["item"], net.item_vocab)
     hist = embedding.resolve(batch["hist_item"], net.item_vocab)
     read["hist_item"] = jnp.where(mask, hist, embedding.PADDING)

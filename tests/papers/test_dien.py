@@ -12,7 +12,17 @@ from jaxpapers import mesh as meshes
 from jaxpapers import train as trainer
 from jaxpapers.papers import dien
 from tests import clicks
-from tests.clicks import ITEMS, SIZES, B, T, batch, candidate, device, pad_histories
+from tests.clicks import (
+    ITEMS,
+    SIZES,
+    B,
+    T,
+    batch,
+    candidate,
+    device,
+    overlong,
+    pad_histories,
+)
 from tests.contract import CLICK, Contract, write_clicks
 from tests.programs import KEY, together
 
@@ -320,7 +330,7 @@ def test_scores_of_candidates_are_those_of_rows(fields):
     back = {k: v.copy() for k, v in plain.items()}
     for name in ("hist_item", "hist_cate"):
         back[name][1] = plain[name][1, ::-1]
-    rows = (candidate(x, 0), candidate(x, 1), plain, back)
+    rows = (candidate(x, 0), candidate(x, 1), plain, back, overlong(plain))
     rows = {k: np.concatenate([r[k] for r in rows]) for k in plain}
 
     def check(params, state, *batches):
@@ -329,7 +339,8 @@ def test_scores_of_candidates_are_those_of_rows(fields):
     many, single, padded = together(
         check, *drawn(net), x, rows, pad_histories(plain, 4)
     )
-    zero, one, expected, turned = single.reshape(4, B)
+    zero, one, expected, turned, longer = single.reshape(5, B)
+    np.testing.assert_allclose(longer, expected, rtol=1e-10, atol=1e-12)
     assert many.shape == (B, 2) and np.ptp(many, 1).max() > 1e-6
     np.testing.assert_allclose(many, np.stack([zero, one], 1), rtol=1e-10, atol=1e-12)
     np.testing.assert_allclose(padded, expected, rtol=1e-10, atol=1e-12)

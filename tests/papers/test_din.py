@@ -24,6 +24,7 @@ from tests.clicks import (
     batch,
     candidate,
     device,
+    overlong,
     pad_histories,
 )
 from tests.contract import CLICK, Contract, write_clicks
@@ -223,12 +224,14 @@ def test_order_padding_and_empty_histories(normalize):
         pooling = jax.grad(square, (0, 1), has_aux=True)(*arrays[:2])
         return [score(b) for b in batches], pooling
 
-    rows = {k: np.concatenate([b[k] for b in (x, full, turned)]) for k in x}
+    batches = (x, full, turned, overlong(x))
+    rows = {k: np.concatenate([b[k] for b in batches]) for k in x}
     (logits, padded), (grads, pooled) = together(
         check, *drawn(net), (scores, keys, mask), rows, pad_histories(x, 3)
     )
-    plain, ordered, other = logits.reshape(3, B)
+    plain, ordered, other, longer = logits.reshape(4, B)
     np.testing.assert_allclose(padded, plain, rtol=1e-12)
+    np.testing.assert_allclose(longer, plain, rtol=1e-12)
     np.testing.assert_allclose(other, ordered, rtol=1e-10)
     assert not pooled[0].any() and pooled[1].any()
     chex.assert_tree_all_finite(grads)

@@ -14,7 +14,7 @@ from jaxpapers import train as trainer
 from jaxpapers.ops import search
 from jaxpapers.papers import sim
 from tests import clicks
-from tests.clicks import SIZES, B, candidate, pad_histories
+from tests.clicks import SIZES, B, candidate, overlong, pad_histories
 from tests.contract import CLICK, Contract, write_clicks
 from tests.programs import together
 
@@ -269,6 +269,7 @@ def test_padding_changes_nothing_and_the_time_gap_does(kind):
         {**x, "time": zero, "hist_time": np.zeros_like(x["hist_time"])},
         candidate(many, 0),
         candidate(many, 1),
+        overlong(x),
     )
     count = len(rows)
     rows = {k: np.concatenate([r[k] for r in rows]) for k in x}
@@ -282,10 +283,11 @@ def test_padding_changes_nothing_and_the_time_gap_does(kind):
     found, wide, several = together(
         check, *drawn(net), rows, pad_histories(x, 4, fill=7), many
     )
-    plain, dirty, later, early, now, *single = found.reshape(count, B)
+    plain, dirty, later, early, now, *single, longer = found.reshape(count, B)
     close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
     close(wide, plain)
     close(dirty, plain)
+    close(longer, plain)
     close(early, now)
     assert (later != plain).any() == (kind != "average")
     for scores in several:

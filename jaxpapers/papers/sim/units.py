@@ -61,13 +61,13 @@ def fields(batch, net: Net) -> dict[str, Any]:
     check_shapes(batch, net)
     read = behaviour.fields(batch, net)
     position = jnp.arange(batch["hist_item"].shape[1], dtype=jnp.int32)[None]
-    older = position < batch["length"][:, None] - net.skip
+    older = position < read["length"][:, None] - net.skip
     read["long_mask"] = read["mask"] & older
     read["time"], read["hist_time"] = batch.get("time"), batch.get("hist_time")
     # Raw: two unknown categories are not the same. 0 is none and matches nothing.
     read["raw_cate"] = batch.get("hist_cate")
     back = jnp.arange(net.short, dtype=jnp.int32)[None]
-    last = batch["length"][:, None] - 1 - back
+    last = read["length"][:, None] - 1 - back
     idx = jnp.where(last >= 0, last, -1)
     read["recent"] = Selection(idx, last >= 0, idx)
     return read
