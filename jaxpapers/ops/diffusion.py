@@ -21,6 +21,10 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Key, Shaped
 
 REDUCTIONS = ("sum", "mean")
+_NO_SIGNAL = (
+    "zero terminal SNR leaves no image in the noise to predict; end slightly above "
+    "(cosine_betas caps beta at 0.999)"
+)
 
 
 class Schedule(NamedTuple):
@@ -73,8 +77,13 @@ def check_betas(betas: Any) -> np.ndarray:
       ValueError: none, or one outside (0, 1).
     """
     betas = np.asarray(betas, np.float64)
-    if betas.ndim != 1 or not len(betas) or not ((betas > 0) & (betas < 1)).all():
-        raise ValueError(f"betas must be a row of numbers in (0, 1), got {betas}")
+    bad = np.flatnonzero(~((betas > 0) & (betas < 1)))
+    if betas.ndim != 1 or not len(betas) or len(bad):
+        got = f"the shape {betas.shape}"
+        if betas.ndim == 1 and len(bad):
+            got = f"{betas[bad[0]]} at {bad[0]} of {len(betas)}"
+            got += f"; {_NO_SIGNAL}" if betas[bad[0]] == 1 else ""
+        raise ValueError(f"betas must be a row of numbers in (0, 1), got {got}")
     return betas
 
 
@@ -205,7 +214,10 @@ def ddim_schedule(
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must be in [0, 1], got {eta}")
     if not ((np.diff(bars) < 0).all() and 0 < bars[-1] and bars[0] < 1):
-        raise ValueError("alpha_bar must fall, strictly and between 1 and 0")
+        raise ValueError(
+            "alpha_bar must fall, strictly and between 1 and 0, got "
+            f"{bars[0]} .. {bars[-1]}" + (f"; {_NO_SIGNAL}" if bars[-1] == 0 else "")
+        )
     times = ddim_times(len(bars), steps)
     now = bars[times]
     final = bars[0] if final_alpha_bar is None else final_alpha_bar
@@ -222,28 +234,40 @@ def ddim_schedule(
 
 
 def check_density(schedule: Schedule) -> None:
-    """Checks that every step has a density.
+    """Checks that every step has a density that float32 can tell.
 
     Raises:
-      ValueError: a standard deviation of zero.
+      ValueError: a standard deviation of zero, or below the rounding of states of order
+        one; a coefficient that is not finite, as of a state without signal.
     """
-    zero = np.flatnonzero(~(np.asarray(schedule.std) > 0))
+    zero = np.flatnonzero(~(np.asarray(schedule.std) > np.finfo(np.float32).eps))
     if len(zero):
         raise ValueError(
-            f"a deterministic step has no density: the schedule's std is 0 at steps "
-            f"{zero.tolist()} of {len(schedule.std)}; log-probabilities need eta > 0, "
-            "kappa > 0, variance='beta', or final_alpha_bar=None"
+            "a deterministic step has no density: the schedule's std is 0 or below the "
+            f"rounding of the states at steps {zero[:10].tolist()} of "
+            f"{len(schedule.std)}; log-probabilities need eta > 0, kappa > 0, "
+            "variance='beta', or final_alpha_bar=None"
         )
+    for name in ("x_mult", "eps_mult", "std"):
+        bad = np.flatnonzero(~np.isfinite(getattr(schedule, name)))
+        if len(bad):
+            raise ValueError(
+                f"a step has no density: the schedule's {name} is not finite at steps "
+                f"{bad[:10].tolist()} of {len(schedule.std)}; {_NO_SIGNAL}"
+            )
 
 
 def step_mean(
     schedule: Schedule, k: Any, x: Float[Array, "B ..."], eps: Float[Array, "B ..."]
 ) -> Float[Array, "B ..."]:
-    """Mean of x_{k+1} given x_k and the predicted noise; k (B,) or one number."""
-    a, c = (
-        _rows(jnp.asarray(v, x.dtype)[k], x)
-        for v in (schedule.x_mult, schedule.eps_mult)
-    )
+    """Mean of x_{k+1} given x_k and the predicted noise; k (B,) or one number.
+
+    NaN for a traced k outside 0 .. S - 1.
+
+    Raises:
+      ValueError: another k, if it is concrete.
+    """
+    a, c = (_rows(_at(v, k, x.dtype), x) for v in (schedule.x_mult, schedule.eps_mult))
     return a * x + c * eps
 
 
@@ -264,9 +288,12 @@ def step_log_prob(
       x_next: next states.
       eps: predicted noise.
       reduce: "sum" over the coordinates, or "mean", as in released code.
+
+    Raises:
+      ValueError: see ``check_density`` and ``step_mean``.
     """
     check_density(schedule)
-    std = _rows(jnp.asarray(schedule.std, x.dtype)[k], x)
+    std = _rows(_at(schedule.std, k, x.dtype), x)
     z = (x_next - step_mean(schedule, k, x, eps)) / std
     return _reduce(
         -0.5 * jnp.square(z) - jnp.log(std) - 0.5 * math.log(2 * math.pi), reduce
@@ -297,8 +324,8 @@ def step_log_ratio(
       eps_old: noise predicted by the policy that took the step.
     """
     check_density(schedule)
-    std = _rows(jnp.asarray(schedule.std, x.dtype)[k], x)
-    kappa = _rows(jnp.asarray(schedule.eps_mult, x.dtype)[k], x) / std
+    std = _rows(_at(schedule.std, k, x.dtype), x)
+    kappa = _rows(_at(schedule.eps_mult, k, x.dtype), x) / std
     z = lax.stop_gradient((x_next - step_mean(schedule, k, x, eps_old)) / std)
     delta = kappa * (lax.stop_gradient(eps_old) - eps)
     return _reduce(-delta * (z + 0.5 * delta), reduce)
@@ -316,7 +343,7 @@ def step_kl(
     Means differ by $c_k (\epsilon - \epsilon')$; the variance is the same.
     """
     check_density(schedule)
-    mult = jnp.asarray(schedule.eps_mult / schedule.std, eps.dtype)[k]
+    mult = _at(schedule.eps_mult / schedule.std, k, eps.dtype)
     return _reduce(0.5 * jnp.square(_rows(mult, eps) * (eps - eps_ref)), reduce)
 
 
@@ -344,6 +371,18 @@ def guided(eps_fn: Callable, weight: float) -> Callable[[Array, Array, Array], A
         return unconditional + weight * (conditional - unconditional)
 
     return apply
+
+
+def _at(values, k, dtype):
+    """Coefficients of the steps k; an index beyond them would read the last one."""
+    if not isinstance(k, jax.core.Tracer):
+        steps = np.asarray(k)
+        if steps.size and not (0 <= steps.min() and steps.max() < len(values)):
+            raise ValueError(
+                f"k must be in 0 .. {len(values) - 1}, the steps of the schedule, got "
+                f"{steps.min()} .. {steps.max()}"
+            )
+    return jnp.asarray(values, dtype).at[k].get(mode="fill", fill_value=jnp.nan)
 
 
 def _schedule(x_mult, eps_mult, std, time, alpha_bar, reverse=False):

@@ -26,7 +26,7 @@ def on_host(f: Callable, shapes: Any, *, finite: bool = False) -> Callable:
       A function of arrays that returns arrays of ``shapes``. A result with another
       structure, shape or kind of dtype stops the program: JAX raises its own runtime
       error, which contains the message. Numbers are cast to the dtype within their kind
-      (float64 to float32).
+      (float64 to float32), those of other libraries by their ``__float__``.
 
     Raises:
       TypeError: ``shapes`` has leaves without shape and dtype.
@@ -74,9 +74,9 @@ def _array(part: Any, leaf: Any, finite: bool) -> np.ndarray:
     if isinstance(part, tuple):
         raise ValueError(
             f"the host function returned {_describe(part)}, expected one array of "
-            f"shape {leaf.shape}"
+            f"shape {leaf.shape}; if the others are metadata, return the first one alone"
         )
-    array = np.asarray(part)
+    array = _numbers(part, leaf)
     if array.shape != leaf.shape:
         raise ValueError(
             f"the host function returned an array of shape {array.shape}, expected "
@@ -96,6 +96,23 @@ def _array(part: Any, leaf: Any, finite: bool) -> np.ndarray:
     return array
 
 
+def _numbers(part: Any, leaf: Any) -> np.ndarray:
+    """An array of numbers; of objects, as their ``__float__`` says."""
+    refused = ValueError(
+        f"the host function returned {_describe(part)} that is no array of numbers, "
+        f"expected one of shape {leaf.shape}"
+    )
+    try:
+        array = np.asarray(part)
+        if array.dtype != object:
+            return array
+        if any(x is None or isinstance(x, str | bytes) for x in array.flat):
+            raise refused
+        return array.astype(leaf.dtype)
+    except (TypeError, ValueError) as error:
+        raise refused from error
+
+
 def non_finite_rows(array: Any) -> np.ndarray:
     """Indices of the rows of an array (N, ...) that hold a NaN or an infinity.
 
@@ -108,6 +125,6 @@ def non_finite_rows(array: Any) -> np.ndarray:
 
 
 def _describe(result: Any) -> str:
-    if isinstance(result, tuple | list):
+    if isinstance(result, tuple | list | dict):
         return f"a {type(result).__name__} of {len(result)}"
-    return f"a {type(result).__name__}"
+    return "None" if result is None else f"a {type(result).__name__}"

@@ -376,6 +376,51 @@ def test_remat_changes_nothing():
     np.testing.assert_array_equal(plain, other)
 
 
+@pytest.mark.parametrize(
+    "field, value, message",
+    [
+        ("x_mult", np.inf, r"x_mult is not finite at steps \[2\] of 8; zero terminal"),
+        ("eps_mult", np.nan, r"eps_mult is not finite at steps \[2\]"),
+        ("std", np.inf, r"std is not finite at steps \[2\]"),
+        ("std", np.nan, r"no density.* at steps \[2\]"),
+        ("std", 1e-12, r"rounding of the states at steps \[2\]"),
+    ],
+)
+def test_steps_without_signal_or_noise_have_no_density(field, value, message):
+    schedule = diffusion.ddim_schedule(diffusion.alpha_bars(LINEAR), 8)
+    values = getattr(schedule, field).copy()
+    values[2] = value
+    with pytest.raises(ValueError, match=message):
+        diffusion.check_density(schedule._replace(**{field: values}))
+
+
+def test_zero_terminal_snr_is_refused_by_name():
+    bars = diffusion.alpha_bars(LINEAR)
+    root = np.sqrt(bars)
+    zero = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+    with pytest.raises(ValueError, match=r"got 0.9.* .. 0.0; zero terminal SNR"):
+        diffusion.ddim_schedule(zero, 8)
+    with pytest.raises(ValueError, match="got 1.0 at 3 of 4; zero terminal SNR"):
+        diffusion.check_betas([0.1, 0.2, 0.3, 1.0])
+
+
+def test_steps_beyond_the_schedule_have_no_coefficients():
+    """An index beyond them would read the last step's."""
+    schedule, x = SCHEDULES["ddim"], np.zeros((2, 3), np.float32)
+    count = len(schedule.std)
+    for k in (np.array([0, count]), -1, count):
+        with pytest.raises(ValueError, match=f"k must be in 0 .. {count - 1}.*got"):
+            jax.eval_shape(lambda x, k=k: diffusion.step_kl(schedule, k, x, x), x)
+
+    def f(k, x):
+        log_prob = diffusion.step_log_prob(schedule, k, x, x, x)
+        ratio = diffusion.step_log_ratio(schedule, k, x, x, x, x + 1)
+        return log_prob, ratio, diffusion.step_kl(schedule, k, x, x + 1)
+
+    for value in together(f, np.array([count - 1, count]), x):
+        np.testing.assert_array_equal(np.isnan(value), [False, True])
+
+
 def test_deterministic_steps_have_no_density():
     bars = diffusion.alpha_bars(LINEAR)
     deterministic = diffusion.ddim_schedule(bars, 8, eta=0.0)

@@ -46,6 +46,17 @@ def test_pytrees_and_lists():
     np.testing.assert_array_equal(result["rows"], np.arange(8.0))
 
 
+def test_numbers_of_other_libraries():
+    """Scalars that only know their float, as zero-dimensional tensors of others."""
+
+    class Scalar:
+        def __float__(self):
+            return 0.5
+
+    result = jax.jit(on_host(lambda x: [Scalar()] * 8, ROWS))(np.ones(8, np.float32))
+    np.testing.assert_array_equal(result, np.full(8, 0.5))
+
+
 def test_the_derivative_is_zero():
     f = on_host(lambda x: x.sum(), jax.ShapeDtypeStruct((), jnp.float32))
     grads = jax.jit(jax.grad(lambda x: f(x) + 3 * x.sum()))(np.ones(4, np.float32))
@@ -56,8 +67,13 @@ def test_the_derivative_is_zero():
     "f, message",
     [
         (lambda x: np.zeros(3), r"shape \(3,\), expected \(8,\)"),
-        (lambda x: (x, {}), "a tuple of 2, expected one array"),
-        (lambda x: None, r"shape \(\), expected|a NoneType"),
+        (lambda x: (x, {}), "a tuple of 2, expected one array.*metadata, return the"),
+        (lambda x: [x, {}], "a list of 2 that is no array of numbers"),
+        (lambda x: {"reward": x}, "a dict of 1 that is no array"),
+        (lambda x: None, "returned None that is no array"),
+        (lambda x: [None] * 8, "a list of 8 that is no array"),
+        (lambda x: ["0.5"] * 8, "returned <U3, expected float32"),
+        (lambda x: 1.0, r"shape \(\), expected \(8,\)"),
         (lambda x: x * 1j, "complex128|complex64"),
         (lambda x: np.where(np.arange(8) > 5, np.nan, x), r"rows \[6, 7\] of 8"),
     ],

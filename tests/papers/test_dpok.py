@@ -611,12 +611,44 @@ def test_only_if_keeps_all_but_the_step():
     assert taken.params["a"].tolist() == [0, 0]
 
 
-def test_rewards_refuse_other_shapes():
-    with pytest.raises(ValueError, match="one number for each image"):
+@pytest.mark.parametrize(
+    "reward, message",
+    [
+        (lambda x, i: x, r"the shape \(20, 1\), expected \(20,\): one number for each"),
+        (lambda x, i: (x[:, 0], {}), "returned a tuple of 2.*return the reward alone"),
+        (lambda x, i: {"reward": x[:, 0]}, "returned a dict of 1"),
+        (lambda x, i: None, "returned a NoneType"),
+        (lambda x, i: [x[:, 0], {}], "a list that is no array of numbers"),
+        (lambda x, i: 1j * x[:, 0], "complex64, expected real"),
+        (lambda x, i: np.asarray(x)[:, 0], r"wrap it: ops.host.on_host\(reward_fn"),
+        (lambda x, i: [float(row[0]) for row in x], "wrap it: ops.host.on_host"),
+        (lambda x, i: x[:, 0] if x.sum() > 0 else -x[:, 0], "wrap it"),
+        (lambda x, i: [(1.0, 2.0)[k] for k in i], "wrap it"),
+    ],
+)
+def test_rewards_refuse_what_is_no_number_for_each_image(reward, message):
+    with pytest.raises((TypeError, ValueError), match=message):
         jax.eval_shape(
-            lambda x, prompt: rollouts.rewards(lambda x, prompt: x, x, prompt),
+            lambda x, prompt: rollouts.rewards(reward, x, prompt),
             np.zeros((20, 1), np.float32), PROMPT,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "reward",
+    [
+        lambda x, i: x[:, 0] > 0,
+        lambda x, i: list(x[:, 0] > 0),
+        lambda x, i: (x[:, 0] > 0).astype(jnp.int32),
+        lambda x, i: np.zeros(len(x)),
+    ],
+)
+def test_rewards_may_be_any_real_numbers(reward):
+    value = jax.eval_shape(
+        functools.partial(rollouts.rewards, reward),
+        jax.ShapeDtypeStruct((20, 1), jnp.float32), PROMPT,
+    )  # fmt: skip
+    assert (value.shape, value.dtype) == ((20,), jnp.float32)
 
 
 def test_kl_d_is_sft_with_a_shifted_reward():

@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, Key
@@ -13,6 +14,12 @@ from jaxpapers.nets.lora import lora_apply
 from jaxpapers.ops import diffusion, policy, trajectories
 from jaxpapers.ops.diffusion import Schedule
 from jaxpapers.papers.dpok.options import Options
+
+_UNTRACEABLE = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerIntegerConversionError,
+)
 
 
 class Transitions(NamedTuple):
@@ -97,15 +104,46 @@ def rewards(
     """Rewards of images, without a gradient.
 
     Raises:
+      TypeError: a function that JAX cannot trace, or a result that is no array.
       ValueError: another shape than (B,).
     """
-    reward = reward_fn(x, prompt)
-    if jnp.shape(reward) != prompt.shape:
+    try:
+        reward = reward_fn(x, prompt)
+    except _UNTRACEABLE as error:
+        raise TypeError(
+            "reward_fn needs the values of its arguments (NumPy, float(), if), which are "
+            "not there while JAX compiles; wrap it: ops.host.on_host(reward_fn, "
+            "lambda x, prompt: jax.ShapeDtypeStruct(prompt.shape, jnp.float32), "
+            "finite=True)"
+        ) from error
+    reward = _one_array(reward, prompt.shape)
+    if reward.shape != prompt.shape:
         raise ValueError(
-            f"reward_fn returned the shape {jnp.shape(reward)}, expected "
+            f"reward_fn returned the shape {reward.shape}, expected "
             f"{prompt.shape}: one number for each image"
         )
     return lax.stop_gradient(reward.astype(jnp.float32))
+
+
+def _one_array(reward: Any, shape: tuple[int, ...]) -> jax.Array:
+    """A reward as an array; a list of numbers is one, a tuple of anything is not."""
+    expected = f"expected one array of shape {shape}: one number for each image"
+    if isinstance(reward, tuple | dict) or reward is None:
+        parts = f" of {len(reward)}" if reward is not None else ""
+        raise TypeError(
+            f"reward_fn returned a {type(reward).__name__}{parts}, {expected}; if the "
+            "rest is metadata, return the reward alone"
+        )
+    try:
+        array = jnp.asarray(reward)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"reward_fn returned a {type(reward).__name__} that is no array of numbers, "
+            f"{expected}"
+        ) from error
+    if jnp.issubdtype(array.dtype, jnp.complexfloating):
+        raise TypeError(f"reward_fn returned {array.dtype}, expected real numbers")
+    return array
 
 
 def draw_rollout(
