@@ -240,8 +240,8 @@ SIM = [
     ),
     (
         "jaxpapers/papers/sim/units.py",
-        'batch["length"][:, None] - net.skip',
-        'batch["length"][:, None] + net.skip',
+        'read["length"][:, None] - net.skip',
+        'read["length"][:, None] + net.skip',
         ["tests/papers/test_sim.py"],
     ),
     (
