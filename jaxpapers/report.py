@@ -9,12 +9,13 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
 from jaxpapers import extras
 from jaxpapers.method import path_name
+from jaxpapers.pace import Pace
 from jaxpapers.study import Result, Results, Study
 
 
@@ -128,16 +129,19 @@ class Report:
         quiet: bool = False,
         every: int = 10,
         unit: str = "tokens",
+        eval_every: int = 0,
         console: Console | None = None,
     ):
-        """Args: units of work per step and their name, writers, steps between lines."""
+        """Args: units of work per step and their name, writers, steps between lines and
+        between evaluations (0: only at the end)."""
         main = jax.process_index() == 0
         self.console = console or make_console(quiet=quiet)
         self.writers = list(writers) if main else []
         self._work, self._unit, self._every = tokens_per_step, unit, every
         self._live = self.console.is_terminal and not quiet and main
         self._progress: Progress | None = None
-        self._last: dict[str, float] = {}
+        self._pace: Pace | None = None
+        self._eval_every = eval_every
 
     def start(self, compiled: Any, method: Any, first: int, steps: int) -> None:
         """Prints the parameter table and the memory of a step, starts the clock."""
@@ -146,7 +150,8 @@ class Report:
         self.console.print(memory_line(compiled))
         if first:
             self.console.print(f"continuing from step {first}")
-        self._first, self._steps, self._began = first, steps, time.monotonic()
+        self._steps = steps
+        self._pace = Pace(first, steps, self._eval_every, time.monotonic())
         if self._progress:  # Of an earlier part of the run.
             self._progress.stop()
         if self._live:
@@ -154,7 +159,6 @@ class Report:
                 TextColumn("{task.completed:.0f}/{task.total:.0f}"),
                 BarColumn(bar_width=24),
                 TextColumn("{task.fields[text]}", markup=False),
-                TimeRemainingColumn(),
                 console=self.console,
             )
             self._task = self._progress.add_task(
@@ -164,23 +168,25 @@ class Report:
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
         """Takes the metrics of a finished step."""
-        self._last = metrics
-        rate = (step - self._first) / max(time.monotonic() - self._began, 1e-9)
+        assert self._pace is not None
+        self._pace.step(step, time.monotonic())
+        rate, left = self._pace.rate, self._pace.seconds_left
         if step % self._every == 0 or step == self._steps:
             for writer in self.writers:
                 writer.write(step, {**metrics, "steps_per_second": round(rate, 4)})
         text = (
             f"loss {metrics['loss']:.4f}  {rate:.2f} steps/s  "
-            f"{_short(rate * self._work)} {self._unit}/s"
-        )
+            f"{_short(rate * self._work)} {self._unit}/s  ETA {left:.0f} s"
+        ) + ("" if self._pace.complete else " and evaluations")
         if self._progress:
             self._progress.update(self._task, completed=step, text=text)
         elif step % max(self._steps // 20, 1) == 0 or step == self._steps:
-            left = (self._steps - step) / max(rate, 1e-9)
-            self.console.print(f"{step}/{self._steps}  {text}  ETA {left:.0f} s")
+            self.console.print(f"{step}/{self._steps}  {text}")
 
     def evaluation(self, step: int, values: dict[str, float]) -> None:
         """Takes the result of an evaluation."""
+        if self._pace:  # None: no training in this call.
+            self._pace.evaluation(time.monotonic())
         for writer in self.writers:
             writer.write(step, values)
         shown = "  ".join(f"{k} {v:.4f}" for k, v in values.items())

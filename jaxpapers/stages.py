@@ -156,6 +156,7 @@ class Stages:
             writers=open_writers(folder, config, self._writers),
             quiet=self._quiet,
             unit=data.unit,
+            eval_every=stage.config.train.eval_every if watch else 0,
         )
         state = None
         try:

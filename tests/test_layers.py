@@ -25,7 +25,8 @@ ALLOWED = {
     "leaves": {"method"},
     "whole": {"checksums", "leaves", "signals"},
     "checkpoint": {"checksums", "leaves", "signals", "whole"},
-    "report": {"extras", "method", "study"},
+    "pace": set(),
+    "report": {"extras", "method", "pace", "study"},
     "loop": {"mesh", "checkpoint", "method", "signals"},
     "train": {"loop", "mesh", "checkpoint", "method", "signals", "workdir"},
     "tasks": {
