@@ -4,11 +4,13 @@ import argparse
 import contextlib
 import dis
 import os
+import signal
 import sys
+import traceback
 import warnings
 from collections.abc import Generator, Sequence
 
-from jaxpapers import extras, signals
+from jaxpapers import extras, signals, supervise
 from jaxpapers.arguments import parser_of, suggestion
 
 
@@ -38,30 +40,49 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unknown argument {unknown[0]!r}{hint}")
     if overrides and options.command not in ("run", "train", "plan"):
         parser.error(f"{options.command} takes no config fields, got {overrides[0]!r}")
+    if not getattr(options, "distributed", False):
+        return _call(options, overrides, signal.SIGTERM)
+    if not supervise.is_supervised():
+        return supervise.supervise(arguments)
+    supervise.follow()
+    return supervise.leave(_call(options, overrides, supervise.STOP))
+
+
+def _call(options: argparse.Namespace, overrides: list[str], stop: int) -> int:
+    """Runs the command; its exit code. ``stop``: the signal that stops it."""
+    trains = options.command in ("run", "train")
     with contextlib.ExitStack() as stack:
-        if options.command in ("run", "train"):
-            stack.enter_context(_one_line_each())
         try:
-            if options.command in (
-                "run",
-                "train",
-            ):  # From here on SIGTERM ends with 75.
-                stack.enter_context(signals.stopping(hard=True))
+            if trains:  # From here on the signal ends with 75.
+                stack.enter_context(_one_line_each())
+                stack.enter_context(signals.stopping(hard=True, number=stop))
             _set_up_devices(options)
             return options.action(options, overrides)
         except signals.Preempted as e:
             print(f"jaxpapers: {e}; the same command continues", file=sys.stderr)
             return signals.PREEMPTED
-        except (ValueError, OSError, ModuleNotFoundError) as e:
-            if isinstance(e, BrokenPipeError):
-                return 1
-            if os.environ.get("JAXPAPERS_TRACEBACK") or not _is_refusal(e):
-                raise
-            print(f"jaxpapers: {_text(e)}", file=sys.stderr)
-            return 1
         except KeyboardInterrupt:
             print("jaxpapers: interrupted", file=sys.stderr)
             return 130
+        except Exception as e:
+            return _failed(e)
+
+
+def _failed(error: Exception) -> int:
+    """Says what went wrong, in one line where it is no bug of ours; the exit code."""
+    if isinstance(error, BrokenPipeError):
+        return 1
+    if supervise.is_supervised() and supervise.is_lost(error):
+        print(f"jaxpapers: {supervise.LOST}", file=sys.stderr)
+        return 1
+    expected = isinstance(error, (ValueError, OSError, ModuleNotFoundError))
+    if not (expected and _is_refusal(error)) or os.environ.get("JAXPAPERS_TRACEBACK"):
+        if not supervise.is_supervised():
+            raise error
+        traceback.print_exception(error)
+        return 1
+    print(f"jaxpapers: {_text(error)}", file=sys.stderr)
+    return 1
 
 
 def _is_refusal(error: Exception) -> bool:
@@ -272,6 +293,7 @@ def _set_up_devices(options: argparse.Namespace) -> None:
         mesh.start_distributed(
             [int(i) for i in ids.split(",")] if ids else None, options.heartbeat
         )
+        signals.share()
 
 
 def _has_only_cpus() -> bool:

@@ -4,11 +4,13 @@ A run is stopped where nothing is lost: while it trains after the step, with its
 saved; everywhere else (start, compilation, measurements, figures) at once.
 """
 
+import _thread
+import contextlib
 import os
 import signal
 import sys
 import threading
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,18 +32,20 @@ class Stop:
       raised: whether the signal came.
     """
 
-    def __init__(self, hard: bool = False):
-        """Args: hard: end the process where it does not unwind within ``GRACE``."""
-        self.raised = False
+    def __init__(self, hard: bool = False, number: int = signal.SIGTERM):
+        """Args: hard: end the process where it does not unwind within ``GRACE``; number:
+        of another signal, where JAX has SIGTERM."""
+        self.raised, self.number = False, number
         self._hard, self._deferred = hard, False
         self._over, self._nothing_lost = threading.Event(), threading.Event()
         self._nothing_lost.set()
         self._old: Any = None
         self._pipe: tuple[int, int] | None = None
+        self._announce: Callable[[], None] | None = None
 
     def __enter__(self) -> "Stop":
         try:
-            self._old = signal.signal(signal.SIGTERM, self._handle)
+            self._old = signal.signal(self.number, self._handle)
         except ValueError:  # Not in the main thread (a notebook's worker): no handler.
             return self
         if self._hard:
@@ -60,7 +64,7 @@ class Stop:
             signal.set_wakeup_fd(self._old_pipe)
             os.close(self._pipe[1])
         if self._old is not None:
-            signal.signal(signal.SIGTERM, self._old)
+            signal.signal(self.number, self._old)
 
     @contextmanager
     def later(self) -> Generator[None, None, None]:
@@ -99,8 +103,34 @@ class Stop:
         assert self._pipe is not None
         with open(self._pipe[0], "rb", buffering=0) as signals:
             while number := signals.read(1):
-                if number[0] == signal.SIGTERM:
+                if number[0] == self.number:
+                    if self._announce:
+                        self._announce()
                     self.end_process()
+
+    def share(self) -> None:
+        """All processes of the job stop when one of them is told to."""
+        from jax._src import distributed
+
+        client: Any = distributed.global_state.client
+        key = "jaxpapers/stop"
+
+        def announce():
+            with contextlib.suppress(Exception):  # It is set, or nobody is left.
+                client.key_value_set(key, "1")
+
+        def listen():
+            while not self._over.wait(1.0):
+                try:
+                    client.key_value_try_get(key)
+                except Exception:  # Not set yet.
+                    continue
+                if not self.raised:
+                    _thread.interrupt_main(signal.Signals(self.number))
+                return self.end_process()
+
+        self._announce = announce
+        threading.Thread(target=listen, daemon=True).start()
 
     def end_process(self) -> None:
         """Ends the process with 75, in ``GRACE`` seconds where it may be stopped."""
@@ -114,17 +144,25 @@ _outermost: Stop | None = None
 
 
 @contextmanager
-def stopping(hard: bool = False) -> Generator[Stop, None, None]:
+def stopping(
+    hard: bool = False, number: int = signal.SIGTERM
+) -> Generator[Stop, None, None]:
     """The ``Stop`` around this code, or a new one."""
     global _outermost
     if _outermost is not None:
         yield _outermost
         return
-    with Stop(hard) as _outermost:
+    with Stop(hard, number) as _outermost:
         try:
             yield _outermost
         finally:
             _outermost = None
+
+
+def share() -> None:
+    """See ``Stop.share``; of the outermost one, if there is one."""
+    if _outermost is not None:
+        _outermost.share()
 
 
 def end(text: str, code: int) -> None:

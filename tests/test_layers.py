@@ -90,6 +90,7 @@ ALLOWED = {
     "plots": {"extras", "workdir"},
     "figures": {"extras", "plots"},
     "signals": set(),
+    "supervise": {"signals"},
     "workdir": {"signals"},
     "outputs": {"figures", "plots", "study", "workdir"},
     "hlo": set(),
@@ -97,6 +98,7 @@ ALLOWED = {
     "describe": {"blocks", "config", "options", "papers"},
     "arguments": {"config", "describe"},
     "cli": {
+        "supervise",
         "arguments",
         "data",
         "extras",
