@@ -5,6 +5,7 @@ ship it.
 """
 
 import io
+import struct
 import unicodedata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -118,6 +119,7 @@ def _glyphs(path: Path) -> dict[int, bytes]:
         with path.open("rb") as file, ttLib.TTFont(file, lazy=True) as font:
             if not {"CBDT", "CBLC", "cmap"} <= set(font.keys()):
                 raise ValueError(f"{path}: has no CBDT table of PNG glyphs")
+            _check_codes(path, font.reader["cmap"])
             sizes = [s.bitmapSizeTable.ppemY for s in font["CBLC"].strikes]
             best = font["CBDT"].strikeData[sizes.index(max(sizes))] if sizes else {}
             codes = font.getBestCmap() or {}
@@ -129,6 +131,21 @@ def _glyphs(path: Path) -> dict[int, bytes]:
     if not glyphs:
         raise ValueError(f"{path}: has no glyphs of named code points")
     return glyphs
+
+
+def _check_codes(path: Path, table: bytes) -> None:
+    """Refuses ranges beyond Unicode, which fontTools would list one by one."""
+    count = struct.unpack(">H", table[2:4])[0]
+    for i in range(count):
+        (start,) = struct.unpack(">I", table[8 + 8 * i : 12 + 8 * i])
+        if struct.unpack(">H", table[start : start + 2])[0] not in (12, 13):
+            continue
+        (groups,) = struct.unpack(">I", table[start + 12 : start + 16])
+        ranges = table[start + 16 : start + 16 + 12 * groups]
+        limits = np.frombuffer(ranges[: len(ranges) // 12 * 12], ">u4").reshape(-1, 3)
+        sizes = limits[:, 1].astype(np.int64) - limits[:, 0] + 1
+        if sizes.clip(0).sum() > 0x110000:
+            raise ValueError(f"{path}: has {sizes.clip(0).sum():,} code points")
 
 
 def _png(path: Path, code: int, glyph: Any) -> bytes:

@@ -65,8 +65,9 @@ def bind(clicks: Clicks, config: Any) -> Data:
     ):
         if not len(rows):
             raise ValueError(
-                f"no {phase} clicks between config.data's times; clicks lie in "
-                f"[{clicks.click_ts.min():.2f}, {clicks.click_ts.max():.2f}]"
+                f"{c.path or clicks.name}: no {phase} clicks between config.data's times "
+                "(pretrain_until, stream_from, stream_until, holdout); clicks lie in "
+                f"[{clicks.click_ts.min():.2f}, {clicks.click_ts.max():.2f}] days"
             )
     return abstract(config)._replace(
         examples=examples,
@@ -123,8 +124,9 @@ def compare(clicks: Clicks, name: str, config: Any, mesh: Any) -> Study:
 
     def stage(method_name, seed):
         seeded = with_method(with_seed(config, seed), method_name)
-        if method_name != config.method.name or not seeded.train.steps:
-            seeded = with_fields(seeded, {"train.steps": steps(method_name)})
+        most = steps(method_name)  # After the stream's end there is nothing to learn.
+        if method_name != config.method.name or not 0 < seeded.train.steps <= most:
+            seeded = with_fields(seeded, {"train.steps": most})
         until = training.first_event // c.batch if method_name == "pretrained" else 0
         return Stage(name, seeded, until=until)
 

@@ -1,6 +1,7 @@
 """Emoji: a font that the test builds, with glyphs of known pixels."""
 
 import io
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -121,10 +122,18 @@ def test_refused_fonts(tmp_path):
         font["CBLC"] = fontTools.ttLib.tables.DefaultTable.DefaultTable("CBLC")
         font["CBLC"].data = b"\0\3\0\0\0\0\0\1"
         font.save(tmp_path / "broken.ttf")
+        font["cmap"] = fontTools.ttLib.tables.DefaultTable.DefaultTable("cmap")
+        font["cmap"].data = struct.pack(
+            ">HHHHI HHIIIIII", 0, 1, 3, 10, 12, 12, 0, 28, 0, 1, 0, 2**32 - 2, 0
+        )
+        font.save(tmp_path / "bomb.ttf")
         del font["CBDT"], font["CBLC"]
         font.save(tmp_path / "plain.ttf")
     with pytest.raises(ValueError, match="a broken one"):
         emoji.emoji(tmp_path / "broken.ttf")
+    # Four thousand million code points in 28 bytes.
+    with pytest.raises(ValueError, match="bomb.ttf: has 4,294,967,295 code points"):
+        emoji.emoji(tmp_path / "bomb.ttf")
     with pytest.raises(ValueError, match="no CBDT table"):
         emoji.emoji(tmp_path / "plain.ttf")
 

@@ -319,15 +319,19 @@ def test_batch_norm_statistics(key):
             start.params, batch, True, mutable=["batch_stats"]
         )
         p = method.predict(after.params, after.extra, batch)
-        return start.params, after.params, after.extra.params, expected, p
+        nothing = {**padded, "weight": jnp.zeros_like(padded["weight"])}
+        past, _ = method.update(after, nothing)
+        return start.params, after.params, after.extra.params, expected, p, past.params
 
     def mean(params):
         return params["batch_stats"]["norm_0"]["mean"]
 
     outcome = together(outputs, key, batch, defer.pad_rows(batch, 8))
-    start, after, auxiliary, expected, p = outcome
+    start, after, auxiliary, expected, p, past = outcome
     assert not mean(start).any() and mean(after).all()
     np.testing.assert_allclose(mean(after), mean(expected), rtol=1e-4, atol=1e-7)
     # The auxiliary network saw no resolved clicks: frozen, its statistics too.
     assert not mean(auxiliary).any()
     assert p.shape == (6,) and np.isfinite(p).all()
+    # A batch of padding alone has no statistics; they were NaN from then on.
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(past))

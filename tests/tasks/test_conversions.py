@@ -228,6 +228,8 @@ def test_rows_of_the_family_are_runs_of_their_methods(clicks, rows):
         config = with_seed(conversions.with_method(config_of(), name), 4)
         steps = conversions.TrainingStream(clicks, config).steps
         assert models[name].stage.config.train.steps == steps != 9
+    longer = rows((), grid(), "train.steps=99999")["this model"].stage
+    assert last_step(longer) == conversions.TrainingStream(clicks, own.config).steps
     alone = rows((), grid(), "method.name=oracle", "train.steps=0")["this model"].stage
     same = with_baselines(models["oracle"].stage, ())
     assert stages.same(with_baselines(alone, ()), same)

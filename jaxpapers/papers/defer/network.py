@@ -93,9 +93,17 @@ class Perceptron(nn.Module):
                 norm = nn.BatchNorm(
                     not train, momentum=0.99, epsilon=1e-3, name=f"norm_{i}"
                 )
-                mask = batch["weight"][:, None] > 0 if train else None
-                h = norm(h, mask=mask)
+                h = norm(h, mask=_rows(batch["weight"]) if train else None)
         return nn.Dense(self.outputs, kernel_init=init, name="head")(h)
+
+
+def _rows(weight):
+    """(B, 1) mask of the rows that are no padding; of all where all are.
+
+    Statistics of no rows are NaN, and stay it.
+    """
+    mask = weight[:, None] > 0
+    return mask | ~mask.any()
 
 
 class OneHotDense(nn.Module):
