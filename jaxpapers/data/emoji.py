@@ -119,7 +119,8 @@ def _glyphs(path: Path) -> dict[int, bytes]:
         with path.open("rb") as file, ttLib.TTFont(file, lazy=True) as font:
             if not {"CBDT", "CBLC", "cmap"} <= set(font.keys()):
                 raise ValueError(f"{path}: has no CBDT table of PNG glyphs")
-            _check_codes(path, font.reader["cmap"])
+            reader: Any = font.reader
+            _check_codes(path, reader["cmap"])
             sizes = [s.bitmapSizeTable.ppemY for s in font["CBLC"].strikes]
             best = font["CBDT"].strikeData[sizes.index(max(sizes))] if sizes else {}
             codes = font.getBestCmap() or {}
