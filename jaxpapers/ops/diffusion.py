@@ -20,6 +20,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, Key, Shaped
 
+from jaxpapers.ops.shapes import same_shape
+
 REDUCTIONS = ("sum", "mean")
 _NO_SIGNAL = (
     "zero terminal SNR leaves no image in the noise to predict; end slightly above "
@@ -98,6 +100,7 @@ def q_sample(
     noise: Float[Array, "B ..."],
 ) -> Float[Array, "B ..."]:
     """A draw of the forward process; ``alpha_bar`` is that of each row's t."""
+    same_shape("q_sample", x=x, noise=noise)
     a = _rows(alpha_bar, x)
     return jnp.sqrt(a) * x + jnp.sqrt(1 - a) * noise
 
@@ -293,6 +296,7 @@ def step_log_prob(
       ValueError: see ``check_density`` and ``step_mean``.
     """
     check_density(schedule)
+    same_shape("step_log_prob", x=x, x_next=x_next, eps=eps)
     std = _rows(_at(schedule.std, k, x.dtype), x)
     z = (x_next - step_mean(schedule, k, x, eps)) / std
     return _reduce(
@@ -324,6 +328,7 @@ def step_log_ratio(
       eps_old: noise predicted by the policy that took the step.
     """
     check_density(schedule)
+    same_shape("step_log_ratio", x=x, x_next=x_next, eps=eps, eps_old=eps_old)
     std = _rows(_at(schedule.std, k, x.dtype), x)
     kappa = _rows(_at(schedule.eps_mult, k, x.dtype), x) / std
     z = lax.stop_gradient((x_next - step_mean(schedule, k, x, eps_old)) / std)
@@ -343,6 +348,7 @@ def step_kl(
     Means differ by $c_k (\epsilon - \epsilon')$; the variance is the same.
     """
     check_density(schedule)
+    same_shape("step_kl", eps=eps, eps_ref=eps_ref)
     mult = _at(schedule.eps_mult / schedule.std, k, eps.dtype)
     return _reduce(0.5 * jnp.square(_rows(mult, eps) * (eps - eps_ref)), reduce)
 

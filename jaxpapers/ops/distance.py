@@ -9,6 +9,7 @@ has diverged is never near.
 import math
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +17,7 @@ from jax import lax
 from jaxtyping import Array, Float, Key
 
 from jaxpapers.ops.host import non_finite_rows
+from jaxpapers.ops.shapes import same_shape
 
 MOST = 4096
 """Largest number of points of ``wasserstein_exact``, whose cost is cubic."""
@@ -43,6 +45,9 @@ def wasserstein_1d(
     _check_exponent("wasserstein_1d", p)
     if not n or not m:
         raise ValueError(f"wasserstein_1d needs samples, got {n} and {m}")
+    chex.assert_equal_rank([x, y], exception_type=ValueError)
+    for axis in range(1, x.ndim):
+        chex.assert_equal_shape([x, y], dims=axis, exception_type=ValueError)
     finite = jnp.isfinite(x).all(0) & jnp.isfinite(y).all(0)
     x, y = jnp.sort(x, 0), jnp.sort(y, 0)
     if n == m:
@@ -258,6 +263,8 @@ def gaussian_w2(
     rounding, which are none, the result is NaN. The trace of the root is the sum of the
     singular values of $S_1^{1/2} S_2^{1/2}$.
     """
+    same_shape("gaussian_w2", mean_x=mean_x, mean_y=mean_y)
+    same_shape("gaussian_w2", cov_x=cov_x, cov_y=cov_y)
     left, right = _symmetric_root(cov_x), _symmetric_root(cov_y)
     cross = jnp.linalg.svd(left @ right, compute_uv=False).sum()
     shift = jnp.square(mean_x - mean_y).sum()
@@ -297,6 +304,8 @@ def gaussian_kl(
     cov_y: Float[Array, "d d"],
 ) -> Float[Array, ""]:
     """KL(x || y) of two Gaussians in nats; covariances must be positive definite."""
+    same_shape("gaussian_kl", mean_x=mean_x, mean_y=mean_y)
+    same_shape("gaussian_kl", cov_x=cov_x, cov_y=cov_y)
     factor = jnp.linalg.cholesky(cov_y)
     shift = jax.scipy.linalg.solve_triangular(factor, mean_y - mean_x, lower=True)
     whitened = jax.scipy.linalg.solve_triangular(

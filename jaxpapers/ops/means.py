@@ -3,6 +3,8 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from jaxpapers.ops.shapes import same_shape
+
 
 def weighted_mean(
     values: Float[Array, "*shape"],
@@ -22,6 +24,7 @@ def weighted_mean(
     """
     if weight is None:
         return values.mean()
+    same_shape("weighted_mean", values=values, weight=weight)
     total = weight.sum()
     weighted = jnp.where(weight == 0, 0, values * weight)
     return weighted.sum() / jnp.where(total == 0, 1, total)

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from jaxpapers.ops import diffusion, trajectories
 from jaxpapers.ops.diffusion import Schedule
+from jaxpapers.ops.shapes import one_per_row, same_shape, whole_numbers
 
 CLIPS = ("ppo", "hard", "none")
 
@@ -37,6 +38,7 @@ def reinforce(
     Williams, 1992. With A = reward - baseline, where the baseline does not depend on the
     action, the expectation of the gradient is unchanged and its variance falls.
     """
+    same_shape("reinforce", log_prob=log_prob, advantage=advantage)
     return -lax.stop_gradient(advantage) * log_prob
 
 
@@ -64,6 +66,7 @@ def clipped_surrogate(
         raise ValueError(f"clip mode must be one of {CLIPS}, got {mode!r}")
     if clip <= 0:
         raise ValueError(f"clip must be > 0, got {clip}")
+    same_shape("clipped_surrogate", log_ratio=log_ratio, advantage=advantage)
     ratio = _ratio(log_ratio)
     advantage = lax.stop_gradient(advantage)
     bounded = jnp.clip(ratio, 1 - clip, 1 + clip)
@@ -151,6 +154,7 @@ def group_advantage(
       The advantages, and the share of groups whose rewards are all equal and give no
       gradient, NaN if a reward is not finite.
     """
+    _check_groups("group_advantage", reward, prompt)
     mean, std = _moments(reward, prompt, prompts)
     highest = jnp.full(prompts, -jnp.inf).at[prompt].max(reward)
     lowest = jnp.full(prompts, jnp.inf).at[prompt].min(reward)
@@ -169,6 +173,7 @@ def push_prompt_stats(
     stats: PromptStats, reward: Float[Array, " B"], prompt: Int[Array, " B"]
 ) -> PromptStats:
     """Buffers with a batch's rewards appended in order, the oldest dropped."""
+    _check_groups("push_prompt_stats", reward, prompt)
     size = stats.reward.shape[1]
     rank = _rank(prompt)
     total = jnp.zeros_like(stats.count).at[prompt].add(1)
@@ -197,6 +202,7 @@ def prompt_advantage(
       least: rewards that a prompt needs; with fewer, the batch standardises.
       eps: added to the standard deviation.
     """
+    _check_groups("prompt_advantage", reward, prompt)
     size = stats.reward.shape[1]
     filled = jnp.arange(size)[None] < stats.count[:, None]
     count = jnp.maximum(filled.sum(1), 1)
@@ -210,9 +216,15 @@ def explained_variance(
     value: Float[Array, "..."], target: Float[Array, "..."]
 ) -> Float[Array, ""]:
     """1 - Var(target - value) / Var(target); 0 if the targets are constant."""
+    same_shape("explained_variance", value=value, target=target)
     var, rest = target.var(), (target - value).var()
     share = jnp.where(var == 0, 0, 1 - rest / jnp.where(var == 0, 1, var))
     return jnp.where(jnp.isfinite(rest), share, jnp.nan)
+
+
+def _check_groups(function, reward, prompt):
+    one_per_row(function, len(reward), reward=reward, prompt=prompt)
+    whole_numbers(function, prompt=prompt)
 
 
 def _ratio(log_ratio):

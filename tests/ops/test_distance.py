@@ -311,6 +311,12 @@ def test_refuses():
     for eps, iterations in ((0.0, 10), (1.0, 0), (np.nan, 10), (np.inf, 10)):
         with pytest.raises(ValueError, match="finite eps > 0"):
             distance.sinkhorn_divergence(x, x, eps, iterations)
+    raw = inspect.unwrap(distance.wasserstein_1d)
+    with pytest.raises(ValueError, match="different shapes"):
+        raw(x, x[:, :1])
+    raw = inspect.unwrap(distance.gaussian_w2)
+    with pytest.raises(ValueError, match="mean_x and mean_y must have one shape"):
+        raw(np.zeros(2), np.eye(2), np.zeros(1), np.eye(2))
     for bandwidth in (0.0, np.nan, np.inf):
         with pytest.raises(ValueError, match="bandwidth"):
             distance.mmd_rbf(x, x, bandwidth)

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
 from jaxpapers.ops.means import weighted_mean
+from jaxpapers.ops.shapes import same_shape
 
 UNWEIGHTED = ("oracle", "vanilla_win", "vanilla", "vanilla_defer", "fnc", "fnc_rn")
 WEIGHTED = ("fnw", "fnw_rn", "es_dfm", "defer", "fsiw")
@@ -58,6 +59,7 @@ def importance_weights(
     """
     if variant not in ("paper", "released"):
         raise ValueError(f"variant must be paper or released, got {variant!r}")
+    same_shape("importance_weights", p=p, dp=dp, rn=rn)
     p = jax.lax.stop_gradient(p)
     released = variant == "released"
     if method in UNWEIGHTED:
@@ -134,6 +136,7 @@ def event_losses(
     w_neg: Float[Array, "*B"],
 ) -> Float[Array, "*B"]:
     """Weighted binary cross-entropy of each event."""
+    same_shape("event_losses", logits=logits, labels=labels, w_pos=w_pos, w_neg=w_neg)
     positive = labels * w_pos * jax.nn.softplus(-logits)
     return positive + (1 - labels) * w_neg * jax.nn.softplus(logits)
 
@@ -158,6 +161,10 @@ def dfm_losses(
 
     Reference: Chapelle, "Modeling Delayed Feedback in Display Advertising", KDD 2014.
     """
+    same_shape(
+        "dfm_losses", logits=logits, raw_lambda=raw_lambda, labels=labels,
+        elapsed=elapsed,
+    )  # fmt: skip
     rate = jax.nn.softplus(raw_lambda)
     log_p, log_not = jax.nn.log_sigmoid(logits), jax.nn.log_sigmoid(-logits)
     # softplus(x) is exp(x) in float32 below -20, and underflows long before log would.

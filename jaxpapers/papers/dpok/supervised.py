@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from jaxpapers.method import State, only_if
 from jaxpapers.ops import diffusion, trajectories
+from jaxpapers.ops.shapes import one_per_row
 from jaxpapers.papers.dpok.options import MODES
 from jaxpapers.papers.dpok.rollouts import (
     Model,
@@ -62,6 +63,7 @@ def sft_loss(
         raise ValueError(
             f"mode must be one of {MODES} and gamma >= 0, got {mode!r}, {gamma}"
         )
+    one_per_row("sft_loss", len(x), reward=reward)
     key_time, key_noise = jax.random.split(key)
     bars = jnp.asarray(alpha_bar, x.dtype)
     t = jax.random.randint(key_time, (len(x),), 0, len(bars))

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int, Key
 from jaxpapers.method import State
 from jaxpapers.ops import policy
 from jaxpapers.ops.policy import PromptStats
+from jaxpapers.ops.shapes import one_per_row
 from jaxpapers.papers.dpok.options import Options
 from jaxpapers.papers.dpok.rollouts import Model, Rollout, Transitions, transitions
 
@@ -21,7 +22,9 @@ def value_loss(
     v: Callable, batch: Transitions, reward: Float[Array, " B"]
 ) -> Float[Array, ""]:
     """Mean of (V(x_k, k, z) - r)^2 over transitions."""
-    return jnp.square(v(batch.x, batch.k, batch.tokens) - reward).mean()
+    value = v(batch.x, batch.k, batch.tokens)
+    one_per_row("value_loss", len(batch.k), value=value, reward=reward)
+    return jnp.square(value - reward).mean()
 
 
 def fit_value(

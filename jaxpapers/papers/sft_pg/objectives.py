@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from jaxpapers.ops import diffusion, policy, trajectories
 from jaxpapers.ops.diffusion import Schedule
+from jaxpapers.ops.shapes import one_per_row
 from jaxpapers.ops.trajectories import Trajectory
 
 
@@ -40,6 +41,7 @@ def value_loss(
 ) -> Float[Array, ""]:
     """Mean over steps and trajectories of (V(x_k, k) - f(y))^2."""
     count, rows = states.shape[:2]
+    one_per_row("value_loss", rows, cost=cost)
     # Trajectories are the outer axis, so that the rows of a device stay together.
     flat = states.swapaxes(0, 1).reshape(rows * count, *states.shape[2:])
     value = v(flat, jnp.tile(jnp.arange(count), rows)).reshape(rows, count)
@@ -111,7 +113,9 @@ def advantage(
       normalize: whether to standardise (not in the paper).
       clip: bound of its size (not in the paper); 0: none.
     """
-    cost = f(y) - v(x, k)
+    critic, value = f(y), v(x, k)
+    one_per_row("advantage", len(x), f=critic, v=value)
+    cost = critic - value
     cost = policy.standardize(cost) if normalize else cost
     return lax.stop_gradient(jnp.clip(cost, -clip, clip) if clip else cost)
 
