@@ -3,6 +3,7 @@
 import json
 from types import SimpleNamespace
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -76,7 +77,7 @@ def test_params_like_draws_what_init_has():
     assert params["scale"].min() > 0.5 and params["scale"].std() > 0.2
     assert params["count"] == 0
     again = params_like(init, KEY)
-    jax.tree.map(np.testing.assert_array_equal, params, again)
+    chex.assert_trees_all_equal(params, again)
     other = params_like(init, KEY, seed=1)
     assert (params["kernel"] != other["kernel"]).any()
     with pytest.raises(TypeError, match="random key"):

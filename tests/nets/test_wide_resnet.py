@@ -1,5 +1,6 @@
 """Wide residual networks: batch normalisation, shapes of the groups, refusals."""
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ def test_batch_norm_is_masked_and_moves():
     np.testing.assert_allclose(y[:3], expected, atol=1e-5)
     np.testing.assert_allclose(moved.mean, 0.1 * mean, rtol=1e-5)
     np.testing.assert_allclose(moved.var, 0.9 + 0.1 * var * 27 / 26, rtol=1e-5)
-    jax.tree.map(np.testing.assert_array_equal, kept, moved)
+    chex.assert_trees_all_equal(kept, moved)
     expected = (x - moved.mean) / np.sqrt(moved.var + 1e-5) * [1, 2] + [0, 1]
     np.testing.assert_allclose(evaluated, expected, rtol=1e-4, atol=1e-5)
 
@@ -57,7 +58,7 @@ def test_a_block_is_two_convolutions_and_a_shortcut():
         return wide_resnet.apply(params, state, x, layout, train=False)
 
     logits, pooled, kept = together(run, params, state, x)
-    jax.tree.map(np.testing.assert_array_equal, kept, state)
+    chex.assert_trees_all_equal(kept, state)
 
     def norm_relu(p, s, x):
         x = (x - s.mean) / np.sqrt(s.var + 1e-5) * p["scale"] + p["bias"]

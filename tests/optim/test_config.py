@@ -1,5 +1,6 @@
 """Optimizers and learning-rate schedules by config."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -67,7 +68,7 @@ def rates(steps=20, **fields):
 )  # fmt: skip
 def test_equals_optax(fields, tx):
     given = parameters(optim.from_config(config(**fields), steps=3))
-    jax.tree.map(np.testing.assert_array_equal, given, parameters(tx()))
+    chex.assert_trees_all_equal(given, parameters(tx()))
 
 
 @pytest.mark.matrix
@@ -94,7 +95,7 @@ def test_equals_the_matrix_optimizer(name, tx):
             weight_dimension_numbers=NUMBERS,
         )
     )  # fmt: skip
-    jax.tree.map(np.testing.assert_array_equal, given, expected)
+    chex.assert_trees_all_equal(given, expected)
 
 
 @pytest.mark.matrix
@@ -139,7 +140,7 @@ def test_tables_follow_the_schedule(tables):
     tx, table_tx = rows.from_config(c, 3)
     rate = optax.piecewise_constant_schedule(0.1, {1: 0.1})
     expected = parameters(optax.sgd(rate))  # Not clipped: the method does that.
-    jax.tree.map(np.testing.assert_array_equal, parameters(tx), expected)
+    chex.assert_trees_all_equal(parameters(tx), expected)
 
     def updates(tx, params, gradients):
         state, outputs = tx.init(params["embedding"]), []

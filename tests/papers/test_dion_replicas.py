@@ -2,6 +2,7 @@
 
 import shutil
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -115,7 +116,7 @@ def test_resumes_bitwise_and_on_other_replicas_and_ranks(corpus, tmp_path):
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     shutil.copytree(tmp_path / "a", tmp_path / "c")
     got, _ = fit(corpus, mesh, LOWRANK, workdir=tmp_path / "a")
-    jax.tree.map(np.testing.assert_array_equal, got, want)
+    chex.assert_trees_all_equal(got, want)
     got, _ = fit(corpus, "replica:4,data:2", LOWRANK, workdir=tmp_path / "b")
     for x, y in zip(jax.tree.leaves(got.params), jax.tree.leaves(want.params)):
         np.testing.assert_allclose(x, y, atol=2e-4)
