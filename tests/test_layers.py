@@ -132,7 +132,7 @@ OUTSIDE = {
     "blocks": set(),
     "method": {"jax", "optax"},
     "data": {"PIL", "fontTools", "numpy", "scipy"},
-    "ops": {"jax", "jaxtyping", "numpy", "scipy"},
+    "ops": {"chex", "jax", "jaxtyping", "numpy", "scipy"},
     "optim": {"jax", "jaxtyping", "numpy", "optax"},
     "nets": {"flax", "jax", "jaxtyping", "numpy"},
     "papers": {"flax", "jax", "jaxtyping", "numpy", "optax"},

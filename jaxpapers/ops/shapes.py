@@ -7,8 +7,18 @@ not check annotations.
 
 from typing import Any
 
-import chex
 import numpy as np
+
+
+def _chex():
+    """The module, imported where something is traced.
+
+    It imports absl's test runner, whose flags would become those of every program that
+    imports this package.
+    """
+    import chex
+
+    return chex
 
 
 def same_shape(function: str, **arrays: Any) -> None:
@@ -28,11 +38,25 @@ def same_shape(function: str, **arrays: Any) -> None:
       ValueError: ... different shapes: [(3,), (3, 1)]. [f: x and y must have one shape]
     """
     named = {k: v for k, v in arrays.items() if v is not None}
-    chex.assert_equal_shape(
+    _chex().assert_equal_shape(
         [x if hasattr(x, "shape") else np.asarray(x) for x in named.values()],
         custom_message=f"{function}: {' and '.join(named)} must have one shape",
         exception_type=ValueError,
     )
+
+
+def same_but_rows(function: str, **arrays: Any) -> None:
+    """Checks that arrays differ in their number of rows at most.
+
+    Raises:
+      ValueError: ranks or later axes that differ.
+    """
+    rank = min(x.ndim for x in arrays.values())
+    message = f"{function}: {' and '.join(arrays)} may differ in their first axis only"
+    options = {"custom_message": message, "exception_type": ValueError}
+    _chex().assert_equal_rank([*arrays.values()], **options)
+    for axis in range(1, rank):
+        _chex().assert_equal_shape([*arrays.values()], dims=axis, **options)
 
 
 def one_per_row(function: str, rows: int, **arrays: Any) -> None:
@@ -43,7 +67,7 @@ def one_per_row(function: str, rows: int, **arrays: Any) -> None:
     """
     for name, x in arrays.items():
         if x is not None:
-            chex.assert_shape(
+            _chex().assert_shape(
                 x if hasattr(x, "shape") else np.asarray(x),
                 (rows,),
                 custom_message=f"{function}: {name} must be one number for each of "
@@ -59,7 +83,7 @@ def whole_numbers(function: str, **arrays: Any) -> None:
       TypeError: another type.
     """
     for name, x in arrays.items():
-        chex.assert_type(
+        _chex().assert_type(
             x if hasattr(x, "dtype") else np.asarray(x),
             int,
             custom_message=f"{function}: {name} must be whole numbers",
