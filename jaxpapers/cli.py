@@ -51,11 +51,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _call(options: argparse.Namespace, overrides: list[str], stop: int) -> int:
     """Runs the command; its exit code. ``stop``: the signal that stops it."""
     trains = options.command in ("run", "train")
+    stopped: signals.Stop | None = None
     with contextlib.ExitStack() as stack:
         try:
             if trains:  # From here on the signal ends with 75.
                 stack.enter_context(_one_line_each())
-                stack.enter_context(signals.stopping(hard=True, number=stop))
+                stopped = stack.enter_context(signals.stopping(hard=True, number=stop))
             _set_up_devices(options)
             return options.action(options, overrides)
         except signals.Preempted as e:
@@ -65,6 +66,9 @@ def _call(options: argparse.Namespace, overrides: list[str], stop: int) -> int:
             print("jaxpapers: interrupted", file=sys.stderr)
             return 130
         except Exception as e:
+            if stopped is not None and stopped.interrupted:
+                print("jaxpapers: stopped; the same command continues", file=sys.stderr)
+                return signals.PREEMPTED
             return _failed(e)
 
 

@@ -30,12 +30,14 @@ class Stop:
 
     Attributes:
       raised: whether the signal came.
+      interrupted: whether it raised at once; what is raised after that comes of it (a
+        module that is being imported makes it an ImportError).
     """
 
     def __init__(self, hard: bool = False, number: int = signal.SIGTERM):
         """Args: hard: end the process where it does not unwind within ``GRACE``; number:
         of another signal, where JAX has SIGTERM."""
-        self.raised, self.number = False, number
+        self.raised, self.interrupted, self.number = False, False, number
         self._hard, self._deferred = hard, False
         self._over, self._nothing_lost = threading.Event(), threading.Event()
         self._nothing_lost.set()
@@ -97,6 +99,9 @@ class Stop:
             return
         self.raised = True
         if not self._deferred:
+            if self._hard and _imports(frame):
+                end("stopped; the same command continues", PREEMPTED)
+            self.interrupted = True
             raise Preempted("stopped")
 
     def _watch(self):
@@ -138,6 +143,15 @@ class Stop:
             self._nothing_lost.wait()
             if not self._over.wait(GRACE) and self._nothing_lost.is_set():
                 end("stopped; the same command continues", PREEMPTED)
+
+
+def _imports(frame: Any) -> bool:
+    """Whether a module is being imported: one of C prints its own error."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 _outermost: Stop | None = None

@@ -66,6 +66,30 @@ with signals.stopping(hard=True) as stop:
 """
 
 
+IMPORTING = """
+import os, signal, sys
+from jaxpapers import signals
+with signals.stopping(hard=True):
+    import interrupted
+"""
+
+
+def test_an_import_is_not_unwound(tmp_path):
+    """Modules of C turn what is raised inside them into errors that they print."""
+    (tmp_path / "interrupted.py").write_text(
+        "import os, signal\n"
+        "try:\n    os.kill(os.getpid(), signal.SIGTERM)\n    import time\n"
+        "    time.sleep(30)\n"
+        "except BaseException as e:\n    raise ImportError('initializing') from e\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORTING], cwd=ROOT, text=True, capture_output=True,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)}, timeout=30,
+    )  # fmt: skip
+    assert done.returncode == 75, done.stderr
+    assert done.stderr == "jaxpapers: stopped; the same command continues\n"
+
+
 def test_a_compiler_does_not_hold_it_up():
     process = subprocess.Popen(
         [sys.executable, "-c", BUSY], cwd=ROOT, text=True,

@@ -109,6 +109,20 @@ def test_stopped_outside_of_training(
     same(tmp_path, whole)
 
 
+def test_what_an_interruption_becomes_is_a_stop(tmp_path, monkeypatch, capsys):
+    """A module of C that is being imported makes another error of it."""
+
+    def importing(config):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except trainer.Preempted as e:
+            raise ImportError("initializing the extension") from e
+
+    monkeypatch.setattr(tasks, "read", importing)
+    assert call(tmp_path) == 75
+    assert "stopped; the same command continues" in capsys.readouterr().err
+
+
 def same(workdir, whole):
     states = [folder.load_run(str(w))[-1].params for w in (workdir, whole)]
     chex.assert_trees_all_equal(*map(jax.device_get, states))
