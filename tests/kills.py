@@ -93,7 +93,7 @@ def reached(point: str, workdir: Path, before: dict) -> bool:
     if point == "step":
         return now["lines"] > before["lines"]
     if point == "checkpoint":
-        return bool(list(workdir.glob("**/checkpoints/*orbax-checkpoint-tmp*")))
+        return any(list(p.glob("*orbax-checkpoint-tmp*")) for p in places(workdir))
     if point == "evaluation":
         return now["evaluations"] > before["evaluations"]
     if point == "stage":
@@ -103,13 +103,18 @@ def reached(point: str, workdir: Path, before: dict) -> bool:
 
 def look(workdir: Path) -> dict:
     """What a run has written so far."""
-    texts = [p.read_text() for p in workdir.glob("**/metrics.jsonl")]
-    places = [p for p in workdir.glob("**/checkpoints") if p.is_dir()]
+    files = [p.with_name("metrics.jsonl") for p in places(workdir)]
+    texts = [p.read_text() for p in files if p.exists()]
     return {
         "lines": sum(text.count("\n") for text in texts),
         "evaluations": sum(text.count("validation_") for text in texts),
-        "stages": {str(p): checkpoint.steps(p)[-1:] for p in places},
+        "stages": {str(p): checkpoint.steps(p)[-1:] for p in places(workdir)},
     }
+
+
+def places(workdir: Path) -> list[Path]:
+    """The folders of checkpoints of a workdir's runs, those that are there."""
+    return [workdir / "checkpoints", *sorted(workdir.glob("stages/*/checkpoints"))]
 
 
 def handles_sigterm(process: subprocess.Popen) -> bool:
