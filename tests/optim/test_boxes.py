@@ -62,7 +62,7 @@ def init(kind, tx):
 def train(state, tx):
     """Two steps in one program, of parameters without boxes."""
     for i in range(2):
-        grads = jax.tree.map(lambda p: (i + 1) * p - jnp.sin(p), state.params)
+        grads = jax.tree.map(lambda p, i=i: (i + 1) * p - jnp.sin(p), state.params)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         state = TrainState(state.step + 1, params, opt_state)
