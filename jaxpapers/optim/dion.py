@@ -12,6 +12,8 @@ Departures from the reference code, each with its reason:
 * ``scqr`` instead of ``rcqr`` by default: never NaN on rank-deficient momentum.
 * Whether a momentum is all zero is decided over all shards, not by each.
 * NaN gradients give NaN updates; the reference turns them into zero updates.
+* Columns of R that are rounding error carry nothing; the reference and the paper make
+  them unit columns of the update (``noise_guard=0`` does).
 * Factors are computed in float32 at least, also with bfloat16 state.
 """
 
@@ -89,7 +91,7 @@ def scale_by_dion(
     batch: str = "same_shape",
     seed: Any = 0,
     scale: str | None = "spectral",
-    noise_guard: Any = 0.0,
+    noise_guard: Any = None,
     *,
     replicate_axis: str | None = None,
     p_side: Any = "longer",
@@ -113,7 +115,9 @@ def scale_by_dion(
       rank_fraction: r / min(fan_in, fan_out) in (0, 1], per leaf; r is rounded up.
       rank_multiple_of: r is rounded up to a multiple of it.
       mu: decay of the part of the momentum that the update used.
-      eps: added to the column norms of R (absolute).
+      eps: added to the column norms of R. It is absolute, as the reference's: a matrix
+        whose |R_j| are far below it (gradients of 1e-12) hardly moves. With 0 the update
+        does not depend on the gradient's scale, from 1e-30 to 1e38.
       power_iters: power iterations per step.
       orthogonalize: ``scqr`` | ``cqr2`` | ``rcqr`` | ``qr``, see ``orthonormalize``.
       right_factor: ``colnorm`` (the paper) or ``orth`` (Orth-Dion, arXiv 2605.16341).
@@ -128,9 +132,11 @@ def scale_by_dion(
       seed: of Q's normal start, drawn per leaf from (seed, path, shape) alone.
       scale: ``spectral`` (sqrt(fan_out / fan_in), the paper), ``rms`` (root mean square
         0.2 as AdamW's) or None.
-      noise_guard: update columns with |R_j| < noise_guard * max |R| are left out; 0
-        (the reference) lets rounding noise of rank-deficient momenta become unit
-        columns.
+      noise_guard: update columns with |R_j| < noise_guard * max |R| are left out. Where
+        a momentum's rank is below r, the columns that are left are rounding error, which
+        differs from mesh to mesh. None leaves them out (1024 unit round-offs, 1.2e-4 in
+        float32), Q keeps the columns that it had, and the update is that of the signal;
+        0 (the reference) makes unit columns of them.
       replicate_axis: mesh axis whose devices compute gradients of their own data. Call
         ``update`` inside ``jax.shard_map`` over this axis with the gradients that are
         not averaged: P and R are, where they are fewer numbers than the gradient,
@@ -165,7 +171,8 @@ def scale_by_dion(
     ):
         check_dtype(name, dtype)
     check_choice("unknown_sharding", unknown_sharding, ("warn", "raise"))
-    check_range("noise_guard", noise_guard, 0, 1, open_right=True)
+    if noise_guard is not None:
+        check_range("noise_guard", noise_guard, 0, 1, open_right=True)
     placement = Placement(sharding, unknown_sharding)
 
     def layouts_of(named, qs=None):
@@ -290,7 +297,7 @@ def dion(
     batch: str = "same_shape",
     seed: Any = 0,
     scale: str | None = "spectral",
-    noise_guard: Any = 0.0,
+    noise_guard: Any = None,
     *,
     replicate_axis: str | None = None,
     p_side: Any = "longer",

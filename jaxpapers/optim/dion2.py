@@ -23,13 +23,13 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from jaxpapers.optim.collectives import psum
+from jaxpapers.optim.collectives import axis_size, psum
 from jaxpapers.optim.composite import with_scalars
 from jaxpapers.optim.matrices import momentum_method
 from jaxpapers.optim.newton_schulz import COEFFICIENTS, newton_schulz
 from jaxpapers.optim.options import check_choice, check_range, is_traced
 from jaxpapers.optim.orthonormalize import HIGHEST
-from jaxpapers.optim.power_iteration import MeshAxes
+from jaxpapers.optim.power_iteration import MeshAxes, saturated_sum
 
 
 class Dion2State(NamedTuple):
@@ -177,7 +177,7 @@ def _dion2_blocks(options, axes, layouts, specs, grads, momenta):
     dtype = jnp.promote_types(momenta[0].dtype, jnp.float32)
     b = jnp.concatenate(
         [
-            layout.to_matrices(m.astype(dtype) + g.astype(dtype))
+            layout.to_matrices(saturated_sum(m.astype(dtype), g.astype(dtype)))
             for layout, m, g in zip(layouts, momenta, grads)
         ]
     )
@@ -200,7 +200,10 @@ def _dion2_blocks(options, axes, layouts, specs, grads, momenta):
 
 def _select(b: jax.Array, fraction: float, axes: MeshAxes) -> jax.Array:
     """One-hot columns (n, s, k) of the k largest column norms of b (n, l, s)."""
-    norms = psum(jnp.abs(b).sum(-2), axes.p)
+    # Sums of entries near float32's largest number must not all become infinite.
+    count = b.shape[-2] * axis_size(axes.p)
+    small = 2.0 ** -math.ceil(math.log2(count))
+    norms = psum((small * jnp.abs(b)).sum(-2), axes.p)
     start = 0
     if axes.q:
         start = lax.axis_index(axes.q) * norms.shape[-1]

@@ -20,6 +20,7 @@ from jaxpapers.optim.options import (
 )
 from jaxpapers.optim.paths import dimension_numbers, named_leaves, with_leaves
 from jaxpapers.optim.placement import Placement, placed
+from jaxpapers.optim.power_iteration import saturate
 from jaxpapers.optim.sharded import blockwise, group_key, leaf_spec
 
 
@@ -172,7 +173,7 @@ def step_leaves(
         for layout, g, output in zip(layouts, grads, outputs)
     ]
     new = [
-        [output[i].astype(x.dtype) for output, x in zip(outputs, xs)]
+        [saturate(output[i], x.dtype) for output, x in zip(outputs, xs)]
         for i, xs in enumerate(states, 1)
     ]
     return directions, new

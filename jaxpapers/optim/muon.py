@@ -24,6 +24,7 @@ from jaxpapers.optim.layout import SCALES, axis_names
 from jaxpapers.optim.matrices import momentum_method
 from jaxpapers.optim.newton_schulz import COEFFICIENTS, newton_schulz
 from jaxpapers.optim.options import check_choice, check_range
+from jaxpapers.optim.power_iteration import saturated_sum
 from jaxpapers.optim.sharded import row_spec
 
 
@@ -192,12 +193,13 @@ normuon = functools.partial(muon, b2=0.95)
 def _muon_blocks(options, axes, layouts, specs, grads, momenta, *rows):
     """One step on a device's blocks of the leaves of a group."""
     dtype = jnp.promote_types(momenta[0].dtype, jnp.float32)
+    grads_ = [g.astype(dtype) for g in grads]
     new = [
-        options.mu * m.astype(dtype) + g.astype(dtype) for m, g in zip(momenta, grads)
+        saturated_sum(options.mu * m.astype(dtype), g) for m, g in zip(momenta, grads_)
     ]
     used = new
     if options.nesterov:
-        used = [g.astype(dtype) + options.mu * m for m, g in zip(new, grads)]
+        used = [saturated_sum(g, options.mu * m) for m, g in zip(new, grads_)]
     parts = [x.to_matrices(b) for x, b in zip(layouts, used)]
     ends = [sum(p.shape[0] for p in parts[:i]) for i in range(1, len(parts))]
     polar = newton_schulz(jnp.concatenate(parts), options.coefficients, axes=axes)

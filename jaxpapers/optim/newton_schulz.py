@@ -93,9 +93,11 @@ def newton_schulz(
     gram = jnp.einsum("nls,nlt->nst", rows, rows, precision=HIGHEST)
 
     mine, gather = share_sum(gram, summed)
-    w = gather(_polynomial(mine, COEFFICIENTS[coefficients]))
-    # A gathered W is a lower triangle.
-    w = symmetric(jnp.tril(w)) if summed else w
+    w = _polynomial(mine, COEFFICIENTS[coefficients])
+    if mine.shape != gram.shape:
+        # Only triangles are gathered. Rounding makes the two of W differ, by as much as
+        # W itself for a matrix of low rank: the mean of both is as good as all of W.
+        w = symmetric(jnp.tril(gather((w + jnp.swapaxes(w, -1, -2)) / 2)))
     return own_columns(jnp.einsum("nls,nst->nlt", rows, w, precision=HIGHEST))
 
 

@@ -10,6 +10,11 @@ matrix with its P side first, B is (l, s), Q (s, r), P (l, r), R (s, r):
 6. Q <- R diag(1 / (|R_j| + eps))
 7. update direction P Q^T
 
+Where the rank of B is below r, the surplus columns of P are any directions and those of R
+are rounding error, which differs from mesh to mesh. The paper and its code scale it to
+unit columns: a gradient of rank one gives an update that is nearly all noise. Here such a
+column (``NOISE``) is left out of the update and Q keeps what it had there.
+
 The functions run on whole matrices, or inside ``jax.shard_map`` on blocks of them: then
 ``MeshAxes`` names the mesh axes that split l and s. Only thin factors cross devices: P
 over the axes of s; Gram matrices and R over those of l; column norms over those of s.
@@ -19,6 +24,7 @@ gradient and momentum, give the update of the mean gradient (step 2.3 of the pap
 ``MeshAxes.replica``.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -36,6 +42,10 @@ SPLITS = ("auto", "whole")
 # some 8 r^2 bytes more and saves some 8 l r^2 FLOPs: from this l on, an accelerator
 # computes longer than it would send.
 ROWS_WORTH_SPLITTING = 1024
+
+# A column of R shorter than this many unit round-offs of the longest one is rounding
+# error: P has more columns there than B has directions.
+NOISE = 1024
 
 
 class MeshAxes(NamedTuple):
@@ -59,11 +69,12 @@ class StepOptions(NamedTuple):
     """Hyper-parameters of one step.
 
     ``mu``, ``eps`` and ``noise_guard`` may be traced; the rest is static.
+    ``noise_guard`` None is the floor ``NOISE``.
     """
 
     mu: Any = 0.95
     eps: Any = 1e-8
-    noise_guard: Any = 0.0
+    noise_guard: Any = None
     power_iters: Any = 1
     orthogonalize: str = "scqr"
     right_factor: str = "colnorm"
@@ -114,21 +125,35 @@ def power_iterate(
       (1.0, 3.0)
     """
 
+    p, r = _power_iterate(
+        b, q, iters, orthogonalize, axes, rows, split_p, communication_dtype, order
+    )
+    sizes = jax.tree.map(lambda p, r: _small(axes, p, r), p, r)
+    return p, jax.tree.map(lambda r, small: r / small, r, sizes)
+
+
+def _power_iterate(
+    b, q, iters, orthogonalize, axes, rows, split_p, communication_dtype, order
+):
+    """``power_iterate`` with R times ``_small``: finite where R need not be."""
     order = jax.tree.map(lambda _: order, b) if isinstance(order, str) else order
+    # P as it is sent must not leave the range of float16 at its lower end.
+    narrow = communication_dtype and jnp.finfo(communication_dtype).max < 1e30
+
+    def product(b, q, o):
+        small = 1.0 if narrow else _small(MeshAxes(axes.q, axes.q, axes.replica), q, q)
+        return _dot(f"{o},sr->lr", b, small * q)
+
+    def right_factor(b, p, q, zero, o):
+        small = _small(axes, p, q)
+        r = _mean(_dot(f"{o},lr->sr", b, small * p), axes.p, axes.replica)
+        return jnp.where(zero, small * q, r)
 
     def once(q):
-        parts, treedef = jax.tree.flatten(
-            jax.tree.map(lambda b, q, o: _dot(f"{o},sr->lr", b, q), b, q, order)
-        )
+        parts, treedef = jax.tree.flatten(jax.tree.map(product, b, q, order))
         bases = _basis(parts, orthogonalize, axes, rows, split_p, communication_dtype)
         p, zero = (treedef.unflatten(x) for x in bases)
-        r = jax.tree.map(
-            lambda b, p, o: _mean(_dot(f"{o},lr->sr", b, p), axes.p, axes.replica),
-            b,
-            p,
-            order,
-        )
-        return p, jax.tree.map(jnp.where, zero, q, r)
+        return p, jax.tree.map(right_factor, b, p, q, zero, order)
 
     def again(q):
         # Each repeat multiplies by B twice: without scaling, 1e20 or 1e-20 are lost.
@@ -197,41 +222,90 @@ def dion_step(
       with bfloat16 state this one loses less.)
     """
     dtype = jnp.promote_types(momenta[0].dtype, jnp.float32)
-    mu, eps, guard = (
-        jnp.asarray(x, dtype) for x in (options.mu, options.eps, options.noise_guard)
-    )
+    mu, eps = (jnp.asarray(x, dtype) for x in (options.mu, options.eps))
     orders = list(orders or ["ls"] * len(grads))
-    b = [m.astype(dtype) + g.astype(dtype) for m, g in zip(momenta, grads)]
-    ps, rs = power_iterate(
+    b = [
+        saturated_sum(m.astype(dtype), g.astype(dtype)) for m, g in zip(momenta, grads)
+    ]
+    qs = [q.astype(dtype) for q in qs]
+    ps, rs = _power_iterate(
         b,
-        [q.astype(dtype) for q in qs],
+        qs,
         options.power_iters,
         options.orthogonalize,
-        axes=axes,
-        rows=p_rows,
-        split_p=options.split_p,
-        communication_dtype=options.communication_dtype,
-        order=orders,
+        axes,
+        p_rows,
+        options.split_p,
+        options.communication_dtype,
+        orders,
     )
+    small = [_small(axes, p, r) for p, r in zip(ps, rs)]
     new_momenta = [
-        b - (1 - mu) * _dot(f"lr,sr->{o}", p, r)
-        for b, p, r, o in zip(b, ps, rs, orders)
+        saturate(x * b - (1 - mu) * _dot(f"lr,sr->{o}", p, r), dtype, 1 / x)
+        for b, p, r, o, x in zip(b, ps, rs, orders, small)
     ]
     directions, new_qs = [], []
-    for p, r, rows, o in zip(ps, rs, q_rows or [None] * len(rs), orders):
+    for p, r, old, rows, o, x in zip(
+        ps, rs, qs, q_rows or [None] * len(rs), orders, small
+    ):
         norm = _column_norms(r, axes.q)
         if options.right_factor == "orth":
             # Orth-Dion (arXiv 2605.16341). Cholesky QR's positive diagonal matters:
             # Householder signs would turn P Q^T into an ascent direction.
             q = _orthonormalize(r, "scqr", axes.q, rows)[0]
         else:
-            q = r / (norm + eps)
-        # Columns of R that are rounding noise beside the largest one carry no signal,
-        # yet normalisation makes them unit: the guard drops them from the update only.
-        keep = norm >= guard * jnp.max(norm, axis=-1, keepdims=True)
-        directions.append(_dot(f"lr,sr->{o}", p, jnp.where(keep, q, 0)))
-        new_qs.append(q)
+            length = norm + x * eps
+            q = r / jnp.where(length == 0, 1, length)
+        noise, left_out = _without_signal(norm, options.noise_guard)
+        directions.append(_dot(f"lr,sr->{o}", p, jnp.where(left_out, 0, q)))
+        new_qs.append(jnp.where(noise, old, q))
     return directions, new_momenta, new_qs
+
+
+def _small(axes: MeshAxes, p: jax.Array, q: jax.Array) -> float:
+    """A power of two that keeps products of B with unit columns finite.
+
+    |B x| is at most sqrt(l s) times the largest entry of B. Powers of two round nothing.
+
+    Args:
+      axes: that split l and s.
+      p: (..., l, r).
+      q: (..., s, r).
+    """
+    sides = p.shape[-2] * axis_size(axes.p) * q.shape[-2] * axis_size(axes.q)
+    summed = sides * axis_size(axes.replica) ** 2
+    return 2.0 ** -(math.ceil(math.log2(summed) / 2) + 1)
+
+
+def saturated_sum(x: jax.Array, y: jax.Array) -> jax.Array:
+    """x + y, where finite summands give the largest finite number, not infinity."""
+    total = x + y
+    over = jnp.isinf(total) & jnp.isfinite(x) & jnp.isfinite(y)
+    largest = jnp.asarray(jnp.finfo(total.dtype).max, total.dtype)
+    return jnp.where(over, jnp.copysign(largest, total), total)
+
+
+def saturate(x: jax.Array, dtype: Any, factor: float = 1.0) -> jax.Array:
+    """``factor`` x in a dtype; what is finite does not become infinite."""
+    bound = jnp.asarray(jnp.finfo(dtype).max, x.dtype) / factor
+    inside = jnp.where(jnp.isfinite(x), jnp.clip(x, -bound, bound), x)
+    return (factor * inside).astype(dtype)
+
+
+def _without_signal(norm: jax.Array, guard: Any) -> tuple[jax.Array, jax.Array]:
+    """Columns of R that are rounding error, and those that the update leaves out.
+
+    Args:
+      norm: |R_j|, (..., 1, r).
+      guard: see ``scale_by_dion``'s ``noise_guard``; may be traced.
+    """
+    floor = jnp.asarray(NOISE * jnp.finfo(norm.dtype).eps, norm.dtype)
+    if guard is None:
+        guard = floor
+    guard = jnp.asarray(guard, norm.dtype)
+    largest = jnp.max(norm, axis=-1, keepdims=True)
+    # NaN is below nothing: it must reach the update and Q.
+    return norm < jnp.minimum(guard, floor) * largest, norm < guard * largest
 
 
 def _basis(parts, method, axes: MeshAxes, rows, split_p, communication_dtype):

@@ -215,23 +215,40 @@ def test_rcqr_is_orthonormal_with_fewer_rows_than_columns():
 
 
 @pytest.mark.matrix
-def test_noise_guard_removes_amplified_noise():
+def test_columns_of_rounding_error_carry_nothing():
     # Defect 3, the paper's too: one non-zero column gives a full-norm update.
-    g = normal(24, 16) * (np.arange(16) == 3)
-    plain_step = jax.jit(functools.partial(one_step, scale_by_dion(0.5, scale=None)))
-    guarded_step = jax.jit(
-        functools.partial(one_step, scale_by_dion(0.5, scale=None, noise_guard=1e-3))
-    )
-    g = g.astype(np.float32)
-    (plain, kept), (guarded, state) = plain_step(g), guarded_step(g)
+    def step(**options):
+        return jax.jit(functools.partial(one_step, scale_by_dion(0.5, **options)))
+
+    g = (normal(24, 16) * (np.arange(16) == 3)).astype(np.float32)
+    reference = step(scale=None, noise_guard=0.0)
+    default = step(scale=None)
+    (noisy, _), (update, state) = reference(g), default(g)
     # Signal has norm 1 of sqrt(8). Which columns round to exactly 0 is the compiler's.
-    assert np.linalg.norm(plain) >= 0.8 * np.sqrt(8)
+    assert np.linalg.norm(noisy) >= 0.8 * np.sqrt(8)
     want = g[:, 3] / np.linalg.norm(g)  # One column: its unit vector.
-    np.testing.assert_allclose(guarded[:, 3], want, atol=2e-6)
-    assert np.abs(np.delete(guarded, 3, 1)).max() < 2e-6
-    np.testing.assert_array_equal(state.q["w"], kept.q["w"])  # Only the update.
+    np.testing.assert_allclose(update[:, 3], want, atol=2e-6)
+    assert np.abs(np.delete(update, 3, 1)).max() < 2e-6
+    # Q keeps what it had where there is no signal, and has it where there is.
+    start = together(scale_by_dion(0.5).init, {"w": g}).q["w"]
+    np.testing.assert_allclose(state.q["w"][:, 1:], start[:, 1:], rtol=1e-6)
+    np.testing.assert_allclose(
+        np.abs(state.q["w"][:, 0]), np.arange(16) == 3, atol=1e-6
+    )
     full = normal(24, 16, seed=1)
-    np.testing.assert_array_equal(guarded_step(full)[0], plain_step(full)[0])
+    np.testing.assert_array_equal(default(full)[0], reference(full)[0])
+
+
+@pytest.mark.matrix
+def test_a_guard_above_rounding_changes_the_update_only():
+    g = normal(24, 16).astype(np.float32) * np.geomspace(1, 1e-3, 16, dtype=np.float32)
+    tx, guarded_tx = (scale_by_dion(scale=None, noise_guard=x) for x in (None, 0.1))
+    (update, state), (guarded, other) = together(
+        lambda g: (one_step(tx, g), one_step(guarded_tx, g)), g
+    )
+    np.testing.assert_array_equal(state.q["w"], other.q["w"])
+    ranks = [np.linalg.matrix_rank(x, tol=1e-3) for x in (update, guarded)]
+    assert ranks[0] == 16 and 0 < ranks[1] < 16
 
 
 @pytest.mark.parametrize("method", SOME)
