@@ -125,35 +125,34 @@ def power_iterate(
       (1.0, 3.0)
     """
 
+    small = jax.tree.map(lambda b, q: _small(axes, b, q), b, q)
     p, r = _power_iterate(
-        b, q, iters, orthogonalize, axes, rows, split_p, communication_dtype, order
-    )
-    sizes = jax.tree.map(lambda p, r: _small(axes, p, r), p, r)
-    return p, jax.tree.map(lambda r, small: r / small, r, sizes)
+        jax.tree.map(jnp.multiply, small, b),
+        q, small, iters, orthogonalize, axes, rows, split_p, communication_dtype, order,
+    )  # fmt: skip
+    return p, jax.tree.map(jnp.divide, r, small)
 
 
 def _power_iterate(
-    b, q, iters, orthogonalize, axes, rows, split_p, communication_dtype, order
+    b, q, small, iters, orthogonalize, axes, rows, split_p, communication_dtype, order
 ):
-    """``power_iterate`` with R times ``_small``: finite where R need not be."""
+    """``power_iterate`` of B times ``small`` (see ``_small``), and R times it."""
     order = jax.tree.map(lambda _: order, b) if isinstance(order, str) else order
     # P as it is sent must not leave the range of float16 at its lower end.
     narrow = communication_dtype and jnp.finfo(communication_dtype).max < 1e30
 
-    def product(b, q, o):
-        small = 1.0 if narrow else _small(MeshAxes(axes.q, axes.q, axes.replica), q, q)
-        return _dot(f"{o},sr->lr", b, small * q)
+    def product(b, q, small, o):
+        return _dot(f"{o},sr->lr", b, q / small if narrow else q)
 
-    def right_factor(b, p, q, zero, o):
-        small = _small(axes, p, q)
-        r = _mean(_dot(f"{o},lr->sr", b, small * p), axes.p, axes.replica)
+    def right_factor(b, p, q, zero, small, o):
+        r = _mean(_dot(f"{o},lr->sr", b, p), axes.p, axes.replica)
         return jnp.where(zero, small * q, r)
 
     def once(q):
-        parts, treedef = jax.tree.flatten(jax.tree.map(product, b, q, order))
+        parts, treedef = jax.tree.flatten(jax.tree.map(product, b, q, small, order))
         bases = _basis(parts, orthogonalize, axes, rows, split_p, communication_dtype)
         p, zero = (treedef.unflatten(x) for x in bases)
-        return p, jax.tree.map(right_factor, b, p, q, zero, order)
+        return p, jax.tree.map(right_factor, b, p, q, zero, small, order)
 
     def again(q):
         # Each repeat multiplies by B twice: without scaling, 1e20 or 1e-20 are lost.
@@ -224,13 +223,18 @@ def dion_step(
     dtype = jnp.promote_types(momenta[0].dtype, jnp.float32)
     mu, eps = (jnp.asarray(x, dtype) for x in (options.mu, options.eps))
     orders = list(orders or ["ls"] * len(grads))
-    b = [
-        saturated_sum(m.astype(dtype), g.astype(dtype)) for m, g in zip(momenta, grads)
-    ]
     qs = [q.astype(dtype) for q in qs]
+    small = [_small(axes, m, q) for m, q in zip(momenta, qs)]
+    # Of a constant, XLA makes x (M + G), which overflows.
+    hidden = [lax.optimization_barrier(jnp.asarray(x, dtype)) for x in small]
+    b = [
+        x * m.astype(dtype) + x * g.astype(dtype)
+        for m, g, x in zip(momenta, grads, hidden)
+    ]
     ps, rs = _power_iterate(
         b,
         qs,
+        small,
         options.power_iters,
         options.orthogonalize,
         axes,
@@ -239,11 +243,13 @@ def dion_step(
         options.communication_dtype,
         orders,
     )
-    small = [_small(axes, p, r) for p, r in zip(ps, rs)]
+    largest = float(jnp.finfo(dtype).max)
     new_momenta = [
-        saturate(x * b - (1 - mu) * _dot(f"lr,sr->{o}", p, r), dtype, 1 / x)
+        jnp.clip(
+            b - (1 - mu) * _dot(f"lr,sr->{o}", p, r), -x * largest, x * largest
+        ) / x
         for b, p, r, o, x in zip(b, ps, rs, orders, small)
-    ]
+    ]  # fmt: skip
     directions, new_qs = [], []
     for p, r, old, rows, o, x in zip(
         ps, rs, qs, q_rows or [None] * len(rs), orders, small
@@ -262,19 +268,21 @@ def dion_step(
     return directions, new_momenta, new_qs
 
 
-def _small(axes: MeshAxes, p: jax.Array, q: jax.Array) -> float:
-    """A power of two that keeps products of B with unit columns finite.
+def _small(axes: MeshAxes, b: jax.Array, q: jax.Array) -> float:
+    """A power of two that keeps B Q, R and the sum of M and G finite.
 
-    |B x| is at most sqrt(l s) times the largest entry of B. Powers of two round nothing.
+    The products of B are those of B times it, which rounds nothing: with entries near
+    float32's largest number they would overflow. (Entries below 1e-33 are lost.)
 
     Args:
       axes: that split l and s.
-      p: (..., l, r).
+      b: (..., l, s), or (..., s, l).
       q: (..., s, r).
     """
-    sides = p.shape[-2] * axis_size(axes.p) * q.shape[-2] * axis_size(axes.q)
-    summed = sides * axis_size(axes.replica) ** 2
-    return 2.0 ** -(math.ceil(math.log2(summed) / 2) + 1)
+    s_local = q.shape[-2]
+    l_local = b.shape[-1] * b.shape[-2] // s_local
+    longest = max(l_local * axis_size(axes.p), s_local * axis_size(axes.q))
+    return 2.0 ** -(math.ceil(math.log2(longest * axis_size(axes.replica))) + 2)
 
 
 def saturated_sum(x: jax.Array, y: jax.Array) -> jax.Array:
@@ -285,11 +293,13 @@ def saturated_sum(x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.where(over, jnp.copysign(largest, total), total)
 
 
-def saturate(x: jax.Array, dtype: Any, factor: float = 1.0) -> jax.Array:
-    """``factor`` x in a dtype; what is finite does not become infinite."""
-    bound = jnp.asarray(jnp.finfo(dtype).max, x.dtype) / factor
-    inside = jnp.where(jnp.isfinite(x), jnp.clip(x, -bound, bound), x)
-    return (factor * inside).astype(dtype)
+def saturate(x: jax.Array, dtype: Any) -> jax.Array:
+    """``x`` in a dtype; what is finite does not become infinite in a narrower one."""
+    largest = jnp.finfo(dtype).max
+    if largest >= jnp.finfo(x.dtype).max:
+        return x.astype(dtype)
+    bound = jnp.asarray(largest, x.dtype)
+    return jnp.where(jnp.isinf(x), x, jnp.clip(x, -bound, bound)).astype(dtype)
 
 
 def _without_signal(norm: jax.Array, guard: Any) -> tuple[jax.Array, jax.Array]:
