@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -154,7 +155,9 @@ def state(workdir: Path) -> dict[str, bytes]:
     found = {}
     for place in sorted(workdir.glob("**/checkpoints")):
         step = checkpoint.latest_step(place)
-        tree = ocp.PyTreeCheckpointHandler().restore(place / str(step) / "state")
+        with warnings.catch_warnings():  # Of a restore without a target.
+            warnings.simplefilter("ignore", UserWarning)
+            tree = ocp.PyTreeCheckpointHandler().restore(place / str(step) / "state")
         for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
             name = f"{place.relative_to(workdir)} {jax.tree_util.keystr(path)}"
             if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
