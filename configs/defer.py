@@ -57,7 +57,7 @@ def get_config(preset: str | None = None) -> ConfigDict:
         config.data.update(source="synthetic", clicks=20_000, batch=256, epochs=3)
         config.data.update(w1=1.0, bucket=1.0, pretrain_until=40.0, stream_from=70.0)
         config.data.update(stream_until=100.0, holdout=5.0)
-        config.train.update(steps=136)
+        config.train.update(steps=136, alone=True)
         config.net.update(features=5, bins=(), buckets=(), widths=(32, 16))
         config.net.update(slope=0.01, batch_norm=False)
     elif preset == "cdnow":

@@ -75,7 +75,7 @@ def get_config(preset: str | None = None) -> ConfigDict:
     if preset == "smoke":
         config.data.update(context=64, quick_tokens=4096)
         config.net.update(width=64, layers=1, heads=2, unroll=1)
-        config.train.update(steps=100, eval_every=0, sample=80)
+        config.train.update(steps=100, eval_every=0, sample=80, alone=True)
     elif preset == "standard":
         config.data.update(context=256)
         config.net.update(width=192, layers=6, heads=3, unroll=6)

@@ -4,7 +4,7 @@
     jaxpapers run dnw NETWORK.csv        a network of your own; columns: docs/dnw.md
     jaxpapers run dnw:gb2312             the 3,755 common characters of GB 2312
     jaxpapers run dnw:decomp | dnw:chaizi    other decompositions
-    jaxpapers run dnw:smoke              300 characters, seconds
+    jaxpapers run dnw:smoke              30 characters, seconds
 
 Nothing is trained. Expected cost to 90 % of running text, in components learned under
 ``transient`` credit: 3,134 by DNW (b = .35), 5,073 by frequency; areas .736 and .653.
@@ -26,7 +26,7 @@ def get_config(preset: str | None = None) -> ConfigDict:
                 "task": "characters",
                 "path": "",  # CSV of a network; instead of all below
                 "close": False,  # of path: components without a row become primitives
-                "source": "ids",  # cjk-decomp, chaizi
+                "source": "ids",  # cjk-decomp, chaizi, example
                 "seeds": "frequent",  # gb2312
                 "count": 3500,  # of the most frequent characters
                 "grades": True,  # HSK 3.0 levels as a graded order
@@ -53,7 +53,7 @@ def get_config(preset: str | None = None) -> ConfigDict:
     elif preset in ("decomp", "chaizi"):
         config.data.source = "cjk-decomp" if preset == "decomp" else preset
     elif preset == "smoke":
-        config.data.update(count=300, grades=False)
+        config.data.source = "example"
         config.method.sweep = 5
         config.fit.steps = 0
     return config.lock()

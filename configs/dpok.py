@@ -84,7 +84,7 @@ def get_config(preset: str | None = None) -> ConfigDict:
     if preset == "smoke":
         config.data.eval_each = 10
         config.pretrain.steps = 500
-        config.train.update(steps=5, eval_every=0)
+        config.train.update(steps=5, eval_every=0, alone=True)
     elif preset == "reference":
         config.method.update(clip="hard", clip_eps=1e-4, reduce="mean", kl="eps_mse")
         config.method.update(alpha=10.0, beta=0.01, rollouts=2)

@@ -73,5 +73,5 @@ def get_config(preset: str | None = None) -> ConfigDict:
     elif preset == "smoke":
         config.net.widths = (32, 32)
         config.method.ascend_steps = 20
-        config.train.update(steps=200, eval_every=50)
+        config.train.update(steps=200, eval_every=50, alone=True)
     return config.lock()

@@ -80,7 +80,7 @@ def get_config(preset: str | None = None) -> ConfigDict:
     if preset == "smoke":
         config.data.update(eval_count=1000)
         config.pretrain.update(steps=1000)
-        config.train.update(steps=40, eval_every=0)
+        config.train.update(steps=40, eval_every=0, alone=True)
     if preset in ("digits", "fashion", "cifar"):
         _images(config)
     if preset == "digits":

@@ -62,6 +62,7 @@ def train(
         "save_minutes": save_minutes,
         "keep": 2,
         "init_from": "",
+        "alone": False,  # train this model only, none of those beside it
         "sample": sample,
         **fields,
     }

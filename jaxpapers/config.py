@@ -20,7 +20,7 @@ MAY_CHANGE = {
     "optim.rank_fraction", "optim.rank_multiple_of", "optim.rank_schedule",
     "train.steps", "train.accumulate", "train.replica_sync", "train.eval_every",
     "train.save_every", "train.save_minutes", "train.keep", "train.init_from",
-    "train.sample", "train.prompt", "train.temperature",
+    "train.sample", "train.prompt", "train.temperature", "train.alone",
 }  # fmt: skip
 
 # Least values of fields by their name, in whatever group.
@@ -54,14 +54,7 @@ def load_config(
     from absl import flags
     from ml_collections import config_flags
 
-    name, _, preset = target.partition(":")
-    papers.check(name)
-    if file:
-        path, _, preset = file.partition(":")
-        source = workdir.local(path, "--config")
-    else:
-        source = config_file(name)
-    module = _load(source)
+    name, module, preset = _find(target, file)
     presets = getattr(module, "PRESETS", ())
     if presets and preset and preset not in presets:
         near = difflib.get_close_matches(preset, presets, 1)
@@ -92,6 +85,30 @@ def load_config(
     config = _with_inputs(values.config, inputs) if inputs else values.config
     _check_values(config)
     return config
+
+
+def expected(target: str, file: str | None = None) -> float | None:
+    """The metric that a preset's own row has, of ``EXPECTED`` in its config file.
+
+    Args:
+      target, file: see ``load_config``.
+
+    Returns:
+      None for a preset without one.
+    """
+    _, module, preset = _find(target, file)
+    presets = getattr(module, "PRESETS", ("",))
+    return getattr(module, "EXPECTED", {}).get(preset or presets[0])
+
+
+def _find(target: str, file: str | None) -> tuple[str, ModuleType, str]:
+    """A paper's name, its config's module, and the preset."""
+    name, _, preset = target.partition(":")
+    papers.check(name)
+    if not file:
+        return name, _load(config_file(name)), preset
+    path, _, preset = file.partition(":")
+    return name, _load(workdir.local(path, "--config")), preset
 
 
 def _load(source: Path) -> ModuleType:

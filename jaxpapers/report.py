@@ -16,7 +16,7 @@ from rich.text import Text
 from jaxpapers import extras
 from jaxpapers.method import path_name
 from jaxpapers.pace import Pace
-from jaxpapers.study import Result, Results, Study
+from jaxpapers.study import Result, Results, Study, ahead, heading
 
 
 @runtime_checkable
@@ -247,7 +247,7 @@ def comparison(study: Study, results: Results) -> Table:
     columns = [c for c in dict.fromkeys(r.row.column for r in results) if c]
     extra = [c for c in study.columns if any(r.values(c) for r in results)]
     table = Table(box=None, pad_edge=False)
-    table.add_column(Text(study.title))
+    table.add_column(Text(heading(study)))
     headers = [*columns, "mean"] if columns else [study.metric if extra else ""]
     headers += ["max - min"] if several and not columns else []
     for header in (*headers, *extra):
@@ -281,6 +281,24 @@ def comparison(study: Study, results: Results) -> Table:
         style = "bold" if first is results[0] else None
         table.add_row(*map(Text, (label, *texts)), style=style)
     return table
+
+
+def verdict(study: Study, results: Results, expected: float | None) -> list[str]:
+    """What the table shows, a line each: the expected value, and who beats this model.
+
+    Args:
+      study: title, metric, direction.
+      results: of its rows.
+      expected: the preset's value of the paper's own row; None: not known.
+    """
+    lines = []
+    if expected is not None:
+        lines.append(f"expected of {results[0].row.label}: about {expected:g}")
+    better = ahead(study, results)
+    if better:
+        labels = ", ".join(f"{label} ({value:.4f})" for label, value in better.items())
+        lines.append(f"better than {results[0].row.label} in this run: {labels}")
+    return lines
 
 
 def small_table(table: Any) -> Table:

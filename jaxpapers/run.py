@@ -16,11 +16,16 @@ from jaxpapers import outputs, papers, plots, report, signals, tasks
 from jaxpapers import plan as plans
 from jaxpapers import study as studies
 from jaxpapers import workdir as folders
-from jaxpapers.config import load_config
+from jaxpapers.config import expected, load_config
 from jaxpapers.folder import load_run, write_config
 from jaxpapers.measure import measure_rows
 from jaxpapers.method import path_name
 from jaxpapers.stages import Stages, parts_of, same, unique
+
+SMALL = (
+    "this preset only shows that the method runs; the others and docs/results.md show "
+    "what it is worth"
+)
 
 
 def list_papers() -> Table:
@@ -107,10 +112,15 @@ def run(
         # Not of a folder that is not there: what follows may refuse the config.
         if folder.exists() and not dry_run:
             held.enter_context(folders.lock_for_all(folder))
-        return _run(name, config, stages, held, seeds, alone, fresh, dry_run, quiet)
+        usual = None if overrides or files else expected(target, config_path)
+        return _run(
+            name, config, stages, held, seeds, alone, fresh, dry_run, quiet, usual
+        )
 
 
-def _run(name, config, stages, held, seeds, alone, fresh, dry_run, quiet) -> dict:
+def _run(
+    name, config, stages, held, seeds, alone, fresh, dry_run, quiet, usual
+) -> dict:
     began, folder = time.monotonic(), stages.root
     console, talk = report.make_console(), report.make_console(quiet=quiet)
     data = tasks.read(config)
@@ -122,6 +132,7 @@ def _run(name, config, stages, held, seeds, alone, fresh, dry_run, quiet) -> dic
     every = range(first, first + seeds)
     others = [study.rows(seed) for seed in every]
     studies.check_rows(others)
+    alone = alone or config.get("train", {}).get("alone", False)
     rows = [_alone(r) if alone else r for r in others]
     for seed, own in zip(every, rows):
         if own[0].stage:
@@ -145,6 +156,10 @@ def _run(name, config, stages, held, seeds, alone, fresh, dry_run, quiet) -> dic
         if not paper.trained:
             write_config(folder, name, studies.plain(config))
     console.print(report.comparison(study, results))
+    for line in report.verdict(study, results, usual):
+        console.print(line, markup=False, soft_wrap=True)
+    if config.get("train", {}).get("alone", False):
+        console.print(SMALL, soft_wrap=True)
     for table in results[0].findings[0].tables:
         console.print(report.small_table(table))
     stage = rows[0][0].stage

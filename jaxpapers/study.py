@@ -171,6 +171,25 @@ class Result(NamedTuple):
 Results = Sequence[Result]
 
 
+def heading(study: Study) -> str:
+    """The study's title with the direction of its metric."""
+    return f"{study.title} ({'higher' if study.rising else 'lower'} is better)"
+
+
+def ahead(study: Study, results: Results) -> dict[str, float]:
+    """Rows whose mean of the metric is better than the paper's own, label -> mean.
+
+    Of several columns, means over the columns are compared.
+    """
+    values: dict[str, list[float]] = {}
+    for r in results:
+        values.setdefault(r.row.label, []).extend(r.values(study.metric))
+    means = {label: sum(v) / len(v) for label, v in values.items() if v}
+    own = means.pop(results[0].row.label, math.nan)
+    sign = 1 if study.rising else -1
+    return {label: m for label, m in means.items() if sign * m > sign * own}
+
+
 def check_rows(rows: Sequence[Sequence[Row]]) -> None:
     """Refuses rows, one list per seed, that cannot be compared.
 

@@ -14,6 +14,8 @@ from typing import NamedTuple
 from jaxpapers.data import pickles
 from jaxpapers.data.lines import number, numbered, records, rows, whole
 
+# Thirty common characters in the columns below; frequencies are round numbers.
+EXAMPLE = Path(__file__).parent / "example_characters.csv"
 COLUMNS = ("character", "components", "frequency")
 OPTIONAL = ("cost", "grade", "pinyin", "gloss")
 

@@ -1,5 +1,7 @@
 """Click tasks on ratings: the next rated film, and whether a film is rated 4 or more.
 
+``generated`` makes ratings up, for trials without any file.
+
 ``data.ctr_files`` builds samples with the same functions.
 """
 
@@ -7,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxpapers.data.ctr import Clicks, Log, Samples
+from jaxpapers.data.ctr import FIRST, Clicks, Log, Samples
 
 
 class Ratings(NamedTuple):
@@ -27,6 +29,49 @@ class Ratings(NamedTuple):
     time: np.ndarray
     cate: np.ndarray
     rows: dict[str, int]
+
+
+def generated(
+    *, users: int = 200, items: int = 400, cates: int = 20, each: int = 40, seed: int = 0
+) -> Ratings:
+    """A log in which interests can be learned, for trials without any file.
+
+    A user likes three of the categories, and goes on with the one of the behaviour before
+    in six of ten cases; one behaviour in four is of any category. Within a category, the
+    k-th item is chosen in proportion to 1/k. Ratings are 3 to 5, higher for the first
+    category.
+
+    Args:
+      users: number of users.
+      items: number of items, dealt to the categories in turn.
+      cates: number of categories.
+      each: behaviours of a user, an hour apart.
+      seed: of all choices.
+    """
+    rng = np.random.default_rng(seed)
+    favourites = rng.permuted(np.tile(np.arange(cates), (users, 1)), axis=1)[:, :3]
+    place = rng.choice(3, (users, each), p=(0.5, 0.3, 0.2))
+    stays = rng.random((users, each)) < 0.6
+    for t in range(1, each):
+        place[:, t] = np.where(stays[:, t], place[:, t - 1], place[:, t])
+    liked = np.take_along_axis(favourites, place, 1)
+    other = rng.integers(cates, size=liked.shape)
+    chosen = np.where(rng.random(liked.shape) < 0.25, other, liked).ravel()
+    popularity = 1 / np.arange(1, items // cates + 1)
+    rank = rng.choice(len(popularity), users * each, p=popularity / popularity.sum())
+    item = FIRST + rank * cates + chosen
+    cate = np.zeros(items + FIRST, np.int32)
+    cate[FIRST:] = FIRST + np.arange(items) % cates
+    rating = np.clip(5 - place.ravel() + rng.integers(-1, 1, users * each), 3, 5)
+    start = np.repeat(rng.integers(0, 10**6, users), each)
+    return Ratings(
+        np.repeat(np.arange(users, dtype=np.int32) + FIRST, each),
+        item.astype(np.int32),
+        rating.astype(np.float32),
+        (start + 3600 * np.tile(np.arange(1, each + 1), users)).astype(np.int32),
+        cate,
+        {"user": users + FIRST, "item": items + FIRST, "cate": cates + FIRST},
+    )
 
 
 def task_next_item(

@@ -125,7 +125,7 @@ NAMES: dict[str, Paper] = {
         2013,
         "1303.1599",
         "networks",
-        "a learning order of 300 characters and its cost, < 20 s",
+        "a learning order of 30 characters and its cost",
         trained=False,
     ),
 }

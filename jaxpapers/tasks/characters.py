@@ -19,7 +19,7 @@ from jaxpapers.data.characters import Characters
 from jaxpapers.papers import dnw
 from jaxpapers.study import Data, Finding, Row, Study, Table
 
-SOURCES = ("ids", "cjk-decomp", "chaizi")
+SOURCES = ("ids", "cjk-decomp", "chaizi", "example")
 SEEDS = ("frequent", "gb2312")
 PRIMITIVES = ("unit", "strokes", "tenth_strokes")
 # Points of a curve: a figure shows no more.
@@ -119,8 +119,8 @@ def study(name: str, config: Any, data: Data, mesh: Any) -> Study:
 
 def _table(c: Any) -> tuple[Characters, Any]:
     """The characters' table and the nodes to include (None: all)."""
-    if c.path:
-        return characters.table(c.path), None
+    if c.path or c.source == "example":
+        return characters.table(c.path or characters.EXAMPLE), None
     folder = fetch.get("cjk-characters")
     if c.source == "ids":
         components = characters.ids(folder / "ids.txt")
@@ -165,7 +165,8 @@ def _orders(config: Any, data: Data, mesh: Any) -> dict[str, Callable[[], Any]]:
     graded = []
     if table.grade:
         last = max(table.grade.values()) + 1
-        graded = ["grades" if config.data.path else "HSK 3.0 levels (graded stand-in)"]
+        own = config.data.path or config.data.source == "example"
+        graded = ["grades" if own else "HSK 3.0 levels (graded stand-in)"]
         scores[graded[0]] = np.array(
             [-table.grade.get(c, last) for c in net.chars], float
         )

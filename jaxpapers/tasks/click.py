@@ -34,6 +34,7 @@ _READERS: dict[str, Callable] = {
     "dien": ctr_files.dien_text,
     "mimn": ctr_files.mimn_text,
 }
+SOURCES = ("ml-100k", "generated", *_READERS)
 TARGETS = ("next_item", "rating")
 SPLITS = ("test", "validation")
 WITHOUT_GAUC = "no GAUC, because no user has test rows of both classes"
@@ -156,7 +157,7 @@ def baselines(name: str, config: Any) -> dict[str, tuple[str, Any]]:
 
 def _din_beside(config: Any) -> Any:
     """DIN's config on the data and for the steps of another model's."""
-    small = config.data.source == "ml-100k"
+    small = config.data.source in ("ml-100k", "generated")
     din = load_config("din:ml100k" if small else "din")
     din = din.copy_and_resolve_references().unlock()
     _copy_shared(din.data, config.data)
@@ -286,10 +287,12 @@ def hash_items(clicks: ctr.Clicks, buckets: int) -> ctr.Clicks:
 def _read(source, path, target, order, categories, protocol, max_id) -> ctr.Clicks:
     if target not in TARGETS:
         raise ValueError(f"config.data.target must be one of {TARGETS}, got {target!r}")
-    if source == "ml-100k":
-        ratings = movielens.ml_100k(
-            path or fetch.get("ml-100k"), category=categories, max_id=max_id
-        )
+    if source in ("ml-100k", "generated"):
+        if source == "generated":
+            ratings = ctr_tasks.generated()
+        else:
+            folder = path or fetch.get("ml-100k")
+            ratings = movielens.ml_100k(folder, category=categories, max_id=max_id)
         task = (
             ctr_tasks.task_next_item if target == "next_item" else ctr_tasks.task_rating
         )
@@ -304,7 +307,7 @@ def _read(source, path, target, order, categories, protocol, max_id) -> ctr.Clic
         clicks = _READERS[source](*files, progress=lines.print_progress, **options)
     else:
         raise ValueError(
-            f"config.data.source must be one of {('ml-100k', *_READERS)}, got {source!r}"
+            f"config.data.source must be one of {SOURCES}, got {source!r}"
         )
     return clicks
 

@@ -1,18 +1,17 @@
 """Networks for the tests of DNW: made by hand, and drawn at random in one shape."""
 
 import dataclasses
-from pathlib import Path
 
 import numpy as np
 
 from jaxpapers.data import characters
 from jaxpapers.papers import dnw
 
-CSV = Path(__file__).parent / "dnw.csv"
+CSV = characters.EXAMPLE
 
 
 def hand_made():
-    """The 30 characters of dnw.csv."""
+    """The 30 characters of the example."""
     table = characters.table(CSV)
     return dnw.build_network(table.components, table.count)
 
