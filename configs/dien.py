@@ -62,8 +62,8 @@ def get_config(preset: str | None = None) -> ConfigDict:
         config.train.update(steps=700, eval_every=350, save_minutes=1.0)
     if preset == "smoke":
         config.optim.tables = "lazy_adam"
-        config.data.update(source="generated", history=20, batch=256)
+        config.data.update(source="generated", history=10, batch=128)
         config.method.aux_weight = 1.0
         config.optim.lr = 0.01
-        config.train.update(steps=100, eval_every=0, alone=True)
+        config.train.update(steps=80, eval_every=0, alone=True)
     return config.lock()

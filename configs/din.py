@@ -65,7 +65,7 @@ def get_config(preset: str | None = None) -> ConfigDict:
     if preset == "ml100k":
         config.net.unit_chunk = 64  # For CPUs.
     if preset == "smoke":
-        config.data.update(source="generated", history=20, batch=256)
+        config.data.update(source="generated", history=20, batch=128)
         config.optim.tables = "lazy_adam"
         config.optim.lr = 0.01
         config.train.update(steps=100, eval_every=0, alone=True)

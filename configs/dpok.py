@@ -82,8 +82,10 @@ def get_config(preset: str | None = None) -> ConfigDict:
         }
     )
     if preset == "smoke":
-        config.data.eval_each = 10
-        config.pretrain.steps = 500
+        config.data.update(eval_each=10, batch=50)
+        config.net.update(width=64, blocks=1, value=(64, 64))
+        config.sampler.steps = 10
+        config.pretrain.steps = 300
         config.train.update(steps=5, eval_every=0, alone=True)
     elif preset == "reference":
         config.method.update(clip="hard", clip_eps=1e-4, reduce="mean", kl="eps_mse")

@@ -71,7 +71,8 @@ def get_config(preset: str | None = None) -> ConfigDict:
     elif preset == "digits":
         config.data.source = "digit_components"
     elif preset == "smoke":
+        config.data.eval_count = 250
         config.net.widths = (32, 32)
-        config.method.ascend_steps = 20
-        config.train.update(steps=200, eval_every=50, alone=True)
+        config.method.ascend_steps = 10
+        config.train.update(steps=200, eval_every=100, alone=True)
     return config.lock()

@@ -55,7 +55,7 @@ def get_config(preset: str | None = None) -> ConfigDict:
         config.net.unit_chunk = 64  # For CPUs.
     if preset == "smoke":
         config.optim.tables = "lazy_adam"
-        config.data.update(source="generated", history=40, batch=256)
+        config.data.update(source="generated", history=30, batch=128)
         config.optim.lr = 0.01
         config.train.update(steps=100, eval_every=0, alone=True)
     return config.lock()

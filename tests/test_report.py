@@ -1,6 +1,7 @@
 """Metric files, the parameter table, figures of a comparison."""
 
 import json
+import math
 import sys
 
 import jax
@@ -171,6 +172,24 @@ def compared(title, rows, baselines, out):
     ]
     study = Study(title, "m", rising=False, rows=None)
     assert draw_comparison(study, results, out).stat().st_size > 1000
+
+
+@pytest.mark.parametrize("rising, ahead", [(True, ["top"]), (False, ["low"])])
+def test_the_verdict_names_what_is_better(rising, ahead):
+    values = {"this model": [0.5, 0.7], "top": [0.9], "low": [0.1], "same": [0.6]}
+    values["failed"] = [math.nan]
+    results = [
+        Result(Row(k, None, None), [Finding({"m": x}) for x in v], ())
+        for k, v in values.items()
+    ]
+    study = Study("title", "m", rising, rows=None)
+    first, second = report.verdict(study, results, 0.55)
+    assert first == "expected of this model: about 0.55"
+    (label,) = ahead
+    assert second.endswith(f"in this run: {label} ({values[label][0]:.4f})")
+    assert report.verdict(study, results[:1], None) == []
+    header = report.comparison(study, results).columns[0].header
+    assert str(header) == f"title ({'higher' if rising else 'lower'} is better)"
 
 
 def test_a_far_baseline_does_not_squeeze_the_models(tmp_path, figures):

@@ -91,6 +91,20 @@ def test_negatives_follow_popularity():
     assert (again.test.item != clicks.test.item).any()
 
 
+def test_generated_histories_tell_the_category():
+    clicks = ctr_tasks.task_next_item(ctr_tasks.generated())
+    test, log = clicks.test, clicks.log
+    assert (len(clicks.train.label), len(test.label)) == (11_600, 10_000)
+    share = [
+        (log.cate[a:b] == c).mean()
+        for a, b, c in zip(test.start, test.stop, test.cate)
+    ]
+    assert ranking.auc(test.label, np.array(share)) > 0.8
+    assert abs(ranking.auc(test.label, ctr.popularity(clicks)) - 0.5) < 0.03
+    other = ctr_tasks.generated(seed=1)
+    assert (other.item != ctr_tasks.generated().item).any()
+
+
 def test_rating_history_is_liked_and_strictly_earlier(ratings):
     clicks = ctr_tasks.task_rating(ratings, test_users=4)
     tested = set((np.random.default_rng(1234).permutation(USERS)[:4] + 1).tolist())
