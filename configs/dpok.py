@@ -39,7 +39,7 @@ def get_config(preset: str | None = None) -> ConfigDict:
         {
             "data": {
                 "task": "text_to_image",
-                "source": "digits",  # colours, emoji
+                "source": "digits",  # segments, colours, emoji
                 "path": "",
                 "batch": 100,  # trajectories of an update; a multiple of the prompts
                 "length": 0,  # conditioning tokens of a caption; 0: one
@@ -82,7 +82,7 @@ def get_config(preset: str | None = None) -> ConfigDict:
         }
     )
     if preset == "smoke":
-        config.data.update(eval_each=10, batch=50)
+        config.data.update(source="segments", eval_each=10, batch=50)
         config.net.update(width=64, blocks=1, value=(64, 64))
         config.sampler.steps = 10
         config.pretrain.steps = 300

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from jaxpapers import extras, plots
+from jaxpapers.study import heading
 
 
 def comparison(study: Any, results: Sequence[Any], out: str | Path) -> Path | None:
@@ -58,9 +59,12 @@ def comparison(study: Any, results: Sequence[Any], out: str | Path) -> Path | No
             axes.axvline(value, color="grey", ls=style, lw=1, label=label)
         else:  # It would squeeze the models into one spot.
             axes.plot([], [], " ", label=f"{label} (beyond the axis)")
+    _widen(axes, 0.02)
     axes.set_yticks(range(len(runs)), list(runs))
     axes.set_ylim(len(runs) - 0.4, -0.6)
-    axes.set_xlabel(study.title)
+    axes.set_xlabel(heading(study))
+    axes.locator_params(axis="x", nbins=7)
+    axes.ticklabel_format(axis="x", useOffset=False)
     axes.grid(alpha=0.25, axis="x")
     if levels:
         figure.legend(frameon=False, fontsize=8, loc="outside upper center", ncols=3)
@@ -157,6 +161,14 @@ def against(
             runs[_label(r)] = r.folders
     if runs:
         plots.plot_against(runs, x, panels, out)
+
+
+def _widen(axes: Any, share: float) -> None:
+    """A range of ``share`` of the values at least: rounding is not magnified."""
+    low, high = axes.get_xlim()
+    missing = share * max(abs(low), abs(high)) - (high - low)
+    if missing > 0:
+        axes.set_xlim(low - missing / 2, high + missing / 2)
 
 
 def _label(result: Any) -> str:

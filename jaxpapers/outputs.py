@@ -41,6 +41,17 @@ def write(summary: dict, results: Results, folder: Path) -> None:
                     workdir.write(place / name, content)
 
 
+def _panels(study, runs, levels) -> list[plots.Panel]:
+    """The training curve, and beside it the metric where that is another one."""
+    metric = f"{plots.VALIDATION}{study.metric}"
+    if study.curve == study.metric:
+        return [plots.Panel(runs, study.curve, study.unit, levels)]
+    panels = [plots.Panel(runs, study.curve, study.unit)]
+    if all(plots.has_metric(run, metric) for run in runs):
+        panels.append(plots.Panel(runs, metric, study.title, levels))
+    return panels
+
+
 def draw(study: Study, results: Results, folder: Path, console: Console) -> None:
     """The study's figures; says so where matplotlib is missing."""
     own = results[0]
@@ -50,8 +61,7 @@ def draw(study: Study, results: Results, folder: Path, console: Console) -> None
         # A run of no steps has no metrics.
         curves = [f for f in own.folders if plots.has_metric(f, study.curve)]
         if curves:
-            levels = levels if study.curve == study.metric else None
-            plots.plot(curves, study.curve, folder / "loss.png", levels)
+            plots.draw(_panels(study, curves, levels), folder / "loss.png")
         several = len(own.findings) > 1 or len([r for r in results if r.row.stage]) > 1
         if several or not own.folders:
             figures.comparison(study, results, folder / "comparison.png")

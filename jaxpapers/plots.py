@@ -1,14 +1,18 @@
 """Figures of runs and studies: metrics over steps, rows beside their baselines."""
 
 import json
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxpapers import extras
 from jaxpapers.workdir import replaced
+
+# Metrics of evaluations have their name in front.
+VALIDATION = "validation_"
 
 
 def read_metrics(run: str | Path) -> list[dict]:
@@ -45,52 +49,104 @@ def has_metric(run: str | Path, metric: str) -> bool:
     return any(metric in record for record in read_metrics(run))
 
 
-def plot(
-    runs: Sequence[str | Path], metric: str, out: str | Path, levels: dict | None = None
-) -> Path:
-    """Draws a metric of one or more runs over the steps, with horizontal levels.
+class Panel(NamedTuple):
+    """A metric of some runs over the steps.
+
+    Attributes:
+      runs: workdirs.
+      metric: name in ``metrics.jsonl``.
+      label: of the vertical axis; "" for the metric's name.
+      levels: name -> value of baselines, drawn as horizontal lines.
+    """
+
+    runs: Sequence[str | Path]
+    metric: str
+    label: str = ""
+    levels: Mapping[str, float] = {}
+
+
+def plot(runs: Sequence[str | Path], metric: str, out: str | Path) -> Path:
+    """Draws a metric of one or more runs over the steps, a panel for each paper.
+
+    Losses of two papers are two quantities: they have axes of their own.
 
     Args:
       runs: workdirs.
       metric: name in ``metrics.jsonl``.
       out: image file.
-      levels: name -> value of baselines.
 
     Raises:
       ModuleNotFoundError: without matplotlib.
       ValueError: a run has no such metric.
     """
+    papers: dict[str, list] = {}
+    for run in runs:
+        papers.setdefault(_paper(run), []).append(run)
+    words = _words(metric)
+    return draw(
+        [Panel(x, metric, f"{name}: {words}" if len(papers) > 1 else words)
+         for name, x in papers.items()],
+        out,
+    )  # fmt: skip
+
+
+def draw(panels: Sequence[Panel], out: str | Path) -> Path:
+    """Draws panels side by side; see ``plot``."""
     with extras.named():
         from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.2), layout="constrained")  # No global pyplot state.
-    axes = figure.subplots()
-    shown: list[float] = []
-    for run in runs:
+    # No global pyplot state.
+    figure = Figure(figsize=(1 + 6 * len(panels), 4.2), layout="constrained")
+    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+        _draw_panel(axes, panel)
+    return save(figure, out)
+
+
+def _draw_panel(axes: Any, panel: Panel) -> None:
+    metric, levels, shown = panel.metric, panel.levels, []
+    for run in panel.runs:
         records = read_metrics(run)
         points = [(r["step"], r[metric]) for r in records if metric in r]
         if not points:
             known = sorted({k for r in records for k in r} - {"step", "time"})
             raise ValueError(f"{run} has no metric {metric!r}; it has {known}")
         shown += [value for _, value in points]
-        (line,) = axes.plot(*zip(*points), lw=1, alpha=0.8, label=f"{Path(run).name}")
+        dots = {"marker": "D", "mec": "black"} if metric.startswith(VALIDATION) else {}
+        (line,) = axes.plot(
+            *zip(*points), lw=1, alpha=0.8, label=f"{Path(run).name}", **dots
+        )
         for suffix, style, what in (("_quick", ".-", "part of "), ("", "D", "")):
-            name = f"validation_{metric}{suffix}"
+            name = f"{VALIDATION}{metric}{suffix}"
             evaluated = [(r["step"], r[name]) for r in records if name in r]
             if evaluated:
                 axes.plot(
                     *zip(*evaluated), style, color=line.get_color(), mec="black",
                     label=f"{Path(run).name}, {what}validation",
                 )  # fmt: skip
-    for (name, value), style in zip((levels or {}).items(), (":", "--", "-.", "-") * 9):
-        axes.axhline(value, color="grey", ls=style, lw=1, label=f"{name} {value:.2f}")
+    for (name, value), style in zip(levels.items(), (":", "--", "-.", "-") * 9):
+        axes.axhline(value, color="grey", ls=style, lw=1, label=f"{name} {value:.4g}")
     if len(shown) > 20:  # The first steps would squeeze everything else.
         highest = sorted(shown)[int(0.97 * len(shown))]
-        axes.set_ylim(top=1.1 * max([highest, *(levels or {}).values()]))
-    axes.set(xlabel="step", ylabel=metric.replace("_", " "))
+        axes.set_ylim(top=1.1 * max([highest, *levels.values()]))
+    axes.xaxis.set_major_locator(_whole_numbers())
+    axes.set(xlabel="step", ylabel=textwrap.fill(panel.label or _words(metric), 45))
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, fontsize=8)
-    return save(figure, out)
+
+
+def _whole_numbers() -> Any:
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator(6, integer=True)
+
+
+def _paper(run: str | Path) -> str:
+    """The paper of a workdir; "" where no config.json says it."""
+    try:
+        stored = json.loads((Path(run) / "config.json").read_text(encoding="utf-8"))
+        return str(stored["paper"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 def plot_against(
@@ -134,8 +190,9 @@ def plot_against(
                     label=None if j else label,
                 )  # fmt: skip
                 axes.plot(*points[-1], "D", color=f"C{i}", mec="black")
-        scales = {f"{v}scale": "log" for v in log}
-        axes.set(xlabel=_words(x), ylabel=_words(name), **scales)
+        axes.set(xlabel=_words(x), ylabel=_words(name))
+        for v in log:
+            _logarithmic(axes, v)
         if options != log:
             ends = axes.get_xlim()
             axes.plot(ends, ends, ":", color="grey", label="equal")
@@ -146,6 +203,23 @@ def plot_against(
         handles, labels, frameon=False, fontsize=8, loc="outside upper center", ncols=5
     )
     return save(figure, out)
+
+
+def _logarithmic(axes: Any, v: str) -> None:
+    """A logarithmic axis whose ticks are few and plain numbers."""
+    from matplotlib import ticker
+
+    axes.set(**{f"{v}scale": "log"})
+    axis = {"x": axes.xaxis, "y": axes.yaxis}[v]
+    low, high = axis.get_view_interval()
+    wide = high > 30 * low
+    axis.set_major_locator(
+        ticker.LogLocator(numticks=6)
+        if wide
+        else ticker.LogLocator(subs=(1, 2, 3, 5, 7) if high > 3 * low else range(1, 10))
+    )
+    axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:.3g}"))
+    axis.set_minor_formatter(ticker.NullFormatter())
 
 
 def save(figure: Any, out: str | Path) -> Path:
@@ -162,7 +236,7 @@ def _drawn(x, y, log):
 
 
 def _words(metric: str) -> str:
-    return metric.removeprefix("validation_").replace("_", " ")
+    return metric.removeprefix(VALIDATION).replace("_", " ")
 
 
 def plot_samples(
@@ -173,7 +247,8 @@ def plot_samples(
     Args:
       before: as ``after``, of the earlier model, drawn with the same noise; or None.
       after: ``samples`` (n, d) or images (n, H, W, C) in [-1, 1], ``data`` of the same
-        kind, and for images optionally ``rows``, one name for each row of them.
+        kind, and for images optionally ``rows``, one name for each row of them, the
+        data's too.
       out: image file.
     """
     with extras.named():
@@ -191,9 +266,7 @@ def plot_samples(
             sheet = contact_sheet(x, len(names) or round(len(x) ** 0.5))
             axes.imshow(sheet, cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
             step = sheet.shape[0] / max(len(names), 1)
-            # Real images are not in the rows of the prompts.
-            shown = names if title != "data" else []
-            axes.set_yticks([step * (i + 0.5) for i in range(len(shown))], shown)
+            axes.set_yticks([step * (i + 0.5) for i in range(len(names))], names)
             axes.set_xticks([])
         elif np.shape(x)[1] == 1:
             axes.hist(after["data"][:, 0], 60, density=True, color="darkgrey")

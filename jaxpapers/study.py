@@ -134,7 +134,8 @@ class Study(NamedTuple):
       columns: further metrics of the table, those that a row has.
       pictures: file name -> (``Results``, path) -> None, besides ``loss.png``,
         ``comparison.png`` and ``curves.png``.
-      curve: training metric of ``loss.png``.
+      curve: training metric of ``loss.png``, beside which ``metric`` is drawn.
+      unit: that metric with its unit; "" for its name.
       sample: (Method, State, key, prompt, length, temperature) -> text; None: the model
         continues no text.
     """
@@ -146,6 +147,7 @@ class Study(NamedTuple):
     columns: Sequence[str] = ()
     pictures: Mapping[str, Callable] = {}
     curve: str = "loss"
+    unit: str = ""
     sample: Callable | None = None
 
 

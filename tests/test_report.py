@@ -134,13 +134,26 @@ def test_plot(tmp_path):
         run.mkdir()
         write(run, *((i, {"loss": 1 / i, "bits": 2 / i}) for i in range(1, 31)))
         write(run, (30, {"validation_bits": 0.5}))
-    out = plots.plot(runs, "bits", tmp_path / "x.png", {"gzip": 1.5})
+    panel = plots.Panel(runs, "bits", "bits per byte", {"gzip": 1.5})
+    out = plots.draw([panel], tmp_path / "x.png")
     assert out.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and out.stat().st_size > 5000
     plots.plot(runs[:1], "loss", tmp_path / "y.png")
     with pytest.raises(ValueError, match=r"no metric 'acc'; it has \['bits', 'loss'"):
         plots.plot(runs, "acc", tmp_path / "z.png")
     assert not (tmp_path / "z.png").exists()
     assert "matplotlib.pyplot" not in sys.modules  # A notebook keeps its backend.
+
+
+def test_papers_have_panels_of_their_own(tmp_path, figures):
+    for name in ("a", "b", "c"):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name, (1, {"loss": 1.0}), (2, {"loss": 0.5}))
+        stored = {"paper": "din" if name == "c" else "dion"}
+        (tmp_path / name / "config.json").write_text(json.dumps(stored))
+    plots.plot([tmp_path / x for x in "abc"], "loss", tmp_path / "x.png")
+    first, second = figures[0].axes
+    assert first.get_ylabel() == "dion: loss" and second.get_ylabel() == "din: loss"
+    assert len(first.lines) == 2 and len(second.lines) == 1
 
 
 @pytest.mark.parametrize(

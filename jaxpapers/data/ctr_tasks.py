@@ -32,7 +32,12 @@ class Ratings(NamedTuple):
 
 
 def generated(
-    *, users: int = 200, items: int = 400, cates: int = 20, each: int = 40, seed: int = 0
+    *,
+    users: int = 200,
+    items: int = 400,
+    cates: int = 20,
+    each: int = 40,
+    seed: int = 0,
 ) -> Ratings:
     """A log in which interests can be learned, for trials without any file.
 

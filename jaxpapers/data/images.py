@@ -127,6 +127,44 @@ def digit_parts(folder: str | Path) -> DigitParts:
     return DigitParts(*map(Split, np.split(image, ends), np.split(label, ends)))
 
 
+# Segments of a digit: a to f clockwise from the top, g in the middle.
+_SEGMENTS = "abcdef bc abged abgcd fgbc afgcd afgedc abc abcdefg abcdfg".split()
+
+
+def segment_digits(count: int = 1200, seed: int = 0) -> DigitParts:
+    """Digits of seven segments on 8 x 8 pixels, for trials without any file.
+
+    Args:
+      count: images, of which a half and two quarters are the parts.
+      seed: of labels, places, ink and noise.
+
+    Returns:
+      As ``digit_parts``.
+    """
+    places = {
+        "a": np.s_[0, :4], "b": np.s_[:4, 3], "c": np.s_[3:, 3], "d": np.s_[6, :4],
+        "e": np.s_[3:, 0], "f": np.s_[:4, 0], "g": np.s_[3, :4],
+    }  # fmt: skip
+    glyphs = np.zeros((10, 7, 4), np.float32)
+    for glyph, segments in zip(glyphs, _SEGMENTS):
+        for segment in segments:
+            glyph[places[segment]] = 1
+    rng = np.random.default_rng(seed)
+    label = rng.integers(10, size=count).astype(np.int32)
+    ink = rng.uniform(0.6, 1, (count, 1, 1))
+    image = np.abs(rng.normal(0, 0.05, (count, 8, 8)))
+    for x, glyph, top, left in zip(
+        image,
+        ink * glyphs[label],
+        rng.integers(2, size=count),
+        rng.integers(5, size=count),
+    ):
+        x[top : top + 7, left : left + 4] += glyph
+    image = np.clip(image, 0, 1).astype(np.float32)[..., None]
+    ends = (count // 2, count // 2 + count // 4)
+    return DigitParts(*map(Split, np.split(image, ends), np.split(label, ends)))
+
+
 def digit_halves(folder: str | Path) -> tuple[Split, Split]:
     """The scanned digits in two disjoint halves, 899 and 898.
 

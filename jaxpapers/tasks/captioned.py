@@ -20,7 +20,7 @@ import numpy as np
 from jaxpapers.data import captions, emoji, fetch, images
 from jaxpapers.tasks import classifiers
 
-SOURCES = ("digits", "colours", "emoji")
+SOURCES = ("digits", "segments", "colours", "emoji")
 # Colours in names of emoji, as (red, green, blue).
 INKS = {
     "red": (0.85, 0.15, 0.15), "orange": (0.95, 0.55, 0.1), "yellow": (0.98, 0.8, 0.2),
@@ -95,11 +95,13 @@ def load(config: Any) -> Source:
 def _read(name: str, path: str, misaligned: float) -> Source:
     if name == "emoji":
         return _emoji(path)
+    if name == "segments":
+        return _digits(images.segment_digits(), misaligned, "digits of seven segments")
     parts = images.digit_parts(path or fetch.get("digits"))
     return _digits(parts, misaligned) if name == "digits" else _colours(parts)
 
 
-def _digits(parts, share):
+def _digits(parts, share, title="scanned digits"):
     signed = [images.to_signed(p.image) for p in parts]
     label = [p.label for p in parts]
     rewarding = classifiers.train(signed[1], label[1], 10, seed=0)
@@ -117,7 +119,7 @@ def _digits(parts, share):
         1 / 10,
         functools.partial(classifiers.features, held_out),
         signed[1],
-        "scanned digits",
+        title,
     )
 
 

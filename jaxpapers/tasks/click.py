@@ -306,9 +306,7 @@ def _read(source, path, target, order, categories, protocol, max_id) -> ctr.Clic
         files = _files(source, path)
         clicks = _READERS[source](*files, progress=lines.print_progress, **options)
     else:
-        raise ValueError(
-            f"config.data.source must be one of {SOURCES}, got {source!r}"
-        )
+        raise ValueError(f"config.data.source must be one of {SOURCES}, got {source!r}")
     return clicks
 
 

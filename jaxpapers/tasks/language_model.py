@@ -83,6 +83,7 @@ def study(name: str, config: Any, data: Data, mesh: Any) -> Study:
         rising=False,
         rows=rows,
         curve="bits",
+        unit=f"bits per {unit}",
         sample=_sample if corpus.byte_level else None,
     )
 

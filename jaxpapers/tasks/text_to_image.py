@@ -244,11 +244,22 @@ def _sweep(source, sample, prompt):
 
 
 def _gallery(source, sample):
-    """Eight images of up to ten prompts, beside real ones."""
+    """Eight images of up to ten prompts, beside real ones of these prompts."""
     chosen = np.unique(np.linspace(0, len(source.prompts) - 1, 10).astype(np.int32))
     prompt = np.repeat(chosen, 8)
     return {
         "samples": sample(prompt, seed=7),
-        "data": source.image[: len(prompt)],
+        "data": _real(source, chosen, 8),
         "rows": np.array([source.prompts[i] for i in chosen]),
     }
+
+
+def _real(source, chosen, each):
+    """``each`` real images of every prompt by the reward's classifiers; white where
+    there are fewer."""
+    x = source.image[:1000]
+    rows = np.full((len(chosen), each, *x.shape[1:]), -1, x.dtype)
+    for row, prompt in zip(rows, chosen):
+        found = x[np.asarray(source.agrees(x, np.full(len(x), prompt, np.int32)))]
+        row[: min(each, len(found))] = found[:each]
+    return rows.reshape(-1, *x.shape[1:])

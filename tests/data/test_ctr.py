@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from jaxpapers.data import ctr, ctr_tasks, fetch, movielens
+from jaxpapers.ops import ranking
 
 USERS, ITEMS, CATES = 12, 40, 5
 
@@ -96,8 +97,7 @@ def test_generated_histories_tell_the_category():
     test, log = clicks.test, clicks.log
     assert (len(clicks.train.label), len(test.label)) == (11_600, 10_000)
     share = [
-        (log.cate[a:b] == c).mean()
-        for a, b, c in zip(test.start, test.stop, test.cate)
+        (log.cate[a:b] == c).mean() for a, b, c in zip(test.start, test.stop, test.cate)
     ]
     assert ranking.auc(test.label, np.array(share)) > 0.8
     assert abs(ranking.auc(test.label, ctr.popularity(clicks)) - 0.5) < 0.03

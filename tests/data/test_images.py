@@ -214,3 +214,18 @@ def test_too_few_digits(tmp_path):
     write_digits(tmp_path, 1)
     with pytest.raises(ValueError, match="at least 2 scans, got 1"):
         images.digit_halves(tmp_path)
+
+
+def test_segment_digits_are_told_by_their_pixels():
+    parts = images.segment_digits()
+    assert [len(x.label) for x in parts] == [600, 300, 300]
+    train, test = parts.pretraining, parts.held_out
+    assert train.image.shape == (600, 8, 8, 1) and 0 <= train.image.min()
+    assert train.image.max() <= 1
+    # The nearest neighbour: shifted glyphs overlap in part.
+    x, y = (p.image.reshape(len(p.image), -1) for p in (train, test))
+    nearest = np.square(x[None] - y[:, None]).sum(2).argmin(1)
+    assert (train.label[nearest] == test.label).mean() > 0.95
+    np.testing.assert_array_equal(
+        images.segment_digits().pretraining.image, train.image
+    )
