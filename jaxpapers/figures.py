@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 
 from jaxpapers import extras, plots
-from jaxpapers.study import heading
 
 
 def comparison(study: Any, results: Sequence[Any], out: str | Path) -> Path | None:
@@ -62,7 +61,7 @@ def comparison(study: Any, results: Sequence[Any], out: str | Path) -> Path | No
     _widen(axes, 0.02)
     axes.set_yticks(range(len(runs)), list(runs))
     axes.set_ylim(len(runs) - 0.4, -0.6)
-    axes.set_xlabel(heading(study))
+    axes.set_xlabel(study.heading)
     axes.locator_params(axis="x", nbins=7)
     axes.ticklabel_format(axis="x", useOffset=False)
     axes.grid(alpha=0.25, axis="x")

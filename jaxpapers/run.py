@@ -12,7 +12,7 @@ from rich.table import Table
 
 from jaxpapers import checkpoint as ckpt
 from jaxpapers import mesh as meshes
-from jaxpapers import outputs, papers, plots, report, signals, tasks
+from jaxpapers import outputs, papers, plots, report, signals, tables, tasks
 from jaxpapers import plan as plans
 from jaxpapers import study as studies
 from jaxpapers import workdir as folders
@@ -155,13 +155,13 @@ def _run(
         outputs.write(summary, results, folder)
         if not paper.trained:
             write_config(folder, name, studies.plain(config))
-    console.print(report.comparison(study, results))
-    for line in report.verdict(study, results, usual):
+    console.print(tables.comparison(study, results))
+    for line in tables.verdict(study, results, usual):
         console.print(line, markup=False, soft_wrap=True)
     if config.get("train", {}).get("alone", False):
         console.print(SMALL, soft_wrap=True)
     for table in results[0].findings[0].tables:
-        console.print(report.small_table(table))
+        console.print(tables.small_table(table))
     stage = rows[0][0].stage
     if stage and state is not None and study.sample and config.train.sample:
         c, method = config.train, stages.method(stage)
@@ -220,7 +220,7 @@ def evaluate(workdir: str, *, mesh: str | None = None) -> dict[str, float]:
     results += [
         studies.Result(row, [row.measure()], []) for row in others if row.stage is None
     ]
-    report.make_console().print(report.comparison(study, results))
+    report.make_console().print(tables.comparison(study, results))
     constants = {
         f"baseline_{r.row.label}": value
         for r in results[1:]

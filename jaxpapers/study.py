@@ -150,6 +150,11 @@ class Study(NamedTuple):
     unit: str = ""
     sample: Callable | None = None
 
+    @property
+    def heading(self) -> str:
+        """The title with the direction of its metric."""
+        return f"{self.title} ({'higher' if self.rising else 'lower'} is better)"
+
 
 class Result(NamedTuple):
     """A row after its measurements.
@@ -171,11 +176,6 @@ class Result(NamedTuple):
 
 
 Results = Sequence[Result]
-
-
-def heading(study: Study) -> str:
-    """The study's title with the direction of its metric."""
-    return f"{study.title} ({'higher' if study.rising else 'lower'} is better)"
 
 
 def ahead(study: Study, results: Results) -> dict[str, float]:

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from jaxpapers import cli, extras, papers, plots, report, run
+from jaxpapers import cli, extras, papers, plots, report, run, tables
 from jaxpapers.describe import describe
 from tests.toys.command import CONFIG, register
 
@@ -178,7 +178,7 @@ def test_square_brackets_and_colons_are_text(tmp_path, monkeypatch, capsys):
 
 
 def test_a_cell_is_text():
-    table = report.small_table(
+    table = tables.small_table(
         run.studies.Table("a [b]", ("[c]", "d"), [["[e]", 1.0], ["f[g]", 2]])
     )
     console = report.make_console()

@@ -26,7 +26,8 @@ ALLOWED = {
     "whole": {"checksums", "leaves", "signals"},
     "checkpoint": {"checksums", "leaves", "signals", "whole"},
     "pace": set(),
-    "report": {"extras", "method", "pace", "study"},
+    "report": {"extras", "method", "pace"},
+    "tables": {"study"},
     "loop": {"mesh", "checkpoint", "method", "signals"},
     "train": {"loop", "mesh", "checkpoint", "method", "signals", "workdir"},
     "tasks": {
@@ -73,6 +74,7 @@ ALLOWED = {
         "signals",
         "stages",
         "study",
+        "tables",
         "tasks",
         "workdir",
     },

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from rich.console import Console
 
 from jaxpapers import mesh as meshes
-from jaxpapers import method, plots, report, train
+from jaxpapers import method, plots, report, tables, train
 from jaxpapers.figures import comparison as draw_comparison
 from jaxpapers.study import Finding, Result, Row, Stage, Study
 
@@ -196,12 +196,12 @@ def test_the_verdict_names_what_is_better(rising, ahead):
         for k, v in values.items()
     ]
     study = Study("title", "m", rising, rows=None)
-    first, second = report.verdict(study, results, 0.55)
+    first, second = tables.verdict(study, results, 0.55)
     assert first == "expected of this model: about 0.55"
     (label,) = ahead
     assert second.endswith(f"in this run: {label} ({values[label][0]:.4f})")
-    assert report.verdict(study, results[:1], None) == []
-    header = report.comparison(study, results).columns[0].header
+    assert tables.verdict(study, results[:1], None) == []
+    header = tables.comparison(study, results).columns[0].header
     assert str(header) == f"title ({'higher' if rising else 'lower'} is better)"
 
 
@@ -213,7 +213,7 @@ def test_a_far_baseline_does_not_squeeze_the_models(tmp_path, figures):
     assert low < 0.010 and 0.015 < high < 0.03
     texts = [t.get_text() for t in figures[0].legends[0].get_texts()]
     assert texts == ["near 0.015", "far 0.900 (beyond the axis)"]
-    assert axes.get_xlabel() == "error"
+    assert axes.get_xlabel() == "error (lower is better)"
 
 
 def test_a_far_model_does_not_squeeze_the_others(tmp_path, figures):
