@@ -71,7 +71,7 @@ def get_config(preset: str | None = None) -> ConfigDict:
     elif preset == "digits":
         config.data.source = "digit_components"
     elif preset == "smoke":
-        config.data.eval_count = 250
+        config.data.eval_count = 240
         config.net.widths = (32, 32)
         config.method.ascend_steps = 10
         config.train.update(steps=200, eval_every=100, alone=True)
