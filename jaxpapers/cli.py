@@ -13,6 +13,9 @@ from collections.abc import Generator, Sequence
 from jaxpapers import extras, signals, supervise
 from jaxpapers.arguments import parser_of, suggestion
 
+# Read when the first device is used.
+QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a sub-command.
@@ -24,6 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # four times slower steps on two cores. Read when SciPy is first imported.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if any(x.endswith(":smoke") for x in arguments):
+        # Seconds of work behind a minute of the compiler's optimisations.
+        os.environ.setdefault("XLA_FLAGS", QUICK)
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     if options.command is None:
