@@ -79,8 +79,7 @@ def get_config(preset: str | None = None) -> ConfigDict:
     )
     if preset == "smoke":
         config.data.update(eval_count=500, batch=160)
-        config.net.update(model="mlp", width=64, blocks=1, critic=(64, 64))
-        config.net.value = (64, 64)
+        config.net.update(critic=(64, 64), value=(64, 64))
         config.pretrain.update(steps=500)
         config.train.update(steps=20, eval_every=0, alone=True)
     if preset in ("digits", "fashion", "cifar"):

@@ -140,6 +140,23 @@ def float64():
         yield
 
 
+@pytest.fixture(autouse=True)
+def sketched(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are put together, and rendered only where a test looks at them."""
+    if not {"figures", "rendered"} & set(request.fixturenames):
+        monkeypatch.setattr("jaxpapers.plots.save", _sketch)
+
+
+def _sketch(figure: Any, out: str | Path) -> Path:
+    Path(out).write_bytes(b"\x89PNG, not rendered")
+    return Path(out)
+
+
+@pytest.fixture
+def rendered() -> None:
+    """The figures of the test are rendered."""
+
+
 @pytest.fixture
 def figures(monkeypatch: pytest.MonkeyPatch) -> list:
     """The figures that are saved, for a look at their axes."""

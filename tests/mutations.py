@@ -37,8 +37,8 @@ DION = [
     # Q with columns of unit length.
     (
         "jaxpapers/optim/power_iteration.py",
-        "q = r / (norm + eps)",
-        "q = r / (norm.max(-1, keepdims=True) + eps)",
+        "length = norm + x * eps",
+        "length = norm.max(-1, keepdims=True) + x * eps",
         ["tests/optim/test_dion.py::test_invariants"],
     ),
     # sqrt(fan_out / fan_in).
@@ -53,8 +53,8 @@ DION = [
 MUON = [
     (
         "jaxpapers/optim/muon.py",
-        "options.mu * m.astype(dtype) + g.astype(dtype)",
-        "m.astype(dtype) + options.mu * g.astype(dtype)",
+        "saturated_sum(options.mu * m.astype(dtype), g) for m, g",
+        "saturated_sum(m.astype(dtype), options.mu * g) for m, g",
         ["tests/optim/test_muon.py::test_same_direction_as_optax"],
     ),
     (

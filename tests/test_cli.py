@@ -221,6 +221,7 @@ def test_own_config_file(call, tmp_path):
     assert code == 1 and "get_config" in err
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     "mesh", [None, pytest.param("data:4,model:2", marks=pytest.mark.matrix)]
 )

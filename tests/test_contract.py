@@ -94,20 +94,36 @@ def test_one_trace_however_many_steps(case):
     assert case.traces == 2
 
 
-def test_gradient_reaches_every_parameter(case):
-    params, grads = case.opened(case.init("1x1").params)
-    chex.assert_tree_all_finite(grads)
+def assert_none_is_dead(case, params, moved):
+    """Every leaf that is trained has a number that is not zero."""
     labels = case.method.labels(params) if case.method.labels else params
     dead = [
         jax.tree_util.keystr(path)
-        for (path, g), label in zip(
-            jax.tree_util.tree_leaves_with_path(jax.device_get(grads)),
+        for (path, x), label in zip(
+            jax.tree_util.tree_leaves_with_path(jax.device_get(moved)),
             jax.tree.leaves(labels),
         )
         if not (isinstance(label, str) and label == "frozen")
-        and not np.abs(g).max() > 0
+        and not np.abs(x).max() > 0
     ]
     assert not dead
+
+
+def test_every_parameter_moves(case):
+    """In steps without weight decay, which would move those that have no gradient."""
+    c = case.config.optim
+    assert c.name == "sgd" or not c.get("weight_decay", 0.0)
+    params = jax.device_get(case.init("1x1").params)
+    after = case.steps("1x1", 3)[0].params
+    chex.assert_tree_all_finite(after)
+    assert_none_is_dead(case, params, jax.tree.map(np.subtract, after, params))
+
+
+@pytest.mark.matrix
+def test_gradient_reaches_every_parameter(case):
+    params, grads = case.opened(case.init("1x1").params)
+    chex.assert_tree_all_finite(grads)
+    assert_none_is_dead(case, params, grads)
 
 
 @pytest.mark.parametrize(

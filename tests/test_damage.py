@@ -14,6 +14,8 @@ from jaxpapers import checkpoint, checksums, folder, plots, run, workdir
 from jaxpapers.method import State
 from tests.toys.command import CONFIG, register
 
+pytestmark = pytest.mark.usefixtures("rendered")
+
 MESH = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
 
 

@@ -166,11 +166,15 @@ def test_3b_fits_and_sends_no_whole_matrix(libtpu, topology, mesh, fields):
     assert max(r["matrix"] for r in optimizer_rows(found)) < smallest
 
 
-def test_command_line(planned, capsys, monkeypatch):
-    """The text and the JSON of a plan; a topology that does not exist."""
-    arguments = ["plan", "dion:smoke", *SMALL, "--mesh", "data:4,model:2"]
-    assert cli.main([*arguments, "--topology", "v9:1"]) == 1
+def test_a_topology_that_does_not_exist(capsys):
+    assert cli.main(["plan", "dion:smoke", *SMALL, "--topology", "v9:1"]) == 1
     assert "cannot describe 'v9:1'" in capsys.readouterr().err
+
+
+@pytest.mark.matrix
+def test_command_line(planned, capsys, monkeypatch):
+    """The text and the JSON of a plan."""
+    arguments = ["plan", "dion:smoke", *SMALL, "--mesh", "data:4,model:2"]
     monkeypatch.setattr(plan, "plan", lambda *args, **kwargs: planned)
     assert cli.main(arguments) == 0
     assert "forward/backward" in capsys.readouterr().out

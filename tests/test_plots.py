@@ -3,8 +3,11 @@
 import json
 
 import numpy as np
+import pytest
 
 from jaxpapers import plots
+
+pytestmark = pytest.mark.usefixtures("rendered")
 
 
 def test_panels_against_a_metric_have_their_own_axes(tmp_path, figures):

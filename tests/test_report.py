@@ -16,6 +16,8 @@ from jaxpapers import method, plots, report, tables, train
 from jaxpapers.figures import comparison as draw_comparison
 from jaxpapers.study import Finding, Result, Row, Stage, Study
 
+pytestmark = pytest.mark.usefixtures("rendered")
+
 
 def write(path, *records):
     writer = report.JsonlWriter(path / "metrics.jsonl")

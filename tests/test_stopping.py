@@ -15,6 +15,7 @@ from jaxpapers import checkpoint, cli, folder, outputs, plots, tasks
 from jaxpapers import train as trainer
 from tests.toys.command import CONFIG, register
 
+matrix = functools.partial(pytest.param, marks=pytest.mark.matrix)
 FIELDS = ("train.steps=6", "train.eval_every=2", "train.save_every=3")
 
 
@@ -86,12 +87,12 @@ def terminates(function, after=False, number=1):
 @pytest.mark.parametrize(
     "module, name, options, step",
     [
-        (tasks, "read", {}, None),  # start
+        matrix(tasks, "read", {}, None),  # start
         (trainer, "compile", {"after": True}, None),
-        (checkpoint, "restore", {}, 3),
+        matrix(checkpoint, "restore", {}, 3),
         (outputs, "write", {}, 6),  # after the final evaluation
-        (outputs, "draw", {}, 6),
-        (plots, "plot", {"after": True}, 6),
+        matrix(outputs, "draw", {}, 6),
+        matrix(plots, "draw", {"after": True}, 6),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
@@ -135,7 +136,7 @@ def same(workdir, whole):
     assert comparisons[0] == comparisons[1]
 
 
-@pytest.mark.parametrize("step", [1, 2, 3, 4, 6])
+@pytest.mark.parametrize("step", [matrix(1), 2, matrix(3), matrix(4), matrix(6)])
 def test_stopped_at_a_step_it_keeps_every_evaluation(
     tmp_path, whole, monkeypatch, step
 ):
@@ -149,7 +150,7 @@ def test_stopped_at_a_step_it_keeps_every_evaluation(
     same(tmp_path, whole)
 
 
-@pytest.mark.parametrize("number, step", [(1, 2), (2, 4), (3, 6)])
+@pytest.mark.parametrize("number, step", [matrix(1, 2), (2, 4), matrix(3, 6)])
 def test_stopped_in_an_evaluation_it_is_made_again(
     tmp_path, whole, monkeypatch, number, step
 ):

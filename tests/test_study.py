@@ -91,7 +91,7 @@ def test_equal_stages_run_once_and_seeds_share_a_program(
     assert {r["label"] for r in alone["rows"]} == {"this model", "twin", "zero", "mean"}
 
 
-def test_files_of_a_run(tmp_path):
+def test_files_of_a_run(tmp_path, rendered):
     summary = call(tmp_path, "method.others=True", seeds=2)
     stored = json.loads((tmp_path / "comparison.json").read_text())
     assert {**stored, "seconds": summary["seconds"]} == summary

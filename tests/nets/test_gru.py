@@ -186,6 +186,7 @@ def test_gradients_are_finite_differences(variant):
         assert found == pytest.approx((right - left) / 2e-5, rel=1e-6), name
 
 
+@pytest.mark.matrix
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize(
     "variant, options",

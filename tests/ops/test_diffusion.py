@@ -319,6 +319,7 @@ def test_noise_drawn_at_once_is_that_of_the_steps(monkeypatch):
     np.testing.assert_allclose(draw(False), before, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.matrix
 def test_replay_is_bitwise_the_same(users_options):
     schedule = SCHEDULES["ddim"]
     steps = len(schedule.std)

@@ -94,6 +94,7 @@ def test_huge_gradients_give_the_update_of_small_ones(name):
     assert np.linalg.norm(update) > 1
 
 
+@pytest.mark.matrix
 def test_eps_is_absolute_and_zero_makes_the_step_scale_invariant():
     g = normal(12, 8)
     tiny = np.ldexp(g, -100)

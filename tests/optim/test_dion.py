@@ -47,6 +47,7 @@ def steps(tx, grads):
         yield out, state
 
 
+@pytest.mark.matrix
 def test_full_rank_momentum_is_heavy_ball():
     grads = [normal(12, 8, seed=i) for i in range(3)]
     # The span of a full-rank B Q is known to u * cond(Q): start from a good one.

@@ -134,6 +134,7 @@ def test_rank_fraction_per_leaf():
         q_shapes(by_tree, c=(4, 4))
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     "side, rows",
     [

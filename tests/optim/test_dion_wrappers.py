@@ -156,7 +156,7 @@ def test_scan():
 def test_injected_values_are_used_without_a_new_trace():
     names = ("rank_fraction", "rank_multiple_of")
     tx = optax.inject_hyperparams(scale_by_dion, static_args=names)(
-        0.5, mu=optax.linear_schedule(1.0, 0.0, 2)
+        0.5, mu=optax.linear_schedule(1.0, 0.0, 2), noise_guard=0.0
     )
     traces = []
 
@@ -268,6 +268,7 @@ def test_composite_one_step(scalar):
         assert_close(u, want, 1e-6)
 
 
+@pytest.mark.matrix
 def test_both_orientations_of_the_scale():
     # sqrt(fan_out / fan_in), below 1 as well (optax's Muon cuts it off at 1).
     g = GRADS[0]
@@ -288,6 +289,7 @@ def test_labels_replace_the_routing():
         assert np.abs(updates["down"]).std() > 1e-3
 
 
+@pytest.mark.matrix
 def test_weight_decay_mask():
     tx = dion(LR, 0.5, weight_decay=0.5, weight_decay_mask={"up": True, "down": False})
     zeros, params = jax.tree.map(np.zeros_like, GRADS[0]), matrices(7)

@@ -30,7 +30,7 @@ CONTRACT = Contract(
     small={
         "data.context": 16, "data.batch": 8, "data.eval_batch": 8, "net.width": 32,
         "net.layers": 2, "net.heads": 2, "net.init_residual": "scaled",
-        "train.steps": 20, "train.sample": 0,
+        "train.steps": 20, "train.sample": 0, "optim.weight_decay": 0.0,
     },
     data=write_text,
     refused={
@@ -90,6 +90,7 @@ def test_loss(params, key):
     assert metrics["weight"] == 3
 
 
+@pytest.mark.matrix
 def test_sampler_follows_the_model(params, key):
     """Temperature 0 is greedy; at 1 the first token's frequencies are the softmax."""
     prompt = TOKENS[:1, :4]

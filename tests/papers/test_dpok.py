@@ -31,7 +31,7 @@ CONTRACT = Contract(
         "net.value": (16,), "sampler.steps": 4, "noise.timesteps": 40,
         "method.transitions": 2, "method.value_transitions": 2,
         "method.policy_steps": 2, "method.value_steps": 4, "method.lora_rank": 2,
-        "noise.beta_end": 0.3, "pretrain.optim.lr": 0.02,
+        "noise.beta_end": 0.3, "pretrain.optim.lr": 0.02, "optim.weight_decay": 0.0,
     },
     refused={
         "method.clip": ("soft", "clip"),
@@ -497,6 +497,7 @@ def test_the_gradient_of_a_host_reward():
     assert np.isfinite(theta).all() and np.abs(theta).min() > 0
 
 
+@pytest.mark.matrix
 def test_beta_follows_its_target_unless_a_reward_is_bad():
     """The first rollout's path KL is 0, below any target; the second's is not."""
     betas = together(

@@ -141,6 +141,7 @@ def test_certificate_refuses():
         jax.eval_shape(functools.partial(certificate, mode="all"), PARAMS, X)
 
 
+@pytest.mark.matrix
 def test_samples():
     x = np.broadcast_to(np.float32([[1.0, -2.0]]), (4000, 2))
     draw = functools.partial(sw.sampler, key=jax.random.key(4), model=MODEL)

@@ -65,6 +65,7 @@ def gaussian_case(var=0.25):
     return process, score
 
 
+@pytest.mark.matrix
 def test_denoising_loss_exceeds_the_true_one_by_a_constant():
     """J_DSM - J_SM = 1/2 int g^2 (E |grad log p_0t|^2 - E |grad log p_t|^2) dt."""
     var, low, d = 0.25, 0.05, 2

@@ -239,6 +239,7 @@ def test_the_best_baseline_halves_the_variance(gradients):
     assert (2 * var < estimates["linear", "none"][1]).all()
 
 
+@pytest.mark.matrix
 def test_pathwise_gradient_agrees():
     cost, expected = COSTS["square"]
 
@@ -343,6 +344,7 @@ def test_an_update(config, fields):
         assert float(largest) <= 0.01
 
 
+@pytest.mark.matrix
 def test_a_critic_that_gives_nan_leaves_the_nets_alone(config):
     before, after, metrics = update(config, broken=True, **OTHERS)
     for a, b in zip(

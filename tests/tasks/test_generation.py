@@ -143,7 +143,9 @@ def test_tuning_starts_from_the_row_before_it():
         pytest.param(5, "gaussian", marks=pytest.mark.matrix),
     ],
 )
-def test_a_score_model_in_other_dimensions_than_two(folder, tmp_path, dim, target):
+def test_a_score_model_in_other_dimensions_than_two(
+    folder, tmp_path, dim, target, rendered
+):
     """Data, a step, certificate and figures: on a line, and beyond a plane."""
     c = config(
         f"score_wasserstein:{target}",

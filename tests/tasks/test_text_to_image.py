@@ -15,7 +15,8 @@ from jaxpapers.study import with_fields
 from jaxpapers.tasks import captioned, classifiers, text_to_image
 
 DIGITS = {
-    "data.eval_each": 4, "data.batch": 40, "net.width": 16, "net.blocks": 1,
+    "data.source": "digits", "data.eval_each": 4, "data.batch": 40, "net.width": 16,
+    "net.blocks": 1,
     "net.value": "(16,)", "sampler.steps": 4, "method.transitions": 2,
     "method.value_transitions": 2, "pretrain.steps": 3, "train.steps": 2,
 }  # fmt: skip
