@@ -31,8 +31,17 @@ class Trained(NamedTuple):
         return self.net.apply({"params": self.params}, x)
 
 
+def zeros(shape: tuple[int, ...], classes: int) -> Trained:
+    """A classifier of zeros: the shapes and cost of a trained one."""
+    net = Classifier(classes=classes)
+    x = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    params = jax.eval_shape(net.init, key, x)["params"]
+    return Trained(net, jax.tree.map(lambda p: np.zeros(p.shape, p.dtype), params))
+
+
 def untrained(shape: tuple[int, ...], classes: int, seed: int = 0) -> Trained:
-    """A classifier with drawn parameters: the shapes and cost of a trained one."""
+    """A classifier with drawn parameters."""
     net = Classifier(classes=classes)
     params = net.init(jax.random.key(seed), jnp.zeros((1, *shape)))["params"]
     return Trained(net, jax.device_get(params))

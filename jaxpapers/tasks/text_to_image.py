@@ -35,7 +35,7 @@ def abstract(config: Any) -> Data:
             unit="images",
         )
     shapes["prompt"] = jax.ShapeDtypeStruct((size,), jnp.int32)
-    classifier = classifiers.untrained(tuple(config.net.shape), 10)
+    classifier = classifiers.zeros(tuple(config.net.shape), 10)
     facts = _reward(config, captioned.probability(classifier))
     return Data(None, shapes, facts, unit="images")
 
