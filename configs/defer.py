@@ -1,7 +1,7 @@
 """Delayed conversions: DEFER and its family on one stream of clicks.
 
     jaxpapers run defer:cdnow          repeat purchases of CDNOW
-    jaxpapers run defer:smoke          synthetic clicks, 26 CPU seconds
+    jaxpapers run defer:smoke          synthetic clicks
     jaxpapers run defer --config.data.path=data.txt    Criteo's conversion logs
     --config.method.name=es_dfm          another method of the family
 

@@ -3,7 +3,7 @@
     jaxpapers run dien:ml100k          AUGRU without auxiliary loss, MovieLens-100k
     jaxpapers run dien:ml100k --config.method.aux_weight=1.0    with it
     jaxpapers run dien:ml100k --config.net.variant=agru | aigru | gru
-    jaxpapers run dien:smoke           a small one, < 20 s
+    jaxpapers run dien:smoke           a generated log
     jaxpapers run dien                 Amazon, the released code's sizes
 
 The fields of ``net`` are described at ``jaxpapers.papers.dien.Net``.

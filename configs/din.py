@@ -2,7 +2,7 @@
 
     jaxpapers run din:ml100k           DIN, softmax weights, MovieLens-100k
     jaxpapers run din:ml100k --config.net.pooling=mean     the Base model
-    jaxpapers run din:smoke            a small one
+    jaxpapers run din:smoke            a generated log
     jaxpapers run din | din:released   Amazon Electronics, the paper's and the code's
 
 The fields of ``net`` are described at ``jaxpapers.nets.interest.Net``.

@@ -1,7 +1,7 @@
 """Language models trained with Dion, and the same model with AdamW and Muon.
 
     jaxpapers run dion                 default: two to five minutes on 2 cores
-    jaxpapers run dion:smoke           20 seconds
+    jaxpapers run dion:smoke           a few steps
     jaxpapers run dion:standard        30 minutes
     jaxpapers run dion:adamw | dion:muon    the default model, other optimizers
     jaxpapers run dion:160m --config.data.path=SHARDS   the paper's model

@@ -2,7 +2,7 @@
 
     jaxpapers run sim:ml100k           hard search, MovieLens-100k
     jaxpapers run sim:ml100k --config.net.search=soft      average: pooling, no search
-    jaxpapers run sim:smoke            a small one, < 20 s
+    jaxpapers run sim:smoke            a generated log
     jaxpapers run sim                  Taobao: 400 behaviours to search, 100 recent
 
 The fields of ``net`` are described at ``jaxpapers.papers.sim.Net``.

@@ -15,7 +15,7 @@ class Paper(NamedTuple):
       year: of the arXiv version or publication.
       arxiv: id on arXiv; "" for none.
       field: a tag.
-      smoke: result of the smoke preset, and its cost on 2 cores.
+      smoke: what the smoke preset does, in at most 30 CPU seconds and without any file.
       trained: whether the module has ``make``; False for papers that train nothing.
       venue: where it was published, for papers that are not on arXiv.
     """
@@ -43,7 +43,7 @@ NAMES: dict[str, Paper] = {
         2025,
         "2504.05295",
         "optimization",
-        "byte-level language model on the standard library, < 20 s",
+        "byte-level language model on the standard library",
     ),
     "din": Paper(
         "Deep Interest Network for Click-Through Rate Prediction",
@@ -52,7 +52,7 @@ NAMES: dict[str, Paper] = {
         2017,
         "1706.06978",
         "recommendation",
-        "next click on MovieLens-100k, < 20 s",
+        "next click in a generated log",
     ),
     "dien": Paper(
         "Deep Interest Evolution Network for Click-Through Rate Prediction",
@@ -61,7 +61,7 @@ NAMES: dict[str, Paper] = {
         2018,
         "1809.03672",
         "recommendation",
-        "next click on MovieLens-100k, in order, with the auxiliary loss, < 20 s",
+        "next click in a generated log, in order, with the auxiliary loss",
     ),
     "defer": Paper(
         "Real Negatives Matter: Continuous Training with Real Negatives for Delayed "
@@ -71,7 +71,7 @@ NAMES: dict[str, Paper] = {
         2021,
         "2104.14121",
         "recommendation",
-        "late conversions of synthetic clicks, 26 CPU seconds",
+        "late conversions of synthetic clicks",
     ),
     "sim": Paper(
         "Search-based User Interest Modeling with Lifelong Sequential Behavior Data for "
@@ -81,7 +81,7 @@ NAMES: dict[str, Paper] = {
         2020,
         "2006.05639",
         "recommendation",
-        "next click on MovieLens-100k from whole histories, < 20 s",
+        "next click in a generated log, from whole histories",
     ),
     "rocket": Paper(
         "Rocket Launching: A Universal and Efficient Framework for Training "
@@ -91,7 +91,7 @@ NAMES: dict[str, Paper] = {
         2017,
         "1708.04106",
         "recommendation",
-        "next click on MovieLens-100k, DIN with two MLPs, < 20 s",
+        "next click in a generated log, DIN with two MLPs",
     ),
     "dpok": Paper(
         "DPOK: Reinforcement Learning for Fine-tuning Text-to-Image Diffusion Models",
@@ -101,7 +101,7 @@ NAMES: dict[str, Paper] = {
         2023,
         "2305.16381",
         "diffusion",
-        "digits for prompts, and the tuning of the model to a reward, < 20 s",
+        "drawn digits for prompts, and the tuning of the model to a reward",
     ),
     "score_wasserstein": Paper(
         "Score-based Generative Modeling Secretly Minimizes the Wasserstein Distance",
@@ -109,7 +109,7 @@ NAMES: dict[str, Paper] = {
         2022,
         "2212.06359",
         "diffusion",
-        "a score model of four clusters and the bound of its distance, < 20 s",
+        "a score model of four clusters and the bound of its distance",
     ),
     "sft_pg": Paper(
         "Optimizing DDPM Sampling with Shortcut Fine-Tuning",
@@ -117,7 +117,7 @@ NAMES: dict[str, Paper] = {
         2023,
         "2301.13362",
         "diffusion",
-        "a denoiser of a swiss roll and the tuning of its sampler, < 20 s",
+        "a denoiser of a swiss roll and the tuning of its sampler",
     ),
     "dnw": Paper(
         "Efficient learning strategy of Chinese characters based on network approach",
