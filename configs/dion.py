@@ -73,7 +73,7 @@ def get_config(preset: str | None = None) -> ConfigDict:
         }
     )
     if preset == "smoke":
-        config.data.update(context=64, quick_tokens=4096)
+        config.data.update(context=64, quick_tokens=4096, validation_fraction=0.01)
         config.net.update(width=64, layers=1, heads=2, unroll=1)
         config.train.update(steps=100, eval_every=0, sample=80, alone=True)
     elif preset == "standard":

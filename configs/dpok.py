@@ -82,7 +82,7 @@ def get_config(preset: str | None = None) -> ConfigDict:
         }
     )
     if preset == "smoke":
-        config.data.update(source="segments", eval_each=10, batch=50)
+        config.data.update(source="segments", eval_each=8, batch=50)
         config.net.update(width=64, blocks=1, value=(64, 64))
         config.sampler.steps = 10
         config.pretrain.steps = 300

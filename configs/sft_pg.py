@@ -79,8 +79,8 @@ def get_config(preset: str | None = None) -> ConfigDict:
     )
     if preset == "smoke":
         config.data.update(eval_count=500, batch=160)
-        config.net.update(critic=(64, 64), value=(64, 64))
-        config.pretrain.update(steps=500)
+        config.net.update(blocks=1, critic=(64, 64), value=(64, 64))
+        config.pretrain.update(steps=400)
         config.train.update(steps=20, eval_every=0, alone=True)
     if preset in ("digits", "fashion", "cifar"):
         _images(config)
