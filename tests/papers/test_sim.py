@@ -13,6 +13,7 @@ from jaxpapers import run
 from jaxpapers import train as trainer
 from jaxpapers.ops import search
 from jaxpapers.papers import sim
+from jaxpapers.papers.sim import units
 from tests import clicks
 from tests.clicks import SIZES, B, candidate, overlong, pad_histories
 from tests.contract import CLICK, Contract, write_clicks
@@ -222,6 +223,12 @@ def test_hard_mode_reads_k_rows_and_not_t(key):
     jaxpr = jax.make_jaxpr(value)(params, extra, batch(), key)
     shapes = [x.aval.shape for e in jaxpr.eqns for x in e.outvars]
     assert not [s for s in shapes if s[:2] == (B, T) and len(s) > 2]
+
+
+def test_the_most_recent_can_be_left_out_of_the_search():
+    x, net = batch(), net_of("hard", skip=2)
+    mask = together(lambda x: units.fields(x, net)["long_mask"], x)
+    np.testing.assert_array_equal(mask.sum(1), np.maximum(x["length"] - 2, 0))
 
 
 @pytest.mark.matrix
