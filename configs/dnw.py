@@ -13,6 +13,8 @@ Nothing is trained. Expected cost to 90 % of running text, in components learned
 from ml_collections import ConfigDict
 
 PRESETS = ("paper", "gb2312", "decomp", "chaizi", "smoke")
+# Cost to 90 % of usage; nothing is drawn.
+EXPECTED = {"paper": 3134, "smoke": 26}
 
 
 def get_config(preset: str | None = None) -> ConfigDict:

@@ -212,13 +212,13 @@ def _logarithmic(axes: Any, v: str) -> None:
     axes.set(**{f"{v}scale": "log"})
     axis = {"x": axes.xaxis, "y": axes.yaxis}[v]
     low, high = axis.get_view_interval()
-    wide = high > 30 * low
-    axis.set_major_locator(
-        ticker.LogLocator(numticks=6)
-        if wide
-        else ticker.LogLocator(subs=(1, 2, 3, 5, 7) if high > 3 * low else range(1, 10))
-    )
-    axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:.3g}"))
+    if high > 3 * low:
+        many = high > 30 * low
+        subs = (1,) if many else (1, 2, 3, 5, 7)
+        axis.set_major_locator(ticker.LogLocator(subs=subs, numticks=6))
+    else:
+        axis.set_major_locator(ticker.MaxNLocator(4))
+    axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:.4g}"))
     axis.set_minor_formatter(ticker.NullFormatter())
 
 

@@ -4,7 +4,8 @@ import sys
 
 import pytest
 
-from jaxpapers import cli, extras, papers, plots, report, run, tables
+from jaxpapers import cli, config, extras, papers, plots, report, run, tables
+from jaxpapers.config import expected, load_config
 from jaxpapers.describe import describe
 from tests.toys.command import CONFIG, register
 
@@ -186,3 +187,11 @@ def test_a_cell_is_text():
         console.print(table)
     for text in ("a [b]", "[c]", "[e]", "f[g]"):
         assert text in capture.get()
+
+
+@pytest.mark.parametrize("name", papers.NAMES)
+def test_presets_with_an_expected_value_are_presets(name):
+    assert isinstance(expected(f"{name}:smoke"), (int, float))
+    module = config._load(config.config_file(name))
+    assert set(module.EXPECTED) <= set(module.PRESETS)
+    assert not load_config(f"{name}:smoke").get("data").path

@@ -29,10 +29,10 @@ SIZES = [
 # Both orientations, long enough to split rows; a stack to share matrices of; a spec
 # with both axes on P's side, and one whose batch axis is split.
 SHAPES = {
-    "tall": ((64, 1024), None, P(D, M)),
-    "wide": ((1024, 64), None, P(D, M)),
+    "tall": ((64, 1024), DimensionNumbers(), P(D, M)),
+    "wide": ((1024, 64), DimensionNumbers(), P(D, M)),
     "stack": ((8, 32, 64), DimensionNumbers(1, 2), P(None, D, M)),
-    "side": ((32, 128), None, P(None, (D, M))),
+    "side": ((32, 128), DimensionNumbers(), P(None, (D, M))),
     "padded": ((7, 16, 64), DimensionNumbers(1, 2), P(None, D, M)),
     "pipe": ((16, 16, 32), DimensionNumbers(1, 2), P(D, M)),
 }
