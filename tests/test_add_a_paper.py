@@ -66,7 +66,8 @@ def test_the_page_is_formatted(copy):
 
 @pytest.mark.matrix
 def test_the_page_runs(copy):
-    done = run(copy, "jaxpapers", "run", "toy:smoke", "--seeds=2", "--quiet")
+    options = ("--seeds=2", "--quiet", "--config.train.alone=False")
+    done = run(copy, "jaxpapers", "run", "toy:smoke", *options)
     assert done.returncode == 0, done.stderr
     for label in ("this model", "one hidden unit", "mean"):
         assert label in done.stdout
