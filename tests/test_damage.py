@@ -88,7 +88,10 @@ def restored(place):
     return found, position, [str(w.message) for w in caught]
 
 
-@pytest.mark.parametrize("damage", [flip, cut, remove, empty])
+@pytest.mark.parametrize(
+    "damage",
+    [flip, remove, *(pytest.param(x, marks=pytest.mark.matrix) for x in (cut, empty))],
+)
 def test_one_file_of_the_newest(stored, tmp_path, damage):
     """Every file in turn: the right state, or the one before it and a warning."""
     rng = np.random.default_rng(0)

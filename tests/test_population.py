@@ -88,6 +88,7 @@ def compare(outcome, members, rtol=1e-5):
     assert np.std([m["loss"] for _, m in members]) > 0.01
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     "shared, vectorize, axes",
     [

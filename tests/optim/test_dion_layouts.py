@@ -46,6 +46,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     "name",
     [

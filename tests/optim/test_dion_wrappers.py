@@ -279,6 +279,7 @@ def test_both_orientations_of_the_scale():
         np.testing.assert_allclose(norm, factor * np.sqrt(4), rtol=1e-5)
 
 
+@pytest.mark.matrix
 def test_labels_replace_the_routing():
     labels = {"up": "scalar", "down": "dion"}
     for given in (labels, lambda params: labels):

@@ -126,6 +126,7 @@ def test_lazy_adam_is_adam_when_every_row_is_touched():
     np.testing.assert_allclose(a, b, rtol=1e-5)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     "tx",
     [ADAM()]

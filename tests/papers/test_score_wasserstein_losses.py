@@ -19,6 +19,7 @@ def points(count, dim=2):
 # Lipschitz constants
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     "dim", [2, pytest.param(1, marks=pytest.mark.matrix),
             pytest.param(5, marks=pytest.mark.matrix)],
