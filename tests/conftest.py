@@ -172,6 +172,22 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> list:
 
 
 @pytest.fixture
+def call(capsys: pytest.CaptureFixture) -> Any:
+    """Runs the command line; (exit code, stdout, stderr)."""
+    from jaxpapers import cli
+
+    def call(*arguments):
+        try:
+            code = cli.main([str(x) for x in arguments])
+        except SystemExit as e:
+            code = e.code or 0
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
 def users_options() -> dict[str, bool]:
     """Compiler options for a program as users compile it, where the tests' matter."""
     return {"xla_cpu_use_fusion_emitters": True} if EMITTERS_CAN_BE_OFF else {}

@@ -10,21 +10,6 @@ from jaxpapers.describe import describe
 from tests.toys.command import CONFIG, register
 
 
-@pytest.fixture
-def call(capsys):
-    """Runs the command line; (exit code, stdout, stderr)."""
-
-    def call(*arguments):
-        try:
-            code = cli.main([str(x) for x in arguments])
-        except SystemExit as e:
-            code = e.code or 0
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
-
-
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -158,10 +143,13 @@ def test_square_brackets_and_colons_are_text(tmp_path, monkeypatch, capsys):
 
     def named(*args):
         made = study(*args)
-        rows = lambda seed: [  # noqa: E731
-            row._replace(label=f"[red]{row.label}[/]", column=f"[{row.column}]")
-            for row in made.rows(seed)
-        ]
+
+        def rows(seed):
+            return [
+                row._replace(label=f"[red]{row.label}[/]", column=f"[{row.column}]")
+                for row in made.rows(seed)
+            ]
+
         return made._replace(title="[x] of y", rows=rows)
 
     monkeypatch.setattr(task, "study", named)

@@ -47,23 +47,19 @@ def finished(tiny, tmp_path_factory):
     return SimpleNamespace(workdir=workdir, out=out.getvalue())
 
 
-@pytest.fixture
-def call(capsys):
-    """Runs the command line; (exit code, stdout, stderr)."""
-
-    def call(*arguments):
-        try:
-            code = cli.main([str(x) for x in arguments])
-        except SystemExit as e:
-            code = e.code or 0
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
-
-
 def records(workdir):
     return [json.loads(x) for x in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("preset, quick", [(":smoke", True), ("", False)])
+def test_smoke_presets_are_compiled_without_optimisations(
+    call, monkeypatch, preset, quick
+):
+    monkeypatch.delenv("XLA_FLAGS")
+    assert call("show", "dnw" + preset)[0] == 0
+    assert ("optimization_level=0" in os.environ.get("XLA_FLAGS", "")) == quick
+    monkeypatch.setenv("XLA_FLAGS", "")  # What the user sets stays.
+    assert call("show", "dnw:smoke")[0] == 0 and os.environ["XLA_FLAGS"] == ""
 
 
 def test_list_show_version(call):
@@ -277,7 +273,7 @@ def test_eval_sample_plot_export(call, finished, tmp_path):
     workdir = finished.workdir
     code, out, _ = call("eval", workdir)
     bits = records(workdir)[-1]["validation_bits"]
-    assert code == 0 and f"{bits:.3f}" in out and "gzip" in out
+    assert code == 0 and f"{bits:.4f}" in out and "gzip" in out
 
     texts = [
         call("sample", workdir, "--prompt=def f", "--length=9", f"--seed={seed}")[1]

@@ -1,5 +1,6 @@
 """Damaged files of a run: named, passed over where an older one is whole, never used."""
 
+import functools
 import json
 import shutil
 import warnings
@@ -21,7 +22,7 @@ MESH = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
 
 def state(step):
     rng = np.random.default_rng(step)
-    put = lambda x: jax.device_put(x, MESH)  # noqa: E731
+    put = functools.partial(jax.device_put, device=MESH)
     params = {
         "w": put(rng.normal(size=(64, 64)).astype(np.float32)),
         "b": put(rng.normal(size=8).astype(np.float32)),

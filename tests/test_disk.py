@@ -10,21 +10,20 @@ import pytest
 
 from jaxpapers import checkpoint, cli, folder, report
 from jaxpapers import train as trainer
-from tests.toys.command import CONFIG, register
+from tests.toys.command import CONFIG, once, register
 
 # Tensorstore's futures find their event loop closed after a save that failed.
 pytestmark = pytest.mark.filterwarnings(
     "ignore::pytest.PytestUnraisableExceptionWarning"
 )
-original, known = trainer.compile, {}
+compile_once = once(trainer.compile)
 
 
 @pytest.fixture(autouse=True)
 def toys(monkeypatch):
     """The toy papers; one compiled step for the runs of this file."""
     register(monkeypatch.setattr, monkeypatch.setitem)
-    shared = lambda *a: known.setdefault("step", original(*a))  # noqa: E731
-    monkeypatch.setattr(trainer, "compile", shared)
+    monkeypatch.setattr(trainer, "compile", compile_once)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from rich.console import Console
 
 from jaxpapers import mesh as meshes
-from jaxpapers import method, plots, report, tables, train
+from jaxpapers import method, outputs, plots, report, tables, train
 from jaxpapers.figures import comparison as draw_comparison
 from jaxpapers.study import Finding, Result, Row, Stage, Study
 
@@ -187,6 +187,26 @@ def compared(title, rows, baselines, out):
     ]
     study = Study(title, "m", rising=False, rows=None)
     assert draw_comparison(study, results, out).stat().st_size > 1000
+
+
+def test_rounding_is_not_magnified(tmp_path, figures):
+    compared("auc", {"a": [0.8350], "b": [0.8351]}, {}, tmp_path / "comparison.png")
+    low, high = figures[0].axes[0].get_xlim()
+    assert low < 0.8350 and 0.8351 < high and high - low >= 0.0167 * (1 - 1e-6)
+
+
+def test_the_metric_is_drawn_beside_another_curve(tmp_path):
+    write(tmp_path, (1, {"loss": 1.0}), (2, {"loss": 0.5}))
+    study = Study("AUC", "auc", True, None)
+    panels = outputs._panels(study, [tmp_path], {"popularity": 0.5})
+    assert [p.metric for p in panels] == ["loss"]
+    write(tmp_path, (2, {"validation_auc": 0.7}))
+    panels = outputs._panels(study, [tmp_path], {"popularity": 0.5})
+    assert [p.metric for p in panels] == ["loss", "validation_auc"]
+    assert panels[1].levels == {"popularity": 0.5} and not panels[0].levels
+    same = study._replace(curve="auc", unit="share")
+    (panel,) = outputs._panels(same, [tmp_path], {"popularity": 0.5})
+    assert panel.label == "share" and panel.levels
 
 
 @pytest.mark.parametrize("rising, ahead", [(True, ["top"]), (False, ["low"])])

@@ -13,9 +13,10 @@ import pytest
 
 from jaxpapers import checkpoint, cli, folder, outputs, plots, tasks
 from jaxpapers import train as trainer
-from tests.toys.command import CONFIG, register
+from tests.toys.command import CONFIG, once, register
 
 matrix = functools.partial(pytest.param, marks=pytest.mark.matrix)
+compile_once = once(trainer.compile)
 FIELDS = ("train.steps=6", "train.eval_every=2", "train.save_every=3")
 
 
@@ -23,15 +24,7 @@ FIELDS = ("train.steps=6", "train.eval_every=2", "train.save_every=3")
 def toys(monkeypatch):
     """The toy papers; one compiled step for the runs of this file."""
     register(monkeypatch.setattr, monkeypatch.setitem)
-    monkeypatch.setattr(trainer, "compile", compiled)
-
-
-original = trainer.compile
-known = {}
-
-
-def compiled(method, mesh, shapes):
-    return known.setdefault("step", original(method, mesh, shapes))
+    monkeypatch.setattr(trainer, "compile", compile_once)
 
 
 def call(workdir, *arguments):
@@ -61,7 +54,7 @@ def whole(tmp_path_factory):
     """A run that nobody stopped."""
     with pytest.MonkeyPatch.context() as patch:
         register(patch.setattr, patch.setitem)
-        patch.setattr(trainer, "compile", compiled)
+        patch.setattr(trainer, "compile", compile_once)
         workdir = tmp_path_factory.mktemp("runs") / "whole"
         assert call(workdir) == 0
         return workdir

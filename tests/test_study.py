@@ -15,9 +15,7 @@ from jaxpapers import mesh as meshes
 from jaxpapers import study as studies
 from jaxpapers import train as trainer
 from jaxpapers.folder import load_run
-
-TOYS = Path(__file__).parent / "toys"
-CONFIG = str(TOYS / "config.py")
+from tests.toys.command import CONFIG, register
 
 
 def config_of_line():
@@ -27,12 +25,7 @@ def config_of_line():
 @pytest.fixture(autouse=True)
 def toys(monkeypatch):
     """Two papers and two tasks more."""
-    for package, name in ((papers, "papers"), (tasks, "tasks")):
-        monkeypatch.setattr(package, "__path__", [*package.__path__, str(TOYS / name)])
-    row = papers.Paper("Lines", "Doe, Jane", 2026, "2601.00001", "tests", "seconds")
-    monkeypatch.setitem(papers.NAMES, "line", row)
-    none = row._replace(title="Nothing", arxiv="", venue="Tests", trained=False)
-    monkeypatch.setitem(papers.NAMES, "none", none)
+    register(monkeypatch.setattr, monkeypatch.setitem)
 
 
 def call(workdir, *fields, **kwargs):
@@ -70,6 +63,7 @@ def compiled(monkeypatch):
     return methods
 
 
+@pytest.mark.programs(16)  # A study of two programs, three times.
 def test_equal_stages_run_once_and_seeds_share_a_program(
     tmp_path, compiled, monkeypatch
 ):
@@ -87,6 +81,8 @@ def test_equal_stages_run_once_and_seeds_share_a_program(
     assert values(summary, "slow")[0] != values(summary, "this model")[0]
     # Alone: the same numbers, without the others.
     alone = call(tmp_path / "alone", "method.others=True", alone=True)
+    field = call(tmp_path / "field", "method.others=True", "train.alone=True")
+    assert field["rows"] == alone["rows"]
     assert values(alone, "this model") == values(summary, "this model")[:1]
     assert {r["label"] for r in alone["rows"]} == {"this model", "twin", "zero", "mean"}
 

@@ -107,6 +107,22 @@ def test_resume_continues_state_data_and_keys(tmp_path):
     ]
 
 
+def test_init_is_one_program_wherever_its_key_lies():
+    traces = []
+
+    def init(key, batch):
+        traces.append(key)
+        return METHOD.init(key, batch)
+
+    mesh, batch = meshes.make_mesh(), Examples().batch(0, BATCH, slice(None))
+    built = trainer.compile(METHOD._replace(init=init), mesh, batch)
+    before = len(traces)
+    built.init(jax.random.key(0))
+    with jax.set_mesh(mesh):
+        built.init(jax.random.key(0))
+    assert len(traces) == before + 1
+
+
 def test_a_finished_run_is_left_alone(tmp_path):
     expected, _ = fit(3, tmp_path)
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()}

@@ -179,7 +179,7 @@ def test_rows_of_a_model_and_of_those_beside_it(amazon):
 @pytest.mark.programs(80)  # Four models of two papers.
 def test_a_run_beside_its_baselines(amazon, tmp_path):
     """Two seeds of DIN and its baselines, then the evaluation of what was saved."""
-    given = fields(amazon, **{"data.baselines": True})
+    given = fields(amazon, **{"train.alone": False})
     summary = run.run("din:smoke", given, workdir=str(tmp_path), seeds=2, quiet=True)
     rows = {row["label"]: row for row in summary["rows"]}
     trained = {"this model", "Base, mean pooling", "logistic regression"}
@@ -200,7 +200,7 @@ def test_a_run_beside_its_baselines(amazon, tmp_path):
 @pytest.mark.parametrize(
     "target, source, own",
     [
-        ("dien:smoke", "ml-100k", True),
+        ("dien:smoke", "generated", True),
         pytest.param("sim:paper", "taobao", True, marks=pytest.mark.matrix),
         ("rocket:ml100k", "ml-100k", False),
         pytest.param("rocket:dien", "ml-100k", True, marks=pytest.mark.matrix),

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -302,3 +303,11 @@ def test_emoji_are_tuned_and_evaluated(glyphs):
     numbers = rows_of(c)["this model"].watch(method, state)
     assert 0 <= numbers["accuracy"] <= 1 and 0 <= numbers["unseen_accuracy"] <= 1
     assert numbers["path_kl"] == pytest.approx(0, abs=1e-2)
+
+
+def test_real_images_stand_in_the_rows_of_their_prompts():
+    image = np.arange(6, dtype=np.float32).reshape(6, 1, 1, 1) / 10
+    label = np.array([1, 0, 1, 1, 2, 0])
+    source = types.SimpleNamespace(image=image, agrees=lambda x, p: label == p)
+    rows = text_to_image._real(source, np.array([0, 2, 1]), 2).reshape(3, 2)
+    np.testing.assert_allclose(rows, [[0.1, 0.5], [0.4, -1], [0, 0.2]])

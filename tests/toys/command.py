@@ -19,6 +19,18 @@ def register(setattr=setattr, setitem=dict.__setitem__):
     setitem(papers.NAMES, "none", none)
 
 
+def once(function):
+    """The function, which runs at its first call and gives that result ever after."""
+    results = []
+
+    def wrapped(*args, **kwargs):
+        if not results:
+            results.append(function(*args, **kwargs))
+        return results[0]
+
+    return wrapped
+
+
 if __name__ == "__main__":
     register()
     sys.exit(cli.main())
