@@ -98,7 +98,8 @@ def expected(target: str, file: str | None = None) -> float | None:
     """
     _, module, preset = _find(target, file)
     presets = getattr(module, "PRESETS", ("",))
-    return getattr(module, "EXPECTED", {}).get(preset or presets[0])
+    value = getattr(module, "EXPECTED", {}).get(preset or presets[0])
+    return None if value is None else float(value)
 
 
 def _find(target: str, file: str | None) -> tuple[str, ModuleType, str]:
