@@ -7,17 +7,19 @@ statistics.
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Bool, Float, Key
 
-from jaxpapers.nets.mlp import channels
-
-MOMENTUM = 0.1
-EPS = 1e-5
+from jaxpapers.nets.convolution import (
+    batch_norm,
+    conv,
+    conv_kernel,
+    init_moments,
+    init_norm,
+)
 
 
 class Block(NamedTuple):
@@ -26,13 +28,6 @@ class Block(NamedTuple):
     fan_in: int
     fan_out: int
     stride: int
-
-
-class Moments(NamedTuple):
-    """Moving mean and variance of a batch normalisation, (C,) each."""
-
-    mean: Any
-    var: Any
 
 
 def blocks(base: int, width: int, counts: tuple[int, ...]) -> dict[str, Block]:
@@ -58,14 +53,6 @@ def blocks(base: int, width: int, counts: tuple[int, ...]) -> dict[str, Block]:
             made[f"group_{group}_block_{i}"] = Block(fan_in, fan_out, stride)
             fan_in = fan_out
     return made
-
-
-def conv_kernel(
-    key: Key[Array, ""], size: int, fan_in: int, fan_out: int
-) -> Float[Array, "S S I O"]:
-    """He-normal kernel of a size x size convolution."""
-    init = jax.nn.initializers.he_normal()
-    return init(key, (size, size, fan_in, fan_out))
 
 
 def init_convs(key: Key[Array, ""], layout: Mapping[str, Block]) -> dict:
@@ -101,81 +88,25 @@ def init_top(
     width = list(layout.values())[-1].fan_out
     keys = jax.random.split(key, 2 * len(layout) + 1)
 
-    def norm(key, n):
-        return {"scale": jax.random.uniform(key, (n,)), "bias": jnp.zeros(n)}
-
     norms = {
         name: {
-            "first": norm(keys[2 * i], b.fan_in),
-            "second": norm(keys[2 * i + 1], b.fan_out),
+            "first": init_norm(b.fan_in, keys[2 * i]),
+            "second": init_norm(b.fan_out, keys[2 * i + 1]),
         }
         for i, (name, b) in enumerate(layout.items())
     }
     kernel = jax.nn.initializers.he_normal()(key_linear, (width, classes))
     linear = {"kernel": kernel, "bias": jnp.zeros(classes)}
-    return {"norms": norms, "last": norm(keys[-1], width), "linear": linear}
+    return {"norms": norms, "last": init_norm(width, keys[-1]), "linear": linear}
 
 
 def statistics(params: dict) -> dict:
     """Initial moving statistics of ``norms`` and ``last``: mean 0, variance 1."""
-
-    def start(norm):
-        return Moments(jnp.zeros_like(norm["bias"]), jnp.ones_like(norm["bias"]))
-
     norms = {
-        name: {place: start(norm) for place, norm in block.items()}
+        name: {place: init_moments(norm) for place, norm in block.items()}
         for name, block in params["norms"].items()
     }
-    return {"norms": norms, "last": start(params["last"])}
-
-
-def conv(
-    x: Float[Array, "B H W I"], kernel: Float[Array, "S S I O"], stride: int = 1
-) -> Float[Array, "B _ _ O"]:
-    """Convolution, padded such that stride 1 keeps height and width."""
-    pad = kernel.shape[0] // 2
-    return lax.conv_general_dilated(
-        x, kernel, (stride, stride), ((pad, pad), (pad, pad)),
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    )  # fmt: skip
-
-
-def batch_norm(
-    params: dict,
-    moments: Moments,
-    x: Float[Array, "B H W C"],
-    *,
-    train: bool,
-    mask: Bool[Array, " B"] | None = None,
-) -> tuple[Float[Array, "B H W C"], Moments]:
-    """Batch normalisation over rows and pixels, with the unbiased moving variance.
-
-    Args:
-      params: scale and bias.
-      moments: moving statistics.
-      x: input.
-      train: use the batch's statistics; under ``jax.jit`` the batch is the global one.
-      mask: False at rows to leave out of the statistics.
-
-    Returns:
-      The normalised input, and the new moving statistics.
-    """
-    if train:
-        kept = jnp.ones(len(x)) if mask is None else mask.astype(jnp.float32)
-        kept = kept[:, None, None, None]
-        count = jnp.maximum(kept.sum() * x.shape[1] * x.shape[2], 1)
-        mean = (x * kept).sum((0, 1, 2)) / count
-        var = (jnp.square(x - channels(mean, x)) * kept).sum((0, 1, 2)) / count
-        unbiased = var * count / jnp.maximum(count - 1, 1)
-        moved = (mean, unbiased)
-        moments = Moments(
-            *((1 - MOMENTUM) * old + MOMENTUM * lax.stop_gradient(new)
-              for old, new in zip(moments, moved))
-        )  # fmt: skip
-    else:
-        mean, var = moments
-    x = (x - channels(mean, x)) * lax.rsqrt(channels(var, x) + EPS)
-    return x * channels(params["scale"], x) + channels(params["bias"], x), moments
+    return {"norms": norms, "last": init_moments(params["last"])}
 
 
 def apply(

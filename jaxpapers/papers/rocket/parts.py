@@ -7,7 +7,14 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxpapers.nets import behaviour, evolution, interest, mlp, wide_resnet
+from jaxpapers.nets import (
+    behaviour,
+    convolution,
+    evolution,
+    interest,
+    mlp,
+    wide_resnet,
+)
 from jaxpapers.ops.images import augment
 from jaxpapers.options import check_choices, check_least
 
@@ -167,14 +174,14 @@ def wrn_parts(net: WrnNet) -> tuple[Part, Part, Part]:
 
     def init_shared(key):
         key_stem, key_convs = jax.random.split(key)
-        stem = wide_resnet.conv_kernel(key_stem, 3, net.channels, net.base)
+        stem = convolution.conv_kernel(key_stem, 3, net.channels, net.base)
         return {"stem": stem, "convs": wide_resnet.init_convs(key_convs, light)}
 
     def shared(params, state, batch, key, train):
         x = batch["image"]
         if train and net.augment:
             x = augment(key, x)
-        return wide_resnet.conv(x, params["stem"]), state
+        return convolution.conv(x, params["stem"]), state
 
     def head(layout, extra, dropout):
         def init(key):
