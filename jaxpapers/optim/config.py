@@ -36,10 +36,13 @@ class Options:
       schedule: one of ``SCHEDULES``, see ``schedule``.
       warmup: trapezoid: share of the run.
       cooldown: trapezoid: share of the run.
+      hold: cosine: steps at the full rate before the cosine begins.
       drop_at: drop: steps after which the rate is multiplied by ``drop_by``.
+      milestones: drop: the same as shares of the run, instead of ``drop_at``.
       drop_every: drop: the same every so many steps, instead of ``drop_at``.
       drop_by: drop: factor.
       momentum: of sgd; 0: none.
+      nesterov: of sgd: the gradient is taken ahead of the momentum, as in PyTorch.
       b1: of Adam, AdamW and Lion.
       b2: of Adam, AdamW and Lion.
       scalar: dion, dion2, muon and normuon: optimizer of all but the hidden matrices,
@@ -66,10 +69,13 @@ class Options:
     schedule: str = "constant"
     warmup: float = 0.0
     cooldown: float = 0.0
+    hold: int = 0
     drop_at: tuple[int, ...] = ()
+    milestones: tuple[float, ...] = ()
     drop_every: int = 0
     drop_by: float = 0.1
     momentum: float = 0.0
+    nesterov: bool = False
     b1: float = 0.9
     b2: float = 0.999
     scalar: str = "adamw"
@@ -87,19 +93,33 @@ class Options:
         options.check_choices(self, "optim", name=NAMES, schedule=SCHEDULES)
         options.check_positive(self, "optim", "lr")
         options.check_least(
-            self, "optim", clip=0, weight_decay=0, warmup=0, cooldown=0, drop_every=0,
-            drop_by=0, momentum=0, scalar_lr=0,
+            self, "optim", clip=0, weight_decay=0, warmup=0, cooldown=0, hold=0,
+            drop_every=0, drop_by=0, momentum=0, scalar_lr=0,
         )  # fmt: skip
         if self.warmup + self.cooldown > 1:
             raise ValueError(
                 "optim.warmup and optim.cooldown are shares of the run and at most 1 "
                 f"together, got {self.warmup} and {self.cooldown}"
             )
-        if self.schedule == "drop" and bool(self.drop_at) == bool(self.drop_every):
+        drops = (self.drop_at, self.milestones, self.drop_every)
+        if self.schedule == "drop" and sum(map(bool, drops)) != 1:
             raise ValueError(
-                "optim.schedule=drop needs optim.drop_at or optim.drop_every, got "
-                f"{self.drop_at} and {self.drop_every}"
+                "optim.schedule=drop needs optim.drop_at, optim.milestones or "
+                f"optim.drop_every, one of them; got {drops[0]}, {drops[1]} and "
+                f"{drops[2]}"
             )
+        if not all(0 < share < 1 for share in self.milestones):
+            raise ValueError(
+                "optim.milestones are shares of the run, between 0 and 1, got "
+                f"{self.milestones}"
+            )
+        if self.hold and self.schedule != "cosine":
+            raise ValueError(
+                f"optim.hold={self.hold} needs optim.schedule=cosine, got "
+                f"{self.schedule!r}"
+            )
+        if self.nesterov and not self.momentum:
+            raise ValueError("optim.nesterov needs optim.momentum > 0, got 0")
 
 
 def from_config(
@@ -166,7 +186,9 @@ def unclipped(
         "adagrad": optax.adagrad,
         "adam": functools.partial(optax.adam, b1=o.b1, b2=o.b2),
         "rmsprop": functools.partial(optax.rmsprop, decay=0.99),  # PyTorch's default.
-        "sgd": functools.partial(optax.sgd, momentum=o.momentum or None),
+        "sgd": functools.partial(
+            optax.sgd, momentum=o.momentum or None, nesterov=o.nesterov
+        ),
     }
     tx = makers[o.name](rate)
     if not o.weight_decay:
@@ -177,26 +199,61 @@ def unclipped(
 def schedule(o: Options, steps: int, lr: float | None = None) -> optax.ScalarOrSchedule:
     """Learning rate of the options.
 
-    constant; cosine: half a cosine to 0 over the run; drop: multiplied by ``drop_by`` at
-    ``drop_at`` or every ``drop_every`` steps; trapezoid: see ``trapezoid``.
+    constant; cosine: half a cosine to 0 over the run, or over what ``hold`` steps leave
+    of it; drop: multiplied by ``drop_by`` at ``drop_at``, at ``milestones`` or every
+    ``drop_every`` steps; trapezoid: see ``trapezoid``.
 
     Args:
       o: see ``Options``.
       steps: of the run.
       lr: instead of ``o.lr``.
+
+    Raises:
+      ValueError: ``hold`` leaves no step for the cosine, or two milestones of a short
+        run are the same step.
     """
     lr = o.lr if lr is None else lr
     if o.schedule == "cosine":
-        return optax.cosine_decay_schedule(lr, steps)
+        return hold_cosine(lr, steps, o.hold)
     if o.schedule == "trapezoid":
         return trapezoid(lr, steps, o.warmup, o.cooldown)
     if o.schedule == "drop" and o.drop_every:
         return optax.exponential_decay(lr, o.drop_every, o.drop_by, staircase=True)
     if o.schedule == "drop":
-        return optax.piecewise_constant_schedule(
-            lr, dict.fromkeys(o.drop_at, o.drop_by)
-        )
+        drop_at = o.drop_at or tuple(round(share * steps) for share in o.milestones)
+        if len(set(drop_at)) < len(drop_at):
+            raise ValueError(
+                "the rate drops once at a step, got optim.drop_at or optim.milestones "
+                f"{o.drop_at or o.milestones} of {steps} steps: steps {drop_at}"
+            )
+        return optax.piecewise_constant_schedule(lr, dict.fromkeys(drop_at, o.drop_by))
     return lr
+
+
+def hold_cosine(peak: float, steps: int, hold: int = 0) -> optax.Schedule:
+    """Constant rate, then half a cosine to 0.
+
+    Args:
+      peak: learning rate of the first ``hold`` steps.
+      steps: of the run.
+      hold: steps before the cosine begins, such as those of a curriculum.
+
+    Raises:
+      ValueError: ``hold`` leaves no step for the cosine.
+    """
+    if not hold:
+        return optax.cosine_decay_schedule(peak, steps)
+    if hold >= steps:
+        raise ValueError(
+            f"optim.hold must be less than the steps of the run, got {hold} of {steps}"
+        )
+    return optax.join_schedules(
+        [
+            optax.constant_schedule(peak),
+            optax.cosine_decay_schedule(peak, steps - hold),
+        ],
+        [hold],
+    )
 
 
 def trapezoid(

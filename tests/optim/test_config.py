@@ -60,6 +60,10 @@ def rates(steps=20, **fields):
          lambda: optax.chain(
              optax.clip_by_global_norm(1.0), optax.add_decayed_weights(0.3),
              optax.sgd(0.1, momentum=0.9))),
+        ({"name": "sgd", "momentum": 0.9, "nesterov": True, "weight_decay": 0.3},
+         lambda: optax.chain(
+             optax.add_decayed_weights(0.3),
+             optax.sgd(0.1, momentum=0.9, nesterov=True))),
         ({"name": "rmsprop", "schedule": "cosine"},
          lambda: optax.rmsprop(optax.cosine_decay_schedule(0.1, 3), decay=0.99)),
         ({"name": "adagrad"}, lambda: optax.adagrad(0.1)),
@@ -126,11 +130,25 @@ def test_schedules():
     np.testing.assert_array_equal(
         drop, np.select([steps < 5, steps < 15], [1, 0.5], 0.25)
     )
+    shares = rates(schedule="drop", milestones=(0.25, 0.75), drop_by=0.5, lr=1.0)
+    np.testing.assert_array_equal(shares, drop)
     every = rates(schedule="drop", drop_every=5, drop_by=0.5, lr=1.0)
     np.testing.assert_array_equal(every, 0.5 ** (steps // 5))
     cosine = rates(schedule="cosine", lr=1.0)
     np.testing.assert_allclose(cosine, (1 + np.cos(np.pi * steps / 20)) / 2, atol=1e-6)
+    held = rates(schedule="cosine", hold=5, lr=1.0)
+    np.testing.assert_array_equal(held[:5], 1)
+    np.testing.assert_allclose(
+        held[5:], (1 + np.cos(np.pi * steps[:15] / 15)) / 2, atol=1e-6
+    )
     assert schedule(read(config()), 20) == 0.1
+
+
+def test_schedules_that_do_not_fit_the_run():
+    with pytest.raises(ValueError, match="less than the steps of the run, got 20 of 20"):
+        rates(schedule="cosine", hold=20)
+    with pytest.raises(ValueError, match="the rate drops once at a step"):
+        rates(steps=2, schedule="drop", milestones=(0.5, 0.6))
 
 
 @pytest.mark.parametrize("tables", ["lazy_adam", "row_adagrad", "row_sgd"])
@@ -170,7 +188,11 @@ def test_dense_tables_have_the_optimizer_of_all_others():
         ({"clip": -1.0}, "optim.clip must be >= 0"),
         ({"weight_decay": -1.0}, "optim.weight_decay must be >= 0"),
         ({"warmup": 0.6, "cooldown": 0.5}, "shares of the run and at most 1"),
-        ({"schedule": "drop"}, "needs optim.drop_at or optim.drop_every"),
+        ({"schedule": "drop"}, "needs optim.drop_at, optim.milestones or"),
+        ({"schedule": "drop", "drop_at": (3,), "drop_every": 2}, "one of them"),
+        ({"schedule": "drop", "milestones": (50.0,)}, "shares of the run"),
+        ({"hold": 3}, "optim.hold=3 needs optim.schedule=cosine"),
+        ({"name": "sgd", "nesterov": True}, "optim.nesterov needs optim.momentum"),
         ({"name": "dion", "mu": -0.5}, "mu must be in"),
         ({"tables": "hash"}, "optim.tables must be one of lazy_adam"),
     ],
