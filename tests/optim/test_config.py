@@ -145,7 +145,9 @@ def test_schedules():
 
 
 def test_schedules_that_do_not_fit_the_run():
-    with pytest.raises(ValueError, match="less than the steps of the run, got 20 of 20"):
+    with pytest.raises(
+        ValueError, match="less than the steps of the run, got 20 of 20"
+    ):
         rates(schedule="cosine", hold=20)
     with pytest.raises(ValueError, match="the rate drops once at a step"):
         rates(steps=2, schedule="drop", milestones=(0.5, 0.6))
