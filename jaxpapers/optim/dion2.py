@@ -23,12 +23,12 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from jaxpapers.ops.linalg import HIGHEST
 from jaxpapers.optim.collectives import axis_size, psum
 from jaxpapers.optim.composite import with_scalars
 from jaxpapers.optim.matrices import momentum_method
 from jaxpapers.optim.newton_schulz import COEFFICIENTS, newton_schulz
 from jaxpapers.optim.options import check_choice, check_range, is_traced
-from jaxpapers.optim.orthonormalize import HIGHEST
 from jaxpapers.optim.power_iteration import MeshAxes, saturated_sum
 
 

@@ -29,8 +29,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxpapers.ops.linalg import HIGHEST
 from jaxpapers.optim.collectives import axis_size, pmax, psum, share_sum, symmetric
-from jaxpapers.optim.orthonormalize import HIGHEST
 from jaxpapers.optim.power_iteration import ONE_DEVICE, MeshAxes
 
 # Each step's (a, b, c).

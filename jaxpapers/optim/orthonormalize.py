@@ -44,13 +44,13 @@ Shifted Cholesky QR, SIAM J. Sci. Comput. 42 (2020) for the shift.
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxpapers.ops.linalg import HIGHEST, per_matrix
 from jaxpapers.optim.collectives import AxisNames, pmax, psum, share_sum
 
 METHODS = ("scqr", "cqr2", "rcqr", "qr")
@@ -63,9 +63,6 @@ RESCUE = "ill_conditioned"
 # Least squared distance of a unit column from the span of all others (scqr), or of those
 # before it (the last pass of cqr2 and rcqr), at which a Cholesky factor is trusted.
 _SAFE, _LAST = 1e-3, 0.1
-# Gram matrices lose half the digits by construction: TPU's default (one bfloat16
-# pass) makes Cholesky fail at cond(p) = 1e2.
-HIGHEST = lax.Precision.HIGHEST
 
 
 def orthonormalize(
@@ -306,7 +303,7 @@ def _inverse_factor(gram: Array) -> tuple[Array, Array]:
             lower, eye, left_side=True, lower=True
         )
 
-    return _per_matrix(invert, gram)
+    return per_matrix(invert, gram)
 
 
 def sketch_rows(r: int) -> int:
@@ -329,7 +326,7 @@ def _sketch_qr(p: Array, axis_name: AxisNames, rows: Array) -> Array:
     def solve(p, upper):
         return lax.linalg.triangular_solve(upper, p, left_side=False, lower=False)
 
-    return _per_matrix(solve, p, upper)
+    return per_matrix(solve, p, upper)
 
 
 def _tall_skinny_qr(p: Array, axis_name: AxisNames) -> Array:
@@ -350,27 +347,10 @@ def _tall_skinny_qr(p: Array, axis_name: AxisNames) -> Array:
 
 def _positive_qr(p: Array) -> tuple[Array, Array]:
     """Reduced Householder QR with a non-negative diagonal of the upper factor."""
-    basis, upper = _per_matrix(lambda p: jnp.linalg.qr(p, mode="reduced"), p)
+    basis, upper = per_matrix(lambda p: jnp.linalg.qr(p, mode="reduced"), p)
     diagonal = jnp.diagonal(upper, axis1=-2, axis2=-1)
     sign = jnp.where(diagonal < 0, -1, 1).astype(p.dtype)
     return basis * sign[..., None, :], upper * sign[..., :, None]
-
-
-def _per_matrix(f: Callable, *xs: Array) -> Any:
-    """``f`` on each (m, n) of the leading axes: one after the other on a CPU.
-
-    A batched LAPACK call of jaxlib 0.10 waits for workers of the thread pool that it
-    runs on: two at once on two cores wait for ever. Single ones do not, and cost no more.
-    """
-    batch = xs[0].shape[:-2]
-    if math.prod(batch) == 1:
-        out = f(*(x.reshape(x.shape[-2:]) for x in xs))
-        return jax.tree.map(lambda y: y.reshape(*batch, *y.shape), out)
-    flat = [x.reshape(-1, *x.shape[-2:]) for x in xs]
-    out = lax.platform_dependent(
-        *flat, cpu=lambda *x: lax.map(lambda x: f(*x), x), default=jax.vmap(f)
-    )
-    return jax.tree.map(lambda y: y.reshape(*batch, *y.shape[1:]), out)
 
 
 def _jitter(p: Array, axis_name: AxisNames, rows: Array) -> Array:

@@ -32,8 +32,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxpapers.ops.linalg import HIGHEST
 from jaxpapers.optim.collectives import axis_size, pmax, psum
-from jaxpapers.optim.orthonormalize import HIGHEST, _orthonormalize
+from jaxpapers.optim.orthonormalize import _orthonormalize
 
 RIGHT_FACTORS = ("colnorm", "orth")
 SPLITS = ("auto", "whole")
