@@ -135,7 +135,7 @@ def posterior(stats: Statistics, prior: Any, noise: Any) -> Posterior:
     Example:
       >>> import numpy as np
       >>> stats = statistics(np.float32([[1.0]]), np.float32([2.0]))
-      >>> float(posterior(stats, prior=1.0, noise=1.0).mean[0])
+      >>> round(float(posterior(stats, prior=1.0, noise=1.0).mean[0]), 3)
       1.0
     """
     check_variances(prior=prior, noise=noise)
