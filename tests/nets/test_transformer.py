@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpapers.nets.transformer import RMSNorm, Transformer, rope
+from jaxpapers.nets.block import LayerNorm
+from jaxpapers.nets.rope import Scaling, frequencies
+from jaxpapers.nets.transformer import RMSNorm, Stack, Transformer, rope
 from tests.programs import KEY, params_like, together
 
 TOKENS = jnp.asarray(np.random.default_rng(1).integers(0, 40, (2, 12)), jnp.int32)
@@ -54,6 +56,95 @@ def test_rms_norm_against_numpy():
     expected = x / np.sqrt(np.mean(np.square(x), -1, keepdims=True) + 1e-6)
     np.testing.assert_allclose(y, expected * np.arange(1.0, 9.0), rtol=1e-5)
     assert half.dtype == jnp.bfloat16
+
+
+def test_layer_norm_against_numpy():
+    x, norm = normal(3, 8) * 5 + 1, LayerNorm(1e-5)
+    scale, bias = np.arange(1, 9, dtype=np.float32), np.ones(8, np.float32)
+    params = {"params": {"scale": scale, "bias": bias}}
+    y = together(lambda x: norm.apply(params, x), x)
+    centred = x - x.mean(-1, keepdims=True)
+    expected = centred / np.sqrt(x.var(-1, keepdims=True) + 1e-5) * scale + bias
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_scaled_frequencies():
+    """Llama 3: short wavelengths are kept, long ones divided, between them mixed."""
+    scaling = Scaling(kind="llama3", factor=8.0, trained=64)
+    linear = Scaling(kind="linear", factor=4.0)
+    plain, scaled, slow = together(
+        lambda: [frequencies(16, 500.0, s) for s in (None, scaling, linear)]
+    )
+    np.testing.assert_allclose(slow, plain / 4, rtol=1e-6)
+    wave = 2 * np.pi / plain
+    share = np.clip((64 / wave - 1) / 3, 0, 1)
+    expected = np.select(
+        [wave < 16, wave > 64],
+        [plain, plain / 8],
+        (1 - share) * plain / 8 + share * plain,
+    )
+    np.testing.assert_allclose(scaled, expected, rtol=1e-5)
+    assert set(np.sign(np.diff([wave[0], 16, 64, wave[-1]]))) == {1.0}
+    assert ((wave > 16) & (wave < 64)).any()
+
+
+KINDS = {
+    "gpt2": {"norm": "layer", "mlp": "gelu", "bias": "all", "position": "none"},
+    "qwen2": {"bias": "qkv", "kv_heads": 2},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_padding_on_the_left_changes_nothing(kind):
+    """Rows have positions of their own and a mask of the keys; with a cache too."""
+    net, params = build(**KINDS[kind])
+    names = {path[-1].key for path, _ in jax.tree_util.tree_leaves_with_path(params)}
+    assert "bias" in names
+    mask = np.ones((2, 12), bool)
+    mask[1, :4] = False
+    positions = np.maximum(mask.cumsum(1) - 1, 0)
+    keys = np.broadcast_to(mask[:, None], (2, 12, 12))
+
+    def states(params):
+        def apply(tokens, *args, **kwargs):
+            return net.apply({"params": params}, tokens, *args, **kwargs, hidden=True)
+
+        padded = apply(TOKENS, positions=positions, mask=keys)
+        alone = apply(TOKENS[1:, 4:])
+        cache = net.init_cache(2, 12)
+        parts = []
+        for part in (slice(0, 7), slice(7, 12)):
+            y, cache = apply(
+                TOKENS[:, part], cache, positions=positions[:, part], mask=keys[:, part]
+            )
+            parts.append(y)
+        return padded, alone, jnp.concatenate(parts, 1)
+
+    padded, alone, cached = together(states, params)
+    assert padded.shape == (2, 12, 32)
+    np.testing.assert_allclose(padded[1:, 4:], alone, atol=2e-5)
+    np.testing.assert_allclose(cached[:, 4:], padded[:, 4:], atol=2e-5)
+
+
+def test_stack_is_the_transformer_between_embedding_and_head():
+    """A looped model calls it many times; not causal, every position sees every other."""
+    net, params = build(causal=False)
+    stack = Stack(net.kind, net.layers)
+    own = {name: params[name] for name in ("layers", "norm")}
+    other = np.array(TOKENS)
+    other[:, 8] = (other[:, 8] + 1) % 40
+
+    def states(params, own):
+        x = params["embed"]["embedding"][TOKENS]
+        return (
+            stack.apply({"params": own}, x) @ params["head"]["kernel"],
+            net.apply({"params": params}, TOKENS),
+            net.apply({"params": params}, other),
+        )
+
+    by_stack, logits, changed = together(states, params, own)
+    np.testing.assert_allclose(by_stack, logits, atol=2e-5)
+    assert np.abs(logits - changed).max(axis=(0, 2)).min() > 1e-4
 
 
 @pytest.mark.parametrize(
@@ -163,8 +254,17 @@ def test_zero_init_starts_as_the_identity(key):
         ({"width": 30}, "multiple of net.heads"),
         ({"kv_heads": 3}, "multiple of net.kv_heads"),
         ({"head_dim": 5}, "even"),
+        ({"norm": "batch"}, "net.norm must be rms or layer, got 'batch'"),
+        ({"bias": "some"}, "net.bias must be none or qkv or all"),
     ],
 )
 def test_bad_sizes(options, message):
     with pytest.raises(ValueError, match=message):
         Transformer(**{**SMALL, **options}).sizes()
+
+
+def test_bad_scaling_of_rope():
+    with pytest.raises(ValueError, match="linear or llama3, got 'yarn'"):
+        Scaling(kind="yarn", factor=8.0)
+    with pytest.raises(ValueError, match="0 < low < high"):
+        Scaling(kind="llama3", factor=8.0, low=4.0)
