@@ -353,7 +353,9 @@ def step_kl(
     return _reduce(0.5 * jnp.square(_rows(mult, eps) * (eps - eps_ref)), reduce)
 
 
-def guided(eps_fn: Callable, weight: float) -> Callable[[Array, Array, Array], Array]:
+def guided(
+    eps_fn: Callable, weight: float | Float[Array, ""]
+) -> Callable[[Array, Array, Array], Array]:
     r"""Classifier-free guidance, $\epsilon_0 + w (\epsilon_z - \epsilon_0)$.
 
     Both predictions come from one call on 2B rows (arXiv 2207.12598; released code's w:

@@ -170,9 +170,9 @@ def _drawing(config: Any, mesh: Any, source: captioned.Source) -> Callable:
     schedule = reverse_schedule(noise, steps)
 
     @functools.cache
-    def compiled(sampler, guidance):
+    def compiled(sampler):
         @jax.jit
-        def sample(params, extra, key, tokens):
+        def sample(params, extra, key, tokens, guidance):
             images = sampler(
                 params, key, tokens, extra=extra, guidance=guidance, schedule=schedule
             )
@@ -182,10 +182,11 @@ def _drawing(config: Any, mesh: Any, source: captioned.Source) -> Callable:
 
     def draw(method, state, prompt, guidance=None, seed=0):
         weight = config.method.guidance if guidance is None else guidance
-        sample = compiled(method.sampler, weight)
-        tokens = source.prompt_tokens[prompt]
+        tokens, key = source.prompt_tokens[prompt], jax.random.key(seed)
         with jax.set_mesh(mesh):
-            images = sample(state.params, state.extra, jax.random.key(seed), tokens)
+            images = compiled(method.sampler)(
+                state.params, state.extra, key, tokens, weight
+            )
             return np.asarray(images)
 
     return draw

@@ -255,7 +255,7 @@ def sampler(
     tokens: Int[Array, "B ..."],
     *,
     model: Model,
-    guidance: float | None = None,
+    guidance: float | Float[Array, ""] | None = None,
     schedule: Schedule | None = None,
 ) -> Float[Array, "B ..."]:
     """An image for each row of conditioning tokens.
