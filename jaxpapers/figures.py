@@ -190,3 +190,31 @@ def _far(means, own):
     far[own] = False
     near = np.ptp(means[~far])
     return far & (0 < near < np.ptp(means) / 5)
+
+
+def images(rows: Mapping[str, Any], out: str | Path) -> Path:
+    """Draws images (n, height, width, channels) of several kinds, a row each.
+
+    Args:
+      rows: name -> images, bytes or in [0, 1]; two channels are red and green.
+      out: image file.
+    """
+    with extras.named():
+        from matplotlib.figure import Figure
+
+    count = max(len(x) for x in rows.values())
+    figure = Figure(figsize=(0.8 * count + 1.6, 0.85 * len(rows)), layout="constrained")
+    grid = figure.subplots(len(rows), count, squeeze=False)
+    for axes, (name, each) in zip(grid, rows.items()):
+        each = np.asarray(each)
+        each = each / 255 if each.dtype == np.uint8 else each
+        if each.shape[-1] == 2:
+            each = np.pad(each, ((0, 0), (0, 0), (0, 0), (0, 1)))
+        for ax in axes:
+            ax.axis("off")
+        for ax, image in zip(axes, each):
+            ax.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=1)
+        axes[0].text(
+            -0.15, 0.5, name, ha="right", va="center", transform=axes[0].transAxes
+        )
+    return plots.save(figure, out)

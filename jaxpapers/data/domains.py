@@ -9,7 +9,7 @@ import hashlib
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -29,7 +29,7 @@ class Domain(NamedTuple):
     """
 
     name: str
-    x: np.ndarray
+    x: Any
     label: np.ndarray
 
 

@@ -182,6 +182,17 @@ def image_folder(folder: str | Path, size: int, held_out: float = 0.1) -> Datase
     return dataset._replace(notes=notes)
 
 
+def stretched(path: str | Path, size: int) -> np.ndarray:
+    """A file's whole image, uint8 (size, size, 3), on white; its aspect may change.
+
+    Raises:
+      FileNotFoundError, ModuleNotFoundError, ValueError: see ``image_folder``.
+    """
+    image, path = pillow(), files.check(path)[0]
+    with files.parsing(path, "broken image"):
+        return _on_white(_decoded(path, image), size, image)
+
+
 def pillow() -> Any:
     """Pillow's module Image.
 
@@ -320,6 +331,10 @@ def _image(path: Path, size: int, expected: tuple[int, int] | None) -> np.ndarra
     left, top = ((length - side) // 2 for length in rgba.size)
     # Cropped first: what is outside takes no memory then.
     rgba = rgba.crop(_FACE if expected else (left, top, left + side, top + side))
+    return _on_white(rgba, size, image)
+
+
+def _on_white(rgba: Any, size: int, image: Any) -> np.ndarray:
     white = image.new("RGBA", rgba.size, "white")
     white.alpha_composite(rgba)
     resized = white.convert("RGB").resize((size, size), image.Resampling.BILINEAR)

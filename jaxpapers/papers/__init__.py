@@ -119,6 +119,14 @@ NAMES: dict[str, Paper] = {
         "diffusion",
         "a denoiser of a swiss roll and the tuning of its sampler",
     ),
+    "nuclear_norm": Paper(
+        "Domain Generalization via Nuclear Norm Regularization",
+        "Shi, Zhenmei and Ming, Yifei and Fan, Ying and Sala, Frederic and Liang, Yingyu",
+        2023,
+        "2303.07527",
+        "generalization",
+        "classes of generated signs, of which most mislead in the test's domain",
+    ),
     "dnw": Paper(
         "Efficient learning strategy of Chinese characters based on network approach",
         "Yan, Xiaoyong and Fan, Ying and Di, Zengru and Havlin, Shlomo and Wu, Jinshan",
