@@ -56,7 +56,10 @@ def get_config(preset: str | None = None) -> ConfigDict:
                 "eval_batch": 512,
                 "seed": 0,
             },
-            "net": {"model": "linear", **dataclasses.asdict(nu.LinearNet())},
+            "net": {
+                "model": "linear",  # cnn, resnet
+                **dataclasses.asdict(nu.LinearNet()),
+            },
             "method": dataclasses.asdict(nu.Options()),
             "optim": {"name": "adam", "lr": 0.01, "weight_decay": 0.0},
             "train": blocks.train(1500, save_minutes=1.0),

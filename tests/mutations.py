@@ -315,6 +315,51 @@ DNW = [
     ),
 ]
 
+NUCLEAR_NORM = [
+    # The polar factor: its singular values are 1, not those of the features.
+    (
+        "jaxpapers/papers/nuclear_norm/polar.py",
+        "inverse = jnp.where(kept, 1 / jnp.where(kept, s, 1), 0)\n    root",
+        "inverse = jnp.where(kept, 1 / jnp.where(kept, s * s, 1), 0)\n    root",
+        ["tests/papers/test_nuclear_norm_penalty.py"],
+    ),
+    # Update ``warmup`` itself is still plain.
+    (
+        "jaxpapers/papers/nuclear_norm/__init__.py",
+        "jnp.where(updates > options.warmup, options.theta, 0.0)",
+        "jnp.where(updates >= options.warmup, options.theta, 0.0)",
+        ["tests/papers/test_nuclear_norm.py"],
+    ),
+    # A mean of n + 1 terms.
+    (
+        "jaxpapers/method/swad.py",
+        "(new - old) / (n + 1).astype",
+        "(new - old) / (n + 2).astype",
+        ["tests/test_swad.py"],
+    ),
+    # The segment at the start of the window is skipped.
+    (
+        "jaxpapers/method/swad.py",
+        "chosen = window & (place > high.max())",
+        "chosen = window & (place >= high.max())",
+        ["tests/test_swad.py"],
+    ),
+    # Covariances have n - 1.
+    (
+        "jaxpapers/papers/nuclear_norm/objectives.py",
+        "unbiased = weights * (rows / (rows - 1))[:, None]",
+        "unbiased = weights * (rows / rows)[:, None]",
+        ["tests/papers/test_nuclear_norm.py::test_objectives_by_hand"],
+    ),
+    # The rows of all devices.
+    (
+        "jaxpapers/papers/nuclear_norm/penalty.py",
+        "return lax.psum(nuclear, axis), lax.pmax(largest, axis)",
+        "return lax.pmean(nuclear, axis), lax.pmax(largest, axis)",
+        ["tests/papers/test_nuclear_norm_penalty.py"],
+    ),
+]
+
 MUTATIONS = [
     Mutation(paper, *row)
     for paper, rows in {
@@ -331,6 +376,7 @@ MUTATIONS = [
         "rocket": ROCKET,
         "defer": DEFER,
         "dnw": DNW,
+        "nuclear_norm": NUCLEAR_NORM,
     }.items()
     for row in rows
 ]

@@ -124,7 +124,7 @@ OWNERS = {
     "matplotlib": {"figures", "plots"},
     "tensorboardX": {"report"},
     "wandb": {"report"},
-    "safetensors": {"run"},
+    "safetensors": {"data", "run"},
     "PIL": {"data"},
     "fontTools": {"data"},
 }
@@ -133,7 +133,7 @@ OUTSIDE = {
     "options": set(),
     "blocks": set(),
     "method": {"jax", "optax"},
-    "data": {"PIL", "fontTools", "numpy", "scipy"},
+    "data": {"PIL", "fontTools", "numpy", "safetensors", "scipy"},
     "ops": {"chex", "jax", "jaxtyping", "numpy", "scipy"},
     "optim": {"jax", "jaxtyping", "numpy", "optax"},
     "nets": {"flax", "jax", "jaxtyping", "numpy"},

@@ -78,12 +78,12 @@ def read(config: Any) -> Data:
     """Batches of the training domains; ``refresh`` evaluates all of them."""
     loaded, c = load(config), config.data
     trained = [e for e in range(len(loaded.domains)) if e not in c.test]
-    names = [loaded.domains[e].name for e in c.test]
-    if not trained or len(trained) == len(loaded.domains):
+    if not trained or not c.test or not {*c.test} < {*range(len(loaded.domains))}:
         raise ValueError(
             f"data.test must be some of the domains 0 .. {len(loaded.domains) - 1} and "
             f"not all, got {tuple(c.test)}"
         )
+    names = [loaded.domains[e].name for e in c.test]
     examples = Batches(
         [loaded.domains[e] for e in trained],
         [loaded.splits[e].inside for e in trained],
