@@ -218,3 +218,62 @@ def images(rows: Mapping[str, Any], out: str | Path) -> Path:
             -0.15, 0.5, name, ha="right", va="center", transform=axes[0].transAxes
         )
     return plots.save(figure, out)
+
+
+def mined(results: Sequence[Any], out: str | Path) -> None:
+    """Draws the outliers that each row mined nearest to its boundary, a line a round.
+
+    Known kinds have a coloured frame. The first seed of every row with ``mined.npz``: its
+    ``image`` (rounds, n, H, W, C) uint8, ``round``, ``kind`` (rounds, n), ``kinds``.
+
+    Args:
+      results: see ``study.Results``.
+      out: image file.
+    """
+    with extras.named():
+        from matplotlib.figure import Figure
+        from matplotlib.patches import Patch
+
+    drawn = {
+        _label(r): files["mined.npz"]
+        for r in results
+        if "mined.npz" in (files := r.findings[0].files)
+    }
+    if not drawn:
+        return
+    colours = ("white", "tab:orange", "tab:red", "tab:purple")
+    first = next(iter(drawn.values()))
+    rounds, count = first["kind"].shape
+    figure = Figure(
+        figsize=(0.5 + 0.42 * count, (0.42 * rounds + 0.5) * len(drawn) + 0.4),
+        layout="constrained",
+    )
+    for axes, (label, arrays) in zip(figure.subplots(len(drawn), 1, squeeze=False)[:, 0],
+                                     drawn.items()):  # fmt: skip
+        sheet = _framed(arrays["image"], arrays["kind"], colours)
+        axes.imshow(sheet, interpolation="nearest")
+        step = len(sheet) / len(arrays["round"])
+        places = [step * (i + 0.5) for i in range(len(arrays["round"]))]
+        axes.set_yticks(places, [f"round {r + 1}" for r in arrays["round"]])
+        axes.set_xticks([])
+        axes.set_title(label, fontsize=9)
+    kinds = [str(x) for x in first["kinds"][1:]]
+    patches = [Patch(color=c, label=k) for c, k in zip(colours[1:], kinds)]
+    figure.legend(
+        handles=patches, frameon=False, fontsize=8, loc="outside upper right", ncols=3
+    )
+    plots.save(figure, out)
+
+
+def _framed(images: np.ndarray, kind: np.ndarray, colours: Sequence[str]) -> np.ndarray:
+    """Images (rounds, n, H, W, C) in a sheet of colours, each in a frame of its kind."""
+    from matplotlib.colors import to_rgb
+
+    rounds, count, height, width, channels = images.shape
+    frame = np.array([to_rgb(colours[k % len(colours)]) for k in range(kind.max() + 1)])
+    sheet = np.ones((rounds, count, height + 6, width + 6, 3))
+    sheet[:, :, 1:-1, 1:-1] = frame[kind][:, :, None, None]
+    shown = np.broadcast_to(images / 255, (*images.shape[:4], 3))
+    sheet[:, :, 3:-3, 3:-3] = shown
+    sheet = sheet.transpose(0, 2, 1, 3, 4)
+    return sheet.reshape(rounds * (height + 6), count * (width + 6), 3)

@@ -96,9 +96,19 @@ class Case:
             self._programs[key] = build()
         return self._programs[key]
 
+    @functools.cached_property
+    def examples(self) -> Any:
+        """Batches; where the state chooses them, those of a run's first steps."""
+        given = self.data.examples
+        if not callable(given):
+            return given
+        with jax.set_mesh(grid("4x2")):
+            state = self.init("4x2")
+            return given(self.data.refresh[1](state) if self.data.refresh else state)
+
     def batch(self, index: int) -> dict:
         size = self.config.data.batch
-        return self.data.examples.batch(index * size, size)
+        return self.examples.batch(index * size, size)
 
     def init(self, mesh: str) -> State:
         """The first state, drawn by the program of 4x2 and laid out on any mesh."""
@@ -132,6 +142,7 @@ class Case:
             self.method,
             self.data.examples,
             compiled=self.on(mesh),
+            refresh=self.data.refresh,
             steps=steps,
             batch=self.config.data.batch,
             mesh=grid(mesh),

