@@ -76,14 +76,17 @@ def load_config(
         reason: Any = e
         while isinstance(reason, Exception) and reason.args:
             reason = reason.args[0]  # An error of an error of a text.
-        raise ValueError("config: " + " ".join(str(reason).split())) from None
+        reason = " ".join(str(reason).split())
+        if "Non-boolean" in reason:
+            reason = f"{reason.partition(': ')[0]}: expected True or False"
+        raise ValueError(f"config: {reason}") from None
     if rest:
         raise ValueError(
             f"unknown argument {rest[0]!r}; config fields are set as "
             "--config.group.field=value, see --help"
         )
     config = _with_inputs(values.config, inputs) if inputs else values.config
-    _check_values(config)
+    check_values(config)
     return config
 
 
@@ -167,7 +170,7 @@ def _check_field(config: Any, override: str) -> None:
     raise ValueError(f"unknown field --config.{name}. {hint}")
 
 
-def _check_values(config: Any) -> None:
+def check_values(config: Any) -> None:
     """Refuses values that no run can have, by the names of their fields.
 
     Raises:
@@ -192,8 +195,14 @@ def _check_values(config: Any) -> None:
 
 
 @contextlib.contextmanager
-def named_by(file: str | Path, remedy: str) -> Generator[None, None, None]:
+def named_by(
+    file: str | Path, remedy: str, values: bool = True
+) -> Generator[None, None, None]:
     """Errors about a stored config name its file and what to do.
+
+    Args:
+      file, remedy: of the message.
+      values: ValueErrors too; False where data are read, which has others.
 
     Raises:
       ValueError: for a field that is missing or that a model refuses.
@@ -206,6 +215,8 @@ def named_by(file: str | Path, remedy: str) -> Generator[None, None, None]:
         name = str(e).strip("'\"").split("'")[0]
         raise ValueError(f"{file}: field {name!r} is missing; {remedy}") from e
     except ValueError as e:
+        if not values:
+            raise
         raise ValueError(f"{file}: {e}; {remedy}") from e
 
 

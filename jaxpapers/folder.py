@@ -1,5 +1,6 @@
 """A run's folder: its config, its metrics, what its latest checkpoint holds."""
 
+import contextlib
 import json
 import re
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ import jax
 from jaxpapers import __version__, papers, plots, report, tasks, workdir
 from jaxpapers import checkpoint as ckpt
 from jaxpapers import mesh as meshes
-from jaxpapers.config import named_by, preset_configs
+from jaxpapers.config import check_values, named_by, preset_configs
 
 
 def write_config(folder: Path, name: str, config: dict, label: str = "") -> None:
@@ -32,7 +33,7 @@ def read_stored(folder: str | Path) -> dict[str, Any]:
     """
     path = workdir.local(folder, "WORKDIR") / "config.json"
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(
             f"{folder} holds no run (no config.json); train first"
@@ -48,10 +49,11 @@ def read_stored(folder: str | Path) -> dict[str, Any]:
             f"{path} is no config of a run: expected an object with 'version', 'paper' "
             f"and 'config', got {text.strip()[:60]!r}; {_REMEDY}"
         )
-    if "version" not in stored:
+    version = stored.get("version", "0.1")
+    if isinstance(version, str) and (0, 0) < _release(version) < _OLDEST:
         raise ValueError(
-            f"{folder} was written by jaxpapers 0.1, whose runs {__version__} does not "
-            "read: use that version, or another --workdir"
+            f"{path} was written by jaxpapers {version}, whose runs {__version__} does "
+            "not read: use that version, or another --workdir"
         )
     for field, kind in (("version", str), ("paper", str), ("config", dict)):
         if not isinstance(stored.get(field), kind):
@@ -59,14 +61,24 @@ def read_stored(folder: str | Path) -> dict[str, Any]:
                 f"{path}: field {field!r} must be of type {kind.__name__}, got "
                 f"{stored.get(field)!r}; {_REMEDY}"
             )
-    if _release(stored["version"]) > _release(__version__):
+    if not _release(version):
         raise ValueError(
-            f"{path} was written by jaxpapers {stored['version']}, newer than this "
+            f"{path}: field 'version' must be one like {__version__}, got {version!r}; "
+            f"{_REMEDY}"
+        )
+    if _release(version) > _release(__version__):
+        raise ValueError(
+            f"{path} was written by jaxpapers {version}, newer than this "
             f"{__version__}: update jaxpapers, or choose another --workdir"
         )
     papers.check(stored["paper"], f"{path}: field 'paper'")
     _check_groups(path, stored["paper"], stored["config"])
+    with named_by(path, _REMEDY):
+        check_values(stored["config"])
     return stored
+
+
+_OLDEST = (0, 2)  # Its config.json has the fields of today.
 
 
 _REMEDY = (
@@ -76,9 +88,9 @@ _REMEDY = (
 
 
 def _release(version: str) -> tuple[int, ...]:
-    """(minor, major) numbers of a version."""
-    numbers = re.match(r"(\d+)\.(\d+)", version)
-    return tuple(map(int, numbers.groups())) if numbers else (0,)
+    """(major, minor) numbers of a version; () of what is none."""
+    numbers = re.match(r"(\d{1,9})\.(\d{1,9})", version)
+    return tuple(map(int, numbers.groups())) if numbers else ()
 
 
 def _check_groups(path: Path, name: str, config: dict) -> None:
@@ -135,6 +147,11 @@ def open_writers(folder: Path, config: dict, names: Sequence[str]) -> list:
     if "wandb" in names:
         writers.append(report.WandbWriter(folder, config))
     return writers
+
+
+def named_fields(folder: str | Path) -> contextlib.AbstractContextManager:
+    """A field that config.json lacks is named with the file; see ``named_by``."""
+    return named_by(Path(folder) / "config.json", _REMEDY, values=False)
 
 
 def load_run(folder: str, mesh: str | None = None) -> tuple:

@@ -74,8 +74,32 @@ def _field(kind: Any, value: Any, where: str) -> Any:
     if inner and hasattr(value, "items"):
         return from_config(typing.cast(type, inner), value, where)
     if isinstance(value, list):
-        return tuple(value)
+        value = tuple(value)
+    if not _is_of(kind, value):
+        name = kind.__name__ if isinstance(kind, type) else kind
+        raise ValueError(f"{where} must be of type {name}, got {value!r}")
     return value
+
+
+_PLAIN = (bool, int, float, str, type(None))
+
+
+def _is_of(kind: Any, value: Any) -> bool:
+    """Whether a value is of a type of plain values; others are not checked."""
+    if typing.get_origin(kind) is tuple:
+        each, *rest = typing.get_args(kind) or (Any,)
+        if not isinstance(value, tuple):
+            return False
+        return rest != [...] or all(_is_of(each, x) for x in value)
+    if typing.get_args(kind):
+        parts = typing.get_args(kind)
+        plain = all(k in _PLAIN or typing.get_origin(k) is tuple for k in parts)
+        return not plain or any(_is_of(k, value) for k in parts)
+    if kind not in _PLAIN:
+        return True
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
 
 
 _recorded: contextvars.ContextVar[dict] = contextvars.ContextVar("recorded")

@@ -32,7 +32,7 @@ def read_metrics(run: str | Path) -> list[dict]:
     for number, line in enumerate(text.splitlines(), 1):
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue  # A line cut off by a kill.
         if not isinstance(record, dict) or type(record.get("step")) is not int:
             raise ValueError(
@@ -110,6 +110,11 @@ def _draw_panel(axes: Any, panel: Panel) -> None:
         if not points:
             known = sorted({k for r in records for k in r} - {"step", "time"})
             raise ValueError(f"{run} has no metric {metric!r}; it has {known}")
+        for step, value in points:
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise ValueError(
+                    f"{run}: {metric!r} is no number at step {step}, got {value!r:.60}"
+                )
         shown += [value for _, value in points]
         dots = {"marker": "D", "mec": "black"} if metric.startswith(VALIDATION) else {}
         (line,) = axes.plot(

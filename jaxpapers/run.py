@@ -17,7 +17,7 @@ from jaxpapers import plan as plans
 from jaxpapers import study as studies
 from jaxpapers import workdir as folders
 from jaxpapers.config import expected, load_config
-from jaxpapers.folder import load_run, write_config
+from jaxpapers.folder import load_run, named_fields, read_stored, write_config
 from jaxpapers.measure import measure_rows
 from jaxpapers.method import path_name
 from jaxpapers.stages import Stages, parts_of, same, unique
@@ -214,12 +214,13 @@ def plan(
 def evaluate(workdir: str, *, mesh: str | None = None) -> dict[str, float]:
     """Measures the latest checkpoint of a run, beside the rows that train nothing."""
     name, config, method, grid, state = load_run(workdir, mesh)
-    study = tasks.study(name, config, tasks.read(config), grid)
-    own, *others = study.rows(config.train.seed)
-    results = [studies.Result(own, [own.measure(method, state)], [Path(workdir)])]
-    results += [
-        studies.Result(row, [row.measure()], []) for row in others if row.stage is None
-    ]
+    with named_fields(workdir):
+        study = tasks.study(name, config, tasks.read(config), grid)
+        own, *others = study.rows(config.train.seed)
+        results = [studies.Result(own, [own.measure(method, state)], [Path(workdir)])]
+        results += [
+            studies.Result(row, [row.measure()], []) for row in others if not row.stage
+        ]
     report.make_console().print(tables.comparison(study, results))
     constants = {
         f"baseline_{r.row.label}": value
@@ -240,7 +241,8 @@ def sample(
 ) -> str:
     """Continues a prompt with the latest checkpoint of a run."""
     name, config, method, grid, state = load_run(workdir, mesh)
-    study = tasks.study(name, config, tasks.read(config), grid)
+    with named_fields(workdir):
+        study = tasks.study(name, config, tasks.read(config), grid)
     if study.sample is None:
         raise ValueError(f"{workdir}: its model continues no text")
     key = jax.random.key(seed)
@@ -260,8 +262,11 @@ def data(name: str, cache: str | None = None) -> Path:
 
 
 def plot(runs: Sequence[str], metric: str, out: str) -> Path:
-    """Draws a metric of one or more runs."""
+    """Draws a metric of one or more runs; raises ValueError for a damaged config.json."""
     paths = [folders.local(run, "WORKDIR") for run in runs]
+    for path in paths:
+        if (path / "config.json").exists():  # Runs of ``train.fit`` have none.
+            read_stored(path)
     return plots.plot(paths, metric, folders.local(out, "--out"))
 
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from jaxpapers import checkpoint, checksums, folder, plots, run, workdir
 from jaxpapers.method import State
@@ -192,6 +193,9 @@ def finished(tmp_path, monkeypatch):
         ('{"name": "other"}', r"no config of a run"),
         ({"version": 3}, r"field 'version' must be of type str, got 3"),
         ({"version": "99.0.1"}, r"jaxpapers 99.0.1, newer than this .*update"),
+        ({"version": "0.1.7"}, r"jaxpapers 0.1.7, whose runs .* does not read"),
+        ({"version": "main"}, r"field 'version' must be one like .*, got 'main'"),
+        ({"config": {"data": {"batch": 0}}}, r"config.json: data.batch must be >= 1"),
         ({"paper": None}, r"field 'paper' must be of type str, got None"),
         (
             {"paper": "lime"},
@@ -212,10 +216,29 @@ def test_a_config_file_that_is_none(finished, change, message):
     if isinstance(change, dict):
         change = json.dumps({**json.loads(path.read_text()), **change})
     path.write_bytes(change if isinstance(change, bytes) else change.encode())
-    for action in (run.evaluate, run.sample, lambda w: run.export(w, f"{w}/x")):
+    actions = [run.evaluate, run.sample, lambda w: run.export(w, f"{w}/x")]
+    if "is missing" not in message:  # A figure needs no fields.
+        actions.append(lambda w: run.plot([w], "loss", f"{w}/x"))
+    for action in actions:
         with pytest.raises(ValueError, match=message):
             action(str(finished))
     assert not (finished / "x").exists()
+
+
+def test_a_config_file_with_a_byte_order_mark(finished):
+    path = finished / "config.json"
+    before = folder.read_stored(finished)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert folder.read_stored(finished) == before
+
+
+def test_a_field_that_only_an_evaluation_needs(finished):
+    with pytest.raises(ValueError, match="config.json: field 'seed' is missing"):
+        with folder.named_fields(finished):
+            _ = ConfigDict({"train": {}}).train.seed
+    with pytest.raises(ValueError, match="^no file"):
+        with folder.named_fields(finished):
+            raise ValueError("no file")
 
 
 def test_fields_of_another_type(finished, monkeypatch):
@@ -236,6 +259,12 @@ def test_a_metrics_line_that_is_none(tmp_path, line):
     with pytest.raises(ValueError, match=r"metrics.jsonl, line 2: no record"):
         plots.plot([tmp_path], "loss", tmp_path / "x.png")
     assert not (tmp_path / "x.png").exists()
+
+
+def test_a_metric_that_is_no_number(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": "low"}\n')
+    with pytest.raises(ValueError, match="'loss' is no number at step 1, got 'low'"):
+        plots.plot([tmp_path], "loss", tmp_path / "x.png")
 
 
 def test_a_failed_figure_leaves_the_old_one(tmp_path, monkeypatch):

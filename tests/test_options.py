@@ -52,6 +52,11 @@ def test_lists_of_json_and_references_of_a_config_are_values():
         ({"vocab": 1}, "net.vocab must be >= 2, got 1"),
         ({"vocab": 3, "kind": "max"}, "net.kind must be one of .*'mean'.* got 'max'"),
         ({"vocab": 3, "rate": float("nan")}, "net.rate must be > 0, got nan"),
+        ({"vocab": 3.5}, "net.vocab must be of type int, got 3.5"),
+        ({"vocab": True}, "net.vocab must be of type int, got True"),
+        ({"vocab": 3, "rate": "1"}, "net.rate must be of type float, got '1'"),
+        ({"vocab": 3, "head": {"hidden": ["a"]}}, "net.head.hidden must be of type "),
+        ({"vocab": 3, "head": {"hidden": 4}}, "net.head.hidden must be of type tuple"),
     ],
 )
 def test_refused_groups(group, message):

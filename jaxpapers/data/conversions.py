@@ -229,12 +229,10 @@ def criteo(
         if len(parts) != width:
             raise ValueError(f"{len(parts)} columns instead of {width}")
         clicked, converted = float(parts[0]), float(parts[1] or "inf")
+        if "_" in "".join(parts[: 2 + n]):
+            raise ValueError("an underscore in a number")
         # Also refuses NaN.
-        if (
-            not 0 <= clicked < np.inf
-            or not clicked <= converted
-            or "_" in parts[0] + parts[1]
-        ):
+        if not 0 <= clicked < np.inf or not clicked <= converted:
             raise ValueError(f"clicked at {clicked}, converted at {converted}")
         row = [float(x or -1) for x in parts[2 : 2 + n]]
         if not all(-_LARGEST <= x <= _LARGEST for x in row):

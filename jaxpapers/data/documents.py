@@ -17,10 +17,24 @@ _KINDS = (
     (rb"\xfd7zXZ\x00", "compressed by xz"),
     (rb"BZh[1-9]1AY&SY", "compressed by bzip2"),
     (rb"\x28\xb5\x2f\xfd", "compressed by zstd"),
+    (rb"\x04\x22\x4d\x18", "compressed by lz4"),
+    (rb"7z\xbc\xaf\x27\x1c", "a 7z archive"),
+    (rb"\x1f\x8b", "gzipped twice"),
+    (rb"(?s:.{257}ustar)", "a tar archive"),
+    (rb"\x89HDF", "an HDF5 file"),
+    (rb"ARROW1", "an Arrow file"),
+    (rb"\x93NUMPY", "a NumPy file"),
+    (rb"\x80[\x02-\x05]", "a pickle"),
     (rb"%PDF-", "a PDF file"),
     (rb"\xff\xfe\x00\x00|\x00\x00\xfe\xff", "UTF-32 text"),
-    (rb"\xff\xfe|\xfe\xff", "UTF-16 text"),
+    (
+        rb"\xff\xfe|\xfe\xff|(?:[\t\n\r -~]\x00){8}|(?:\x00[\t\n\r -~]){8}",
+        "UTF-16 text",
+    ),
 )
+# Of text files, one byte in a thousand at most: a scraped page has a few.
+_CONTROL = re.compile(rb"[\x01-\x06\x0e-\x19\x1c-\x1f]")
+_MOST_CONTROL = 1e-3
 _CHUNK = 1 << 22
 
 
@@ -52,9 +66,13 @@ def read(path: str | Path, *, most: int = MAX_BYTES) -> bytes:
     data = files.read(path, most=most)
     other = _other(data)
     if other:
+        way = "extract its text"
+        if other.startswith("UTF"):
+            way = f"convert it, e.g. iconv -f {other.removesuffix(' text')} -t UTF-8"
+        elif other.startswith("no UTF-8"):
+            way = "convert it, e.g. iconv -f LATIN1 -t UTF-8"
         raise ValueError(
-            f"{path}: is {other}, expected UTF-8 text, plain or gzipped; extract or "
-            "convert it, e.g. by iconv -f UTF-16 -t UTF-8"
+            f"{path}: is {other}, expected UTF-8 text or that gzipped; {way}"
         )
     return data.removeprefix(codecs.BOM_UTF8)
 
@@ -112,4 +130,7 @@ def _other(data: bytes) -> str:
             decoder.decode(data[start : start + _CHUNK])
         except UnicodeDecodeError as e:
             return f"no UTF-8 (near byte {start + e.start})"
+    count = sum(1 for _ in _CONTROL.finditer(data))
+    if count > _MOST_CONTROL * len(data):
+        return f"binary ({count:,} control characters)"
     return ""

@@ -125,7 +125,7 @@ def unreadable(path: str | Path, place: str, error: Exception) -> ValueError:
 
 
 def listing(folder: str | Path) -> list[Path]:
-    """What a folder holds, sorted, without hidden names.
+    """What a folder holds, sorted, without hidden names and what macOS adds to archives.
 
     Raises:
       FileNotFoundError: no such folder.
@@ -135,7 +135,12 @@ def listing(folder: str | Path) -> list[Path]:
     with _named(folder):
         if not folder.is_dir():
             raise FileNotFoundError
-        return sorted(p for p in folder.iterdir() if not p.name.startswith("."))
+        return sorted(p for p in folder.iterdir() if not is_hidden(p.name))
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is no data of the user's by its name."""
+    return name.startswith(".") or name == "__MACOSX"
 
 
 @contextlib.contextmanager

@@ -268,7 +268,7 @@ class _Machine:
         elif function.name == "frombuffer" and len(arguments) == 4:
             self.stack.append(_array(*arguments))
         else:
-            raise ValueError(f"numpy.{function.name} is not allowed to be called so")
+            raise ValueError(f"{function.name} is not allowed to be called so")
 
     def build(self) -> None:
         """Gives the last value its state."""

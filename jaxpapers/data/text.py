@@ -376,7 +376,7 @@ def _is_shard(path: Path) -> bool:
 
 
 def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+    return any(files.is_hidden(part) for part in path.parts)
 
 
 def bits_per_byte(nats: float, count: int) -> float:

@@ -19,36 +19,48 @@ _GAIN = {
 }  # fmt: skip
 _NORM = {
     "norm", "layernorm", "rmsnorm", "batchnorm", "groupnorm", "instancenorm", "ln",
-    "rms", "bn", "gn", "layerscale",
+    "rms", "bn", "gn", "layerscale", "normalization", "normalisation",
+    "layernormalization", "batchnormalization",
 }  # fmt: skip
 # What may follow "norm": which of them it is.
 _WHICH = {
     "f", "final", "pre", "post", "in", "input", "out", "output", "q", "k", "v", "attn",
     "attention", "self", "cross", "mlp", "ff", "ffn", "layer", "context", "a", "b", "x",
+    "emb", "embed", "embedding", "embeddings",
 }  # fmt: skip
 _EMBEDDING = re.compile(
     r"((pos|position|tok|token|word|char|item|input|time|type)?"
-    r"emb(s|ed|eds|edding|eddings)?|embedders?|wte|wpe|tables?)$"
+    r"emb(s|ed|eds|edding|eddings)?|embedders?|wte|wpe|tables?|codebooks?|codevectors?)$"
 )
 _EMBEDDED = {
     "tokens", "token", "tok", "positions", "position", "pos", "in", "input", "inputs",
     "ids", "id", "layer", "words", "word", "items", "item", "types", "type",
 }  # fmt: skip
 _TOKENS = {"tokens", "token", "positions", "position", "vocab", "vocabulary"}
-_POSITIONS = {
+# Parameters without a module of their own, beside those that name tokens.
+_LEARNED = {"latents", "probe", "queries", "prompts", "cls", "registers"}
+_PLACES = {"pos", "position", "positions", "positional"}
+_CODES = {"enc", "encs", "encoding", "encodings", "code", "codes"}
+_POSITIONS = _PLACES | {
     "position", "positions", "pos", "posemb", "posembed", "wpe", "time", "type", "types",
     "segment", "patch", "patches", "relative", "rel",
 }  # fmt: skip
 _LOGITS = {
     "logits", "logit", "logitdense", "unembed", "unembedding", "unembeddings",
-    "classifier", "readout", "lmhead",
+    "classifier", "readout", "lmhead", "softmax",
 }  # fmt: skip
 # Names of output layers that are heads only outside blocks.
 _OUTPUT = {
     ("output",), ("outputs",), ("output", "layer"), ("out", "layer"), ("score",),
     ("scores",), ("output", "projection"), ("output", "proj"), ("output", "dense"),
     ("output", "linear"), ("decoder", "output"), ("final", "dense"), ("final", "linear"),
-    ("predictions",),
+    ("predictions",), ("prediction",), ("dense", "prediction"), ("qa", "outputs"),
+    ("final", "layer"), ("seq", "relationship"),
+}  # fmt: skip
+# Names that are heads only next to the root: blocks have an output projection too.
+_TOP_OUTPUT = {
+    ("out",), ("out", "proj"), ("proj", "out"), ("fc", "out"), ("linear", "out"),
+    ("dense", "out"), ("out", "linear"), ("out", "dense"),
 }  # fmt: skip
 _BLOCK = {
     "attn", "attention", "selfattention", "mha", "mlp", "ff", "ffn", "feedforward", "moe",
@@ -86,7 +98,7 @@ def read_name(path: str) -> Name:
     parts = _parts(path)
     leaf, module = parts[-1], parts[-2] if len(parts) > 1 else ""
     own = _without_kernel(words(leaf))
-    if _is_gain(leaf):
+    if _is_gain(leaf, module):
         return Name("scalar", leaf)
     for part in (leaf, module):
         name = _without_kernel(words(part))
@@ -98,6 +110,8 @@ def read_name(path: str) -> Name:
         if _is_embedding(part):
             tokens = not _POSITIONS & {w for p in parts for w in words(p)}
             return Name("embedding", part, tokens and part.lower() != "w_pos")
+    if _is_learned(leaf) or _is_encoding(_without_kernel(words(module))):
+        return Name("embedding", leaf if own else module)
     patches = words(parts[-3]) if len(parts) > 2 else []
     if module in ("proj", "projection") and "patch" in patches:
         return Name("embedding", parts[-3])
@@ -111,9 +125,7 @@ def in_block(path: str) -> bool:
       >>> in_block("decoder/layers/0/wi/kernel"), in_block("decoder/dense_9/kernel")
       (True, False)
     """
-    return _in_block(path.split("/")[:-2]) or bool(
-        _BLOCK & {w for part in _parts(path)[:-1] for w in words(part)}
-    )
+    return _in_block(path.split("/")[:-2] + _parts(path)[:-1])
 
 
 def words(part: str) -> list[str]:
@@ -144,12 +156,15 @@ def _without_kernel(name: list[str]) -> list[str]:
     return name
 
 
-def _is_gain(leaf: str) -> bool:
-    """A bias or a gain; "b" is one and LoRA's "B" and "lora_b" are not."""
+def _is_gain(leaf: str, module: str = "") -> bool:
+    """A bias, gain or rate; "b" is one, and LoRA's "B", "lora_b", "lora/b" are not."""
     name = words(leaf)
     if re.fullmatch(r"b\d*|b_(?!proj)\w+", leaf):
-        return True
-    return bool(name) and (name[-1] in _GAIN or name[0] == "bias")
+        return "lora" not in words(module)
+    # Mamba's A_log has a rate for each channel and state.
+    return bool(name) and (
+        name[-1] in _GAIN or name[0] == "bias" or sorted(name) == ["a", "log"]
+    )
 
 
 def _is_norm(name: list[str], strict: bool) -> bool:
@@ -169,6 +184,19 @@ def _is_embedding(part: str) -> bool:
     return bool(_EMBEDDING.match(name[0])) and set(name[1:]) <= _EMBEDDED
 
 
+def _is_learned(leaf: str) -> bool:
+    """Rows that are learned as they are: cls_token, register_tokens, learned_pos."""
+    name = words(leaf)
+    if len(name) == 1 and name[0] in _LEARNED:
+        return True
+    named = bool(name) and name[-1] in _PLACES | {"token", "tokens"}
+    return named or _is_encoding(name)
+
+
+def _is_encoding(name: list[str]) -> bool:
+    return bool(name) and name[-1] in _CODES and bool(_PLACES & set(name))
+
+
 def _head(parts: list[str], named_leaf: bool) -> str:
     """The part of the path that names an output head, or ""."""
     last = len(parts) - 1 if named_leaf or len(parts) == 1 else len(parts) - 2
@@ -177,12 +205,13 @@ def _head(parts: list[str], named_leaf: bool) -> str:
         if _is_head(part, parts[:i], whole=i < last):
             return part
     above = parts[last - 1] if last and set(name) <= _PLAIN else ""
-    if _is_head(above, parts[: last - 1]) or words(above) == ["predictions"]:
+    carried = words(above) in (["predictions"], ["final", "layer"])
+    if _is_head(above, parts[: last - 1]) or carried:
         return above
     if tuple(name) in _OUTPUT and not _in_block(parts[:last]):
         return parts[last]
     top = {w for part in parts[:last] for w in words(part)} <= _TOP
-    return parts[last] if name == ["out"] and top else ""
+    return parts[last] if tuple(name) in _TOP_OUTPUT and top else ""
 
 
 def _is_head(part: str, parents: list[str], whole: bool = False) -> bool:
@@ -198,13 +227,22 @@ def _is_head(part: str, parents: list[str], whole: bool = False) -> bool:
         return not _in_block(parents)
     if part == "W_U":
         return not _in_block(parents)
-    if name[0] in _LOGITS and set(name) <= _LOGITS | _PLAIN | {"layer"}:
+    plain = set(name[1:]) <= _LOGITS | _PLAIN | {"layer"}
+    if plain and name[0] in _LOGITS:
         return True
+    if plain and len(name) > 1 and name[0] in ("head", "lm"):
+        return not _in_block(parents)
     embeds = any(_EMBEDDING.match(w) for w in name)
     if embeds and {"out", "output"} & set(name):
         return True
-    return bool({"vocab", "vocabulary"} & set(name)) and len(name) > 1 and not embeds
+    # DistilBERT's vocab_transform is a hidden layer before the head.
+    vocabulary = bool({"vocab", "vocabulary"} & set(name)) and name[-1] != "transform"
+    return vocabulary and len(name) > 1 and not embeds
 
 
 def _in_block(parents: list[str]) -> bool:
-    return bool(_BLOCK & {w for part in parents for w in words(part)})
+    return any(
+        w in _BLOCK or w.endswith(("block", "blocks", "layer", "layers", "attention"))
+        for part in parents
+        for w in words(part)
+    )

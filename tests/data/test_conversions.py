@@ -194,6 +194,16 @@ def test_malformed_criteo_line(tmp_path, line, match):
         conversions.criteo(path)
 
 
+def test_python_s_numbers_are_none_of_a_log(tmp_path):
+    path = tmp_path / "data.txt"
+    line = criteo_line(86400, "").strip("\n").split("\t")
+    for place in (0, 2, 9):
+        changed = [*line[:place], "1_0", *line[place + 1 :]]
+        path.write_text("\n".join(["\t".join(line), "\t".join(changed)]))
+        with pytest.raises(ValueError, match="line 2 .*underscore in a number"):
+            conversions.criteo(path)
+
+
 def test_no_early_click(tmp_path):
     path = tmp_path / "data.txt"
     for text in ("", criteo_line(31 * 86400, "")):

@@ -301,6 +301,7 @@ def test_hidden_and_other_files_are_no_images(tmp_path):
         for i in range(3):
             save(tmp_path / name / f"{i}.png", np.full((4, 4, 3), 9, np.uint8))
         (tmp_path / name / "._0.png").write_bytes(b"\0\5\x16\7 Mac OS X")
+    (tmp_path / "__MACOSX").mkdir()
     (tmp_path / "b" / "Thumbs.db").write_bytes(b"x")
     (tmp_path / "readme.txt").write_bytes(b"x")
     dataset = image_files.image_folder(tmp_path, 4, 0.5)

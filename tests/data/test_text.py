@@ -192,7 +192,11 @@ OTHERS = {
     "x.bz2": (bz2.compress(BODY), "compressed by bzip2"),
     "x16.txt": (BODY.decode().encode("utf-16"), "UTF-16 text"),
     "x32.txt": (BODY.decode().encode("utf-32"), "UTF-32 text"),
-    "x16le.txt": (BODY.decode().encode("utf-16-le"), "binary .a zero byte at 1"),
+    "x16le.txt": (BODY.decode().encode("utf-16-le"), "UTF-16 text"),
+    "x16be.txt": (BODY.decode().encode("utf-16-be"), "UTF-16 text"),
+    "x.tar.gz": (gzip.compress(b"a.txt".ljust(257, b"\0") + b"ustar"), "a tar archive"),
+    "x.gz.gz": (gzip.compress(gzip.compress(BODY)), "gzipped twice"),
+    "x.raw": (b"\1\2" * 500, "binary .1,000 control characters"),
     "x.dat": (BODY + b"\xff\xfe" + BODY, "no UTF-8 .near byte 2800"),
     "x.gz": (gzip.compress(BODY)[:-9], "unreadable after"),
     "x2.gz": (gzip.compress(lzma.compress(BODY)), "compressed by xz"),
@@ -205,22 +209,24 @@ def test_other_files_are_named_and_counted(tmp_path):
         with pytest.raises(ValueError, match=f"{name}: (is )?{kind}"):
             text.load(str(tmp_path / name))
     with pytest.raises(
-        ValueError, match="empty train split .*skipped 10 of 10 files: x"
+        ValueError, match="empty train split .*skipped 14 of 14 files: x"
     ):
         text.load(str(tmp_path))
     # A folder of one text is cut as the text alone.
     (tmp_path / "a.txt").write_bytes(BODY)
     (tmp_path / ".hidden").write_bytes(b"\0")
+    (tmp_path / "__MACOSX").mkdir()
+    (tmp_path / "__MACOSX" / "a.txt").write_bytes(BODY)
     os.mkfifo(tmp_path / "pipe.bin")
     corpus = text.load(str(tmp_path))
-    assert corpus.notes.startswith("skipped 11 of 12 files: pipe.bin (")
+    assert corpus.notes.startswith("skipped 15 of 16 files: pipe.bin (")
     np.testing.assert_array_equal(
         corpus.train[0], text.load(str(tmp_path / "a.txt")).train[0]
     )
     with pytest.raises(ValueError, match="pipe.bin: is a pipe"):
         text.load(str(tmp_path / "pipe.bin"))
     text.write_shard(tmp_path / "y.bin", np.arange(100))
-    assert "skipped 12 of 13 files: a.txt (no token" in text.load(str(tmp_path)).notes
+    assert "skipped 16 of 17 files: a.txt (no token" in text.load(str(tmp_path)).notes
 
 
 def test_texts_are_bounded(tmp_path, monkeypatch):

@@ -14,7 +14,10 @@ NAMES = {
         score/kernel output/kernel output_layer/kernel decoder/output_layer/kernel
         decoder_output out/kernel model/out/kernel vocab_projection/kernel
         vocab_proj/kernel embed_out/kernel output_embedding/weight readout/w
-        cls/predictions/decoder/kernel
+        cls/predictions/decoder/kernel qa_outputs/kernel vocab_projector/kernel
+        cls/seq_relationship/kernel discriminator_predictions/dense_prediction/kernel
+        proj_out/kernel fc_out/kernel model/out_proj/weight softmax/kernel softmax_w
+        head_linear/w lm_proj/kernel final_layer/linear/kernel
     """,
     "embedding": """
         transformer/wte/embedding transformer/wpe/embedding model.embed_tokens.weight
@@ -25,6 +28,8 @@ NAMES = {
         embedder/input_embedding item_table/table tables/item position_ids_table
         patch_embed/proj/kernel embed_positions/kernel vocab_embedding/weight
         relative_attention_bias/embedding value_embeds/0/weight embed/kernel/value
+        cls_token register_tokens prompt_tokens MAPHead_0/probe latents codebook
+        quantizer/codevectors pos_enc/weight positional_encoding learned_pos
     """,
     "scalar": """
         decoder/decoder_norm/scale layers/pre_self_attention_layer_norm/scale
@@ -33,12 +38,16 @@ NAMES = {
         BatchNorm_0/scale blocks/LayerScale/gamma layers/alpha q_norm/weight attn_norm
         layers/mlp/wi/bias layers/b mlp/~/linear_0/b attn/b_Q mlp/b_in logits/bias
         layers/mlp/bias/value layer_norm/offset norm_f/weight
+        LayerNormalization_0/weight normalization/weight layernorm_embedding/weight
+        layers/mixer/A_log
     """,
     "": """
         blocks/0/attn/query/kernel attn/value/kernel attn/value
         transformer/h0_attn/linear/w mlp/~/linear_0/w decoder/layers/mlp/wi_0/kernel
         blocks/0/mlp/fc1/weight layers_0/lora_a layers_0/lora_b layers/0/lora_B A B
-        router/kernel moe/gate/kernel
+        router/kernel moe/gate/kernel lora/a lora/b vocab_transform/kernel
+        encoderblock_0/out_proj/kernel transformer_blocks/0/proj_out/weight
+        cls/predictions/transform/dense/kernel linear_pos/kernel encoding_mlp/kernel
         gate_logits/kernel router_logits/kernel attn/W_Q mlp/W_in
         abnormality_detector/kernel normalizer_net/kernel bias_correction_mlp/kernel
         headless_mlp/kernel overhead/kernel member_proj/kernel embedder_mlp/hidden/kernel
