@@ -82,6 +82,14 @@ def _failed(error: Exception) -> int:
     """Says what went wrong, in one line where it is no bug of ours; the exit code."""
     if isinstance(error, BrokenPipeError):
         return 1
+    if _is_out_of_memory(error) and not os.environ.get("JAXPAPERS_TRACEBACK"):
+        reason = " ".join(str(error).split())[:200]
+        print(
+            f"jaxpapers: out of memory: {reason}; lower config.data.batch or the model's "
+            "sizes, see --dry-run",
+            file=sys.stderr,
+        )
+        return 1
     if supervise.is_supervised() and supervise.is_lost(error):
         print(f"jaxpapers: {supervise.LOST}", file=sys.stderr)
         return 1
@@ -93,6 +101,13 @@ def _failed(error: Exception) -> int:
         return 1
     print(f"jaxpapers: {_text(error)}", file=sys.stderr)
     return 1
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether the host or a device has too little memory for what was asked."""
+    return isinstance(error, MemoryError) or (
+        type(error).__name__ == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" in str(error)
+    )
 
 
 def _is_refusal(error: Exception) -> bool:
@@ -289,6 +304,8 @@ def _set_up_devices(options: argparse.Namespace) -> None:
     """Before anything touches a device: their number, then the other processes."""
     if not hasattr(options, "mesh"):
         return
+    if (options.fake_devices or 0) < 0:
+        raise ValueError(f"--fake-devices must be >= 1, got {options.fake_devices}")
     import jax
 
     if getattr(options, "topology", None) or _has_only_cpus():

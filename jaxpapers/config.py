@@ -27,8 +27,14 @@ MAY_CHANGE = {
 LEAST = {
     "batch": 1, "eval_batch": 1, "context": 1, "history": 1, "accumulate": 1, "keep": 1,
     "steps": 0, "seed": 0, "eval_every": 0, "save_every": 0, "save_minutes": 0,
-    "sample": 0, "temperature": 0, "weight_decay": 0, "clip": 0,
+    "sample": 0, "temperature": 0, "weight_decay": 0, "clip": 0, "max_id": 0,
+    "item_buckets": 0, "item_vocab": 0, "cate_vocab": 0, "user_vocab": 0, "epochs": 0,
+    "clicks": 0, "count": 1, "eval_count": 1, "eval_each": 1, "length": 0, "w1": 0,
+    "w2": 0, "w3": 0, "holdout": 0, "spread": 0, "eta": 0, "quick_tokens": 0,
 }  # fmt: skip
+# Fields in [0, 1].
+SHARES = {"dice_decay", "drop", "dropout", "ema", "kappa", "misaligned"}
+MOST_SEED = 2**32 - 1
 
 
 def load_config(
@@ -111,6 +117,7 @@ def _find(target: str, file: str | None) -> tuple[str, ModuleType, str]:
     papers.check(name)
     if not file:
         return name, _load(config_file(name)), preset
+    workdir.local(file, "--config")
     path, _, preset = file.partition(":")
     return name, _load(workdir.local(path, "--config")), preset
 
@@ -181,11 +188,15 @@ def check_values(config: Any) -> None:
         least = 0 if name.endswith("_lr") else LEAST.get(name)
         if isinstance(value, float) and math.isnan(value):
             raise ValueError(f"{field} must be a number, got nan")
+        if isinstance(value, float) and math.isinf(value):
+            raise ValueError(f"{field} must be finite, got {value}")
         if least is not None and isinstance(value, (int, float)):
             if not value >= least:
                 raise ValueError(f"{field} must be >= {least}, got {value}")
-        if (least is not None or name == "lr") and value == math.inf:
-            raise ValueError(f"{field} must be finite, got inf")
+        if name in SHARES and isinstance(value, (int, float)) and not 0 <= value <= 1:
+            raise ValueError(f"{field} must be in [0, 1], got {value}")
+        if name == "seed" and isinstance(value, int) and value > MOST_SEED:
+            raise ValueError(f"{field} must be <= {MOST_SEED}, got {value}")
         if name == "lr" and isinstance(value, (int, float)) and not value > 0:
             raise ValueError(f"{field} must be > 0, got {value}")
         if name in ("path", "init_from"):

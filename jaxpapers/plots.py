@@ -228,7 +228,17 @@ def _logarithmic(axes: Any, v: str) -> None:
 
 
 def save(figure: Any, out: str | Path) -> Path:
-    """Writes a figure as a whole."""
+    """Writes a figure as a whole.
+
+    Raises:
+      ValueError: a name without the suffix of a kind of image, or a folder.
+    """
+    suffix, known = Path(out).suffix[1:], figure.canvas.get_supported_filetypes()
+    if suffix.lower() not in known or Path(out).is_dir():
+        what = "is a folder" if Path(out).is_dir() else f"has the suffix {suffix!r}"
+        raise ValueError(
+            f"{out}: {what}, expected a file that ends in one of {', '.join(known)}"
+        )
     with replaced(out) as part:
         figure.savefig(part, dpi=150)
     return Path(out)

@@ -258,7 +258,8 @@ def data(name: str, cache: str | None = None) -> Path:
     """
     from jaxpapers.data import fetch
 
-    return fetch.get(name, cache)
+    # The environment's folder is a URL as little as the option's.
+    return fetch.get(name, folders.local(fetch.cache_folder(cache), "--cache"))
 
 
 def plot(runs: Sequence[str], metric: str, out: str) -> Path:

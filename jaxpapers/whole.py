@@ -58,7 +58,7 @@ def newest_whole(
     known = steps(place(manager))
     if not known or (step is not None and step not in known):
         raise FileNotFoundError(
-            f"no checkpoint {'' if step is None else step} in {manager.directory}, "
+            f"no checkpoint{'' if step is None else f' {step}'} in {manager.directory}, "
             f"found steps {known}"
         )
     damaged: dict[int, str] = {}

@@ -56,8 +56,10 @@ def local(path: str | os.PathLike, name: str) -> Path:
       name: of the option, for the error.
 
     Raises:
-      ValueError: a URL, which would become a folder of that name.
+      ValueError: a URL, which would become a folder of that name, or no path.
     """
+    if "\0" in os.fspath(path):
+        raise ValueError(f"{name}: {os.fspath(path)!r} has a zero byte")
     found = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):/", os.fspath(path))
     if found and len(found[1]) > 1:  # One letter is a drive.
         raise ValueError(

@@ -59,12 +59,41 @@ def test_a_mistyped_argument_gets_a_suggestion(call, arguments, message):
         ("dion", "train.save_minutes=-1", "train.save_minutes must be >= 0"),
         ("dion", "train.keep=0", "train.keep must be >= 1, got 0"),
         ("dion", "train.seed=-1", "train.seed must be >= 0, got -1"),
+        ("dion", "train.seed=9999999999", "train.seed must be <= 4294967295"),
+        ("din", "data.max_id=-1", "data.max_id must be >= 0, got -1"),
+        ("din", "net.std=inf", "net.std must be finite, got inf"),
+        ("din", "net.dice_decay=2", "net.dice_decay must be in"),
+        ("dpok", "pretrain.ema=-0.5", "pretrain.ema must be in [0, 1], got -0.5"),
+        (
+            "dien:smoke",
+            "net.normalize=maybe",
+            "normalize=maybe: expected True or False",
+        ),
     ],
 )
 def test_fields_and_presets_are_refused_by_name(call, target, field, message):
     fields = [f"--config.{field}"] if field else []
     code, _, err = call("run", target, "--print-config", *fields)
     assert code == 1 and message in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "target", ["din:smoke", "defer:smoke", "score_wasserstein:smoke"]
+)
+def test_files_for_a_source_that_reads_none(call, target):
+    code, _, err = call("run", target, "mine.csv", "--dry-run")
+    assert code == 1 and err.count("\n") == 1
+    assert "config.data.path: 'mine.csv' is not read with config.data.source=" in err
+
+
+def test_a_run_without_memory_ends_with_one_line(call, monkeypatch):
+    def run_out(*args, **kwargs):
+        raise MemoryError("Unable to allocate 7.28 TiB")
+
+    monkeypatch.setattr(run, "run", run_out)
+    code, _, err = call("run", "din:smoke")
+    assert code == 1 and err.count("\n") == 1
+    assert "out of memory: Unable to allocate 7.28 TiB; lower config.data.batch" in err
 
 
 @pytest.mark.parametrize("name", papers.NAMES)

@@ -267,6 +267,15 @@ def test_a_metric_that_is_no_number(tmp_path):
         plots.plot([tmp_path], "loss", tmp_path / "x.png")
 
 
+@pytest.mark.parametrize(
+    "name, problem", [("x.xyz", "has the suffix 'xyz'"), ("", "folder")]
+)
+def test_a_figure_of_no_kind(tmp_path, name, problem):
+    workdir.write(tmp_path / "metrics.jsonl", '{"step": 1, "loss": 2.0}\n')
+    with pytest.raises(ValueError, match=f"{problem}.*, expected a file that ends in"):
+        plots.plot([tmp_path], "loss", tmp_path / name)
+
+
 def test_a_failed_figure_leaves_the_old_one(tmp_path, monkeypatch):
     workdir.write(tmp_path / "metrics.jsonl", '{"step": 1, "loss": 2.0}\n')
     out = plots.plot([tmp_path], "loss", tmp_path / "x.png")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from jaxpapers import run, workdir
+from jaxpapers.config import load_config
 
 ROOT = Path(__file__).parent.parent
 HOLD = """
@@ -87,6 +88,12 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
 )
 def test_urls_are_refused_before_anything_is_read(path, monkeypatch):
     monkeypatch.setattr("jaxpapers.tasks.read", lambda config: pytest.fail("read"))
+    with pytest.raises(ValueError, match="--cache: 'gs:/b' is a URL"):
+        run.data("ml-100k", "gs://b")
+    with pytest.raises(ValueError, match="--config: .* is a URL"):
+        load_config("din", (), "gs://bucket/config.py")
+    with pytest.raises(ValueError, match="--workdir: .* has a zero byte"):
+        workdir.local("a\0b", "--workdir")
     with pytest.raises(ValueError, match="--workdir: .* is a URL"):
         run.run("dion:smoke", workdir=path)
     for field in ("data.path", "train.init_from"):

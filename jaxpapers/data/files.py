@@ -8,7 +8,7 @@ import gzip
 import stat
 import warnings
 import zlib
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -43,6 +43,25 @@ def check(path: str | Path) -> tuple[Path, int]:
             "its content to a file first"
         )
     return path, status.st_size
+
+
+def refuse_path(path: str | Path, source: str, sources: Sequence[str]) -> None:
+    """Refuses files that a source which makes its data up would not read.
+
+    Args:
+      path: of the user's files; "": none.
+      source: the one that is configured.
+      sources: all.
+
+    Raises:
+      ValueError: a path.
+    """
+    if path:
+        known = ", ".join(x for x in sources if x != source)
+        raise ValueError(
+            f"config.data.path: {str(path)!r} is not read with "
+            f"config.data.source={source}; name the source of these files, one of {known}"
+        )
 
 
 def is_folder(path: str | Path) -> bool:

@@ -66,6 +66,8 @@ class Net:
             hidden=1, dice_decay=0, dice_eps=0, unit=1, unit_chunk=0,
         )  # fmt: skip
         options.check_choices(self, "net", activation=mlp.ACTIVATIONS)
+        if not self.dice_decay <= 1:
+            raise ValueError(f"net.dice_decay must be in [0, 1], got {self.dice_decay}")
         if not self.unit:
             raise ValueError("net.unit must have at least one hidden layer, got ()")
         for field in ("item", "cate", "user"):

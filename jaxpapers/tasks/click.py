@@ -13,6 +13,7 @@ import numpy as np
 from jaxpapers import mesh as meshes
 from jaxpapers.config import load_config
 from jaxpapers.data import ctr, ctr_files, ctr_tasks, fetch, lines, movielens
+from jaxpapers.data.files import refuse_path
 from jaxpapers.nets import embedding
 from jaxpapers.ops import ranking
 from jaxpapers.papers import dien, rocket, sim
@@ -289,6 +290,7 @@ def _read(source, path, target, order, categories, protocol, max_id) -> ctr.Clic
         raise ValueError(f"config.data.target must be one of {TARGETS}, got {target!r}")
     if source in ("ml-100k", "generated"):
         if source == "generated":
+            refuse_path(path, source, SOURCES)
             ratings = ctr_tasks.generated()
         else:
             folder = path or fetch.get("ml-100k")

@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxpapers import mesh as meshes
 from jaxpapers.data import conversions, fetch, lines
+from jaxpapers.data.files import refuse_path
 from jaxpapers.papers import defer
 from jaxpapers.study import Data, Finding, Row, Stage, Study, with_fields, with_seed
 from jaxpapers.tasks.scores import all_finite, scorer
@@ -283,6 +284,7 @@ def _load(
     if source not in SOURCES:
         raise ValueError(f"config.data.source must be one of {SOURCES}, got {source!r}")
     if source == "synthetic":
+        refuse_path(path, source, SOURCES)
         data = conversions.synthetic(count, seed=seed, w1=w1, w2=w2)
     elif source == "cdnow":
         data = conversions.cdnow(path or fetch.get("cdnow"))

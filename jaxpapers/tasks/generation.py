@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxpapers import figures
 from jaxpapers.data import arrays, fetch, image_files, images, points
+from jaxpapers.data.files import refuse_path
 from jaxpapers.ops import diffusion, distance
 from jaxpapers.ops.schedules import NoiseSchedule, Sampler, reverse_schedule
 from jaxpapers.papers import sft_pg
@@ -179,6 +180,7 @@ def _read(
         halves = points.digit_components(path or fetch.get("digits"), dim)
         return Source(*halves, None, f"scanned digits, {dim} components")
     if name in POINTS:
+        refuse_path(path, name, ("digit_components", *IMAGES))
         make = getattr(points, name)
         if name in ("clusters", "gaussian"):  # In as many dimensions as the net has.
             make = functools.partial(make, dim=dim)
