@@ -66,8 +66,8 @@ def test_a_mistyped_argument_gets_a_suggestion(call, arguments, message):
         ("dpok", "pretrain.ema=-0.5", "pretrain.ema must be in [0, 1], got -0.5"),
         (
             "dien:smoke",
-            "net.normalize=maybe",
-            "normalize=maybe: expected True or False",
+            "train.alone=maybe",
+            "train.alone=maybe: expected True or False",
         ),
     ],
 )
