@@ -43,6 +43,7 @@ def get_config(preset: str | None = None) -> ConfigDict:
                 "images": 3000,  # ID images of an epoch
                 "letters": 1200,  # in the pool
                 "contaminants": 0,  # ID images in the pool
+                "ablations": True,  # more rows than other choices of outliers
                 "batch": 64,
                 "eval_batch": 500,
                 "seed": 0,
@@ -73,8 +74,9 @@ def get_config(preset: str | None = None) -> ConfigDict:
         }
     )
     if preset == "contaminated":
-        config.data.contaminants = 2000
+        config.data.update(contaminants=2000, ablations=False)
     elif preset == "long":
+        config.data.ablations = False
         config.method.update(m_in=-25.0, m_out=-7.0)
         config.train.update(steps=1410, eval_every=470)
     elif preset.startswith("cifar"):
@@ -91,7 +93,7 @@ def _paper(config: ConfigDict, preset: str) -> None:
     """The released code's settings: 100 epochs of 49,000, for CIFAR-100 200."""
     classes = int(preset.removeprefix("cifar-"))
     epochs = 100 if classes == 10 else 200
-    config.data.update(source=preset, images=49_000)
+    config.data.update(source=preset, images=49_000, ablations=False)
     config.net = dataclasses.asdict(poem.Net(classes=classes))
     config.method = dataclasses.asdict(poem.Options())
     config.optim.lr = 0.1

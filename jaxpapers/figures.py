@@ -257,8 +257,12 @@ def mined(results: Sequence[Any], out: str | Path) -> None:
         axes.set_yticks(places, [f"round {r + 1}" for r in arrays["round"]])
         axes.set_xticks([])
         axes.set_title(label, fontsize=9)
-    kinds = [str(x) for x in first["kinds"][1:]]
-    patches = [Patch(color=c, label=k) for c, k in zip(colours[1:], kinds)]
+    shown = set(np.unique(np.concatenate([x["kind"] for x in drawn.values()])))
+    patches = [
+        Patch(color=colours[i], label=str(k))
+        for i, k in enumerate(first["kinds"])
+        if i and i in shown
+    ]
     figure.legend(
         handles=patches, frameon=False, fontsize=8, loc="outside upper right", ncols=3
     )

@@ -301,7 +301,7 @@ POEM = [
         "return -jnp.abs(jnp.matmul(z, w, precision=HIGHEST))",
         "return jnp.matmul(z, w, precision=HIGHEST)",
         [
-            "tests/tasks/test_outliers.py::test_a_round_by_hand_on_one_device_and_on_eight"
+            "tests/tasks/test_outliers.py::test_a_round_by_hand_on_one_device_and_on_several"
         ],
     ),
     # The ID rows count once for each round of the buffer.
@@ -310,7 +310,7 @@ POEM = [
         "np.arange(len(train)), len(rounds))]",
         "np.arange(len(train)), 1)]",
         [
-            "tests/tasks/test_outliers.py::test_a_round_by_hand_on_one_device_and_on_eight"
+            "tests/tasks/test_outliers.py::test_a_round_by_hand_on_one_device_and_on_several"
         ],
     ),
     # Outliers are pushed above their margin.

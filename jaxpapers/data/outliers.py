@@ -126,7 +126,7 @@ def digits_among_letters(
     kind = np.repeat([0, 1, 2], [len(easy), letters, contaminants])
     folders = [Path(textures), Path(photos)]
     return Detection(
-        f"{train:,} digits",
+        "handwritten digits",
         part(order[:train]),
         part(order[4000:5000]),
         part(order[8000:]),

@@ -52,7 +52,8 @@ def read(config: Any) -> Data:
     """ID images, and the outliers that each round chooses from the pool."""
     data, c = load(config), config.data
     plan = abstract(config)._replace(
-        summary=f"{data.name}: a pool of {len(data.pool):,}, tests against "
+        summary=f"{len(data.train.label):,} {data.name}: a pool of {len(data.pool):,}, "
+        "tests against "
         + ", ".join(f"{len(x):,} {k}" for k, x in data.outliers.items())
     )
     if config.method.select == "none":
@@ -72,16 +73,7 @@ def study(name: str, config: Any, data: Data, mesh: Any) -> Study:
 
     def rows(seed):
         own = with_seed(config, seed)
-        variants = {
-            "reference covariance": {"method.covariance": "reference"},
-            "greedy": {"method.select": "greedy"},
-            "random outliers": {"method.select": "random"},
-            "separate batches": {"method.batch_norm": "separate"},
-            "cross-entropy only": {"method.select": "none"},
-        }
-        labelled = (
-            {"this model": {}, **variants} if _mines(config) else {"this model": {}}
-        )
+        labelled = {"this model": {}, **_variants(config)}
         return [
             Row(
                 label,
@@ -93,8 +85,8 @@ def study(name: str, config: Any, data: Data, mesh: Any) -> Study:
         ]
 
     return Study(
-        title=f"FPR95 of {len(content.outliers[near]):,} {near}, energy score, against "
-        f"{content.name}",
+        title=f"FPR95 of {len(content.outliers[near]):,} {near} against "
+        f"{len(content.test.label):,} {content.name}, energy score",
         metric="fpr95_mean" if config.data.source in pools.ORIGINAL else "fpr95",
         rising=False,
         rows=rows,
@@ -103,8 +95,21 @@ def study(name: str, config: Any, data: Data, mesh: Any) -> Study:
     )
 
 
-def _mines(config: Any) -> bool:
-    return config.method.select == "poem"
+def _variants(config: Any) -> dict[str, dict[str, Any]]:
+    """Label -> fields: other choices of outliers, and what else can be left out."""
+    if config.method.select != "poem":
+        return {}
+    choices = {
+        "greedy": {"method.select": "greedy"},
+        "random outliers": {"method.select": "random"},
+    }
+    if not config.data.ablations:
+        return choices
+    return choices | {
+        "cross-entropy only": {"method.select": "none"},
+        "reference covariance": {"method.covariance": "reference"},
+        "separate batches": {"method.batch_norm": "separate"},
+    }
 
 
 def _watch(config, content, mesh, method, state) -> dict[str, float]:

@@ -106,6 +106,7 @@ def test_closed_forms(float64):
 def test_routes_orders_and_chunks_agree(float64):
     z, y = rows(40, 5, (3,))
     order = np.random.default_rng(1).permutation(40)
+    eps = np.random.default_rng(2).normal(size=(5, 3))
 
     def body(z, y):
         pieces = [
@@ -128,6 +129,10 @@ def test_routes_orders_and_chunks_agree(float64):
             "twice": fitted(jnp.tile(z, (2, 1)), jnp.tile(y, (2, 1))),
             "weight 2": fitted(z, y, weight=np.full(40, 2.0)),
             "scaled": fitted(z, 3 * y, 9 * PRIOR, 9 * NOISE),
+            "draws": [
+                blr.sample(eps, fitted(z, y)),
+                blr.sample(eps, fitted(z, 3 * y, 9 * PRIOR, 9 * NOISE)),
+            ],
             "whole": fitted(z, y),
         }  # fmt: skip
 
@@ -146,7 +151,9 @@ def test_routes_orders_and_chunks_agree(float64):
     )
     for i, each in enumerate(got.pop("each output")):
         np.testing.assert_allclose(each.mean, mean[:, i], rtol=1e-9)
-    # Targets in other units: the mean in those, the boundary where it was.
+    # Targets in other units: mean and draws in those, the boundary where it was.
+    plain, scaled = got.pop("draws")
+    np.testing.assert_allclose(scaled, 3 * plain, rtol=1e-10)
     np.testing.assert_allclose(got.pop("scaled").mean, 3 * mean, rtol=1e-10)
     for name, post in got.items():
         for a, b in zip(post, whole):

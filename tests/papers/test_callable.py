@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpapers.papers import defer, dien, din, dion, dpok, rocket, sft_pg, sim
+from jaxpapers.papers import defer, dien, din, dion, dpok, poem, rocket, sft_pg, sim
 from jaxpapers.papers import score_wasserstein as sw
 from tests import clicks
 from tests.programs import KEY, params_like, together
@@ -104,6 +104,26 @@ def score_model():
     return run, (params_like(lambda key: sw.init_params(key, model), KEY), x)
 
 
+def detector():
+    """POEM's loss on images and outliers, and logits with features."""
+    net, rng = poem.Net(model="conv"), np.random.default_rng(0)
+    options = poem.Options()
+    batch = {"image": rng.uniform(0, 1, (4, 32, 32, 3)).astype("f"),
+             "outlier": rng.uniform(0, 1, (4, 1, 32, 32, 3)).astype("f"),
+             "label": np.array([0, 1, 9, 0], "i")}  # fmt: skip
+    params = params_like(lambda key: poem.init(key, net), KEY)
+
+    def run(params, batch):
+        extra = {"net": poem.statistics(params, net)}
+        key = jax.random.key(0)
+        value, (metrics, extra) = poem.loss(
+            params, extra, batch, key, net=net, options=options
+        )
+        return value, metrics, poem.predict(params, extra, batch, net=net)
+
+    return run, (params, batch)
+
+
 def language_model():
     """The next-token loss, and a continuation of the first tokens."""
     tokens = np.random.default_rng(0).integers(0, 256, (2, 9)).astype(np.int32)
@@ -129,6 +149,7 @@ ROWS = {
     "dpok": policy,
     "sft_pg": few_step_sampler,
     "score_wasserstein": score_model,
+    "poem": detector,
 }
 
 

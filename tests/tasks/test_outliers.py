@@ -60,13 +60,17 @@ def outputs(state, images, net):
 
 # Init and the six programs of a round, on two meshes.
 @pytest.mark.programs(40)
-def test_a_round_by_hand_on_one_device_and_on_eight():
+@pytest.mark.parametrize(
+    "several",
+    ["8x1", *(pytest.param(m, marks=pytest.mark.matrix) for m in ("4x2", "2x4"))],
+)
+def test_a_round_by_hand_on_one_device_and_on_several(several):
     """The posterior of the buffer in the features of now, and the nearest items."""
     config, _ = method()
     net, options = poem.read(config)
     own = miner(config)
     found = {}
-    for mesh in ("1x1", "8x1"):
+    for mesh in ("1x1", several):
         state = compiled().init(jax.random.key(0))
         placed = jax.device_put(state, jax.NamedSharding(grid(mesh), jax.P()))
         ring = np.random.default_rng(0).integers(0, 2000, (4, 32)).astype(np.int32)
@@ -76,7 +80,7 @@ def test_a_round_by_hand_on_one_device_and_on_eight():
         with jax.set_mesh(grid(mesh)):
             new = own.refresh(state)
         found[mesh] = jax.device_get(new.extra)
-    got, sharded = found["1x1"], found["8x1"]
+    got, sharded = found["1x1"], found[several]
     with jax.set_mesh(grid("1x1")):
         state = compiled().init(jax.random.key(0))
         items = np.asarray(poem.scanned(state.key, 6, size=2000, options=options))
@@ -92,7 +96,7 @@ def test_a_round_by_hand_on_one_device_and_on_eight():
     order = items[np.argsort(np.abs(z[1] @ np.float64(got["w"])), kind="stable")[:32]]
     assert len(set(order) & set(got["ring"][2])) >= 31
     assert got["round"] == 7 and (got["ring"][[0, 1, 3]] == ring[[0, 1, 3]]).all()
-    # The same choice on eight devices, exactly; weights to rounding.
+    # The same choice on several devices, exactly; weights to rounding.
     np.testing.assert_array_equal(sharded["ring"], got["ring"])
     np.testing.assert_allclose(sharded["w"], got["w"], rtol=1e-3, atol=1e-4)
 
@@ -172,9 +176,12 @@ def test_what_a_row_reports(tmp_path, figures):
     study = tasks.study("poem", config, tasks.read(config), grid("1x1"))
     rows = study.rows(0)
     assert [r.label for r in rows] == [
-        "this model", "reference covariance", "greedy", "random outliers",
-        "separate batches", "cross-entropy only",
+        "this model", "greedy", "random outliers", "cross-entropy only",
+        "reference covariance", "separate batches",
     ]  # fmt: skip
+    plain = with_fields(config, {"data.ablations": False})
+    choices = tasks.study("poem", plain, None, grid("1x1")).rows(0)
+    assert [r.label for r in choices] == ["this model", "greedy", "random outliers"]
     _, made = method()
     data = tasks.read(config)
     state = trainer.fit(
