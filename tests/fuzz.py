@@ -36,6 +36,7 @@ from jaxpapers.data import (
     images,
     movielens,
     packages,
+    pools,
     text,
 )
 from jaxpapers.papers import dnw
@@ -456,6 +457,45 @@ def npm(folder, rng):
             archive.addfile(info, io.BytesIO(data))
 
 
+def deb(folder, rng):
+    inner = io.BytesIO()
+    with tarfile.open(fileobj=inner, mode="w:xz") as archive:
+        for name, data in CONTENT.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    parts = {"debian-binary": b"2.0\n", "data.tar.xz": inner.getvalue()}
+    with open(folder / "toy.deb", "wb") as file:
+        file.write(b"!<arch>\n")
+        for name, data in parts.items():
+            file.write(f"{name:<16}{0:<12}{0:<6}{0:<6}{644:<8}{len(data):<10}".encode())
+            file.write(b"`\n" + data + b"\n" * (len(data) % 2))
+
+
+def outlier_pools(folder, rng):
+    def planes(n, side):
+        return rng.integers(0, 4, (n, 3 * side**2)).astype(np.uint8)
+
+    content = {"data": planes(3, 4), "labels": [1, 2, 3], "mean": np.zeros(48)}
+    (folder / "train_data_batch_1").write_bytes(pickle.dumps(content, 2))
+    np.savez(folder / "train_data_batch_2.npz", data=planes(2, 4))
+    (folder / "tiny_images.bin").write_bytes(planes(3, 32).tobytes())
+    (folder / "80mn_cifar_idxs.txt").write_text("0\n2\n")
+    for name in ("train.bin", "test.bin"):
+        records = np.concatenate([np.uint8([[3, 7]]), planes(1, 32)], 1)
+        (folder / name).write_bytes(records.tobytes())
+
+
+def read_pools(folder):
+    found = [pools.imagenet(folder, 3), pools.TinyImages(folder)]
+    whole = [pool.read(np.arange(len(pool))) for pool in found]
+    return [*whole, *(x.image for x in pools.cifar_binary(folder, 100))]
+
+
+def sound_pools(read):
+    assert all(x.dtype == np.uint8 and x.ndim == 4 and len(x) for x in read)
+
+
 def read_package(file):
     import hashlib
 
@@ -552,5 +592,7 @@ GROUPS: dict[str, Group] = {
     "captions": Group(prompts, read_prompts, sound_prompts),
     "wheel": Group(wheel, lambda d: read_package(d / "toy.whl"), sound_wheel),
     "npm": Group(npm, lambda d: read_package(d / "toy.tgz"), sound_wheel),
+    "deb": Group(deb, lambda d: read_package(d / "toy.deb"), sound_wheel),
+    "pools": Group(outlier_pools, read_pools, sound_pools),
     "networks": Group(networks, read_networks, sound_network),
 }

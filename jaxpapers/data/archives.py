@@ -126,6 +126,8 @@ def _span(file: IO[bytes], name: str) -> tuple[int, int]:
         raise ValueError("it does not start as an ar archive")
     while len(header := file.read(60)) == 60 and header[58:] == b"`\n":
         size, start = int(header[48:58]), file.tell()
+        if size < 0:  # It would lead back.
+            raise ValueError(f"a member of {size} bytes")
         if header[:16].decode("ascii").startswith(name):
             return start, size
         file.seek(start + size + size % 2)

@@ -406,6 +406,7 @@ def test_debs_that_are_refused(tmp_path):
         (b"!<arch>\n", "broken deb archive.*no member data.tar"),
         (b"PK" + whole, "does not start as an ar archive"),
         (whole[:-200], "broken deb archive"),
+        (whole[:56] + b"-60       " + whole[66:], "a member of -60 bytes"),
     ):
         deb.write_bytes(content)
         with pytest.raises(ValueError, match=says):
