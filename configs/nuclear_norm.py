@@ -62,7 +62,7 @@ def get_config(preset: str | None = None) -> ConfigDict:
             },
             "method": dataclasses.asdict(nu.Options()),
             "optim": {"name": "adam", "lr": 0.01, "weight_decay": 0.0},
-            "train": blocks.train(1500, save_minutes=1.0),
+            "train": blocks.train(1500, eval_every=100, save_minutes=1.0),
         }
     )
     if preset in ("rotated", "coloured", "fonts"):
@@ -86,9 +86,9 @@ def _small_images(config: ConfigDict, source: str) -> None:
     config.optim.lr = 1e-3
     config.data.update(
         source=source, selection="iid", validate_every=50, l2=1e-4,
-        rows=("ERM-NU", "SWAD-NU", "ERM", "SWAD", "CORAL"),
+        rows=("ERM-NU", "ERM-NU, theta 0.1", "SWAD-NU", "ERM", "SWAD", "CORAL"),
     )  # fmt: skip
-    config.train.steps = 250
+    config.train.update(steps=250, eval_every=50)
     if source == "rotated":
         config.data.update(batch=160, test=(0,), folds=(0, 5))
     elif source == "coloured":
@@ -96,7 +96,8 @@ def _small_images(config: ConfigDict, source: str) -> None:
         config.data.rows = ()
     else:
         config.data.update(test=(0,), folds=())
-        config.train.steps = 1000
+        config.train.update(steps=1000, eval_every=100)
+        config.data.validate_every = 100
 
 
 def _photographs(config: ConfigDict) -> None:

@@ -18,6 +18,8 @@ from jax.custom_batching import sequential_vmap
 WELL_CONDITIONED = 1e-2
 # Relative growth of a residual that is more than rounding.
 GROWTH = 1e-4
+# Products of at least so many rows are computed in blocks.
+LARGE, BLOCKS = 256, 4
 
 dot = functools.partial(jnp.matmul, precision="highest")
 
@@ -40,23 +42,27 @@ def factor(
       method, tau, steps: see ``penalty.Norm``.
       gather: of the scaled features, on a mesh.
     """
-    good = jnp.isfinite(features).all()
-    size = jnp.where(good, jnp.abs(features).max(), 1)
-    size = lax.stop_gradient(jnp.where(size < jnp.finfo(features.dtype).tiny, 1, size))
+    largest = lax.stop_gradient(jnp.abs(features).max())
+    good = jnp.isfinite(largest)
+    tiny = largest < jnp.finfo(features.dtype).tiny
+    size = jnp.where(good & ~tiny, largest, 1)
     # NaN would send LAPACK into long searches.
-    scaled = gather(jnp.where(good, features / size, 0))
+    scaled = gather(jnp.where(good, features * (1 / size), 0))
     wide = scaled.shape[0] <= scaled.shape[1]
     backends: dict[str, Callable] = {
         "svd": _svd, "gram": _gram, "newton_schulz": _newton_schulz,
     }  # fmt: skip
-    nuclear, largest, polar = backends[method](scaled, tau, steps, wide)
-    bad = jnp.where(good, 0, jnp.nan).astype(features.dtype)
-    return Factor(nuclear * size + bad, largest * size + bad, polar + bad)
+    # A factor of small matrices, where it costs less than on the features.
+    one = jnp.where(good, 1, jnp.nan).astype(features.dtype)
+    nuclear, largest, polar = backends[method](scaled, tau, steps, wide, one)
+    return Factor(nuclear * size * one, largest * size * one, polar)
 
 
-def _svd(a, tau, steps, wide):
-    del wide
-    return _decomposed(a, tau or min(a.shape) * float(jnp.finfo(a.dtype).eps))
+def _svd(a, tau, steps, wide, one):
+    del steps, wide
+    tau = tau or min(a.shape) * float(jnp.finfo(a.dtype).eps)
+    nuclear, largest, polar = _decomposed(a, tau)
+    return nuclear, largest, polar * one
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -88,17 +94,17 @@ def _decomposed_jvp(tau, primals, tangents):
     return (nuclear, largest, polar), tangents
 
 
-def _gram(a, tau, steps, wide):
+def _gram(a, tau, steps, wide, one):
+    del steps
     values, vectors = eigh(products_of(a, wide))
     s = jnp.sqrt(jnp.maximum(values, 0))
-    tau = tau or 3 * _root_eps(a.dtype)
-    kept = s > tau * s[-1]
+    kept = s > (tau or 3 * _root_eps(a.dtype)) * s[-1]
     inverse = jnp.where(kept, 1 / jnp.where(kept, s, 1), 0)
-    root = dot(vectors * inverse[None], vectors.T)
+    root = products_of(vectors * jnp.sqrt(inverse * one)[None], True)
     return jnp.where(kept, s, 0).sum(), s[-1], applied(root, a, wide)
 
 
-def _newton_schulz(a, tau, steps, wide):
+def _newton_schulz(a, tau, steps, wide, one):
     products = products_of(a, wide)
     largest = jnp.sqrt(_spectral_norm(products))
     # Power iterations come from below.
@@ -115,7 +121,7 @@ def _newton_schulz(a, tau, steps, wide):
         return (polar * a).sum(), polar
 
     nuclear, polar = lax.cond(good, squared, direct, a)
-    return nuclear, largest, polar
+    return nuclear, largest, polar * one
 
 
 def _coupled(g, steps):
@@ -203,8 +209,18 @@ def _spectral_norm(g, steps: int = 16):
 
 
 def products_of(a, wide):
-    """a a^T or a^T a, the smaller one."""
-    return dot(a, a.T) if wide else dot(a.T, a)
+    """a a^T or a^T a, the smaller one; of large ones the upper half alone is computed."""
+    a = a if wide else a.T
+    if len(a) % BLOCKS or len(a) < LARGE:
+        return dot(a, a.T)
+    k = len(a) // BLOCKS
+    columns = [dot(a[: (i + 1) * k], a[i * k : (i + 1) * k].T) for i in range(BLOCKS)]
+
+    def whole(i):
+        below = [c[i * k : (i + 1) * k].T for c in columns[i + 1 :]]
+        return jnp.concatenate([columns[i], *below])
+
+    return jnp.concatenate([whole(i) for i in range(BLOCKS)], 1)
 
 
 def applied(root, a, wide):
@@ -219,7 +235,7 @@ def _root_eps(dtype) -> float:
 @sequential_vmap
 def eigh(a):
     """One matrix at a time where it is mapped: see ``ops.linalg.per_matrix``."""
-    return tuple(jnp.linalg.eigh(a))
+    return tuple(jnp.linalg.eigh(a, symmetrize_input=False))
 
 
 @sequential_vmap
