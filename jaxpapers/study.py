@@ -136,6 +136,7 @@ class Study(NamedTuple):
         ``comparison.png`` and ``curves.png``.
       curve: training metric of ``loss.png``, beside which ``metric`` is drawn.
       unit: that metric with its unit; "" for its name.
+      errors: whether the cells of columns have the standard error over seeds.
       sample: (Method, State, key, prompt, length, temperature) -> text; None: the model
         continues no text.
     """
@@ -149,6 +150,7 @@ class Study(NamedTuple):
     curve: str = "loss"
     unit: str = ""
     sample: Callable | None = None
+    errors: bool = False
 
     @property
     def heading(self) -> str:

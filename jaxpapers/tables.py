@@ -1,7 +1,8 @@
 """Tables of a study for the terminal, and what they show in a sentence."""
 
 import math
-from collections.abc import Sequence
+import statistics
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.table import Table
@@ -13,7 +14,8 @@ from jaxpapers.study import Result, Results, Study, ahead
 def comparison(study: Study, results: Results) -> Table:
     """The study's metric, mean and spread over seeds; best rows first.
 
-    Rows of several columns (test domains, folds) have a cell for each and their mean.
+    Rows of several columns (test domains, folds) have a cell for each and their mean,
+    with the standard error over seeds if the study asks for it.
 
     Args:
       study: title, metric, direction, further metrics.
@@ -44,10 +46,13 @@ def comparison(study: Study, results: Results) -> Table:
 
     for label in sorted(cells, key=rank):
         row = cells[label]
-        texts = [
-            _cell(row[c].values(study.metric)) if c in row else "" for c in columns
-        ]
-        texts += [_cell(means[label])]
+        every = {c: row[c].values(study.metric) for c in columns if c in row}
+        cell = _with_error if study.errors else _cell
+        texts = [cell(every[c]) if c in every else "" for c in columns]
+        if study.errors and columns:
+            texts.append(cell(_over(every.values())))
+        else:
+            texts.append(_cell(means[label]))
         first = next(iter(row.values()))
         if several and not columns:
             values = first.values(study.metric)
@@ -92,6 +97,19 @@ def small_table(table: Any) -> Table:
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else math.nan
+
+
+def _over(columns: Iterable[Sequence[float]]) -> list[float]:
+    """Means over the columns, seed by seed."""
+    return [_mean(values) for values in zip(*columns)]
+
+
+def _with_error(values: Sequence[float]) -> str:
+    """A cell with the standard error of its mean, where there are several seeds."""
+    n = len(values)
+    if n < 2 or not all(map(math.isfinite, values)):
+        return _cell(values)
+    return f"{_cell(values)} ± {statistics.stdev(values) / n**0.5:.4f}"
 
 
 def _cell(values: Sequence[float]) -> str:

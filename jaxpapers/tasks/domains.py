@@ -146,6 +146,7 @@ def study(name: str, config: Any, data: Data, mesh: Any) -> Study:
         columns=() if len(folds) > 1 else ("validation", "last", "oracle", "ratio"),
         pictures=pictures,
         unit="loss of the training domains",
+        errors=True,
     )
 
 

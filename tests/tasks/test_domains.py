@@ -257,3 +257,57 @@ def test_pictures_are_decoded_once(tmp_path, monkeypatch):
     for _ in range(2):
         pictures[np.arange(3)]
     assert len(calls) == 3 + 1  # The third does not fit.
+
+
+@pytest.mark.slow
+def test_a_folder_from_a_pretrained_net(tmp_path):
+    """ResNet-18 of a safetensors file, frozen statistics, on a tree of images."""
+    from safetensors.numpy import save_file
+
+    from jaxpapers.checkpoint import restore_params
+    from jaxpapers.nets import resnet
+    from tests.nets.test_resnet import state_dict
+
+    params, extra, arrays = state_dict(18)
+    save_file(
+        {k: np.ascontiguousarray(v) for k, v in arrays.items()},
+        tmp_path / "x.safetensors",
+    )
+    tree(tmp_path / "tree", size=(40, 50))
+    fields = [
+        f"data.backbone={tmp_path / 'x.safetensors'}", "data.batch=8", "net.depth=18",
+        "net.size=32", "net.classes=2", "train.steps=2", "data.validate_every=1",
+        "data.eval_batch=8", "optim.name=sgd", "optim.lr=1e-9", "train.eval_every=0",
+        "data.folds=(1,)", "data.rows=('SWAD-NU',)", "method.valley.n_converge=1",
+    ]  # fmt: skip
+    result = run.run(
+        "nuclear_norm:folder", [f"--config.{f}" for f in fields],
+        files=[str(tmp_path / "tree")], workdir=str(tmp_path / "run"), quiet=True,
+    )  # fmt: skip
+    numbers = {r["label"]: r["numbers"][0] for r in result["rows"]}
+    assert numbers["SWAD-NU"]["swad_end"] >= 0
+    assert 0 <= numbers["ERM-NU"]["accuracy"] <= 1
+    shapes = jax.eval_shape(
+        lambda: {
+            "featurizer": resnet.init(jax.random.key(0), 18),
+            "head": {"kernel": np.zeros((512, 2), "f"), "bias": np.zeros(2, "f")},
+        }
+    )
+    trained = restore_params(str(tmp_path / "run"), shapes)["featurizer"]
+    np.testing.assert_allclose(trained["conv1"], params["conv1"], atol=1e-6)
+    names = (tmp_path / "run" / "domains.txt").read_text().splitlines()
+    assert names[1].split() == ["method", "accuracy"]
+
+
+def test_the_consoles_table_has_standard_errors():
+    from jaxpapers.study import Study
+    from jaxpapers.tables import comparison
+
+    def result(column, *accuracies):
+        findings = [Finding({"accuracy": a}) for a in accuracies]
+        return Result(Row("NU", None, lambda: None, column), findings, [])
+
+    study = Study("t", "accuracy", True, lambda seed: [], errors=True)
+    table = comparison(study, [result("a", 0.2, 0.4), result("b", 0.5, 0.5)])
+    cells = [str(next(iter(c.cells))) for c in table.columns]
+    assert cells == ["NU", "0.3000 ± 0.1000", "0.5000 ± 0.0000", "0.4000 ± 0.0500"]
