@@ -74,7 +74,7 @@ def close(manager: ocp.CheckpointManager) -> None:
 
 def _add_checksums(folder: Path) -> None:
     for part in folder.glob(f"*{PART}*"):
-        checksums.write(part)
+        checksums.write(part, part.name.partition(".")[0])
 
 
 @functools.cache

@@ -17,14 +17,20 @@ NAME = "checksums.json"
 LATER = ("_CHECKPOINT_METADATA", "commit_success.txt")
 
 
-def write(folder: Path) -> None:
-    """Writes the checksums of all files of a folder."""
+def write(folder: Path, name: str = "") -> None:
+    """Writes the checksums of all files of a folder.
+
+    Args:
+      folder: with the files.
+      name: that the folder will have, "" for the one that it has.
+    """
     sums = {
         str(path.relative_to(folder)): [path.stat().st_size, _sum(path)]
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name not in LATER
     }
-    (folder / NAME).write_text(json.dumps({"crc32": sums}))
+    text = json.dumps({"folder": name or folder.name, "crc32": sums})
+    (folder / NAME).write_text(text)
 
 
 def exist(folder: Path) -> bool:
@@ -52,12 +58,21 @@ def problem(folder: Path, item: str = "") -> str:
 def _first_problem(folder: Path, item: str) -> str:
     path = folder / NAME
     try:
-        sums = json.loads(path.read_text())["crc32"]
-        files = [(name, int(size), int(crc)) for name, (size, crc) in sums.items()]
+        stored = json.loads(path.read_text())
+        files = [(n, int(size), int(crc)) for n, (size, crc) in stored["crc32"].items()]
+        name = stored.get("folder", folder.name)
     except FileNotFoundError:
         return ""
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"{NAME} cannot be read"
+    if name != folder.name:
+        return f"it was written as {name} and renamed"
+    listed = {name for name, _, _ in files}
+    for other in sorted(folder.glob(f"{item or '*'}/**/*")):
+        name = str(other.relative_to(folder))
+        later = other.name in LATER or other.name.startswith(".")
+        if other.is_file() and not later and name not in listed:
+            return f"{name} has no checksum"
     chosen = [x for x in files if not item or x[0].startswith(f"{item}/")]
     chosen.sort(key=lambda x: -x[1])
     for name, size, crc in chosen[jax.process_index() :: jax.process_count()]:

@@ -1,6 +1,7 @@
 """Which checkpoints of a folder are whole; damaged ones are named and passed over."""
 
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Callable
@@ -21,7 +22,7 @@ def steps(directory: str | Path) -> list[int]:
         names = [p.name for p in Path(directory).iterdir() if p.is_dir()]
     except FileNotFoundError:
         return []
-    return sorted(int(name) for name in names if name.isdigit())
+    return sorted(int(name) for name in names if re.fullmatch(r"0|[1-9][0-9]*", name))
 
 
 def place(manager: ocp.CheckpointManager) -> Path:

@@ -155,6 +155,26 @@ def test_without_checksums_it_is_read_as_before(copy):
     assert int(found.step) == 4 and len(said) == 1
 
 
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"crc32": {}}', "[]", b"\xff"])
+def test_checksums_that_are_none(copy, content):
+    data = content if isinstance(content, bytes) else content.encode()
+    (copy / "8" / checksums.NAME).write_bytes(data)
+    found, _, said = restored(copy)
+    assert int(found.step) == 4 and len(said) == 1
+    assert "cannot be read" in said[0] or "has no checksum" in said[0]
+
+
+def test_a_renamed_checkpoint_is_none_of_its_new_step(copy):
+    (copy / "8").rename(copy / "80")
+    for name in ("08", "²", "-3", "9_old"):
+        (copy / name).mkdir()
+    (copy / "4" / ".DS_Store").write_bytes(b"x")
+    found, _, said = restored(copy)
+    assert int(found.step) == 4
+    assert len(said) == 1 and "it was written as 8 and renamed" in said[0]
+    assert checkpoint.steps(copy) == [4, 80]
+
+
 def test_another_config_is_no_damage(copy):
     small = jax.ShapeDtypeStruct((2,), jnp.float32, sharding=MESH)
     other = TARGET._replace(params={"w": small})

@@ -266,7 +266,14 @@ def _rows(label, score, weight, *, soft=False):
 
 def _numbers(name, values):
     """Numbers as float64; text and complex numbers are none."""
-    values = np.asarray(values)
+    if np.ma.is_masked(values):
+        raise ValueError(f"{name} has masked values; leave these rows out")
+    try:
+        values = np.asarray(values)
+    except ValueError:
+        raise ValueError(
+            f"{name} must hold numbers, got rows of different lengths"
+        ) from None
     if values.dtype.kind not in "cSUMm":
         try:
             return values.astype(np.float64)
@@ -292,8 +299,8 @@ def _users(user, shape):
     user = np.asarray(user)
     if user.shape != shape:
         raise ValueError(f"user must have the shape of label, {shape}: {user.shape}")
-    if user.dtype.kind == "f":
-        _check("users", "ids, not NaN", user, ~np.isnan(user))
+    if user.dtype.kind in "fcmM":
+        _check("users", "ids, not NaN", user, user == user)
     try:
         if user.dtype == object:
             np.sort(user)

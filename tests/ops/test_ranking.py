@@ -253,6 +253,18 @@ def test_every_metric_of_queries_checks_scores_gains_and_k(metric):
         (lambda: ranking.normalized_entropy([1, 1], [0.1, 0.2]), "both classes"),
         (lambda: ranking.gauc([0, None], [1, 0], [0.1, 0.2]), "sortable"),
         (lambda: ranking.gauc([0, np.nan], [1, 0], [0.1, 0.2]), "users must be ids"),
+        (
+            lambda: ranking.gauc(np.array(["NaT", 1], "M8[s]"), [1, 0], [0.1, 0.2]),
+            "users must be ids",
+        ),
+        (
+            lambda: ranking.auc(np.ma.array([1, 0], mask=[1, 0]), [0.1, 0.2]),
+            "label has masked values",
+        ),
+        (
+            lambda: ranking.auc([[1], [1, 0]], [0.1, 0.2]),
+            "label must hold numbers, got ",
+        ),
         (lambda: ranking.rela_impr(0.7, 0.5), "not above chance"),
         (lambda: ranking.rela_impr(0.7, 0.4), "not above chance"),
         (lambda: ranking.rela_impr(88.71, 86.24), "per cent"),

@@ -167,3 +167,4 @@ def test_relative_improvement_is_guarded():
     assert defer.relative_improvement(1.0, 0.6, 0.4) == pytest.approx(-200)
     assert math.isnan(defer.relative_improvement(0.5, 0.6, 0.6 + 1e-9))
     assert math.isnan(defer.relative_improvement(0.5, math.nan, 0.6))
+    assert math.isnan(defer.relative_improvement(0.5, 0.6, math.inf))

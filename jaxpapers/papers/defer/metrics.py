@@ -69,13 +69,13 @@ def relative_improvement(
     """Improvement over the pretrained model, in per cent of the oracle's.
 
     RI = 100 (M - M_pretrained) / (M_oracle - M_pretrained), NaN where the denominator is
-    below ``min_gap``.
+    below ``min_gap`` or a number is not finite.
 
     Example:
       >>> round(relative_improvement(0.57, 0.58, 0.56), 6)
       50.0
     """
     gap = oracle - pretrained
-    if not abs(gap) >= min_gap:
+    if not (abs(gap) >= min_gap and math.isfinite(gap) and math.isfinite(value)):
         return float("nan")
     return 100 * (value - pretrained) / gap
