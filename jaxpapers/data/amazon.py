@@ -22,6 +22,10 @@ _REVIEWS = {
 }
 
 
+# Seconds of the years 1973 to 5138; as milliseconds, of 1970 to 1973.
+_LIKE_SECONDS = 10**8, 10**11
+
+
 class Review(NamedTuple):
     """Who reviewed what, and when in seconds."""
 
@@ -72,7 +76,7 @@ def product(line: str) -> Product:
         raise ValueError(
             f"expected a product with asin or parent_asin, got the keys {_listed(row)}"
         )
-    value = row.get("categories", row.get("category"))
+    value = row.get("categories") or row.get("category")
     return Product(_name(row[key], "product"), _paths(value))
 
 
@@ -85,7 +89,11 @@ def _name(value: Any, kind: str) -> str:
 def _time(value: Any, release: str) -> int:
     if type(value) not in (int, float):
         raise ValueError(f"the time must be a number, got {value!r:.60}")
-    return seconds(value // 1000 if release == "2023" else value)
+    if release != "2023":
+        return seconds(value)
+    if _LIKE_SECONDS[0] <= value < _LIKE_SECONDS[1]:
+        raise ValueError(f"expected a time in milliseconds, got {value}: seconds?")
+    return seconds(value // 1000)
 
 
 def _paths(value: Any) -> tuple[tuple[str, ...], ...]:

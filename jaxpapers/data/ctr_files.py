@@ -20,6 +20,8 @@ from jaxpapers.data.lines import Progress, fields, identity, records, seconds
 from jaxpapers.data.lines import rows as table_rows
 
 NO_CATEGORY = "default_cat"
+LEAST = 0.5
+"""Share of the samples whose names a vocabulary must have."""
 
 _LONGEST_REVIEW = 1 << 22  # bytes; a product of 2023 has up to a few 100,000
 _TAOBAO = ("user_id", "item_id", "category_id", "behavior_type", "timestamp")
@@ -61,6 +63,8 @@ def amazon(
     """
     if protocol not in ("din", "dien"):
         raise ValueError(f"protocol must be 'din' or 'dien', got {protocol!r}")
+    if not 0 <= least <= 1:
+        raise ValueError(f"least must be in [0, 1], got {least}")
     users: dict[str, int] = {}
     items: dict[str, int] = {}
     user, item, time = array("i"), array("i"), array("i")
@@ -284,17 +288,29 @@ def dien_text(
     clicks = Clicks(Path(train).name, splits[0], splits[1], behaviours, pool, rows)
     if vocabularies is None:
         return by_frequency(clicks)
-    maps, sizes = {}, {}
+    maps, sizes, shares = {}, {}, []
     for table, ids in codes.items():
         known = vocabularies.get(table, {})
         if not known:
             raise ValueError(f"vocabularies: {table!r} is missing or empty")
+        if len(set(known.values())) < len(known):
+            raise ValueError(f"vocabularies: two names of {table!r} have one number")
+        used = np.concatenate([getattr(s, table) for s in splits])
+        share = float(np.array([False, False, *(x in known for x in ids)])[used].mean())
+        shares.append(f"{table} {share:.1%}")
+        if share < LEAST:
+            raise ValueError(
+                f"vocabularies: {table!r} has the names of only {share:.1%} of the "
+                f"{len(used):,} samples, expected at least {LEAST:.0%}; give the "
+                "vocabularies that were made of these files"
+            )
         highest = max(known.values())
         check_highest(f"vocabularies: {table}", highest, len(known), max_id)
         sizes[table] = highest + FIRST + 1
         numbers = (known[x] + FIRST if x in known else OOV for x in ids)
         maps[table] = np.array([0, OOV, *numbers], np.int32)
-    return renumbered(clicks, maps, sizes)
+    notes = f"samples whose names are in the vocabularies: {', '.join(shares)}"
+    return renumbered(clicks, maps, sizes)._replace(notes=notes)
 
 
 def mimn_text(

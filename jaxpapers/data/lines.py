@@ -170,30 +170,36 @@ def literal(line: str) -> dict:
     except (ValueError, RecursionError):
         row = _python(line)
     if not isinstance(row, dict):
-        raise ValueError("not a dict")
+        raise ValueError("not a dict; expected one on each line")
     return row
 
 
 def whole(text: str) -> int:
     """An integer; "7.0" of an export is one, Python's "1_000" is not (ValueError)."""
-    if "_" in text or not text.isascii():
-        raise ValueError(f"expected an integer, got {text[:40]!r}")
-    return int(text.removesuffix(".0"))
+    try:
+        if "_" not in text and text.isascii():
+            return int(text.removesuffix(".0"))
+    except ValueError:
+        pass
+    raise ValueError(f"expected an integer, got {text[:40]!r}")
 
 
 def number(text: str, low: float = -math.inf, high: float = math.inf) -> float:
     """A finite number in [low, high] (ValueError)."""
-    value = float(text)
-    if "_" in text or not math.isfinite(value) or not low <= value <= high:
+    try:
+        value = math.nan if "_" in text else float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value) or not low <= value <= high:
         raise ValueError(f"expected a number in [{low:g}, {high:g}], got {text[:40]!r}")
     return value
 
 
 def identity(text: str, low: int = 0) -> int:
-    """An id of 32 bits, at least ``low`` (ValueError)."""
+    """An id of 32 bits with room for one more, at least ``low`` (ValueError)."""
     value = whole(text)
-    if not low <= value < 1 << 31:
-        raise ValueError(f"expected an id in [{low}, {(1 << 31) - 1}], got {value}")
+    if not low <= value < (1 << 31) - 1:
+        raise ValueError(f"expected an id in [{low}, {(1 << 31) - 2}], got {value}")
     return value
 
 
@@ -214,7 +220,7 @@ def _python(line: str) -> Any:
     try:
         return ast.literal_eval(line)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as e:
-        raise ValueError(f"neither Python nor JSON: {e}") from e
+        raise ValueError("neither JSON nor a Python literal of a dict") from e
 
 
 def _parsed(path: str | Path, number: int, line: str, parse: Callable) -> Any:

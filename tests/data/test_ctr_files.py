@@ -7,6 +7,7 @@ import pickle
 import numpy as np
 import pytest
 
+from jaxpapers.data import amazon as amazon_rows
 from jaxpapers.data import ctr, ctr_files, ids, lines, movielens
 
 # user -> products in time; written in another order, with single quotes.
@@ -202,6 +203,32 @@ def test_amazon_refuses_other_files(tmp_path):
     mixed.write_bytes(older.read_bytes() + b"\n" + newer.read_bytes()[3:])
     with pytest.raises(ValueError, match="line 10 is malformed.*of 2014 or 2018, by"):
         ctr_files.amazon(mixed, meta)
+    for least in (-0.1, 2, float("nan")):
+        with pytest.raises(ValueError, match="least must be in"):
+            ctr_files.amazon(reviews, meta, least=least)
+    text = newer.read_text(encoding="utf-8-sig")
+    newer.write_text(text.replace("1000000", "1400000000", 1))  # Of the older releases.
+    with pytest.raises(ValueError, match="expected a time in milliseconds, got 14000"):
+        ctr_files.amazon(newer, meta)
+
+
+@pytest.mark.parametrize(
+    "line, paths",
+    [
+        ({"categories": [], "category": ["a", "b"]}, (("a", "b"),)),
+        ({"categories": None, "category": [["a"], []]}, (("a",),)),
+        ({"categories": [["a"]], "category": ["b"]}, (("a",),)),
+    ],
+)
+def test_categories_under_either_name(line, paths):
+    assert amazon_rows.product(json.dumps({"asin": "x", **line})).paths == paths
+
+
+@pytest.mark.parametrize("line", ["a,b,5.0,1", "[1]", "{", "{'a': f()}", "{1, 2}"])
+def test_lines_that_are_no_dict_say_so_without_addresses(line):
+    with pytest.raises(ValueError, match="neither JSON nor a Python|not a dict") as e:
+        lines.literal(line)
+    assert "0x" not in str(e.value)
 
 
 HEADERS = [
@@ -443,6 +470,23 @@ def test_dien_text(tmp_path):
     ctr.Examples(known, 3, negatives=True).batch(0, 3)
     with pytest.raises(ValueError, match="'cate' is missing or empty"):
         ctr_files.dien_text(train, test, vocabularies={**vocabularies, "cate": {}})
+    assert "cate 100.0%" in known.notes
+    with pytest.raises(ValueError, match="'item' has the names of only 0.0% of the"):
+        ctr_files.dien_text(
+            train, test, vocabularies={**vocabularies, "item": {"x": 1}}
+        )
+    with pytest.raises(ValueError, match="two names of 'user' have one number"):
+        twice = {**vocabularies, "user": {"u1": 0, "u2": 0}}
+        ctr_files.dien_text(train, test, vocabularies=twice)
+
+
+def test_ids_have_room_for_one_more(tmp_path):
+    path, line = tmp_path / "train", "{}\t1\t1\t1\t1\t1\t1\t1"
+    path.write_text(line.format(2**31 - 1))
+    with pytest.raises(ValueError, match=r"line 1 .*an id in \[1, 2147483646\]"):
+        ctr_files.mimn_text(path, path, max_id=2**31)
+    path.write_text(line.format(2**31 - 2))
+    assert ctr_files.mimn_text(path, path, max_id=2**31).rows["user"] == 2**31
 
 
 @pytest.mark.parametrize(
