@@ -20,7 +20,7 @@ from jaxpapers.data.lines import Progress, fields, identity, records, seconds
 from jaxpapers.data.lines import rows as table_rows
 
 NO_CATEGORY = "default_cat"
-LEAST = 0.5
+LEAST = 0.1
 """Share of the samples whose names a vocabulary must have."""
 
 _LONGEST_REVIEW = 1 << 22  # bytes; a product of 2023 has up to a few 100,000
@@ -251,7 +251,8 @@ def dien_text(
       train, test: the two files.
       vocabularies: table ("user", "item", "cate") -> name -> number, as ``vocabulary``
         reads them from uid_voc.pkl, mid_voc.pkl, cat_voc.pkl; ids are numbers + 2. None:
-        ids by frequency in the training file, as in DIEN's generate_voc.
+        ids by frequency in the training file, as in DIEN's generate_voc. A vocabulary
+        must have the names of ``LEAST`` of the samples; ``Clicks.notes`` says the shares.
       max_id: highest number of a vocabulary, see ``ids.check_highest``.
       progress: see the module.
     """
