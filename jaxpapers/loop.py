@@ -111,7 +111,7 @@ def loop(
         ) > (60 * plan.save_minutes)
         every = plan.save_every
         save = done == steps or (every and done % every == 0) or late
-        preempted = signals.preempted(stop, manager, done)
+        preempted = signals.preempted(stop, done)
         if plan.evaluates(done) or save or preempted:
             flush(done)
         if save or preempted:

@@ -36,7 +36,7 @@ class Stop:
 
     def __init__(self, hard: bool = False, number: int = signal.SIGTERM):
         """Args: hard: end the process where it does not unwind within ``GRACE``; number:
-        of another signal, where JAX has SIGTERM."""
+        of another signal. SIGTERM itself is left to JAX's service where that runs."""
         self.raised, self.interrupted, self.number = False, False, number
         self._hard, self._deferred = hard, False
         self._over, self._nothing_lost = threading.Event(), threading.Event()
@@ -46,6 +46,8 @@ class Stop:
         self._announce: Callable[[], None] | None = None
 
     def __enter__(self) -> "Stop":
+        if self.number == signal.SIGTERM and _client() is not None:
+            return self  # JAX's service has it, and tells all processes, see preempted.
         try:
             self._old = signal.signal(self.number, self._handle)
         except ValueError:  # Not in the main thread (a notebook's worker): no handler.
@@ -115,10 +117,7 @@ class Stop:
 
     def share(self) -> None:
         """All processes of the job stop when one of them is told to."""
-        from jax._src import distributed
-
-        client: Any = distributed.global_state.client
-        key = "jaxpapers/stop"
+        client, key = _client(), "jaxpapers/stop"
 
         def announce():
             with contextlib.suppress(Exception):  # It is set, or nobody is left.
@@ -143,6 +142,15 @@ class Stop:
             self._nothing_lost.wait()
             if not self._over.wait(GRACE) and self._nothing_lost.is_set():
                 end("stopped; the same command continues", PREEMPTED)
+
+
+def _client() -> Any:
+    """Of JAX's coordination service; None for one process, or before it started."""
+    if "jax" not in sys.modules:
+        return None
+    from jax._src import distributed
+
+    return distributed.global_state.client
 
 
 def _imports(frame: Any) -> bool:
@@ -209,13 +217,16 @@ def of_first(value: int | float) -> int | float:
     return float(multihost_utils.broadcast_one_to_all(np.float32(value)))
 
 
-def preempted(stop: Stop, manager: Any, step: int) -> bool:
+def preempted(stop: Stop, step: int) -> bool:
     """Whether this process got SIGTERM.
 
-    With several processes: whether any of them got a preemption notice.
+    With several processes: whether JAX's service says that all stop after this step,
+    since one of them got it.
     """
     import jax
 
-    if jax.process_count() > 1:
-        return bool(manager and manager.reached_preemption(step))
-    return stop.raised
+    if jax.process_count() == 1:
+        return stop.raised
+    from jax.experimental import multihost_utils
+
+    return bool(multihost_utils.reached_preemption_sync_point(step))

@@ -130,7 +130,9 @@ def finish(processes):
         texts = [p.communicate(timeout=120) for p in processes]
     finally:
         for p in processes:
-            p.kill()
+            if p.poll() is None:
+                p.kill()
+                p.communicate()
     return [p.returncode for p in processes], *zip(*texts)
 
 

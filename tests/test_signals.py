@@ -56,6 +56,13 @@ def test_the_outermost_handles_it():
         assert other is not outer
 
 
+def test_one_of_several_processes_leaves_it_to_jax(monkeypatch):
+    monkeypatch.setattr(signals, "_client", object)
+    before = signal.getsignal(signal.SIGTERM)
+    with signals.stopping():
+        assert signal.getsignal(signal.SIGTERM) is before
+
+
 BUSY = """
 import hashlib, sys
 from jaxpapers import signals
