@@ -64,7 +64,7 @@ def clipped_surrogate(
     """
     if mode not in CLIPS:
         raise ValueError(f"clip mode must be one of {CLIPS}, got {mode!r}")
-    if clip <= 0:
+    if not clip > 0:
         raise ValueError(f"clip must be > 0, got {clip}")
     same_shape("clipped_surrogate", log_ratio=log_ratio, advantage=advantage)
     ratio = _ratio(log_ratio)
@@ -151,10 +151,11 @@ def group_advantage(
       eps: added to the standard deviation.
 
     Returns:
-      The advantages, and the share of groups whose rewards are all equal and give no
-      gradient, NaN if a reward is not finite.
+      The advantages, NaN for a prompt out of range, and the share of groups whose rewards
+      are all equal and give no gradient, NaN if a reward is not finite.
     """
     _check_groups("group_advantage", reward, prompt)
+    reward = _in_range(reward, prompt, prompts)
     mean, std = _moments(reward, prompt, prompts)
     highest = jnp.full(prompts, -jnp.inf).at[prompt].max(reward)
     lowest = jnp.full(prompts, jnp.inf).at[prompt].min(reward)
@@ -172,15 +173,19 @@ def init_prompt_stats(prompts: int, size: int = 16) -> PromptStats:
 def push_prompt_stats(
     stats: PromptStats, reward: Float[Array, " B"], prompt: Int[Array, " B"]
 ) -> PromptStats:
-    """Buffers with a batch's rewards appended in order, the oldest dropped."""
+    """Buffers with a batch's rewards appended in order, the oldest dropped.
+
+    Rewards of prompts out of range are left out.
+    """
     _check_groups("push_prompt_stats", reward, prompt)
-    size = stats.reward.shape[1]
+    prompts, size = stats.reward.shape
+    prompt = jnp.where(prompt < 0, prompts, prompt)  # Not from the end.
     rank = _rank(prompt)
-    total = jnp.zeros_like(stats.count).at[prompt].add(1)
+    total = jnp.zeros_like(stats.count).at[prompt].add(1, mode="drop")
     # A prompt that comes more than ``size`` times keeps its last ones.
     kept = rank >= total[prompt] - size
     slot = (stats.count[prompt] + rank) % size
-    row = jnp.where(kept, prompt, len(total))
+    row = jnp.where(kept, prompt, prompts)
     return PromptStats(
         stats.reward.at[row, slot].set(reward, mode="drop"), stats.count + total
     )
@@ -201,9 +206,14 @@ def prompt_advantage(
       prompt: its prompts.
       least: rewards that a prompt needs; with fewer, the batch standardises.
       eps: added to the standard deviation.
+
+    Returns:
+      The advantages; of a batch with a prompt out of range NaN, of that prompt or of all
+      that the batch standardises.
     """
     _check_groups("prompt_advantage", reward, prompt)
-    size = stats.reward.shape[1]
+    prompts, size = stats.reward.shape
+    reward = _in_range(reward, prompt, prompts)
     filled = jnp.arange(size)[None] < stats.count[:, None]
     count = jnp.maximum(filled.sum(1), 1)
     mean = (stats.reward * filled).sum(1) / count
@@ -225,6 +235,11 @@ def explained_variance(
 def _check_groups(function, reward, prompt):
     one_per_row(function, len(reward), reward=reward, prompt=prompt)
     whole_numbers(function, prompt=prompt)
+
+
+def _in_range(reward, prompt, prompts):
+    """Rewards, NaN where the prompt is none of 0 .. prompts - 1: indices would wrap."""
+    return jnp.where((prompt >= 0) & (prompt < prompts), reward, jnp.nan)
 
 
 def _ratio(log_ratio):

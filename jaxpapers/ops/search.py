@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, Num, Shaped, UInt16
 
 from jaxpapers.ops import rows
+from jaxpapers.ops.shapes import whole_numbers
 
 
 class Selection(NamedTuple):
@@ -46,7 +47,7 @@ def topk_masked(
     position with a negative score.
 
     Args:
-      scores: any; a valid -inf counts as masked.
+      scores: any; a valid -inf counts as masked, as does NaN, which takes a slot.
       mask: True where a position may be selected.
       k: slots of the result.
       chunk: positions of a chunk in a two-level selection, the k best of each chunk and
@@ -341,9 +342,11 @@ def time_gap(
       >>> int(time_gap(jnp.int32(2_000_000_000), jnp.int32(-2_000_000_000)))
       2147483647
     """
+    whole_numbers("time_gap", now=now, past=past)
     gap, limits = now - past, jnp.iinfo(now.dtype)
-    gap = jnp.where((now >= past) & (gap < 0), limits.max, gap)
-    return jnp.where((now < past) & (gap > 0), limits.min, gap)
+    most, least = (jnp.asarray(x, now.dtype) for x in (limits.max, limits.min))
+    gap = jnp.where((now >= past) & (gap < 0), most, gap)
+    return jnp.where((now < past) & (gap > 0), least, gap)
 
 
 def time_bucket(

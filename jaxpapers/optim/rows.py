@@ -218,7 +218,7 @@ def mba_transform(lam: float, counts: Any) -> optax.GradientTransformation:
     Raises:
       ValueError: negative lam, or counts that do not fit their table.
     """
-    if lam < 0:
+    if not lam >= 0:
         raise ValueError(f"mba_transform: lam must be >= 0, got {lam}")
 
     def init(params):

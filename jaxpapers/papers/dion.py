@@ -168,7 +168,7 @@ def sampler(
     Raises:
       ValueError: empty prompt, length below 1 or negative temperature.
     """
-    if prompt.shape[1] < 1 or length < 1 or temperature < 0:
+    if prompt.shape[1] < 1 or length < 1 or not temperature >= 0:
         raise ValueError(
             "sampler needs a prompt of one token or more, length >= 1 and temperature "
             f">= 0, got {prompt.shape[1]}, {length}, {temperature}"

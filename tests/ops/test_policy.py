@@ -147,6 +147,33 @@ def test_group_advantage_against_numpy():
     assert float(equal) == pytest.approx(2 / 3)
 
 
+def test_prompts_out_of_range_are_no_others():
+    """Neither those from the end nor the last one."""
+    reward, prompt = np.float32([1, 2, 3, 4]), np.int32([0, 7, -1, 1])
+
+    def f(reward, prompt):
+        empty = policy.init_prompt_stats(2, 4)
+        stats = policy.push_prompt_stats(empty, reward, prompt)
+        return (
+            stats,
+            policy.group_advantage(reward, prompt, 2)[0],
+            policy.prompt_advantage(stats, reward, prompt, least=1),
+        )
+
+    stats, group, by_prompt = together(f, reward, prompt)
+    np.testing.assert_array_equal(stats.count, [1, 1])
+    np.testing.assert_array_equal(stats.reward[:, :2], [[1, 0], [4, 0]])
+    for advantage in (group, by_prompt):
+        assert np.isnan(advantage[1:3]).all()
+    assert np.isfinite(by_prompt[[0, 3]]).all()
+
+
+@pytest.mark.parametrize("clip", [0.0, -1.0, np.nan])
+def test_the_width_of_the_band_is_positive(clip):
+    with pytest.raises(ValueError, match="clip must be > 0"):
+        policy.clipped_surrogate(jnp.zeros(1), jnp.zeros(1), clip=clip)
+
+
 def test_buffers_keep_the_last_rewards_of_each_prompt():
     history: dict[int, list] = {0: [], 1: [], 2: []}
     rng, stats = np.random.default_rng(0), (np.zeros((3, 4), "f"), np.zeros(3, "i"))

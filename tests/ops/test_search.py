@@ -403,3 +403,11 @@ def test_buckets_are_exact_at_every_power_of_two():
 def test_errors(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_gaps_of_unsigned_seconds_and_of_no_integers():
+    apart = np.array([0, 5, 2**32 - 1], np.uint32)
+    gap = together(search.time_gap, apart, apart[::-1].copy())
+    assert gap.tolist() == [0, 0, 2**32 - 1]
+    with pytest.raises(TypeError, match="time_gap: past must be whole numbers"):
+        search.time_gap(jnp.int32(5), jnp.float32(2))

@@ -570,6 +570,7 @@ def test_ablations_train_each_net_alone_and_without_block():
     [
         ({"lam": -1.0}, "method.lam must be >= 0"),
         ({"temperature": 0.0}, "method.temperature must be > 0"),
+        ({"temperature": float("nan")}, "method.temperature must be > 0"),
         ({"hint": "l1"}, "method.hint must be .*mimic"),
         ({"block": "some"}, "method.block must be .*booster_params"),
         ({"features": "l1"}, "method.features must be .*cosine"),

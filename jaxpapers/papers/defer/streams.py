@@ -187,12 +187,12 @@ def make_buckets(
     Raises:
       ValueError: an unsorted stream, fewer than two buckets, labels other than 0 and 1.
     """
-    if len(stream.ts) and (np.diff(stream.ts) < 0).any():
+    if len(stream.ts) and not (np.diff(stream.ts) >= 0).all():
         raise ValueError("stream: expected events sorted by time; see make_stream")
     _check_rows(
         (stream.label == 0) | (stream.label == 1), "label", stream.label, "0 or 1"
     )
-    if width <= 0 or stop - start < 2 * width:
+    if not width > 0 or not stop - start >= 2 * width:
         raise ValueError(
             f"buckets: expected two or more of width > 0 in [start, stop), got start="
             f"{start}, stop={stop}, width={width}"

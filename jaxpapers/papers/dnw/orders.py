@@ -169,7 +169,7 @@ def sample_order(
     Raises:
       ValueError: negative temperature.
     """
-    if temperature < 0:
+    if not temperature >= 0:
         raise ValueError(f"temperature must be >= 0, got {temperature}")
     if temperature == 0:
         return order_from_score(score)

@@ -180,7 +180,7 @@ def check_training(config: Any, options: Options, has_reward: bool) -> None:
             "train.accumulate must be 1: method.transitions bounds a policy step's "
             f"memory; got {config.train.accumulate}"
         )
-    if config.optim.value_lr <= 0:
+    if not config.optim.value_lr > 0:
         raise ValueError(f"optim.value_lr must be > 0, got {config.optim.value_lr}")
     if reward != "none" and not has_reward:
         raise ValueError(

@@ -59,7 +59,7 @@ def sft_loss(
     Raises:
       ValueError: unknown mode, gamma < 0.
     """
-    if mode not in MODES or gamma < 0:
+    if mode not in MODES or not gamma >= 0:
         raise ValueError(
             f"mode must be one of {MODES} and gamma >= 0, got {mode!r}, {gamma}"
         )

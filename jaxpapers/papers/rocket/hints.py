@@ -102,7 +102,7 @@ def distillation_loss(
     """
     check_hint("kd", temperature)
     _check_classes(light, teacher)
-    if alpha < 0 or mean not in ("elements", "batch"):
+    if not alpha >= 0 or mean not in ("elements", "batch"):
         raise ValueError(
             "distillation needs alpha >= 0 and mean 'elements' or 'batch', got "
             f"{alpha} and {mean!r}"
@@ -131,7 +131,7 @@ def check_hint(kind: str, temperature: float) -> None:
     """Raises ValueError naming the field of an unknown hint or a temperature <= 0."""
     if kind not in HINTS:
         raise ValueError(f"method.hint must be one of {HINTS}, got {kind!r}")
-    if temperature <= 0:
+    if not temperature > 0:
         raise ValueError(f"method.temperature must be > 0, got {temperature}")
 
 

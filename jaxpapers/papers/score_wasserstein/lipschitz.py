@@ -106,7 +106,7 @@ def one_sided_lipschitz_upper(
     Raises:
       ValueError: no layers, or a slope that is not positive.
     """
-    if not layers or slope <= 0:
+    if not layers or not slope > 0:
         raise ValueError(f"needs layers and slope > 0, got {len(layers)} and {slope}")
     norms = [jnp.linalg.svd(w, compute_uv=False)[..., 0] for w in layers]
     product = jnp.ones_like(std)

@@ -107,7 +107,7 @@ def check_training(config: Any, options: Options) -> None:
             f"{config.data.batch}"
         )
     for name in ("critic_lr", "value_lr"):
-        if config.optim[name] <= 0:
+        if not config.optim[name] > 0:
             raise ValueError(f"optim.{name} must be > 0, got {config.optim[name]}")
     if config.train.accumulate != 1:
         raise ValueError(
