@@ -196,11 +196,13 @@ def _choice(config, content, mesh, state) -> dict[str, float]:
     _, options = poem.read(config)
     done, ring = int(state.extra["round"]), np.asarray(state.extra["ring"])
     rounds = range(max(done - min(RECENT, len(ring)), 0), done)
+    # A run that was loaded has no key: that of its seed, see ``method.start``.
+    key = state.key
+    if isinstance(key, tuple):
+        key, _ = jax.random.split(jax.random.key(config.train.seed))
     with jax.set_mesh(mesh):
         seen = [
-            np.asarray(
-                poem.scanned(state.key, r, size=len(content.pool), options=options)
-            )
+            np.asarray(poem.scanned(key, r, size=len(content.pool), options=options))
             for r in rounds
         ]
     taken = np.concatenate([ring[r % len(ring)] for r in rounds])

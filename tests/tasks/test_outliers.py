@@ -217,6 +217,8 @@ def test_what_a_row_reports(tmp_path, figures):
         ]
     taken = np.asarray(state.extra["ring"][:2])
     assert numbers["found"] == letters[taken].sum() / letters[np.array(offered)].sum()
+    # As ``jaxpapers eval`` loads it, without a key.
+    assert rows[0].measure(made, state._replace(key=())).numbers == numbers
     result = run.studies.Result(rows[0], [finding], [tmp_path])
     study.pictures["mined.png"]([result], tmp_path / "mined.png")
     (figure,) = figures
