@@ -69,8 +69,8 @@ class Posterior(NamedTuple):
 
 def statistics(
     z: Float[Array, "N D"],
-    y: Float[Array, " N *S"],
-    weight: Float[Array, " N"] | None = None,
+    y: Float[Array, " _ *S"],
+    weight: Float[Array, " _"] | None = None,
     *,
     chunk: int = 0,
 ) -> Statistics:

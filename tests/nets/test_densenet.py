@@ -89,4 +89,4 @@ def test_refuses():
         ({"reduction": 0.0}, "reduction"),
     ):
         with pytest.raises(ValueError, match=words):
-            densenet.init(KEY, densenet.Layout(**fields), 3, 10)
+            densenet.check(densenet.Layout(**fields))

@@ -22,7 +22,7 @@ def test_recorded_energies(case, float64):
 
     def loss(logits):
         inside, outside = logits[:count], logits[count:]
-        return ood.energy_loss(inside, a["labels"], outside, **margins)
+        return ood.energy_loss(inside, jnp.asarray(a["labels"]), outside, **margins)
 
     def body(logits):
         (total, terms), grad = jax.value_and_grad(loss, has_aux=True)(logits)
@@ -39,14 +39,14 @@ def test_gradient_shift_and_extremes(float64):
     margins = {"m_in": -3.0, "m_out": -1.0, "beta": 0.1}
 
     def hinges(inside, outside):
-        total, terms = ood.energy_loss(inside, labels, outside, **margins)
+        total, terms = ood.energy_loss(inside, jnp.asarray(labels), outside, **margins)
         return total - terms["ce"]
 
     def body(inside, outside):
         grads = jax.grad(hinges, (0, 1))(inside, outside)
         wide = jnp.array([[1e4, -1e4, 0.0]] * 2)
         extreme = jax.value_and_grad(
-            lambda x: ood.energy_loss(x, labels[:2], -x, **margins)[0]
+            lambda x: ood.energy_loss(x, jnp.arange(2), -x, **margins)[0]
         )(wide)
         energy = ood.energy(inside)
         return grads, extreme, energy, ood.energy(inside + 7), ood.energy(inside, 2.0)
@@ -75,7 +75,7 @@ def test_scores_by_hand(float64):
     queries = np.concatenate([z[:4], 5 + z[4:6, :]])
 
     def body(z, logits, queries):
-        fitted = ood.fit_gaussians(z, labels, 4)
+        fitted = ood.fit_gaussians(z, jnp.asarray(labels), 4)
         return {
             "msp": ood.max_softmax(logits),
             "warm": ood.max_softmax(logits, 2.0),
@@ -113,6 +113,6 @@ def test_scores_by_hand(float64):
 
 
 def test_refuses():
-    z = np.zeros((3, 2))
+    z = jnp.asarray(np.zeros((3, 2), np.float32))
     with pytest.raises(ValueError, match=r"1 \.\. 3.*got 4"):
         ood.nearest(z, z, k=4)

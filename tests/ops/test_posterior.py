@@ -108,14 +108,14 @@ def test_routes_orders_and_chunks_agree(float64):
     order = np.random.default_rng(1).permutation(40)
     eps = np.random.default_rng(2).normal(size=(5, 3))
 
-    def body(z, y):
+    def body(z, y, eps):
         pieces = [
             blr.statistics(z[a:b], y[a:b]) for a, b in ((0, 7), (7, 33), (33, 40))
         ]
         total = blr.add(blr.add(pieces[2], pieces[0]), pieces[1])
         step = updated(z[:7], y[:7])
         padded = (jnp.concatenate([x[7:], x[:2]]) for x in (z, y))
-        kept = np.array([1.0] * 33 + [0.0] * 2)
+        kept = jnp.array([1.0] * 33 + [0.0] * 2)
         return {
             "added": blr.posterior(total, PRIOR, NOISE),
             "chunks": fitted(z, y, chunk=16),
@@ -127,7 +127,7 @@ def test_routes_orders_and_chunks_agree(float64):
             "in parts": blr.update(step, *padded, NOISE, kept),
             "each output": [fitted(z, y[:, i]) for i in range(3)],
             "twice": fitted(jnp.tile(z, (2, 1)), jnp.tile(y, (2, 1))),
-            "weight 2": fitted(z, y, weight=np.full(40, 2.0)),
+            "weight 2": fitted(z, y, weight=jnp.full(40, 2.0)),
             "scaled": fitted(z, 3 * y, 9 * PRIOR, 9 * NOISE),
             "draws": [
                 blr.sample(eps, fitted(z, y)),
@@ -136,7 +136,7 @@ def test_routes_orders_and_chunks_agree(float64):
             "whole": fitted(z, y),
         }  # fmt: skip
 
-    got = together(body, z, y)
+    got = together(body, z, y, eps)
     mean, covariance = by_hand(z, y)
     whole = got.pop("whole")
     np.testing.assert_allclose(whole.mean, mean, rtol=1e-10)
@@ -204,7 +204,7 @@ def test_qr_of_an_ill_conditioned_precision_in_float32():
 
 
 def test_refuses():
-    z, y = (x.astype(np.float32) for x in rows(6))
+    z, y = (jnp.asarray(x, jnp.float32) for x in rows(6))
     stats = blr.Statistics(np.eye(5), np.zeros(5), np.zeros(()), np.ones(()))
     post = blr.Posterior(np.zeros(5), np.eye(5), np.zeros(()), np.zeros(()))
     for prior, noise in ((0.0, 1.0), (1.0, -1.0), (1.0, float("nan"))):

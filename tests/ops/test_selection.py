@@ -31,8 +31,7 @@ def test_as_a_full_sort(n):
     broken = tied()
     broken[5:9] = np.nan
 
-    def body(*rows):
-        ties, distinct, broken = rows
+    def body(ties, distinct, broken, valid):
         return [
             selection.top_n(ties, n),
             selection.top_n(distinct, n),
@@ -41,7 +40,7 @@ def test_as_a_full_sort(n):
             selection.top_n(distinct, n, ordered=False),
         ]
 
-    *got, loose = together(body, tied(), distinct, broken)
+    *got, loose = together(body, tied(), distinct, broken, valid)
     rows = [(tied(), None), (distinct, None), (broken, None), (tied(), valid)]
     for top, (scores, kept) in zip(got, rows):
         expected = by_sort(scores, n, kept)
@@ -132,8 +131,9 @@ def test_the_mean_of_the_nearest_is_that_of_the_order_statistics():
 
 
 def test_refuses():
+    scores = jnp.asarray(np.zeros(4, np.float32))
     for n in (0, 5):
         with pytest.raises(ValueError, match=f"got n={n}"):
-            selection.top_n(np.zeros(4, np.float32), n)
+            selection.top_n(scores, n)
     with pytest.raises(ValueError, match="n must be >= 1"):
         selection.empty(0)

@@ -66,9 +66,10 @@ def test_the_loss_is_that_of_one_pass_over_both_halves():
     params, shapes = drawn()
     state = fresh(shapes)
     image, outlier = images(6, 8, 8, 1), images(6, 2, 8, 8, 1, seed=1)
-    label = np.arange(6) % 3
+    labels = np.arange(6) % 3
 
     def body(params, state, image, outlier):
+        label = jnp.asarray(labels)
         batch = {"image": image, "label": label, "outlier": outlier}
         extra = {"net": state, "round": jnp.int32(3)}
         value, (terms, new) = poem.loss(
@@ -98,7 +99,7 @@ def test_the_loss_is_that_of_one_pass_over_both_halves():
         new["net"], moved,
     )  # fmt: skip
     log_p = alone - np.log(np.exp(alone).sum(1, keepdims=True))
-    assert plain == pytest.approx(-log_p[np.arange(6), label].mean(), rel=1e-5)
+    assert plain == pytest.approx(-log_p[np.arange(6), labels].mean(), rel=1e-5)
 
 
 def test_separate_batches_hide_what_sets_outliers_apart():
@@ -265,7 +266,9 @@ def test_refuses():
     with pytest.warns(UserWarning, match="reversed"):
         poem.Options(m_in=-5.0, m_out=-25.0)
     with pytest.raises(ValueError, match=r"weights \(3,\) need features \(B, 3\)"):
-        poem.boundary_score(np.ones(3), np.ones((2, 4)))
+        poem.boundary_score(
+            jnp.asarray(np.ones(3, "f")), jnp.asarray(np.ones((2, 4), "f"))
+        )
     for fields, words in (
         ({"quantile": 1.0}, "quantile must be < 1"),
         ({"batch_norm": "none"}, "batch_norm"),

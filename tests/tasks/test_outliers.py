@@ -11,6 +11,7 @@ import pytest
 from jaxpapers import run, tasks
 from jaxpapers import train as trainer
 from jaxpapers.data import outliers
+from jaxpapers.method import State
 from jaxpapers.papers import poem
 from jaxpapers.study import with_fields
 from jaxpapers.tasks import outliers as task
@@ -155,7 +156,7 @@ def test_batches_pair_images_with_the_rounds_outliers():
     ring = np.full((4, 64), -1, np.int32)
     ring[1] = np.random.default_rng(0).permutation(2000)[:64]
     extra = {"ring": ring, "round": np.int32(2)}
-    state = type("S", (), {"extra": extra, "step": 4})
+    state = State(np.int32(4), {}, (), extra, ())
     pairs = own.examples(state)
     batches = [pairs.batch(start, 16) for start in (64, 80)]
     assert batches[0]["outlier"].shape == (16, 2, 8, 8, 1)
@@ -180,7 +181,7 @@ def test_what_a_row_reports(tmp_path, figures):
         "reference covariance", "separate batches",
     ]  # fmt: skip
     plain = with_fields(config, {"data.ablations": False})
-    choices = tasks.study("poem", plain, None, grid("1x1")).rows(0)
+    choices = tasks.study("poem", plain, tasks.read(plain), grid("1x1")).rows(0)
     assert [r.label for r in choices] == ["this model", "greedy", "random outliers"]
     _, made = method()
     data = tasks.read(config)
@@ -248,3 +249,25 @@ def test_refuses(monkeypatch, tmp_path):
             miner(small(method__pool=40, method__pool_batch=40)).refresh(
                 state._replace(params=broken)
             )
+
+
+@pytest.mark.slow
+def test_letters_among_clothes(tmp_path):
+    """The gates of docs/results.md; fetches digits, clothes and photos."""
+    fields = ["--config.data.ablations=False", "--config.train.eval_every=0"]
+    try:
+        summary = run.run(
+            "poem", fields, workdir=str(tmp_path), seeds=3, mesh="data:1", quiet=True
+        )
+    except FileNotFoundError as e:
+        pytest.skip(str(e))
+    found = {
+        row["label"]: {k: [n[k] for n in row["numbers"]] for k in row["numbers"][0]}
+        for row in summary["rows"]
+    }
+    own, random = found["this model"], found["random outliers"]
+    assert np.mean(own["fpr95"]) <= min(0.10, 0.65 * np.mean(random["fpr95"]))
+    assert all(a < b for a, b in zip(own["fpr95"], random["fpr95"]))
+    assert np.mean(own["auroc_mean"]) >= 0.992
+    assert np.mean(own["accuracy"]) >= np.mean(random["accuracy"]) - 0.01
+    assert np.mean(own["found"]) >= 0.85

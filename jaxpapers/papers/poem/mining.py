@@ -29,7 +29,7 @@ SHOWN = (8, 24)
 """Rounds, and outliers of each, the nearest to the boundary, that pictures show."""
 
 
-def boundary_score(w: Float[Array, " D"], z: Float[Array, "B D"]) -> Float[Array, " B"]:
+def boundary_score(w: Float[Array, " D"], z: Float[Array, "B _"]) -> Float[Array, " B"]:
     """G = -|w . z|: largest at the boundary between ID and outliers.
 
     Raises:
