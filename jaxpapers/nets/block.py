@@ -30,7 +30,7 @@ class RMSNorm(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """(x - mean) / std * scale + bias, computed in float32 (Ba et al., 1607.06450)."""
+    """(x - mean) / std * scale + bias, in float32 at least (Ba et al., 1607.06450)."""
 
     epsilon: float = 1e-5
 
@@ -39,7 +39,7 @@ class LayerNorm(nn.Module):
         """Normalises the last axis."""
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
-        y = x.astype(jnp.float32)
+        y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         y = y - y.mean(-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.epsilon)
         scale, bias = (jnp.broadcast_to(p, y.shape) for p in (scale, bias))

@@ -24,7 +24,7 @@ from jaxpapers.nets.rope import Scaling, rope
 
 __all__ = [
     "BIAS_RULES", "RULES", "Cache", "Kind", "RMSNorm", "Stack", "Transformer",
-    "empty_cache", "rope",
+    "empty_cache", "look_up", "rope",
 ]  # fmt: skip
 
 # FSDP over `data`, tensor parallel over `model`: each matrix uses both axes.
@@ -52,7 +52,7 @@ class Cache(NamedTuple):
     length: jax.Array
 
 
-def _look_up(table: jax.Array, tokens: jax.Array) -> jax.Array:
+def look_up(table: jax.Array, tokens: jax.Array) -> jax.Array:
     """Rows of the embedding, gathered over ``data`` first, as FSDP does with a weight.
 
     Left to itself the compiler moves activations instead, and under a ``shard_map`` over
@@ -233,7 +233,7 @@ class Transformer(nn.Module):
             embedding_init=nn.initializers.normal(std),
             name="embed",
         )
-        x = _look_up(embed.embedding, tokens).astype(self.dtype)
+        x = look_up(embed.embedding, tokens).astype(self.dtype)
         y = self.stack(x, cache, positions=positions, mask=mask)
         x, cache = y if cache is not None else (y, None)
         if not hidden:

@@ -135,6 +135,14 @@ NAMES: dict[str, Paper] = {
         "detection",
         "digits of seven segments against other glyphs, seconds",
     ),
+    "looped_transformer": Paper(
+        "Looped Transformers for Length Generalization",
+        "Fan, Ying and Du, Yilun and Ramchandran, Kannan and Lee, Kangwook",
+        2024,
+        "2409.15647",
+        "language models",
+        "parity of up to three bits",
+    ),
     "dnw": Paper(
         "Efficient learning strategy of Chinese characters based on network approach",
         "Yan, Xiaoyong and Fan, Ying and Di, Zengru and Havlin, Shlomo and Wu, Jinshan",
