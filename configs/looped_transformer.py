@@ -75,9 +75,9 @@ def get_config(preset: str | None = None) -> ConfigDict:
                 "weight_decay": 0.01,
                 "clip": 1.0,
                 "schedule": "cosine",
-                "hold": 1500,  # steps at the full rate, those of the curriculum
+                "hold": 6000,  # steps at the full rate, those of the curriculum
             },
-            "train": blocks.train(2500, eval_every=500),
+            "train": blocks.train(10_000, eval_every=1000),
         }
     )
     if preset == "copy":

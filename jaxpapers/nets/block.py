@@ -57,7 +57,8 @@ class Kind:
       hidden: F; 0 means 8/3 D rounded up to a multiple of 32 for swiglu, 4 D for gelu.
       norm: ``rms``, or ``layer`` with a bias.
       mlp: ``swiglu``, or ``gelu`` (tanh form) between two matrices.
-      bias: of the linear layers: ``none``, ``qkv`` (Qwen2) or ``all`` (GPT-2).
+      bias: of the linear layers: ``none``, ``qkv`` (Qwen2) or ``all`` (GPT-2). Keys
+        without a position have none: it would change no attention.
       position: ``rope``, or ``none``: order is known from the causal mask alone.
       rope_theta: base of the rotary frequencies.
       rope_scaling: of these frequencies, for contexts longer than those trained on.
@@ -183,7 +184,10 @@ class Attention(nn.Module):
         rows = x.reshape(-1, width)
 
         def project(name: str, heads: int) -> jax.Array:
-            y = kind.dense(heads * head_dim, name, biased=kind.bias != "none")(rows)
+            biased = kind.bias != "none"
+            if name == "key" and kind.position == "none":
+                biased = False  # It would add the same to all scores of a query.
+            y = kind.dense(heads * head_dim, name, biased=biased)(rows)
             return y.reshape(*x.shape[:2], heads, head_dim)
 
         query = project("query", kind.heads)

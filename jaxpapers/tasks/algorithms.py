@@ -252,9 +252,12 @@ def _stages(name: str, config: Any) -> Stage:
 
 
 def _watch(c, net, mesh, method, state) -> dict[str, float]:
-    """Exact match of the largest training length, from few problems."""
-    exact = _steps_of(c, net, mesh, state.params, c.length, 1)["exact"]
-    return {f"length_{c.length}_quick": float(exact[_oracle(c, net, c.length)].mean())}
+    """Exact match of the largest training length and of its double, of few problems."""
+    numbers = {}
+    for n in (c.length, 2 * c.length):
+        exact = _steps_of(c, net, mesh, state.params, n, 1)["exact"]
+        numbers[f"length_{n}_quick"] = float(exact[_oracle(c, net, n)].mean())
+    return numbers
 
 
 def _measure(config, net, mesh, method, state) -> Finding:
@@ -267,7 +270,7 @@ def _measure(config, net, mesh, method, state) -> Finding:
         found = _steps_of(c, net, mesh, state.params, n, chunks)
         rows = np.arange(found["exact"].shape[1])
         told = _oracle(c, net, n)
-        stops = {"oracle": told}
+        stops: dict[str, Any] = {"oracle": told}
         if not net.loops:
             stops["sample"] = found["sample"] - 1
             stops["batch"] = found["entropy"].mean(1).argmin()

@@ -136,7 +136,9 @@ def exact_match(
     For a model of the next token this is the exact match of greedy decoding too: up to
     the first mistake it is fed its targets.
     """
-    wrong = (logits.argmax(-1) != targets) & (weights > 0)
+    best = logits.argmax(-1)
+    targets, counted = (jnp.broadcast_to(x, best.shape) for x in (targets, weights > 0))
+    wrong = (best != targets) & counted
     return 1.0 - wrong.any(-1).astype(jnp.float32)
 
 
