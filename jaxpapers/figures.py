@@ -117,6 +117,71 @@ def curves(results: Sequence[Any], out: str | Path) -> Path:
     return plots.save(figure, out)
 
 
+def by_length(results: Sequence[Any], path: str | Path, *, trained: int) -> Path:
+    """Exact match of every row over the length; training lengths are shaded.
+
+    A line is the mean over the seeds, thin lines are the seeds. The stopping rules of the
+    first row are dashed.
+
+    Args:
+      results: see ``study.Results``.
+      path: image file.
+      trained: largest training length.
+    """
+    with extras.named():
+        from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4.6), layout="constrained")
+    axes = figure.subplots()
+    axes.axvspan(0.5, trained + 0.5, color="0.92", label="training lengths")
+    name = "exact match against length"
+    for i, result in enumerate(results):
+        label = result.row.label
+        _curve_of(axes, result, name, f"C{i}", label, marker="osD^vP*X"[i % 8])
+    rules = [k for k in results[0].findings[0].curves if k.startswith(f"{name}, stop")]
+    for rule, style in zip(rules, ("--", ":", "-.")):
+        label = f"{results[0].row.label}, {rule.partition(', ')[2]}"
+        _curve_of(axes, results[0], rule, "black", label, ls=style, lw=1.2)
+    axes.set(xlabel="length", ylabel="exact match", ylim=(-0.03, 1.03))
+    axes.set_xlim(left=0.5)
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return plots.save(figure, path)
+
+
+def by_step(results: Sequence[Any], path: str | Path) -> Path:
+    """Exact match of the first row over the steps of the loop, a panel per length."""
+    with extras.named():
+        from matplotlib.figure import Figure
+
+    start = "exact match against step, length "
+    names = [k for k in results[0].findings[0].curves if k.startswith(start)]
+    figure = Figure(figsize=(1 + 4.5 * max(len(names), 1), 3.6), layout="constrained")
+    panels = figure.subplots(1, max(len(names), 1), squeeze=False)[0]
+    for axes, name in zip(panels, names):
+        for i, result in enumerate(r for r in results if name in r.findings[0].curves):
+            _curve_of(axes, result, name, f"C{i}", result.row.label)
+        length = int(name[len(start) :])
+        axes.axvline(length, color="grey", lw=1, ls=":", label="length")
+        axes.set(xlabel="steps", ylabel="exact match", ylim=(-0.03, 1.03))
+        axes.set_title(f"length {length}", fontsize=10)
+        axes.grid(alpha=0.25)
+        axes.legend(frameon=False, fontsize=8)
+    return plots.save(figure, path)
+
+
+def _curve_of(axes, result, name, color, label, **style) -> None:
+    seeds = [f.curves[name] for f in result.findings if name in f.curves]
+    if not seeds:
+        return
+    x, values = seeds[0][0], np.array([y for _, y in seeds], float)
+    if len(values) > 1:
+        for y in values:
+            axes.plot(x, y, color=color, lw=0.6, alpha=0.4)
+    style = {"lw": 1.8, "ms": 4, **style}
+    axes.plot(x, values.mean(0), color=color, label=label, **style)
+
+
 def samples(results: Sequence[Any], out: str | Path) -> None:
     """Draws every trained row's samples beside those of the stage that it started from.
 

@@ -352,6 +352,50 @@ POEM = [
     ),
 ]
 
+LOOPED_TRANSFORMER = [
+    # The input is injected in every step.
+    (
+        "jaxpapers/papers/looped_transformer/network.py",
+        "        z = h + e\n",
+        "        z = h\n",
+        ["tests/papers/test_looped_transformer.py::test_recorded_run"],
+    ),
+    # A row keeps its state after T steps.
+    (
+        "jaxpapers/papers/looped_transformer/network.py",
+        "return _where(t < n_steps, one(params, h, e, t=t), h)",
+        "return _where(t <= n_steps, one(params, h, e, t=t), h)",
+        [
+            "tests/papers/test_looped_transformer.py"
+            "::test_masked_scan_is_the_loop_by_hand"
+        ],
+    ),
+    # Truncation stops the gradient before the last steps.
+    (
+        "jaxpapers/papers/looped_transformer/network.py",
+        "h = _where(t <= n_steps - net.grad_loops,",
+        "h = _where(t < n_steps - net.grad_loops,",
+        [
+            "tests/papers/test_looped_transformer.py"
+            "::test_gradient_of_the_last_steps_only"
+        ],
+    ),
+    # The step of the smallest cross-entropy.
+    (
+        "jaxpapers/papers/looped_transformer/stopping.py",
+        "return entropy.argmin(0)",
+        "return entropy.argmax(0)",
+        ["tests/papers/test_looped_transformer.py::test_stopping"],
+    ),
+    # XOR.
+    (
+        "jaxpapers/ops/rasp.py",
+        "_right(s) ^ bits",
+        "_right(s) | bits",
+        ["tests/ops/test_algorithmic.py::test_answers_and_programs"],
+    ),
+]
+
 DNW = [
     (
         "jaxpapers/papers/dnw/measure.py",
@@ -436,6 +480,7 @@ MUTATIONS = [
         "dnw": DNW,
         "nuclear_norm": NUCLEAR_NORM,
         "poem": POEM,
+        "looped_transformer": LOOPED_TRANSFORMER,
     }.items()
     for row in rows
 ]

@@ -6,23 +6,25 @@ number of times.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpapers import figures
 from jaxpapers import mesh as meshes
-from jaxpapers import options
 from jaxpapers.method import State
 from jaxpapers.ops import algorithmic
 from jaxpapers.papers import looped_transformer as looped
 from jaxpapers.study import Data, Finding, Row, Stage, Study, Table, with_fields
-from jaxpapers.tasks import lengths
 
 STOPS = ("oracle", "sample", "batch", "fixed point")
 SOLVED = 0.985  # Exact match at which a curriculum by accuracy goes on.
-RULES = ("accuracy", "interval")
+CHOICES = {"rule": ("accuracy", "interval"), "layout": ("full", "next")}
+# Test lengths, as shares of the largest training length.
+SHARES = (0.2, 0.4, 0.6, 0.8, 1, 1.2, 1.5, 2, 2.5, 3, 4)
 
 
 class Problems:
@@ -127,13 +129,18 @@ def read(config: Any) -> Data:
     """
     c = config.data
     algorithmic.check(c.problem, c.length, c.operand)
-    options.check_choices(c, "data", rule=RULES, layout=("full", "next"))
-    options.check_least(
-        c, "data", first=1, interval=0, pauses=0, buckets=1, extra_loops=0, alphabet=1
-    )
-    if c.first > c.length:
+    if c.path:
+        raise ValueError(f"data.path: problems are drawn, not read; got {c.path!r}")
+    for name, known in CHOICES.items():
+        if c[name] not in known:
+            raise ValueError(f"data.{name} must be one of {known}, got {c[name]!r}")
+    least = {"interval": 0, "pauses": 0, "buckets": 1, "extra_loops": 0, "alphabet": 1}
+    for name, low in least.items():
+        if c[name] < low:
+            raise ValueError(f"data.{name} must be >= {low}, got {c[name]}")
+    if not 1 <= c.first <= c.length:
         raise ValueError(
-            f"data.first must be at most data.length={c.length}, got {c.first}"
+            f"data.first must be in 1 to data.length={c.length}, got {c.first}"
         )
     data = abstract(config)._replace(
         examples=Problems(c, c.length),
@@ -145,14 +152,11 @@ def read(config: Any) -> Data:
         examples=lambda state: Problems(c, int(state.extra["length"])),
         refresh=(
             max(c.interval, 1),
-            functools.partial(_grow, c, _net(config, data.facts)),
+            functools.partial(
+                _grow, c, looped.net_of(config, data.facts["vocab_size"])
+            ),
         ),
     )
-
-
-def _net(config, facts) -> looped.Net:
-    fields = {**config.net, "vocab_size": facts["vocab_size"]}
-    return options.from_config(looped.Net, fields, "net")
 
 
 def _grow(c: Any, net: looped.Net, state: State) -> State:
@@ -189,7 +193,7 @@ def study(name: str, config: Any, data: Data, mesh: Any) -> Study:
             own = with_fields(config, {**fields, "train.seed": seed}).unlock()
             del own["baselines"]
             own = own.lock()
-            net = _net(own, data.facts)
+            net = looped.net_of(own, data.facts["vocab_size"])
             measure = functools.partial(_measure, own, net, mesh)
             watch = functools.partial(_watch, own.data, net, mesh)
             made.append(Row(label, _stages(name, own), measure, watch=watch))
@@ -208,8 +212,8 @@ def study(name: str, config: Any, data: Data, mesh: Any) -> Study:
             "trained_to",
         ),
         pictures={
-            "lengths.png": functools.partial(lengths.by_length, trained=c.length),
-            "steps.png": lengths.by_step,
+            "lengths.png": functools.partial(figures.by_length, trained=c.length),
+            "steps.png": figures.by_step,
         },
     )
 
@@ -231,6 +235,19 @@ def baselines(config: Any) -> dict[str, dict[str, Any]]:
             f"baselines.rows must be among {tuple(every)}, got {tuple(unknown)}"
         )
     return {label: every[label] for label in b.rows}
+
+
+def tested(trained: int, chosen: Sequence[int] = ()) -> list[int]:
+    """Lengths to measure: those chosen, or shares of the largest training length.
+
+    The training length, its double and its fourfold are among them.
+
+    Example:
+      >>> tested(10)
+      [2, 4, 6, 8, 10, 12, 15, 20, 25, 30, 40]
+    """
+    chosen = chosen or [max(round(share * trained), 1) for share in SHARES]
+    return sorted({*chosen, trained, 2 * trained, 4 * trained})
 
 
 def _stages(name: str, config: Any) -> Stage:
@@ -263,7 +280,7 @@ def _watch(c, net, mesh, method, state) -> dict[str, float]:
 def _measure(config, net, mesh, method, state) -> Finding:
     """Exact match by length, and for each stopping rule."""
     c = config.data
-    every = lengths.tested(c.length, c.lengths)
+    every = tested(c.length, c.lengths)
     chunks = -(-c.eval_count // c.eval_batch)
     exact, means, steps = {stop: [] for stop in STOPS}, {}, {}
     for n in every:

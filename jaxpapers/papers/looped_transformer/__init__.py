@@ -65,8 +65,8 @@ from jaxpapers.papers.looped_transformer.stopping import (
 
 __all__ = [
     "RULES", "Net", "Trace", "at_step", "decode", "embed", "exact_match", "forward",
-    "forward_all", "generate_ntp", "init", "loss", "make", "predict", "readout",
-    "self_cross_entropy", "step", "stop_fixed_point", "stop_max_confidence",
+    "forward_all", "generate_ntp", "init", "loss", "make", "net_of", "predict",
+    "readout", "self_cross_entropy", "step", "stop_fixed_point", "stop_max_confidence",
 ]  # fmt: skip
 
 Buckets = Sequence[tuple[int, int]]
@@ -166,6 +166,12 @@ def predict(
     return jax.lax.switch(index, branches, params)
 
 
+def net_of(config: Any, vocab_size: int) -> Net:
+    """``Net`` of a config's group ``net``, and of a problem's vocabulary."""
+    fields = {**config.net, "vocab_size": vocab_size}
+    return options.from_config(Net, fields, "net")
+
+
 def make(
     config: Any,
     *,
@@ -185,7 +191,7 @@ def make(
     Raises:
       ValueError: see ``Net`` and ``optim.from_config``.
     """
-    net = options.from_config(Net, {**config.net, "vocab_size": vocab_size}, "net")
+    net = net_of(config, vocab_size)
     own = functools.partial(loss, net=net, buckets=tuple(buckets))
 
     def with_length(params, extra, batch, key):
