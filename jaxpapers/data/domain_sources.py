@@ -162,6 +162,11 @@ class Pictures:
         return image
 
 
+def count(root: str | Path) -> int:
+    """Number of domains of a tree, see ``folders``."""
+    return sum(p.is_dir() for p in files.listing(root))
+
+
 def folders(
     root: str | Path, size: int, names: Sequence[str] = ()
 ) -> tuple[list[Domain], list[str]]:

@@ -41,8 +41,9 @@ ROWS: dict[str, dict[str, Any]] = {
     "GroupDRO": {"method.theta": 0.0, "method.algorithm": "group_dro"},
     "Mixup": {"method.theta": 0.0, "method.algorithm": "mixup"},
 }
-# Fields of the study, which no training run reads.
-OF_STUDY = {"folds": (), "rows": (), "selection": "iid", "l2": 0.0, "trials": 1}
+# Fields of the study, which no training run reads. Its own fold and the selection stay,
+# for a run that is measured by itself.
+OF_STUDY = {"rows": (), "l2": 0.0, "trials": 1}
 SPECTRUM = 16
 
 
@@ -56,13 +57,17 @@ class Loaded(NamedTuple):
 
 
 def abstract(config: Any) -> Data:
-    """Shapes of a global training batch; of a folder, 4 domains stand in."""
+    """Shapes of a global training batch; of a folder that is not there, 4 domains."""
     net, n = config.net, config.data.batch
     image = {"cnn": np.float32, "resnet": np.uint8}
     shape = (net.get("inputs", 0),)
     if net.model in image:
         shape = (net.size, net.size, net.get("channels", 3))
-    count = {"rotated": 6, "coloured": 3}.get(config.data.source, 4)
+    counts = {"rotated": len(domain_sources.ANGLES)}
+    counts["coloured"] = len(domain_sources.ENVIRONMENTS)
+    count = counts.get(config.data.source, 4)
+    if config.data.source == "folder" and config.data.path:
+        count = len(config.data.names) or domain_sources.count(config.data.path)
     return Data(
         None,
         {
@@ -153,7 +158,8 @@ def study(name: str, config: Any, data: Data, mesh: Any) -> Study:
 def _fields(config, seed, label, fold, trial) -> dict[str, Any]:
     """Fields of the training run of a row."""
     fields = {f"data.{k}": v for k, v in OF_STUDY.items()}
-    fields |= {"train.seed": seed, "data.seed": seed, "data.test": (fold,)}
+    fields |= {"train.seed": seed, "data.seed": seed}
+    fields |= {"data.test": (fold,), "data.folds": (fold,)}
     fields |= ROWS[label]
     if label == "L2":
         fields["optim.weight_decay"] = config.data.l2
@@ -348,7 +354,9 @@ def _measure(
     values = _evaluate(config, state.params, own["moments"], mesh)
     every, test = config.data.validate_every, tuple(config.data.test)
     record = np.array(own["records"], float)
-    done = int(state.step)
+    # A state that was loaded to be measured has no step of its own.
+    state = state._replace(step=own["updates"])
+    done = int(own["updates"])
     if done and done % every == 0 and done // every <= len(record):
         state = _recorded(config, state, values)
         record[done // every - 1] = values

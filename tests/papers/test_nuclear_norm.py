@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jaxpapers.config import load_config
+from jaxpapers.mesh import make_mesh, put_batch
 from jaxpapers.papers import nuclear_norm as nu
 from jaxpapers.papers.nuclear_norm import objectives
 from tests.contract import Contract
@@ -222,6 +223,43 @@ def test_choices_of_a_step():
     ):
         with pytest.raises(ValueError, match=says):
             call()
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("algorithm", objectives.ALGORITHMS)
+def test_objectives_are_the_same_on_a_mesh(algorithm):
+    """Value and gradient of every algorithm, rows over four devices."""
+    params = params_like(lambda: nu.init(jax.random.key(0), NET))
+    b, extra = batch(), nu.start(params, NET, COUNT) | {"updates": np.int32(600)}
+    options = nu.Options(algorithm=algorithm, theta=0.1)
+    f = functools.partial(nu.loss, net=NET, options=options)
+    run = jax.jit(jax.value_and_grad(f, has_aux=True))
+    alone = jax.device_get(run(params, extra, b, jax.random.key(1)))
+    grid = make_mesh({"data": 4, "model": 1}, jax.devices()[:4])
+    with jax.set_mesh(grid):
+        placed = put_batch(b, grid, len(b["label"]))
+        split = jax.device_get(run(params, extra, placed, jax.random.key(1)))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), alone, split)
+
+
+@pytest.mark.parametrize("swad", [False, True])
+def test_a_longer_run_has_room_for_its_evaluations(swad):
+    def state(steps):
+        config = load_config(
+            "nuclear_norm:smoke",
+            [f"--config.method.swad={swad}", f"--config.train.steps={steps}"],
+        )
+        method = nu.make(config, domains=4)
+        one = {k: v[:1] for k, v in batch().items()}
+        return method, jax.eval_shape(method.init, jax.random.key(0), one)
+
+    method, old = state(200)
+    _, new = state(500)
+    filled = jax.tree.map(lambda x: np.full(x.shape, 7, np.float32), old.extra)
+    longer = together(lambda e: method.resize(old._replace(extra=e), new).extra, filled)
+    records = nu.own_extra(longer)["records"]
+    assert records.shape == (5, 4, 2, 2)
+    assert (records[:2] == 7).all() and (records[2:] == -1).all()
 
 
 THEOREM = [

@@ -174,7 +174,10 @@ def test_trials_are_drawn_as_in_domainbed():
     assert 10**-2.5 < fields["method.theta"] < 10**-1.5
     assert task._fields(c, 1, "ERM", 3, 2)["method.theta"] == 0
     assert "method.irm" in task._fields(c, 1, "IRM", 3, 2)
-    assert "optim.lr" not in task._fields(c, 1, "ERM-NU", 3, 0)
+    own = task._fields(c, 1, "ERM-NU", 3, 0)
+    assert "optim.lr" not in own
+    # A run that is evaluated by itself is measured in its own fold.
+    assert own["data.test"] == own["data.folds"] == (3,)
 
 
 def finding(accuracy, validation, lr):

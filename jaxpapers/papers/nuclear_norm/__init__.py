@@ -35,7 +35,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from jaxpapers import optim
-from jaxpapers.method import Method, gradient, swad
+from jaxpapers.method import Method, State, gradient, swad
 from jaxpapers.options import from_config
 from jaxpapers.papers.nuclear_norm.featurizers import (
     NETS,
@@ -170,6 +170,15 @@ def with_own_extra(extra: dict, own: dict) -> dict:
     return {**extra, "method": own} if "swad" in extra else own
 
 
+def resize(state: State, target: State) -> State:
+    """A state with room for as many evaluations as ``target`` has, for longer runs."""
+    own, shape = own_extra(state.extra), own_extra(target.extra)["records"].shape
+    kept = own["records"][: shape[0]]
+    records = jnp.full(shape, -1.0).at[: len(kept)].set(kept)
+    own = {**own, "records": records}
+    return state._replace(extra=with_own_extra(state.extra, own))
+
+
 def net_of(config: Any) -> Net:
     """The hyper-parameters of a config's group ``net``."""
     fields = dict(config.net.items())
@@ -226,6 +235,7 @@ def make(config: Any, *, domains: int) -> Method:
         functools.partial(loss, net=net, options=options),
         optim.from_config(config.optim, steps),
         predict=functools.partial(predict, net=net),
+        resize=resize,
         init_extra=lambda params: start(
             params, net, count, (steps // every, domains, 2, 2)
         ),
