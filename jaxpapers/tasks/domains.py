@@ -144,7 +144,7 @@ def study(name: str, config: Any, data: Data, mesh: Any) -> Study:
     if config.net.model != "linear":
         pictures["domains.png"] = functools.partial(_draw, loaded.domains)
     return Study(
-        title=f"accuracy on the domain that was left out, {loaded.what}",
+        title=f"accuracy on the left-out domain, {loaded.what}",
         metric="accuracy",
         rising=True,
         rows=rows,
