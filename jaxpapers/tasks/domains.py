@@ -435,6 +435,8 @@ def _singular_values(config, params, moments, mesh) -> np.ndarray:
 def _watch(config: Any, mesh: Any, method: Any, state: State) -> Mapping[str, float]:
     """Accuracy on the test domain, of the parameters themselves with SWAD too."""
     del method
+    if int(state.step) == config.train.steps:
+        return {}  # Measured right after training.
     moments, test = nu.own_extra(state.extra)["moments"], config.data.test[0]
     values = _evaluate(config, state.params, moments, mesh, only=(test,))
     return {"accuracy": float(values[test, 0, 0])}
