@@ -238,6 +238,15 @@ def test_a_far_baseline_does_not_squeeze_the_models(tmp_path, figures):
     assert axes.get_xlabel() == "error (lower is better)"
 
 
+def test_a_single_model_is_drawn_beside_its_baselines(tmp_path, figures):
+    levels = {"popularity": 0.513, "item mean": 0.475}
+    compared("auc", {"a": [0.562, 0.572]}, levels, tmp_path / "comparison.png")
+    low, high = figures[0].axes[0].get_xlim()
+    assert low < 0.475 and high > 0.572
+    texts = [t.get_text() for t in figures[0].legends[0].get_texts()]
+    assert texts == ["popularity 0.513", "item mean 0.475"]
+
+
 def test_a_far_model_does_not_squeeze_the_others(tmp_path, figures):
     rows = {name: [0.5 + i / 100] for i, name in enumerate("abcd")}
     rows |= {"far": [5.0], "low": [-4.0]}
