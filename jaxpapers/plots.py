@@ -112,8 +112,9 @@ def _draw_panel(axes: Any, panel: Panel) -> None:
             raise ValueError(f"{run} has no metric {metric!r}; it has {known}")
         for step, value in points:
             if isinstance(value, bool) or not isinstance(value, int | float):
+                kind = type(value).__name__
                 raise ValueError(
-                    f"{run}: {metric!r} is no number at step {step}, got {value!r:.60}"
+                    f"{run}: {metric!r} is {kind}, no number, at step {step}"
                 )
         shown += [value for _, value in points]
         dots = {"marker": "D", "mec": "black"} if metric.startswith(VALIDATION) else {}
