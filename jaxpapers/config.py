@@ -5,6 +5,7 @@ import difflib
 import importlib.util
 import json
 import math
+import traceback
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -58,7 +59,7 @@ def load_config(
     """
     # Not on import: absl must not see this program's flags, nor its user's.
     from absl import flags
-    from ml_collections import config_flags
+    from ml_collections import ConfigDict, config_flags
 
     name, module, preset = _find(target, file)
     presets = getattr(module, "PRESETS", ())
@@ -69,7 +70,13 @@ def load_config(
             f"unknown preset {name}:{preset}; expected one of {presets}{hint}"
         )
     values = flags.FlagValues()
-    config = module.get_config(preset or None)
+    with _user_code(module.__file__ if file else None):
+        config = module.get_config(preset or None)
+    if not isinstance(config, ConfigDict):
+        raise ValueError(
+            f"config file {module.__file__}: get_config must return a ConfigDict, got "
+            f"{type(config).__name__}"
+        )
     for override in overrides:
         _check_field(config, override)
     arguments = ["jaxpapers", *overrides]
@@ -119,7 +126,9 @@ def _find(target: str, file: str | None) -> tuple[str, ModuleType, str]:
         return name, _load(config_file(name)), preset
     workdir.local(file, "--config")
     path, _, preset = file.partition(":")
-    return name, _load(workdir.local(path, "--config")), preset
+    source = workdir.local(path, "--config")
+    with _user_code(source):
+        return name, _load(source), preset
 
 
 def _load(source: Path) -> ModuleType:
@@ -137,6 +146,23 @@ def _load(source: Path) -> ModuleType:
     if not hasattr(module, "get_config"):
         raise ValueError(f"config file {source} has no function get_config(preset)")
     return module
+
+
+@contextlib.contextmanager
+def _user_code(source: str | Path | None) -> Generator[None, None, None]:
+    """Errors of a config file of the user's name it and its line; None: no such file."""
+    try:
+        yield
+    except Exception as e:
+        if source is None or isinstance(e, ValueError):
+            raise
+        lines = [
+            frame.lineno
+            for frame in traceback.extract_tb(e.__traceback__)
+            if frame.filename == str(source)
+        ]
+        where = f", line {lines[-1]}" if lines else ""
+        raise ValueError(f"config file {source}{where}: {type(e).__name__}: {e}") from e
 
 
 def fields(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -186,6 +212,8 @@ def check_values(config: Any) -> None:
     for field, value in fields(config):
         name = field.rpartition(".")[2]
         least = 0 if name.endswith("_lr") else LEAST.get(name)
+        if callable(value):
+            raise ValueError(f"{field} must be a plain value, got {value!r:.60}")
         if isinstance(value, float) and math.isnan(value):
             raise ValueError(f"{field} must be a number, got nan")
         if isinstance(value, float) and math.isinf(value):

@@ -72,7 +72,7 @@ def read_stored(folder: str | Path) -> dict[str, Any]:
             f"{__version__}: update jaxpapers, or choose another --workdir"
         )
     papers.check(stored["paper"], f"{path}: field 'paper'")
-    _check_groups(path, stored["paper"], stored["config"])
+    check_groups(path, stored["paper"], stored["config"])
     with named_by(path, _REMEDY):
         check_values(stored["config"])
     return stored
@@ -93,8 +93,16 @@ def _release(version: str) -> tuple[int, ...]:
     return tuple(map(int, numbers.groups())) if numbers else ()
 
 
-def _check_groups(path: Path, name: str, config: dict) -> None:
+def check_groups(
+    path: str | Path, name: str, config: dict, remedy: str = _REMEDY
+) -> None:
     """Groups are objects, and fields have the type that one of the presets gives them.
+
+    Args:
+      path: of the config, for the message.
+      name: of the paper.
+      config: its groups.
+      remedy: what to do, for the message.
 
     Raises:
       ValueError: names file and field.
@@ -104,14 +112,14 @@ def _check_groups(path: Path, name: str, config: dict) -> None:
         if not isinstance(fields, dict):
             raise ValueError(
                 f"{path}: field 'config.{group}' must be an object of fields, got "
-                f"{fields!r}; {_REMEDY}"
+                f"{fields!r}; {remedy}"
             )
         for field, value in fields.items():
             defaults = [c[group][field] for c in known if field in c.get(group, {})]
             if defaults and not any(_alike(value, x) for x in defaults):
                 raise ValueError(
                     f"{path}: field 'config.{group}.{field}' must be of type "
-                    f"{type(defaults[0]).__name__}, got {value!r}; {_REMEDY}"
+                    f"{type(defaults[0]).__name__}, got {value!r}; {remedy}"
                 )
 
 
@@ -152,6 +160,26 @@ def open_writers(folder: Path, config: dict, names: Sequence[str]) -> list:
 def named_fields(folder: str | Path) -> contextlib.AbstractContextManager:
     """A field that config.json lacks is named with the file; see ``named_by``."""
     return named_by(Path(folder) / "config.json", _REMEDY, values=False)
+
+
+def user_config(
+    name: str, config: Any, path: str | None
+) -> contextlib.AbstractContextManager:
+    """Checks a config file of the user's own; missing fields are named with it.
+
+    Args:
+      name: of the paper.
+      config: that the file gave.
+      path: of the file; None: the config is the package's.
+
+    Raises:
+      ValueError: fields of other types than in the paper's presets.
+    """
+    if not path:
+        return contextlib.nullcontext()
+    remedy = f"jaxpapers run {name} --print-config shows them all"
+    check_groups(path, name, config.to_dict(), remedy)
+    return named_by(path, remedy, values=False)
 
 
 def load_run(folder: str, mesh: str | None = None) -> tuple:

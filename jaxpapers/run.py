@@ -17,7 +17,13 @@ from jaxpapers import plan as plans
 from jaxpapers import study as studies
 from jaxpapers import workdir as folders
 from jaxpapers.config import expected, load_config
-from jaxpapers.folder import load_run, named_fields, read_stored, write_config
+from jaxpapers.folder import (
+    load_run,
+    named_fields,
+    read_stored,
+    user_config,
+    write_config,
+)
 from jaxpapers.measure import measure_rows
 from jaxpapers.method import path_name
 from jaxpapers.stages import Stages, parts_of, same, unique
@@ -107,6 +113,7 @@ def run(
     folder = folders.local(workdir or default, "--workdir")
     with signals.stopping(), contextlib.ExitStack() as held:
         config = load_config(target, overrides, config_path, files)
+        held.enter_context(user_config(name, config, config_path))
         grid = meshes.make_mesh(meshes.parse_mesh(mesh) if mesh else None)
         stages = Stages(folder, grid, quiet=quiet, profile=profile, writers=writers)
         # Not of a folder that is not there: what follows may refuse the config.
@@ -200,6 +207,11 @@ def plan(
     """
     name, _, _ = target.partition(":")
     config = load_config(target, overrides, config_path)
+    with user_config(name, config, config_path):
+        return _plan(name, config, topology, mesh)
+
+
+def _plan(name, config, topology, mesh) -> plans.Plan:
     if not papers.NAMES[name].trained:
         raise ValueError(f"{name} trains nothing: there is no step to plan")
     devices = plans.topology_devices(topology) if topology else None

@@ -77,6 +77,37 @@ def test_fields_and_presets_are_refused_by_name(call, target, field, message):
     assert code == 1 and message in err and err.count("\n") == 1
 
 
+OWN = """
+from jaxpapers.config import _load, config_file
+def get_config(preset=None):
+    c = _load(config_file("din")).get_config("smoke").unlock()
+    {}
+    return c.lock()
+"""
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ("1 / 0", "own.py, line 5: ZeroDivisionError: division by zero"),
+        ("return {}", "own.py: get_config must return a ConfigDict, got dict"),
+        ("del c.optim", "own.py: field 'optim' is missing; jaxpapers run din --print"),
+        ("del c.train.steps", "own.py: field 'steps' is missing"),
+        ("del c.net; c.net = 3", "own.py: field 'config.net' must be an object of"),
+        (
+            "del c.train.steps; c.train.steps = '5'",
+            "own.py: field 'config.train.steps' must be of type int, got '5'",
+        ),
+        ("c.net.f = len", "net.f must be a plain value, got <built-in function len>"),
+    ],
+)
+def test_mistakes_in_ones_own_config(call, tmp_path, change, message):
+    own = tmp_path / "own.py"
+    own.write_text(OWN.replace("{}", change, 1))
+    code, _, err = call("run", "din", "--config", str(own), "--dry-run")
+    assert code == 1 and message in err and err.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     "target", ["din:smoke", "defer:smoke", "score_wasserstein:smoke"]
 )
