@@ -79,6 +79,9 @@ def test_recorded_losses_and_gradients(case, dtype):
         grad_features = grad_features + theta / count * (ours - a["nuc_grad"])
     for name, (((value, (ce, nuclear)), grads), (_, gradient)) in results.items():
         bound = case.tolerance(name, dtype, otherwise=bounds[name])
+        if dtype == "float32" and s[kept][-1] < 5e-5 * s[0]:
+            # Rounding of the features alone turns the polar factor by so much.
+            bound = max(bound, 1e-6 * s[0] / s[kept][-1])
         if name == "gram" and s[kept][-1] / s[0] < 1e-3:
             continue
         assert abs(nuclear - a["nuc"]) <= bound * a["nuc"], name
