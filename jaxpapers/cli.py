@@ -90,7 +90,8 @@ def _failed(error: Exception) -> int:
             file=sys.stderr,
         )
         return 1
-    if supervise.is_supervised() and supervise.is_lost(error):
+    refused = isinstance(error, ValueError) and _is_refusal(error)
+    if supervise.is_supervised() and not refused and supervise.is_lost(error):
         print(f"jaxpapers: {supervise.LOST}", file=sys.stderr)
         return 1
     expected = isinstance(error, (ValueError, OSError, ModuleNotFoundError))
@@ -300,6 +301,14 @@ def _steps(text: str | None) -> tuple[int, int] | None:
     return int(first), int(last)
 
 
+def _ids(text: str | None) -> list[int] | None:
+    if not text:
+        return None
+    if not all(x.isdecimal() for x in text.split(",")):
+        raise ValueError(f"--local-device-ids: expected numbers like 0,1, got {text!r}")
+    return [int(x) for x in text.split(",")]
+
+
 def _set_up_devices(options: argparse.Namespace) -> None:
     """Before anything touches a device: their number, then the other processes."""
     if not hasattr(options, "mesh"):
@@ -316,10 +325,7 @@ def _set_up_devices(options: argparse.Namespace) -> None:
     if getattr(options, "distributed", False):
         from jaxpapers import mesh
 
-        ids = options.local_device_ids
-        mesh.start_distributed(
-            [int(i) for i in ids.split(",")] if ids else None, options.heartbeat
-        )
+        mesh.start_distributed(_ids(options.local_device_ids), options.heartbeat)
         signals.share()
 
 

@@ -223,13 +223,20 @@ def start_distributed(
         stop with an error; JAX's default is 100.
 
     Raises:
-      ValueError: heartbeat below 1.
+      ValueError: heartbeat below 1; no job around this process, or a wrong rank.
     """
     if heartbeat < 1:
         raise ValueError(f"--heartbeat must be at least 1 second, got {heartbeat}")
-    jax.distributed.initialize(
-        local_device_ids=local_device_ids, heartbeat_timeout_seconds=heartbeat
-    )
+    try:
+        jax.distributed.initialize(
+            local_device_ids=local_device_ids, heartbeat_timeout_seconds=heartbeat
+        )
+    except ValueError as e:
+        raise ValueError(
+            f"--distributed: JAX finds no usable job around this process: {e} Start the "
+            "processes by SLURM, Open MPI or Kubernetes, or on a TPU pod, or leave "
+            "--distributed out"
+        ) from e
 
 
 def _batch_axes(mesh: Mesh) -> tuple[str, ...]:

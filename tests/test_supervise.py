@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxpapers import supervise
+from jaxpapers import cli, mesh, supervise
 
 ROOT = Path(__file__).parent.parent
 OURS = "jaxpapers: ended by "
@@ -102,3 +102,28 @@ def test_it_ends_with_its_supervisor():
 )
 def test_errors_of_a_lost_peer(text, lost):
     assert supervise.is_lost(RuntimeError(text)) == lost
+
+
+def test_refusals_of_ours_are_no_lost_peer(monkeypatch, capsys):
+    monkeypatch.setattr(supervise, "is_supervised", lambda: True)
+
+    def without_a_job(**options):
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr("jax.distributed.initialize", without_a_job)
+    for options, said in (
+        ({"heartbeat": 0}, "--heartbeat must be at least 1 second, got 0"),
+        ({}, "--distributed: JAX finds no usable job around this process: coord"),
+    ):
+        with pytest.raises(ValueError) as caught:
+            mesh.start_distributed(**options)
+        assert cli._failed(caught.value) == 1
+        line = capsys.readouterr().err
+        assert line.startswith(f"jaxpapers: {said}") and line.count("\n") == 1
+
+
+def test_ids_of_devices():
+    assert cli._ids(None) is None and cli._ids("0,12") == [0, 12]
+    for text in ("a,b", "-1", "0,", "0 1"):
+        with pytest.raises(ValueError, match="--local-device-ids: expected numbers"):
+            cli._ids(text)
