@@ -109,10 +109,11 @@ def test_mistakes_in_ones_own_config(call, tmp_path, change, message):
 
 
 @pytest.mark.parametrize(
-    "target", ["din:smoke", "defer:smoke", "score_wasserstein:smoke"]
+    "target",
+    ["din", "defer", "score_wasserstein", "poem", "nuclear_norm"],
 )
 def test_files_for_a_source_that_reads_none(call, target):
-    code, _, err = call("run", target, "mine.csv", "--dry-run")
+    code, _, err = call("run", f"{target}:smoke", "mine.csv", "--dry-run")
     assert code == 1 and err.count("\n") == 1
     assert "config.data.path: 'mine.csv' is not read with config.data.source=" in err
 

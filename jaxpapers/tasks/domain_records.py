@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxpapers import mesh as meshes
 from jaxpapers.data import backbones, domain_sources, fetch, letters, mnist
 from jaxpapers.data.domains import Domain, Splits, split
+from jaxpapers.data.files import refuse_path
 from jaxpapers.method import State, swad
 from jaxpapers.nets import resnet
 from jaxpapers.papers import nuclear_norm as nu
@@ -61,6 +62,7 @@ def _load(source, path, names, size, count, resample, seed, mixed):
     if source not in SOURCES:
         raise ValueError(f"config.data.source must be one of {SOURCES}, got {source!r}")
     if source == "latent":
+        refuse_path(path, source, SOURCES)
         made = domain_sources.latent(rotated=mixed, seed=seed)
         return made, 2, "latent signs"
     if source in ("rotated", "coloured"):

@@ -12,6 +12,7 @@ import numpy as np
 from jaxpapers import figures
 from jaxpapers import mesh as meshes
 from jaxpapers.data import fetch, image_files, mnist, outliers, pools
+from jaxpapers.data.files import refuse_path
 from jaxpapers.data.outliers import Detection
 from jaxpapers.ops import detection, ood
 from jaxpapers.papers import poem
@@ -349,6 +350,8 @@ def _read(source, folders, easy, images, letters, contaminants) -> Detection:
     if easy not in EASY:
         raise ValueError(f"config.data.easy must be one of {EASY}, got {easy!r}")
     if source == "generated":
+        for path in folders:
+            refuse_path(path, source, SOURCES)
         return outliers.segments(images)
     if source != "letters":
         return pools.original(source, *folders)
