@@ -46,6 +46,7 @@ def get_config(preset: str | None = None) -> ConfigDict:
                 "folds": (3,),  # test domains of the comparison; (): every one
                 "rows": (),  # methods of the comparison; (): all
                 "selection": "last",  # iid, oracle: which step is measured
+                "loo": False,  # also runs without each further domain, for loo.csv
                 "held_out": 0.2,  # share of each domain
                 "validate_every": 100,  # updates between evaluations of all domains
                 "trials": 1,  # random hyper-parameters of each method; 1: the defaults

@@ -8,7 +8,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxpapers.papers.nuclear_norm import select_loo
 from jaxpapers.study import Results
+
+WITHOUT = " without "
+"""Before the name of a further domain that a row was not trained on."""
 
 
 class Chosen(NamedTuple):
@@ -37,6 +41,8 @@ def chosen(results: Results) -> list[Chosen]:
     """The best trial of every method, fold and seed, by validation accuracy."""
     best: dict[tuple[str, str, int], Chosen] = {}
     for r in results:
+        if WITHOUT in r.row.label:
+            continue
         label, _, trial = r.row.label.partition(", trial ")
         for seed, finding in enumerate(r.findings):
             n = finding.numbers
@@ -64,6 +70,41 @@ def write_csv(results: Results, out: str | Path) -> None:
     table.writerow([*Chosen._fields[:-1], *names])
     for row in rows:
         table.writerow([*row[:-1], *(row.hyper.get(k, "") for k in names)])
+    Path(out).write_text(text.getvalue())
+
+
+def write_loo(
+    names: Sequence[str], folds: Sequence[int], results: Results, out: str | Path
+) -> None:
+    """The step that ``nuclear_norm.select_loo`` takes of the records of every method.
+
+    Args:
+      names: of all domains.
+      folds: test domains.
+      results: with rows that leave out every further domain in turn.
+      out: CSV file.
+    """
+    rows = {(r.row.label, r.row.column): r.findings for r in results}
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["label", "fold", "seed", "step", "accuracy", "validation"])
+    for (label, column), findings in rows.items():
+        if WITHOUT in label or ", trial " in label:
+            continue
+        fold = names.index(column) if column else folds[0]
+        others = [e for e in range(len(names)) if e != fold]
+        for seed, finding in enumerate(findings):
+            files = {
+                e: rows[f"{label}{WITHOUT}{names[e]}", column][seed].files["record.npz"]
+                for e in others
+            }
+            own = finding.files["record.npz"]
+            records = {e: f["record"] for e, f in files.items()}
+            choice = select_loo(own["record"], (fold,), records)
+            step = int(own["steps"][choice.index])
+            table.writerow(
+                [label, names[fold], seed, step, choice.accuracy, choice.validation]
+            )
     Path(out).write_text(text.getvalue())
 
 

@@ -37,7 +37,7 @@ ROWS: dict[str, dict[str, Any]] = {
 }
 # Fields of the study, which no training run reads. Its own fold and the selection stay,
 # for a run that is measured by itself.
-OF_STUDY = {"rows": (), "l2": 0.0, "trials": 1}
+OF_STUDY = {"rows": (), "l2": 0.0, "trials": 1, "loo": False}
 
 
 def abstract(config: Any) -> Data:
@@ -105,28 +105,40 @@ def study(name: str, config: Any, data: Data, mesh: Any) -> Study:
     folds = tuple(c.folds) or tuple(range(len(loaded.domains)))
     labels = dict.fromkeys(("ERM-NU", *(c.rows or ROWS)))
 
-    def row(seed, label, fold, trial):
-        stage = with_fields(config, _fields(config, seed, label, fold, trial))
+    def row(seed, label, fold, trial, without=None):
+        fields = _fields(config, seed, label, fold, trial)
+        if without is not None:
+            fields["data.test"] = (fold, without)
+        stage = with_fields(config, fields)
         measure = functools.partial(
             domain_records.measure, config.data.selection, stage, mesh
         )
         column = loaded.domains[fold].name if len(folds) > 1 else ""
         title = f"{label}, trial {trial}" if trial else label
+        if without is not None:
+            title += f"{domain_tables.WITHOUT}{loaded.domains[without].name}"
         watch = functools.partial(domain_records.watch, stage, mesh)
         return Row(title, Stage(name, stage), measure, column, watch)
 
+    def others(fold):
+        return [e for e in range(len(loaded.domains)) if e != fold]
+
     def rows(seed):
         return [
-            row(seed, label, fold, trial)
+            row(seed, label, fold, trial, without)
             for label in labels
             for fold in folds
             for trial in range(c.trials)
+            for without in (None, *(others(fold) if c.loo and not trial else ()))
         ]
 
     pictures: dict[str, Any] = {
         "domains.csv": domain_tables.write_csv,
         "domains.txt": domain_tables.write_text,
     }
+    if c.loo:
+        names = [d.name for d in loaded.domains]
+        pictures["loo.csv"] = functools.partial(domain_tables.write_loo, names, folds)
     if config.net.model != "linear":
         pictures["domains.png"] = functools.partial(_draw, loaded.domains)
     return Study(

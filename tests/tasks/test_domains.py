@@ -210,6 +210,44 @@ def test_tables_have_standard_errors_and_what_was_chosen(tmp_path):
     }  # fmt: skip
 
 
+def record(*accuracies):
+    """A record of three domains whose accuracies are those of every evaluation."""
+    values = np.zeros((len(accuracies[0]), 3, 2, 2))
+    values[..., 0, 0] = np.transpose(accuracies)
+    steps = 10 * np.arange(1, len(values) + 1)
+    return Finding({"accuracy": 0.0, "validation": 0.0}, files={
+        "record.npz": {"record": values, "steps": steps}
+    })  # fmt: skip
+
+
+def test_domains_left_out_in_turn_choose_a_step(tmp_path):
+    c = config("data.loo=True", "data.rows=('ERM',)")
+    study = tasks.study(
+        "nuclear_norm", c, tasks.read(c), jax.make_mesh((1,), ("data",))
+    )
+    rows = study.rows(0)
+    assert [r.label for r in rows[:4]] == [
+        "ERM-NU",
+        *(f"ERM-NU without p = {p}" for p in (0.75, 0.85, 0.95)),
+    ]
+    assert tuple(rows[2].stage.config.data.test) == (3, 1)
+    assert "loo.csv" in study.pictures
+    nothing = [0.0, 0.0, 0.0]
+    findings = {
+        "NU": record([0.1, 0.2, 0.3], nothing, nothing),
+        "NU without b": record(nothing, [0.5, 0.7, 0.4], nothing),
+        "NU without c": record(nothing, nothing, [0.2, 0.6, 0.8]),
+    }
+    results = [
+        Result(Row(label, None, lambda: None), [f], []) for label, f in findings.items()
+    ]
+    domain_tables.write_loo(["a", "b", "c"], (0,), results, tmp_path / "loo.csv")
+    line = (tmp_path / "loo.csv").read_text().splitlines()[1].split(",")
+    assert line[:4] == ["NU", "a", "0", "20"]
+    np.testing.assert_allclose([float(x) for x in line[4:]], [0.2, 0.65])
+    assert [x.label for x in domain_tables.chosen(results)] == ["NU"]
+
+
 def sweep(workdir):
     fields = [
         "train.steps=6", "data.validate_every=2", "data.trials=2", "data.selection=iid",
