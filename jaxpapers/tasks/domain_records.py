@@ -6,6 +6,7 @@ The state of a run carries the accuracy and the loss of every domain at every ev
 
 import functools
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -74,14 +75,14 @@ def _load(source, path, names, size, count, resample, seed, mixed):
     if source == "fonts":
         folder = fetch.get("font-families", path=path)
         made = letters.families(folder, count, size)
-        return made, len(letters.LETTERS), "letters of font families"
+        return made, len(letters.LETTERS), "letters"
     if not path:
         raise FileNotFoundError(
             "config.data.path: not given; it is a folder of domains, each with a folder "
             "of images for every class, such as PACS, VLCS or office_home"
         )
     made, classes = domain_sources.folders(path, size, names)
-    return made, len(classes), str(path)
+    return made, len(classes), Path(path).name
 
 
 def refresh(config: Any, state: State) -> State:
