@@ -45,7 +45,7 @@ class Net:
         last one. 0: none.
       scale_residual: a step moves h by 1/T of the way to the block's output.
       grad_loops: gradients flow through this many last steps; 0: through all.
-      remat: recompute each step in the backward pass.
+      remat: recompute each step in the backward pass; False: all but its products.
       form: ``scan`` over the steps, or ``unroll``: a program per number of steps.
       tied: the output head is the transposed embedding.
       dtype: of activations; parameters are float32.
@@ -224,7 +224,13 @@ def forward(
     e = embed(params, tokens, net)
     h = e if net.inject == "none" else jnp.zeros_like(e)
     one = functools.partial(step, net=net, n_steps=n_steps)
-    one = jax.checkpoint(one) if net.remat else one
+    # Writing and reading what is element-wise costs more than computing it again.
+    policy = jax.checkpoint_policies.dots_saveable
+    one = jax.checkpoint(
+        one,
+        policy=None if net.remat else policy,
+        prevent_cse=net.remat and net.form == "unroll",
+    )
     if isinstance(n_steps, int):
         cut = n_steps - net.grad_loops if net.grad_loops else 0
         if cut > 0:
