@@ -166,6 +166,7 @@ def by_step(results: Sequence[Any], path: str | Path) -> Path:
         axes.axvline(length, color="grey", lw=1, ls=":", label="length")
         axes.set(xlabel="steps", ylabel="exact match", ylim=(-0.03, 1.03))
         axes.set_title(f"length {length}", fontsize=10)
+        axes.locator_params(axis="x", integer=True)
         axes.grid(alpha=0.25)
         axes.legend(frameon=False, fontsize=8)
     return plots.save(figure, path)

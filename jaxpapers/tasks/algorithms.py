@@ -282,7 +282,7 @@ def _measure(config, net, mesh, method, state) -> Finding:
     c = config.data
     every = tested(c.length, c.lengths)
     chunks = -(-c.eval_count // c.eval_batch)
-    exact, means, steps = {stop: [] for stop in STOPS}, {}, {}
+    exact, means = {stop: [] for stop in STOPS}, {}
     for n in every:
         found = _steps_of(c, net, mesh, state.params, n, chunks)
         rows = np.arange(found["exact"].shape[1])
@@ -294,7 +294,6 @@ def _measure(config, net, mesh, method, state) -> Finding:
             stops["fixed point"] = found["fixed"] - 1
         for stop, at in stops.items():
             exact[stop].append(float(found["exact"][at, rows].mean()))
-            steps.setdefault(stop, []).append(float(np.mean(at)) + 1)
         means[n] = found["exact"].mean(1)
     numbers = {f"length_{n}": x for n, x in zip(every, exact["oracle"])}
     curves: dict[str, Any] = {"exact match against length": (every, exact["oracle"])}
@@ -306,7 +305,6 @@ def _measure(config, net, mesh, method, state) -> Finding:
         for stop in STOPS[1:]:
             numbers[f"length_{2 * c.length}_{stop}"] = exact[stop][far]
             curves[f"exact match against length, stop: {stop}"] = (every, exact[stop])
-            curves[f"steps against length, stop: {stop}"] = (every, steps[stop])
         for n in (c.length, 2 * c.length):
             at = np.arange(1, len(means[n]) + 1).tolist()
             curves[f"exact match against step, length {n}"] = (at, means[n].tolist())
