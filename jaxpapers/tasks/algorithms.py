@@ -237,13 +237,13 @@ def baselines(config: Any) -> dict[str, dict[str, Any]]:
     return {label: every[label] for label in b.rows}
 
 
-def tested(trained: int, chosen: Sequence[int] = ()) -> list[int]:
+def lengths_of(trained: int, chosen: Sequence[int] = ()) -> list[int]:
     """Lengths to measure: those chosen, or shares of the largest training length.
 
     The training length, its double and its fourfold are among them.
 
     Example:
-      >>> tested(10)
+      >>> lengths_of(10)
       [2, 4, 6, 8, 10, 12, 15, 20, 25, 30, 40]
     """
     chosen = chosen or [max(round(share * trained), 1) for share in SHARES]
@@ -280,7 +280,7 @@ def _watch(c, net, mesh, method, state) -> dict[str, float]:
 def _measure(config, net, mesh, method, state) -> Finding:
     """Exact match by length, and for each stopping rule."""
     c = config.data
-    every = tested(c.length, c.lengths)
+    every = lengths_of(c.length, c.lengths)
     chunks = -(-c.eval_count // c.eval_batch)
     exact, means = {stop: [] for stop in STOPS}, {}
     for n in every:

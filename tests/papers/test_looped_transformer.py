@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxpapers import run
 from jaxpapers.ops import algorithmic
 from jaxpapers.papers import looped_transformer as looped
 from jaxpapers.papers.looped_transformer import Net
@@ -362,3 +363,18 @@ def test_bad_input():
         Net(width=30, heads=8)
     with pytest.raises(ValueError, match="length >= 1 and net.loops >= 1, got 4 and 0"):
         looped.generate_ntp(params, TOKENS, 4, net=NET)
+
+
+@pytest.mark.slow
+def test_learns_the_parity_of_four_bits(tmp_path):
+    """Exact match at the training length; chance, and a new model, are at 0.5."""
+    summary = run.run(
+        "looped_transformer",
+        [
+            "--config.data.length=4", "--config.data.lengths=(4,)",
+            "--config.train.steps=1500", "--config.optim.hold=1200",
+            "--config.train.eval_every=0",
+        ],
+        workdir=str(tmp_path / "run"), alone=True, quiet=True,
+    )  # fmt: skip
+    assert summary["rows"][0]["numbers"][0]["length_4"] >= 0.98

@@ -296,9 +296,10 @@ def check_steps(n_steps: Any, max_steps: int, net: Net) -> tuple[Any, int]:
             "net.loops=0 takes as many steps as the input asks for: pass n_steps"
         )
     known = not isinstance(n_steps, jax.core.Tracer)
-    largest = int(np.max(n_steps)) if known else 0
-    if known and int(np.min(n_steps)) < 1:
-        raise ValueError(f"n_steps must be >= 1, got {np.min(n_steps)}")
+    values = np.asarray(n_steps) if known else np.ones(1, int)
+    largest = int(values.max()) if known else 0
+    if values.min() < 1:
+        raise ValueError(f"n_steps must be >= 1, got {values.min()}")
     if known and max_steps and largest > max_steps:
         raise ValueError(
             f"n_steps must be at most max_steps={max_steps}, got {largest}; raise "
@@ -308,8 +309,8 @@ def check_steps(n_steps: Any, max_steps: int, net: Net) -> tuple[Any, int]:
         raise ValueError(
             "n_steps is traced: pass max_steps, the largest number of steps"
         )
-    if known and np.ndim(n_steps) == 0:
-        return int(n_steps), largest
+    if known and values.ndim == 0:
+        return largest, largest
     return n_steps, max_steps or largest
 
 
