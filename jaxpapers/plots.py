@@ -151,7 +151,7 @@ def _paper(run: str | Path) -> str:
     try:
         stored = json.loads((Path(run) / "config.json").read_text(encoding="utf-8"))
         return str(stored["paper"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return ""
 
 

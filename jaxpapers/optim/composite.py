@@ -5,6 +5,7 @@ from collections.abc import Hashable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
@@ -86,7 +87,9 @@ def with_scalars(
             rule = optax.scale_by_adam(
                 scalar_b1, scalar_b2, scalar_eps, mu_dtype=momentum_dtype
             )
-        return rule if replicate_axis is None else _averaged(rule, replicate_axis)
+        if replicate_axis is not None:
+            rule = _averaged(rule, replicate_axis)
+        return _with_steady_dtypes(rule)
 
     scalar_rate = optax.scale_by_learning_rate(scalar_learning_rate)
     head = (
@@ -131,6 +134,29 @@ def _averaged(
     def update(updates, state, params=None):
         mean = jax.tree.map(lambda g: lax.pmean(g, axis), updates)
         return rule.update(mean, state, params)
+
+    return optax.GradientTransformation(rule.init, update)
+
+
+def _with_steady_dtypes(
+    rule: optax.GradientTransformation,
+) -> optax.GradientTransformation:
+    """``rule`` whose state keeps its dtypes, and whose updates have the gradients' or
+    the parameters', the wider one.
+
+    Optax's Adam and Lion promote: float32 gradients of bfloat16 parameters change their
+    state at the first update, and ``lax.scan`` and ``apply_if_finite`` refuse that.
+    """
+
+    def update(updates, state, params=None):
+        directions, new = rule.update(updates, state, params)
+        like = [updates] if params is None else [updates, params]
+        return (
+            jax.tree.map(
+                lambda d, *x: d.astype(jnp.result_type(*x)), directions, *like
+            ),
+            jax.tree.map(lambda new, old: new.astype(old.dtype), new, state),
+        )
 
     return optax.GradientTransformation(rule.init, update)
 

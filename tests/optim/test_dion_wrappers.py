@@ -153,6 +153,31 @@ def test_scan():
     assert_close(together(train, matrices(7), stacked), plain())
 
 
+@pytest.mark.parametrize(
+    "wrap", [lambda tx: tx, lambda tx: optax.apply_if_finite(tx, 3)]
+)
+@pytest.mark.parametrize("scalar", ["adamw", "lion"])
+@pytest.mark.parametrize("params, grads, momentum", [
+    (jnp.bfloat16, jnp.float32, None),
+    (jnp.float16, jnp.float32, None),
+    (jnp.bfloat16, jnp.bfloat16, jnp.float32),
+])  # fmt: skip
+def test_state_and_updates_keep_their_dtypes(wrap, scalar, params, grads, momentum):
+    tx = wrap(dion(LR, momentum_dtype=momentum, scalar=scalar))
+    forms = {"embed": (5, 6), "dense": {"kernel": (8, 6), "bias": (6,)}}
+
+    def arrays(dtype):
+        shaped = functools.partial(jax.ShapeDtypeStruct, dtype=dtype)
+        return jax.tree.map(shaped, forms, is_leaf=lambda x: isinstance(x, tuple))
+
+    state = jax.eval_shape(tx.init, arrays(params))
+    updates, new = jax.eval_shape(tx.update, arrays(grads), state, arrays(params))
+    assert jax.tree.map(lambda x: x.dtype, new) == jax.tree.map(
+        lambda x: x.dtype, state
+    )
+    assert {x.dtype for x in jax.tree.leaves(updates)} == {jnp.dtype(grads)}
+
+
 def test_injected_values_are_used_without_a_new_trace():
     names = ("rank_fraction", "rank_multiple_of")
     tx = optax.inject_hyperparams(scale_by_dion, static_args=names)(
