@@ -63,6 +63,30 @@ def test_one_of_several_processes_leaves_it_to_jax(monkeypatch):
         assert signal.getsignal(signal.SIGTERM) is before
 
 
+@pytest.mark.parametrize(
+    "command, body, after, code",
+    [
+        ("run", "terminate()", "", 75),
+        ("train", "0", "terminate()", 0),
+        ("plot", "terminate()", "", -signal.SIGTERM),
+    ],
+)
+def test_a_command_that_trains_ends_with_75_or_with_its_own_code(
+    command, body, after, code
+):
+    """Before the command line listens, and after it is done."""
+    script = (
+        "import os, signal, sys\n"
+        "terminate = lambda: os.kill(os.getpid(), signal.SIGTERM)\n"
+        f"sys.argv = ['jaxpapers', {command!r}]\n"
+        "from jaxpapers import __main__, cli\n"
+        f"cli.main = lambda: {body}\n"
+        f"code = __main__.main()\n{after}\nsys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT)
+    assert done.returncode == code
+
+
 BUSY = """
 import hashlib, sys
 from jaxpapers import signals
