@@ -62,7 +62,7 @@ def split(
 
     Example:
       >>> split(10, 0, 0).out
-      array([4, 8])
+      array([2, 3])
     """
     if not 0 < fraction < 1:
         raise ValueError(f"the fraction held out must be in (0, 1), got {fraction}")
@@ -89,7 +89,9 @@ def deal(count: int, domains: int, seed: int = 0) -> list[np.ndarray]:
     return [order[i::domains] for i in range(domains)]
 
 
-def rotate(images: np.ndarray, angle: float, method: str = "bilinear") -> np.ndarray:
+def rotate(
+    images: np.ndarray, angle: int | float, method: str = "bilinear"
+) -> np.ndarray:
     """Images turned counter-clockwise about their centre, zeros where nothing was.
 
     Equal to Pillow's ``Image.rotate`` in every pixel.
@@ -134,7 +136,7 @@ def rotate(images: np.ndarray, angle: float, method: str = "bilinear") -> np.nda
     return turned.astype(np.uint8)
 
 
-def _sources(height: int, width: int, angle: float):
+def _sources(height: int, width: int, angle: int | float):
     """Coordinates in the image of every pixel of the turned one, and whether inside."""
     radians = -math.radians(angle % 360)
     cos, sin = round(math.cos(radians), 15), round(math.sin(radians), 15)

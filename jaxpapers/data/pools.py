@@ -270,8 +270,9 @@ def _imagenet_file(path: Path) -> np.ndarray:
     """Images (n, s, s, 3) of a file with ``data`` of n x 3 s s bytes, planes."""
     if path.suffix == ".npz":
         with files.parsing(path, "not a batch of ImageNet"):
-            with np.load(files.check(path)[0], allow_pickle=False) as archive:
-                data = archive["data"]
+            # NumPy leaves a file that it cannot read open.
+            with open(files.check(path)[0], "rb") as file:
+                data = np.load(file, allow_pickle=False)["data"]
     else:
         content = pickles.load(
             path, allowed=_TYPES, encoding="latin1", max_bytes=MAX_BYTES

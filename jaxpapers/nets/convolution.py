@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Key
 
@@ -56,7 +57,7 @@ def init_norm(
     return {"scale": scale, "bias": jnp.zeros(count)}
 
 
-def init_moments(norm: dict[str, Float[Array, " C"]]) -> Moments:
+def init_moments(norm: dict[str, Float[Array | np.ndarray, " C"]]) -> Moments:
     """Moving statistics of a normalisation at the start: mean 0, variance 1."""
     return Moments(jnp.zeros_like(norm["bias"]), jnp.ones_like(norm["bias"]))
 

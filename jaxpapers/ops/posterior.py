@@ -134,8 +134,8 @@ def posterior(stats: Statistics, prior: Any, noise: Any) -> Posterior:
 
     Example:
       >>> import numpy as np
-      >>> stats = statistics(np.float32([[1.0]]), np.float32([2.0]))
-      >>> round(float(posterior(stats, prior=1.0, noise=1.0).mean[0]), 3)
+      >>> fit = jax.jit(lambda z, y: posterior(statistics(z, y), prior=1.0, noise=1.0))
+      >>> round(float(fit(np.float32([[1.0]]), np.float32([2.0])).mean[0]), 3)
       1.0
     """
     check_variances(prior=prior, noise=noise)

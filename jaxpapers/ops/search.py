@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Int, Num, Shaped, UInt16
+from jaxtyping import Array, Bool, Float, Int, Integer, Num, Shaped, UInt16
 
 from jaxpapers.ops import rows
 from jaxpapers.ops.shapes import whole_numbers
@@ -329,8 +329,8 @@ def pack(table: Float[Array, "V H"]) -> UInt16[Array, "V H"]:
 
 
 def time_gap(
-    now: Int[Array, "*#shape"], past: Int[Array, "*#shape"]
-) -> Int[Array, "*shape"]:
+    now: Integer[Array, "*#shape"], past: Integer[Array, "*#shape"]
+) -> Integer[Array, "*shape"]:
     """``now - past``; gaps beyond the integers' range are the nearest integer in it.
 
     Logs have times of all 32 bits, whose difference needs 33.

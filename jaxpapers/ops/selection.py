@@ -60,8 +60,8 @@ def top_n(
       ValueError: n below 1 or above the number of candidates.
 
     Example:
-      >>> import numpy as np
-      >>> top_n(np.float32([1, 3, 2, 3]), 3).index.tolist()
+      >>> import jax, numpy as np
+      >>> jax.jit(top_n, static_argnums=1)(np.float32([1, 3, 2, 3]), 3).index.tolist()
       [1, 3, 2]
     """
     if not 1 <= n <= len(scores):

@@ -203,7 +203,7 @@ def test_amazon_refuses_other_files(tmp_path):
     mixed.write_bytes(older.read_bytes() + b"\n" + newer.read_bytes()[3:])
     with pytest.raises(ValueError, match="line 10 is malformed.*of 2014 or 2018, by"):
         ctr_files.amazon(mixed, meta)
-    for least in (-0.1, 2, float("nan")):
+    for least in (-0.1, 2.0, float("nan")):
         with pytest.raises(ValueError, match="least must be in"):
             ctr_files.amazon(reviews, meta, least=least)
     text = newer.read_text(encoding="utf-8-sig")

@@ -2,6 +2,7 @@
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -42,7 +43,7 @@ def test_group_norm_is_per_image_and_group():
     expected = ((groups - mean) / np.sqrt(var + 1e-5)).reshape(x.shape)
     np.testing.assert_allclose(y, expected * params["scale"] + 0.5, atol=1e-5)
     with pytest.raises(ValueError, match="4 groups do not divide 6 channels"):
-        convolution.group_norm(params, x, 4)
+        convolution.group_norm(params, jnp.asarray(x), 4)
 
 
 def test_scales_start_at_ones_or_are_drawn():

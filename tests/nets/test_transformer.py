@@ -102,8 +102,8 @@ def test_padding_on_the_left_changes_nothing(kind):
     assert "bias" in names
     mask = np.ones((2, 12), bool)
     mask[1, :4] = False
-    positions = np.maximum(mask.cumsum(1) - 1, 0)
-    keys = np.broadcast_to(mask[:, None], (2, 12, 12))
+    positions = jnp.maximum(mask.cumsum(1) - 1, 0)
+    keys = jnp.broadcast_to(mask[:, None], (2, 12, 12))
 
     def states(params):
         def apply(tokens, *args, **kwargs):
@@ -131,8 +131,7 @@ def test_stack_is_the_transformer_between_embedding_and_head():
     net, params = build(causal=False)
     stack = Stack(net.kind, net.layers)
     own = {name: params[name] for name in ("layers", "norm")}
-    other = np.array(TOKENS)
-    other[:, 8] = (other[:, 8] + 1) % 40
+    other = TOKENS.at[:, 8].set((TOKENS[:, 8] + 1) % 40)
 
     def states(params, own):
         x = params["embed"]["embedding"][TOKENS]
@@ -157,8 +156,7 @@ def test_stack_is_the_transformer_between_embedding_and_head():
 )
 def test_causal_and_cache_equals_full(options):
     net, params = build(**options)
-    other = np.array(TOKENS)
-    other[:, 8] = (other[:, 8] + 1) % 40
+    other = TOKENS.at[:, 8].set((TOKENS[:, 8] + 1) % 40)
     apply = functools.partial(
         jax.jit(lambda params, *args: net.apply({"params": params}, *args)), params
     )

@@ -31,7 +31,7 @@ CONTRACT = Contract(
     },
 )  # fmt: skip
 NET = Net(vocab_size=6, width=16, heads=2, layers=2, init_std=0.3)
-TOKENS = np.random.default_rng(0).integers(0, 6, (3, 7)).astype(np.int32)
+TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 6, (3, 7)), jnp.int32)
 
 
 def params_of(net=NET):
@@ -93,8 +93,8 @@ def test_recorded_run(case):
         epsilon=case.read("epsilon", 1e-5),
     )
     count = len([k for k in z if k.startswith("logits_T")])
-    mask = z["mask"].astype(np.float32)
-    tokens, targets, steps = (z[k].astype(np.int32) for k in ("x", "y", "T"))
+    mask = jnp.asarray(z["mask"], jnp.float32)
+    tokens, targets, steps = (jnp.asarray(z[k], jnp.int32) for k in ("x", "y", "T"))
     batch = {"tokens": tokens, "targets": targets, "weights": mask, "n_steps": steps}
 
     def compute(params):
@@ -138,7 +138,7 @@ def test_masked_scan_is_the_loop_by_hand(fields):
     """Rows of 1, 3 and 5 steps: one masked scan, one program each, and the equations."""
     net = Net(**{**vars(NET), **fields})
     unrolled = Net(**{**vars(net), "form": "unroll"})
-    params, steps = params_of(net), np.array([1, 3, 5], np.int32)
+    params, steps = params_of(net), jnp.array([1, 3, 5], jnp.int32)
 
     def by_hand(params, row, count):
         e = params["embed"]["embedding"][TOKENS[row : row + 1]]
@@ -163,9 +163,8 @@ def test_masked_scan_is_the_loop_by_hand(fields):
 
 def test_causal_and_of_no_fixed_length():
     """Logits before a changed token stay; no parameter knows a length."""
-    other = TOKENS.copy()
-    other[:, 4] = (other[:, 4] + 1) % 6
-    params, long = params_of(), np.tile(TOKENS, (1, 30))
+    other = TOKENS.at[:, 4].set((TOKENS[:, 4] + 1) % 6)
+    params, long = params_of(), jnp.tile(TOKENS, (1, 30))
 
     def compute(params):
         forward = functools.partial(looped.forward, params, n_steps=3, net=NET)
@@ -180,7 +179,7 @@ def test_causal_and_of_no_fixed_length():
 
 def test_gradient_of_the_last_steps_only():
     """Truncated after k steps: that of k steps from a state that is a constant."""
-    params, steps = params_of(), np.array([2, 5, 4], np.int32)
+    params, steps = params_of(), jnp.array([2, 5, 4], jnp.int32)
     k = 2
     net = Net(**{**vars(NET), "grad_loops": k})
 
@@ -242,14 +241,15 @@ def test_gradient_by_finite_differences(float64):
 def _batch(name, n, steps=None):
     key = jax.random.key(0)
     batch = together(lambda: algorithmic.lay_out(algorithmic.draw(name, key, n, 3)))
-    return {**batch, "n_steps": np.array(steps or batch["n_steps"], np.int32)}
+    batch = {**batch, "n_steps": np.array(steps or batch["n_steps"], np.int32)}
+    return jax.tree.map(jnp.asarray, batch)
 
 
 def test_buckets_change_nothing_but_the_cost():
     """Branches for short and for long batches; more steps than the last has are seen."""
     short, long = _batch("parity", 2), _batch("parity", 5)
     short = {
-        k: np.pad(v, ((0, 0), (0, 3)))[:, :7] if v.ndim == 2 else v
+        k: jnp.pad(v, ((0, 0), (0, 3)))[:, :7] if v.ndim == 2 else v
         for k, v in short.items()
     }
     params = params_of()
@@ -304,7 +304,7 @@ def test_stopping():
     logits = np.zeros((4, 2, 3, 2), np.float32)
     logits[:, :, 1, 0] = sharp
     logits[:, :, 2, 1] = 9  # A position without weight.
-    mask = np.array([[1, 1, 0], [1, 1, 0]], np.float32)
+    logits, mask = jnp.asarray(logits), jnp.array([[1.0, 1, 0], [1, 1, 0]])
     distance = np.array([[0.5, 0.3], [0.04, 0.2], [0.01, 0.1], [0.3, 0.2]], np.float32)
 
     def compute(logits, distance):
@@ -352,7 +352,7 @@ def test_bad_input():
     with pytest.raises(ValueError, match="n_steps must be >= 1, got 0"):
         looped.forward(params, TOKENS, 0, net=NET)
     with pytest.raises(ValueError, match="at most max_steps=2, got 5"):
-        looped.forward(params, TOKENS, np.array([1, 2, 5]), net=NET, max_steps=2)
+        looped.forward(params, TOKENS, jnp.array([1, 2, 5]), net=NET, max_steps=2)
     with pytest.raises(ValueError, match="pass n_steps"):
         looped.forward(params, TOKENS, net=NET)
     with pytest.raises(ValueError, match="pass max_steps"):
