@@ -111,7 +111,7 @@ ALLOWED = {
         "run",
         "signals",
     },
-    "__main__": {"cli"},
+    "__main__": {"cli", "signals"},
     "__init__": {"optim"},
 }
 # Third-party package -> first parts of the modules that may import it.
