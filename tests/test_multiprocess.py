@@ -249,6 +249,7 @@ def test_the_command_line_stops(count, how, victim, tmp_path):
         while not saved.exists() and time.monotonic() - began < 300:
             assert all(p.poll() is None for p in processes)
             time.sleep(0.2)
+        assert saved.exists(), "no step 4 within five minutes"
         os.kill(processes[victim].pid, how)
         began = time.monotonic()
     finally:
