@@ -31,12 +31,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Seconds of work behind a minute of the compiler's optimisations.
         os.environ.setdefault("XLA_FLAGS", QUICK)
     parser = _parser()
-    options, rest = parser.parse_known_args(arguments)
+    # Argparse takes what has a space in it for a file.
+    overrides = [x for x in arguments if x.startswith("--config.")]
+    options, unknown = parser.parse_known_args(
+        [x for x in arguments if x not in overrides]
+    )
     if options.command is None:
         parser.print_help()
         return 0
-    overrides = [x for x in rest if x.startswith("--config.")]
-    unknown = [x for x in rest if x not in overrides]
     if hasattr(options, "files"):  # argparse takes only those right after the name.
         options.files += [x for x in unknown if not x.startswith("-")]
         unknown = [x for x in unknown if x.startswith("-")]

@@ -30,6 +30,11 @@ def test_a_mistyped_argument_gets_a_suggestion(call, arguments, message):
     assert code == 2 and message in err
 
 
+def test_a_field_with_spaces_is_no_file(call):
+    code, _, err = call("run", "din:smoke", "--config.optim.lrr=(1, 2)")
+    assert code == 1 and "Did you mean --config.optim.lr?" in err, err
+
+
 @pytest.mark.parametrize(
     "target, field, message",
     [
