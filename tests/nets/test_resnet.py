@@ -1,5 +1,7 @@
 """Residual networks: sizes, torchvision's names, a frozen and a moving normalisation."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -21,7 +23,7 @@ def test_sizes_are_torchvisions(depth, count, names):
     assert size(params) == count
     assert len({**resnet._names(params), **resnet._names(extra)}) == names
     x = jax.ShapeDtypeStruct((2, 64, 64, 3), np.float32)
-    run = lambda p, m, x: resnet.apply(p, m, x, depth)  # noqa: E731
+    run = functools.partial(resnet.apply, depth=depth)
     y, kept = jax.eval_shape(run, params, extra, x)
     assert y.shape == (2, resnet.features(depth))
     assert jax.tree.structure(kept) == jax.tree.structure(extra)

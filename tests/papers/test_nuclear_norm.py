@@ -303,7 +303,9 @@ def test_the_nuclear_norm_drops_what_misleads(r, m, gamma, float64):
         return (low + high) / 2
 
     def run(_):
-        best_u = lambda v: lowest(lambda u: objective(u, v))  # noqa: E731
+        def best_u(v):
+            return lowest(lambda u: objective(u, v))
+
         v = lowest(lambda v: objective(best_u(v), v))
         return best_u(v), v
 
