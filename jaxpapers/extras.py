@@ -7,7 +7,7 @@ from collections.abc import Generator
 EXTRAS = {
     "matplotlib": "plot", "tensorboardX": "tb", "wandb": "wandb", "PIL": "emoji",
     "fontTools": "emoji", "libtpu": "tpu", "gymnasium": "rl", "gymnasium_robotics": "rl",
-    "mujoco": "rl", "h5py": "rl", "minari": "rl",
+    "mujoco": "rl", "glfw": "rl", "h5py": "rl", "minari": "rl",
 }  # fmt: skip
 
 

@@ -87,8 +87,8 @@ def _array(part: Any, leaf: Any, finite: bool) -> np.ndarray:
             f"the host function returned {array.dtype}, expected {leaf.dtype}"
         )
     array = array.astype(leaf.dtype)
-    rows = non_finite_rows(np.atleast_1d(array))
-    if finite and len(rows):
+    rows = non_finite_rows(np.atleast_1d(array)) if finite else ()
+    if len(rows):
         raise ValueError(
             f"the host function returned values that are not finite in rows "
             f"{rows[:10].tolist()} of {len(np.atleast_1d(array))}"
@@ -121,7 +121,7 @@ def non_finite_rows(array: Any) -> np.ndarray:
       [1, 2]
     """
     finite = np.isfinite(np.asarray(array))
-    return np.flatnonzero(~finite.reshape(len(finite), -1).all(1))
+    return np.flatnonzero(~finite.all(tuple(range(1, finite.ndim))))
 
 
 def _describe(result: Any) -> str:
