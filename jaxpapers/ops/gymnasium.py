@@ -20,11 +20,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, UInt32
+from jaxtyping import Array, Float, UInt32
 
 from jaxpapers import extras
 from jaxpapers.ops import mujoco
-from jaxpapers.ops.host import on_host
+from jaxpapers.ops.host import on_host, vectorized
 
 DERIVED = ("xpos", "xipos")
 """Arrays of MjData that environments read before they step, e.g. Ant's position."""
@@ -42,8 +42,8 @@ class Outcome(NamedTuple):
     """
 
     observation: Any
-    reward: Float[Array, "..."]
-    terminated: Bool[Array, "..."]
+    reward: Any
+    terminated: Any
 
 
 class Environment:
@@ -109,13 +109,13 @@ class Environment:
         def call(seeds):
             with self._lock:
                 rows = [self._reset(int(seed), options) for seed in seeds.ravel()]
-            states, observations = zip(*rows)
-            return _stacked(states, seeds.shape), jax.tree.map(
-                lambda *x: _stacked(x, seeds.shape), *observations
-            )
+            return _stacked(rows, seeds.shape)
 
-        lead = seeds.shape
-        return on_host(call, (self._words(lead), self._observations(lead)))(seeds)
+        def operation(seeds):
+            lead = seeds.shape
+            return on_host(call, (self._words(lead), self._observations(lead)))(seeds)
+
+        return vectorized(operation)(seeds)
 
     def step(
         self, state: UInt32[Array, "... words"], action: Float[Array, "... nu"]
@@ -136,25 +136,22 @@ class Environment:
             raise TypeError(f"a state is uint32 words, got {state.dtype}; see reset")
 
         def call(state, action):
+            lead = state.shape[:-1]
+            states = state.reshape(-1, self.words)
             actions = action.reshape(-1, action.shape[-1])
             mujoco.check_size({"the action": actions})
             with self._lock:
-                rows = [
-                    self._step(words, a, i)
-                    for i, (words, a) in enumerate(
-                        zip(state.reshape(-1, self.words), actions)
-                    )
-                ]
-            states, outcomes = zip(*rows)
-            return _stacked(states, lead), jax.tree.map(
-                lambda *x: _stacked(x, lead), *outcomes
-            )
+                rows = [self._step(*x, i) for i, x in enumerate(zip(states, actions))]
+            return _stacked(rows, lead)
 
-        number = jax.ShapeDtypeStruct(lead, jnp.result_type(float))
-        outcome = Outcome(
-            self._observations(lead), number, jax.ShapeDtypeStruct(lead, jnp.bool_)
-        )
-        return on_host(call, (self._words(lead), outcome))(state, action)
+        def operation(state, action):
+            lead = state.shape[:-1]
+            number = jax.ShapeDtypeStruct(lead, jnp.result_type(float))
+            flag = jax.ShapeDtypeStruct(lead, jnp.bool_)
+            outcome = Outcome(self._observations(lead), number, flag)
+            return on_host(call, (self._words(lead), outcome))(state, action)
+
+        return vectorized(operation)(state, action)
 
     def _reset(self, seed: int, options: Any) -> tuple[np.ndarray, Any]:
         observation, _ = self.unwrapped.reset(
@@ -188,7 +185,7 @@ class Environment:
         numbers = inner["state"].to_bytes(16, "little") + inner["inc"].to_bytes(
             16, "little"
         )
-        cached = np.uint32([generator["has_uint32"], generator["uinteger"]])
+        cached = np.array([generator["has_uint32"], generator["uinteger"]], np.uint32)
         return np.concatenate(
             [mujoco.to_words(self._floats()), np.frombuffer(numbers, np.uint32), cached]
         )
@@ -370,7 +367,11 @@ TASKS = {
 }  # fmt: skip
 
 
-def _stacked(rows: Any, lead: tuple[int, ...]) -> np.ndarray:
-    """Equal arrays as one with the leading axes."""
-    array = np.stack(rows)
-    return array.reshape((*lead, *array.shape[1:]))
+def _stacked(rows: list, lead: tuple[int, ...]) -> Any:
+    """Equal pytrees as one whose arrays have the leading axes."""
+
+    def stack(*arrays):
+        array = np.stack(arrays)
+        return array.reshape((*lead, *array.shape[1:]))
+
+    return jax.tree.map(stack, *rows)

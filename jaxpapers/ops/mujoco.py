@@ -25,7 +25,7 @@ import numpy as np
 from jaxtyping import Array, Float, UInt32
 
 from jaxpapers import extras
-from jaxpapers.ops.host import on_host
+from jaxpapers.ops.host import on_host, vectorized
 
 LARGEST = 1e10
 """mjMAXVAL: MuJoCo resets a simulation that holds a larger number."""
@@ -42,17 +42,18 @@ class Reading(NamedTuple):
       sites: positions of the named sites, (sites, 3).
     """
 
-    time: Float[Array, "..."]
-    qpos: Float[Array, "... nq"]
-    qvel: Float[Array, "... nv"]
-    bodies: Float[Array, "... bodies 3"]
-    sites: Float[Array, "... sites 3"]
+    time: Any
+    qpos: Any
+    qvel: Any
+    bodies: Any
+    sites: Any
 
 
 class Simulator:
     """A MuJoCo model as pure functions of its state.
 
-    A state is an array (..., words) of uint32; leading axes are environments.
+    A state is an array (..., words) of uint32; leading axes are environments, as those
+    that ``jax.vmap`` adds: the host is called once for all.
 
     Args:
       source: XML text, the path of an XML or MJB file, or a ``mujoco.MjModel``, which is
@@ -116,12 +117,8 @@ class Simulator:
         self, qpos: Float[Array, "... nq"], qvel: Float[Array, "... nv"]
     ) -> UInt32[Array, "... words"]:
         """States at rest but for positions and velocities, at time 0."""
-        qpos, qvel = jnp.asarray(qpos), jnp.asarray(qvel)
-        lead = self._lead(
-            {"qpos": (qpos, self.model.nq), "qvel": (qvel, self.model.nv)}
-        )
-        shape = jax.ShapeDtypeStruct((*lead, self.words), jnp.uint32)
-        return on_host(self.start_on_host, shape)(qpos, qvel)
+        sizes = {"qpos": self.model.nq, "qvel": self.model.nv}
+        return self._call(self.start_on_host, self._state, sizes, qpos, qvel)
 
     def start_on_host(self, qpos: np.ndarray, qvel: np.ndarray) -> np.ndarray:
         """``start`` of NumPy arrays, whose float64 is kept.
@@ -151,20 +148,17 @@ class Simulator:
             control that is not finite, a simulation that became unstable, which MuJoCo
             itself would reset.
         """
-        state, control = jnp.asarray(state), jnp.asarray(control)
-        lead = self._lead(
-            {"state": (state, self.words), "control": (control, self.controls)}
-        )
-        shapes = (
-            jax.ShapeDtypeStruct((*lead, self.words), jnp.uint32),
-            self._readings(lead),
-        )
-        return on_host(self.step_on_host, shapes)(state, control)
+        sizes = {"state": self.words, "control": self.controls}
+        return self._call(
+            self.step_on_host,
+            lambda lead: (self._state(lead), self._readings(lead)),
+            sizes, state, control,
+        )  # fmt: skip
 
     def read(self, state: UInt32[Array, "... words"]) -> Reading:
         """What a state holds, after the forward computation of positions."""
-        lead = self._lead({"state": (jnp.asarray(state), self.words)})
-        return on_host(self.read_on_host, self._readings(lead))(state)
+        sizes = {"state": self.words}
+        return self._call(self.read_on_host, self._readings, sizes, state)
 
     def step_on_host(
         self, state: np.ndarray, control: np.ndarray
@@ -239,21 +233,27 @@ class Simulator:
         dtype = jnp.result_type(float)
         return Reading(*(jax.ShapeDtypeStruct((*lead, *s), dtype) for s in shapes))
 
-    def _lead(self, arrays: dict[str, tuple[Any, int]]) -> tuple[int, ...]:
-        """The common leading axes of arrays whose last axis has the given sizes."""
-        leads = {name: x.shape[:-1] for name, (x, _) in arrays.items()}
-        for name, (x, size) in arrays.items():
+    def _state(self, lead: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((*lead, self.words), jnp.uint32)
+
+    def _call(self, f: Callable, shapes: Callable, sizes: dict[str, int], *args: Any):
+        """A host function of arrays with these last axes and equal leading ones."""
+
+        def operation(*arrays):
+            return on_host(f, shapes(arrays[0].shape[:-1]))(*arrays)
+
+        arrays = [jnp.asarray(x) for x in args]
+        for (name, size), x in zip(sizes.items(), arrays):
             if x.ndim < 1 or x.shape[-1] != size:
                 raise ValueError(
                     f"{name} must have a last axis of {size}, got shape {x.shape}"
                 )
+            if name == "state" and x.dtype != jnp.uint32:
+                raise TypeError(f"a state is uint32 words, got {x.dtype}; see start")
+        leads = {name: x.shape[:-1] for name, x in zip(sizes, arrays)}
         if len(set(leads.values())) > 1:
             raise ValueError(f"leading axes (environments) must be equal, got {leads}")
-        if "state" in arrays and arrays["state"][0].dtype != jnp.uint32:
-            raise TypeError(
-                f"a state is uint32 words, got {arrays['state'][0].dtype}; see start"
-            )
-        return next(iter(leads.values()))
+        return vectorized(operation)(*arrays)
 
     def _data(self) -> Any:
         """The thread's own MjData."""

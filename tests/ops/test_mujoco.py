@@ -92,6 +92,12 @@ def test_environments_of_one_call_are_independent(pendulum):
         return jax.lax.scan(simulator.step, state, actions)
 
     state, readings = together(lambda *a: run(many, *a), q, v, actions)
+    calls = []
+    host, many.step_on_host = many.step_on_host, lambda *a: calls.append(1) or host(*a)
+    mapped = jax.vmap(jax.vmap(lambda *a: run(many, *a), (0, 0, 1)), (0, 0, 1))
+    again, _ = together(mapped, q, v, actions)
+    np.testing.assert_array_equal(again, state)
+    assert len(calls) == 5  # One for all environments, at each step.
     assert state.shape == (2, 4, many.words) and readings.sites.shape == (5, 2, 4, 1, 3)
     for i, j in [(0, 0), (1, 2)]:
         one = together(lambda *a: run(pendulum, *a), q[i, j], v[i, j], actions[:, i, j])
