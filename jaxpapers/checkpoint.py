@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import jax
 import orbax.checkpoint as ocp
 
-from jaxpapers import checksums, leaves, signals
+from jaxpapers import checksums, leaves, processes, signals
 from jaxpapers.whole import newest_whole, one_line, place, steps
 
 T = TypeVar("T")
@@ -45,16 +45,25 @@ def open_manager(
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     _split_large_leaves()
     folder = Path(directory).expanduser().resolve()
-    if not read_only and jax.process_index() == 0:
-        for part in folder.glob(f"*{PART}*"):
-            shutil.rmtree(part)
+    if not read_only:
+        if jax.process_index() == 0:
+            for part in folder.glob(f"*{PART}*"):
+                shutil.rmtree(part)
+            folder.mkdir(parents=True, exist_ok=True)
+        processes.of_first(None)  # It is there.
     manager = ocp.CheckpointManager(
         folder,
         item_names=ITEMS,
         options=ocp.CheckpointManagerOptions(
             max_to_keep=keep,
-            create=not read_only,
+            create=False,
             read_only=read_only,
+            # Named, they wait for each other outside their devices, see ``processes``.
+            multiprocessing_options=ocp.options.MultiprocessingOptions(
+                active_processes=set(range(jax.process_count()))
+                if jax.process_count() > 1
+                else None
+            ),
             async_options=ocp.options.AsyncOptions(
                 # By the first process, before the folder gets its name.
                 post_finalization_callback=functools.partial(_add_checksums, folder)

@@ -10,7 +10,8 @@ import zlib
 from pathlib import Path
 
 import jax
-import numpy as np
+
+from jaxpapers import processes
 
 NAME = "checksums.json"
 # What orbax still writes after the checksums: when the folder got its name.
@@ -46,12 +47,9 @@ def problem(folder: Path, item: str = "") -> str:
       item: the only folder inside it to look at; "": all.
     """
     text = _first_problem(folder, item)
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        bad = multihost_utils.process_allgather(np.int32(bool(text)))
-        if bad.any() and not text:
-            text = f"process {int(np.argmax(bad))} finds damaged files"
+    bad = processes.of_all(bool(text))
+    if any(bad) and not text:
+        text = f"process {bad.index(True)} finds damaged files"
     return text
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxpapers import checkpoint as ckpt
 from jaxpapers import mesh as meshes
-from jaxpapers import signals
+from jaxpapers import processes, signals
 from jaxpapers.method import State
 
 
@@ -106,7 +106,7 @@ def loop(
             jax.block_until_ready(state)
             jax.profiler.stop_trace()
             tracing = False
-        late = plan.save_minutes and signals.agreed(
+        late = plan.save_minutes and processes.agreed(
             time.monotonic() - saved_at, done
         ) > (60 * plan.save_minutes)
         every = plan.save_every

@@ -1,4 +1,4 @@
-"""SIGTERM and clocks of a run, agreed on by all its processes.
+"""SIGTERM of a run, agreed on by all its processes.
 
 A run is stopped where nothing is lost: while it trains after the step, with its state
 saved; everywhere else (start, compilation, measurements, figures) at once.
@@ -13,6 +13,8 @@ import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
+
+from jaxpapers import processes
 
 PREEMPTED = 75  # EX_TEMPFAIL: the same command again continues
 GRACE = 5.0  # seconds to unwind in, where the main thread may be inside a compiler
@@ -46,7 +48,7 @@ class Stop:
         self._announce: Callable[[], None] | None = None
 
     def __enter__(self) -> "Stop":
-        if self.number == signal.SIGTERM and _client() is not None:
+        if self.number == signal.SIGTERM and processes.client() is not None:
             return self  # JAX's service has it, and tells all processes, see preempted.
         try:
             self._old = signal.signal(self.number, self._handle)
@@ -117,7 +119,7 @@ class Stop:
 
     def share(self) -> None:
         """All processes of the job stop when one of them is told to."""
-        client, key = _client(), "jaxpapers/stop"
+        client, key = processes.client(), "jaxpapers/stop"
 
         def announce():
             with contextlib.suppress(Exception):  # It is set, or nobody is left.
@@ -142,15 +144,6 @@ class Stop:
             self._nothing_lost.wait()
             if not self._over.wait(GRACE) and self._nothing_lost.is_set():
                 end("stopped; the same command continues", PREEMPTED)
-
-
-def _client() -> Any:
-    """Of JAX's coordination service; None for one process, or before it started."""
-    if "jax" not in sys.modules:
-        return None
-    from jax._src import distributed
-
-    return distributed.global_state.client
 
 
 def _imports(frame: Any) -> bool:
@@ -191,30 +184,6 @@ def end(text: str, code: int) -> None:
     """Ends the process now, with one line; nothing is unwound."""
     print(f"jaxpapers: {text}", file=sys.stderr, flush=True)
     os._exit(code)
-
-
-def agreed(seconds: int | float, step: int) -> float:
-    """Seconds of process 0, broadcast every 20 steps, 0 in between.
-
-    All processes then save at the same step.
-    """
-    import jax
-
-    if jax.process_count() == 1:
-        return seconds
-    return float(of_first(seconds)) if step % 20 == 0 else 0.0
-
-
-def of_first(value: int | float) -> int | float:
-    """A number of process 0, on all processes."""
-    import jax
-
-    if jax.process_count() == 1:
-        return value
-    import numpy as np
-    from jax.experimental import multihost_utils
-
-    return float(multihost_utils.broadcast_one_to_all(np.float32(value)))
 
 
 def preempted(stop: Stop, step: int) -> bool:

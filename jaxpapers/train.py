@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxpapers import checkpoint as ckpt
 from jaxpapers import mesh as meshes
-from jaxpapers import signals
+from jaxpapers import processes, signals
 from jaxpapers import workdir as folders
 from jaxpapers.loop import NonFiniteError, Plan, evaluation, loop, reader
 from jaxpapers.method import Method, State
@@ -230,4 +230,4 @@ def _start(compiled: Compiled, manager, seed: int, init_from: str | None, method
 
 def _known(evaluated: Callable[[int], bool] | None, step: int) -> bool:
     """Whether the first process has a record of the evaluation of a step."""
-    return bool(signals.of_first(bool(evaluated and evaluated(step))))
+    return bool(processes.of_first(bool(evaluated and evaluated(step))))

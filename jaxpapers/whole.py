@@ -11,7 +11,7 @@ from typing import TypeVar
 import jax
 import orbax.checkpoint as ocp
 
-from jaxpapers import checksums, leaves, signals
+from jaxpapers import checksums, leaves, processes
 
 T = TypeVar("T")
 
@@ -107,5 +107,5 @@ def _put_aside(
             stacklevel=2,
         )
     if damaged:
-        signals.of_first(0)  # The first process has renamed them.
+        processes.of_first(0)  # The first process has renamed them.
         manager.reload()

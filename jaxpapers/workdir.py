@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Generator
 from pathlib import Path
 
-from jaxpapers import signals
+from jaxpapers import processes
 
 try:
     import fcntl
@@ -122,7 +122,7 @@ def lock_for_all(folder: str | Path) -> Generator[None, None, None]:
                 held.enter_context(lock(folder))
             except (OSError, ValueError) as e:
                 error = e
-        if signals.of_first(error is not None):
+        if processes.of_first(error is not None):
             raise error or ValueError(f"process 0 does not get the lock of {folder}")
         yield
 

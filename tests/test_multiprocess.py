@@ -37,6 +37,19 @@ grid = mesh.make_mesh({"data": 4})
 assert mesh.batch_rows(grid, 8) == slice(4 * rank, 4 * rank + 4)
 """
 
+TALK = """
+import time
+from jaxpapers import processes
+assert processes.of_all([rank, "text", None]) == [[0, "text", None], [1, "text", None]]
+print(sum(processes.of_first(i if rank == 0 else "other") for i in range(300)))
+print(sum(processes.of_all(i)[1 - rank] for i in range(300)))
+kept = processes.client().key_value_dir_get("jaxpapers/call/")
+assert len(kept) <= 2 * (processes.KEPT + 1), len(kept)
+time.sleep(2.5 * processes.POLL * (1 - rank))
+print(processes.agreed(1.5 + rank, 20))
+assert processes.agreed(1.5, 21) == 0
+"""
+
 MODEL = """
 from jaxpapers import papers, run, tasks
 config = run.load_config("dion:smoke", sys.argv[4:])
@@ -77,8 +90,13 @@ def fit(grid, **options):
     return train.fit(method, Examples(), steps=2, batch=8, mesh=grid, **options)
 """
 
+# Nothing but the compiled steps may wait for devices of others.
 SAVE = """
-state = fit(grid, workdir=folder)
+def refuse(*args, **kwargs):
+    raise AssertionError("a collective of the host")
+multihost_utils.sync_global_devices = multihost_utils.broadcast_one_to_all = refuse
+fit(grid, workdir=folder)
+state = fit(grid, workdir=folder)  # Read from disk.
 w = multihost_utils.process_allgather(state.params["w"], tiled=True)
 np.savez(f"{folder}/{rank}.npz", w=w, shard=state.params["w"].addressable_data(0))
 """
@@ -151,6 +169,14 @@ def test_two_processes_agree_with_one(tmp_path):
             saved = np.load(tmp_path / f"{rank}.npz")
             assert saved["shard"].shape == (2, 4)
             np.testing.assert_allclose(saved["w"], state.params["w"], 1e-4, 1e-5)
+
+
+def test_values_of_all_processes(tmp_path):
+    """More of them than are kept, at different speeds, and one that is late."""
+    processes = pair(TALK, tmp_path)
+    codes, out, errors = finish(processes)
+    assert codes == [0, 0], errors
+    assert out[0] == out[1] == "44850\n44850\n1.5\n"
 
 
 @pytest.mark.matrix

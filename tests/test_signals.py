@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxpapers import signals
+from jaxpapers import processes, signals
 
 ROOT = Path(__file__).parent.parent
 
@@ -57,7 +57,7 @@ def test_the_outermost_handles_it():
 
 
 def test_one_of_several_processes_leaves_it_to_jax(monkeypatch):
-    monkeypatch.setattr(signals, "_client", object)
+    monkeypatch.setattr(processes, "client", object)
     before = signal.getsignal(signal.SIGTERM)
     with signals.stopping():
         assert signal.getsignal(signal.SIGTERM) is before
