@@ -38,6 +38,8 @@ class Contract(NamedTuple):
       falling: metric of the paper's own stage that falls in 20 steps on one batch, and
         to which share of its first value.
       stages: "" for the paper's own stage, "before" for the one that it starts from.
+      batch: config -> a batch for ``Method.loss`` where the environment lives in the
+        state, so that the steps' batches are empty.
     """
 
     small: Mapping[str, Any]
@@ -46,6 +48,7 @@ class Contract(NamedTuple):
     noisy: bool = False
     falling: tuple[str, float] = ("loss", 0.8)
     stages: tuple[str, ...] = ("",)
+    batch: Callable[[Any], dict] | None = None
 
 
 class Case:
@@ -106,9 +109,16 @@ class Case:
             state = self.init("4x2")
             return given(self.data.refresh[1](state) if self.data.refresh else state)
 
+    @property
+    def size(self) -> int:
+        """Rows of a batch; 1 where the environment lives in the state."""
+        return self.config.data.get("batch", 1)
+
     def batch(self, index: int) -> dict:
-        size = self.config.data.batch
-        return self.examples.batch(index * size, size)
+        """The batch of a step; {} where the environment lives in the state."""
+        if self.data.examples is None:
+            return {}
+        return self.examples.batch(index * self.size, self.size)
 
     def init(self, mesh: str) -> State:
         """The first state, drawn by the program of 4x2 and laid out on any mesh."""
@@ -121,7 +131,7 @@ class Case:
 
     def step(self, state: State, mesh: str, index: int, compiled: Any = None):
         """(state, metrics) after the step of batch ``index``."""
-        placed = meshes.put_batch(self.batch(index), grid(mesh), self.config.data.batch)
+        placed = meshes.put_batch(self.batch(index), grid(mesh), self.size)
         with jax.set_mesh(grid(mesh)):
             return (compiled or self.on(mesh)).step(state, placed)
 
@@ -144,7 +154,7 @@ class Case:
             compiled=self.on(mesh),
             refresh=self.data.refresh,
             steps=steps,
-            batch=self.config.data.batch,
+            batch=self.size,
             mesh=grid(mesh),
             workdir=workdir,
             **kwargs,
@@ -157,7 +167,9 @@ class Case:
         after the other: the steps open them. Their length is bounded, since a policy's
         gradient is as large as its schedule is narrow.
         """
-        batch = jax.tree.map(jnp.asarray, self.batch(0))
+        given = self.contract.batch
+        batch = given(self.config) if given else self.batch(0)
+        batch = jax.tree.map(jnp.asarray, batch)
         grad = jax.grad(self.method.loss, has_aux=True)
 
         @jax.jit
