@@ -65,6 +65,32 @@ def test_low_rank_gradients_give_the_same_run_on_every_mesh(make, tolerance, mak
         assert np.linalg.norm(alone - split) <= tolerance * np.linalg.norm(alone)
 
 
+@matrix
+@pytest.mark.parametrize("guard", [None, 0.01])
+def test_columns_near_the_floor_are_known_to_their_rounding(guard, make_mesh):
+    """Singular values from 1 to 1e-8: a larger guard makes meshes agree better."""
+    m, n = SHAPE
+    u, v = (np.linalg.qr(normal(k, n, seed=k))[0] for k in SHAPE)
+    grad = ((u * np.logspace(0, -8, n)) @ v.T).astype(np.float32)
+
+    def run(place, spec):
+        tx = scale_by_dion(scale=None, noise_guard=guard, sharding=spec)
+        update = jax.jit(tx.update)
+        state = jax.jit(tx.init)({"w": place(np.zeros(SHAPE, np.float32))})
+        for _ in range(3):
+            updates, state = update({"w": place(grad)}, state)
+            yield np.asarray(updates["w"])
+
+    where = NamedSharding(make_mesh((4, 2)), P("data", "model"))
+    pairs = zip(
+        run(jax.numpy.asarray, None), run(lambda x: jax.device_put(x, where), where)
+    )
+    round_off = np.finfo(np.float32).eps / 2
+    for alone, split in pairs:
+        difference = np.linalg.norm(alone - split) / np.linalg.norm(alone)
+        assert difference <= 20 * round_off / (guard or 1024 * round_off)
+
+
 SMALL = {
     "dion": dion_(0.5),
     "muon": muon_(b2=0.9),
