@@ -263,6 +263,27 @@ def restore_parts(directory: str | Path, targets: dict[str, Any]) -> dict[str, A
         return {**targets, **newest_whole(manager, None, read)["state"]}
 
 
+def check_parts(directory: str | Path, targets: dict[str, Any]) -> None:
+    """Compares fields of the State with the shapes and dtypes of a latest checkpoint.
+
+    Args:
+      directory: workdir or checkpoint folder.
+      targets: field -> ShapeDtypeStructs.
+
+    Raises:
+      FileNotFoundError: there is no checkpoint.
+      ValueError: they differ; names the leaf.
+    """
+    folder = _folder(directory)
+    known = steps(folder)
+    if not known:
+        raise FileNotFoundError(f"no checkpoint in {folder}")
+    with open_manager(folder, read_only=True) as manager:
+        for name, target in targets.items():
+            if jax.tree.leaves(target):
+                leaves.check_match(manager, known[-1], target, prefix=name)
+
+
 def abstract(state: Any, shardings: Any) -> Any:
     """ShapeDtypeStructs with shardings: the target of ``restore``."""
     return jax.tree.map(

@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import importlib.machinery
 import importlib.util
 import json
 import math
@@ -136,11 +137,15 @@ def _load(source: Path) -> ModuleType:
     if not source.is_file():
         raise ValueError(f"no config file {source}")
     spec = importlib.util.spec_from_file_location(f"config_{source.stem}", source)
-    if spec is None or spec.loader is None:
+    if spec is None or not isinstance(
+        spec.loader, importlib.machinery.SourceFileLoader
+    ):
         raise ValueError(f"config file {source} is not Python")
     module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
+        # Its bytecode in a cache may be that of an edit within the same second.
+        code = spec.loader.source_to_code(source.read_bytes(), str(source))
+        exec(code, module.__dict__)
     except SyntaxError as e:
         raise ValueError(f"config file {e.filename}, line {e.lineno}: {e.msg}") from e
     if not hasattr(module, "get_config"):

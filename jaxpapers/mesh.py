@@ -1,6 +1,7 @@
 """Device meshes, sharding of a State by rules, and sharding of batches."""
 
 import math
+import os
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -164,6 +165,50 @@ def check_divides(name: str, shape: Sequence[int], spec: P, mesh: Mesh) -> None:
                 f"axis {entry!r} of size {size}; change that size in the config to a "
                 f"multiple of {size}, or the mesh"
             )
+
+
+def check_memory(shapes: Any, mesh: Mesh) -> None:
+    """Checks that the devices of this process can hold a state at all.
+
+    Args:
+      shapes: ShapeDtypeStructs with shardings.
+      mesh: theirs.
+
+    Raises:
+      ValueError: its parts on one device are more bytes than the device has; on CPUs,
+        than the device's share of the machine's memory.
+    """
+    here = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
+    size = _memory(here)
+    sizes = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): (
+            math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        )
+        for path, x in jax.tree_util.tree_flatten_with_path(shapes)[0]
+    }
+    total = sum(sizes.values())
+    if size and total > size:
+        largest = max(sizes, key=sizes.__getitem__)
+        raise ValueError(
+            f"parameters and optimizer state take {total / 1e9:.1f} GB on each of "
+            f"{mesh.size} devices, which have {size / 1e9:.1f} GB (the largest: "
+            f"{largest}, {sizes[largest] / 1e9:.1f} GB); use a smaller model, or more "
+            "devices and a mesh that splits them (--mesh)"
+        )
+
+
+def _memory(devices: Sequence[Any]) -> float | None:
+    """Bytes of the smallest of some devices of this process; None if unknown."""
+    try:
+        stats = [d.memory_stats() for d in devices]
+        if stats and all(stats):
+            return min(s["bytes_limit"] for s in stats)
+        if devices and all(d.platform == "cpu" for d in devices):
+            pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+            return pages / len(devices)
+    except (KeyError, OSError, ValueError, AttributeError, RuntimeError):
+        pass  # Devices that are only described, or a system that does not say.
+    return None
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

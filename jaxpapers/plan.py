@@ -122,7 +122,7 @@ def plan(
     write_after = getattr(jax.config, option)
     jax.config.update(option, math.inf)
     try:
-        compiled = trainer.compile(method, mesh, batch)
+        compiled = trainer.compile(method, mesh, batch, allocate=False)
     except jax.errors.JaxRuntimeError as e:
         if "RESOURCE_EXHAUSTED" not in str(e):
             raise

@@ -89,7 +89,8 @@ class Stages:
 
         Raises:
           ValueError: of ``make``, of a step traced with the shapes of its batch, or of
-            a folder that holds another run.
+            a folder that holds another run, or of ``train.init_from``.
+          FileNotFoundError: ``train.init_from`` holds no checkpoint.
         """
         for stage in {stage_key(s): s for s in stages}.values():
             _holds_run(self.folder(stage), stage.paper, self._stored(stage))
@@ -100,6 +101,10 @@ class Stages:
                     stage.config.data.batch,
                     parts=stage.config.train.accumulate,
                 )
+            start = stage.config.train.init_from
+            if start and not ckpt.steps(self.folder(stage) / "checkpoints"):
+                shapes = trainer.abstract(method, self.grid, data.shapes)
+                trainer.check_start(method, shapes, start)
             if stage.after is not None:
                 with jax.set_mesh(self.grid):
                     key = jax.random.key(0)

@@ -43,6 +43,8 @@ def compile(
     mesh: jax.sharding.Mesh,
     batch: Any,
     compiler_options: dict[str, Any] | None = None,
+    *,
+    allocate: bool = True,
 ) -> Compiled:
     """Compiles a method's step for a mesh, before anything is allocated.
 
@@ -51,21 +53,19 @@ def compile(
       mesh: with Auto axes ``data`` and ``model``.
       batch: arrays or shapes of one global batch.
       compiler_options: of XLA, see ``jax.jit``.
+      allocate: refuse a state that is larger than the memory of this mesh's devices;
+        False to look at the program only.
 
     Raises:
-      ValueError: rules or batch that do not fit the mesh.
+      ValueError: rules or batch that do not fit the mesh, or a state that does not fit
+        the memory.
     """
-    batch = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(
-            np.shape(x), x.dtype, sharding=meshes.batch_sharding(mesh)
-        ),
-        batch,
-    )
-    key = jax.eval_shape(lambda: jax.random.key(0))
+    batch = _placed(batch, mesh)
+    shapes = abstract(method, mesh, batch)
+    if allocate:
+        meshes.check_memory(shapes, mesh)
+    shardings = jax.tree.map(lambda x: x.sharding, shapes)
     with jax.set_mesh(mesh):
-        state = jax.eval_shape(method.init, key, batch)
-        shardings = meshes.state_shardings(state, method.rules, mesh)
-        shapes = ckpt.abstract(state, shardings)
         replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
         step = jax.jit(
             method.update,
@@ -88,6 +88,55 @@ def compile(
             return build()(key)
 
     return Compiled(init, executable, shapes, executable, traced.jaxpr)
+
+
+def abstract(method: Method, mesh: jax.sharding.Mesh, batch: Any) -> State:
+    """The state of a method as ShapeDtypeStructs with its shardings on a mesh.
+
+    Args:
+      method: pure functions.
+      mesh: with Auto axes ``data`` and ``model``.
+      batch: arrays or shapes of one global batch.
+    """
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    with jax.set_mesh(mesh):
+        state = jax.eval_shape(method.init, key, _placed(batch, mesh))
+        return ckpt.abstract(state, meshes.state_shardings(state, method.rules, mesh))
+
+
+def _placed(batch: Any, mesh: jax.sharding.Mesh) -> Any:
+    """Shapes of a global batch with its sharding."""
+    sharding = meshes.batch_sharding(mesh)
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=sharding), batch
+    )
+
+
+def check_start(method: Method, shapes: State, init_from: str) -> None:
+    """Checks that a run can start from another one's checkpoint; reads no arrays.
+
+    Args:
+      method: pure functions.
+      shapes: of ``abstract``.
+      init_from: workdir or checkpoint folder.
+
+    Raises:
+      FileNotFoundError: it holds no checkpoint.
+      ValueError: its shapes or dtypes are not those of the method.
+    """
+    warm = method.warm_start
+    parts = warm.parts(shapes) if warm else {"params": shapes.params}
+    try:
+        ckpt.check_parts(init_from, parts)
+    except ValueError as e:
+        raise ValueError(_no_start(init_from, e) if warm else str(e)) from e
+
+
+def _no_start(init_from: str, e: Exception) -> str:
+    return (
+        f"config.train.init_from={init_from!r} is no run of the stage before this one "
+        f"(method.stage=pretrain): {e}"
+    )
 
 
 def fit(
@@ -183,6 +232,8 @@ def fit(
             shapes = jax.tree.map(
                 lambda x: jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype), local
             )
+            if init_from and not (manager and manager.latest_step() is not None):
+                check_start(method, abstract(method, mesh, shapes), init_from)
             compiled = compile(method, mesh, shapes)
         elif not isinstance(compiled, Compiled):
             compiled = compiled()
@@ -216,10 +267,7 @@ def _start(compiled: Compiled, manager, seed: int, init_from: str | None, method
         try:
             found = ckpt.restore_parts(init_from, warm.parts(compiled.shapes))
         except ValueError as e:
-            raise ValueError(
-                f"config.train.init_from={init_from!r} is no run of the stage before "
-                f"this one (method.stage=pretrain): {e}"
-            ) from e
+            raise ValueError(_no_start(init_from, e)) from e
         shardings = jax.tree.map(lambda x: x.sharding, compiled.shapes)
         state = jax.jit(warm.apply, out_shardings=shardings)(state, found)
     elif init_from:

@@ -169,6 +169,13 @@ def test_a_refusal_is_one_line(call, monkeypatch, tmp_path):
         "def get_config(preset):\n raise ValueError('no')\n"
     )
     assert call("run", "dion", f"--config={tmp_path / 'my.py'}")[2] == "jaxpapers: no\n"
+    # Of the same size within the same second: no bytecode of the old one.
+    for word in ("why", "who"):
+        text = f"def get_config(preset):\n raise ValueError({word!r})\n"
+        (tmp_path / "my.py").write_text(text)
+        os.utime(tmp_path / "my.py", (1e9, 1e9))
+        error = call("run", "dion", f"--config={tmp_path / 'my.py'}")[2]
+        assert error == f"jaxpapers: {word}\n"
     rows = "character,components,frequency\na,b,1\nb,a,1\n"
     (tmp_path / "net.csv").write_text(rows)
     code, _, error = call("run", "dnw", str(tmp_path / "net.csv"),

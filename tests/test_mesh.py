@@ -51,6 +51,22 @@ def test_make_mesh():
         meshes.make_mesh({"data": 8}, jax.devices()[:1])
 
 
+def test_a_state_larger_than_the_memory_is_refused(monkeypatch):
+    mesh = meshes.make_mesh({"data": 4, "model": 2})
+    half = NamedSharding(mesh, P("model"))
+    table = jax.ShapeDtypeStruct((2**20, 2**10), F32, sharding=half)
+    small = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, P()))
+    shapes = State(small, {"table": table}, (), (), small)
+    monkeypatch.setattr(meshes, "_memory", lambda devices: 2.0**31 + 8)
+    meshes.check_memory(shapes, mesh)
+    monkeypatch.setattr(meshes, "_memory", lambda devices: 2.0**31 + 7)
+    with pytest.raises(ValueError, match="2.1 GB on each of 8 .* params/table, 2.1 GB"):
+        meshes.check_memory(shapes, mesh)
+    monkeypatch.undo()
+    assert 1e8 < meshes._memory(jax.local_devices()) < 1e15
+    assert meshes._memory([]) is None
+
+
 def state_of(params, tx):
     def init(key):
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), params)

@@ -15,6 +15,7 @@ from jaxpapers import mesh as meshes
 from jaxpapers import study as studies
 from jaxpapers import train as trainer
 from jaxpapers.folder import load_run
+from jaxpapers.method import State
 from tests.toys.command import CONFIG, register
 
 
@@ -210,6 +211,19 @@ def test_init_from_and_parts_of_one_run(tmp_path):
     start = f"train.init_from={tmp_path / 'parts'}"
     same = call(tmp_path / "from", start, "train.steps=0")
     assert values(same, "this model") == values(whole, "this model")
+
+
+def test_a_start_of_another_shape_is_refused_before_compiling(tmp_path, compiled):
+    state = State(np.int32(3), {"w": np.zeros(4, np.float32)}, (), (), np.int32(0))
+    with checkpoint.open_manager(tmp_path / "four" / "checkpoints") as manager:
+        checkpoint.save(manager, state, 0, {})
+        checkpoint.wait(manager)
+    for fields in ((), ("method.half=True",)):
+        with pytest.raises(ValueError, match=r"leaf 'w' has shape \(4,\), .* \(8,\)"):
+            call(tmp_path / "run", f"train.init_from={tmp_path / 'four'}", *fields)
+    with pytest.raises(FileNotFoundError, match="no checkpoint in"):
+        call(tmp_path / "run", f"train.init_from={tmp_path / 'five'}")
+    assert not compiled
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ def fit_gaussians(
     *,
     ridge: float = 1e-6,
 ) -> Gaussians:
-    """Class means and the covariance within classes.
+    """Class means and the covariance within classes; NaN for a label outside 0 .. C-1.
 
     Args:
       z: features of training images.
@@ -92,6 +92,7 @@ def fit_gaussians(
         have none.
     """
     z = z.astype(jnp.promote_types(z.dtype, jnp.float32))
+    z = jnp.where((0 <= labels) & (labels < classes), z.T, jnp.nan).T
     member = jax.nn.one_hot(labels, classes, dtype=z.dtype)
     count = jnp.maximum(member.sum(0), 1)
     mean = jnp.matmul(member.T, z, precision=HIGHEST) / count[:, None]
@@ -114,6 +115,8 @@ def nearest(
 ) -> Float[Array, " B"]:
     """-(distance to the k-th nearest of the bank), features scaled to length 1.
 
+    NaN where a feature is not finite; in the bank, for all.
+
     Raises:
       ValueError: k below 1 or above the size of the bank.
     """
@@ -121,11 +124,13 @@ def nearest(
         raise ValueError(f"k must be 1 .. {len(bank)}, the size of the bank, got {k}")
 
     def unit(x):
-        length = jnp.linalg.norm(x, axis=-1, keepdims=True)
-        return x / jnp.maximum(length, 1e-12)
+        # First by the largest, so that no square leaves the range.
+        x = x / jnp.maximum(jnp.abs(x).max(-1, keepdims=True), jnp.finfo(x.dtype).tiny)
+        return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 0.5)
 
     similar = jnp.matmul(unit(z), unit(bank).T, precision=HIGHEST)
     kth = jax.lax.top_k(similar, k)[0][:, -1]
+    kth = jnp.where(jnp.isfinite(bank).all(), kth, jnp.nan)
     return -jnp.sqrt(jnp.maximum(2 - 2 * kth, 0))
 
 

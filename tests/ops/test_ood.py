@@ -112,6 +112,28 @@ def test_scores_by_hand(float64):
     assert (got["odin"] > got["plain"]).all()
 
 
+def test_bad_features_are_no_scores():
+    rng = np.random.default_rng(2)
+    z = rng.normal(size=(6, 3)).astype(np.float32)
+    bad = z.copy()
+    bad[2, 1] = np.inf
+    labels = np.arange(6) % 2
+
+    def body(z, bad):
+        wide = ood.nearest(z * 1e30, z * 1e25, k=2)
+        scores = [ood.nearest(bad, z, k=1), ood.nearest(z, bad, k=1)]
+        fitted = [ood.fit_gaussians(z, jnp.asarray(y), 2).mean
+                  for y in (labels + 1, -labels)]  # fmt: skip
+        return wide, ood.nearest(z, z, k=2), *scores, *fitted
+
+    wide, plain, banks, queries, above, below = together(body, z, bad)
+    np.testing.assert_allclose(wide, plain, atol=1e-6)
+    assert np.isnan(banks).all() and np.isnan(queries).tolist() == [
+        i == 2 for i in range(6)
+    ]
+    assert np.isnan(above).any() and np.isnan(below).any()
+
+
 def test_refuses():
     z = jnp.asarray(np.zeros((3, 2), np.float32))
     with pytest.raises(ValueError, match=r"1 \.\. 3.*got 4"):
