@@ -161,6 +161,8 @@ class Stages:
             writers=open_writers(folder, config, self._writers),
             quiet=self._quiet,
             unit=data.unit,
+            # A step of a run without examples is an episode.
+            every=1 if data.examples is None else 10,
             eval_every=stage.config.train.eval_every if watch else 0,
         )
         state = None

@@ -50,7 +50,7 @@ class Options:
       stop: cem: variance below which no further iteration is done.
       execute: cem, icem, mppi: the first action of the last mean, or of the best plan.
       colour: icem: exponent beta of the noise's spectrum, 1 / f^beta; 0: white.
-      keep: icem: share of the elites that the next iteration and the next step evaluate
+      reuse: icem: share of the elites that the next iteration and the next step evaluate
         again.
       decay: icem: an iteration has so many times fewer plans than the one before.
       temperature: mppi: plans are weighted by exp(return / temperature).
@@ -69,7 +69,7 @@ class Options:
     stop: float = 0.01
     execute: str = "mean"
     colour: float = 2.0
-    keep: float = 0.3
+    reuse: float = 0.3
     decay: float = 1.25
     temperature: float = 1.0
 
@@ -96,7 +96,7 @@ class Options:
                 raise ValueError(
                     f"planner.{field} must be > 0, got {getattr(self, field)}"
                 )
-        bounds = {"alpha": (0, 1), "keep": (0, 1), "decay": (1, math.inf),
+        bounds = {"alpha": (0, 1), "reuse": (0, 1), "decay": (1, math.inf),
                   "stop": (0, math.inf), "colour": (0, math.inf)}  # fmt: skip
         for field, (low, high) in bounds.items():
             if not low <= getattr(self, field) <= high:
@@ -108,7 +108,7 @@ class Options:
     @property
     def kept(self) -> int:
         """Plans that an iteration hands on."""
-        return math.ceil(self.keep * self.elites) if self.name == "icem" else 0
+        return math.ceil(self.reuse * self.elites) if self.name == "icem" else 0
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -138,7 +138,7 @@ class Trace(NamedTuple):
     """What happened in the iterations; compiled away where it is not looked at.
 
     Attributes:
-      returns: (I, P), -inf where a return was NaN, and where none was asked for.
+      returns: (I, P), -inf where a return was not finite, or none was asked for.
       elites: (I, E), indices of the best, the best first.
       means: (I, H, A), after each iteration.
       variances: (I, H, A).
@@ -218,7 +218,7 @@ def plan(
     """The best sequence of actions from a state, as far as a planner finds it.
 
     Args:
-      evaluate: see ``Evaluate``; a NaN counts as -inf.
+      evaluate: see ``Evaluate``; what is not finite counts as -inf.
       state: where the plans start.
       key: of the draws and of ``evaluate``.
       warm: of the step before, which is shifted by one step, or ``start``.
@@ -261,7 +261,7 @@ def plan(
 
     def returns(plans, key):
         values = evaluate(state, plans, key)
-        return jnp.where(jnp.isnan(values), -jnp.inf, values)
+        return jnp.where(jnp.isfinite(values), values, -jnp.inf)
 
     warm = Warm(shifted(warm.mean), jax.vmap(shifted)(warm.kept))
     bounds = tuple(_rows(x, warm.mean) for x in space)

@@ -135,6 +135,15 @@ NAMES: dict[str, Paper] = {
         "detection",
         "digits of seven segments against other glyphs, seconds",
     ),
+    "mpc_psrl": Paper(
+        "Model-based Reinforcement Learning for Continuous Control with Posterior "
+        "Sampling",
+        "Fan, Ying and Ming, Yifei",
+        2020,
+        "2012.09613",
+        "reinforcement learning",
+        "a cart-pole in short episodes",
+    ),
     "looped_transformer": Paper(
         "Looped Transformers for Length Generalization",
         "Fan, Ying and Du, Yilun and Ramchandran, Kannan and Lee, Kangwook",

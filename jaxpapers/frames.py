@@ -1,0 +1,79 @@
+"""Frames of episodes, drawn from observations: no renderer is needed."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxpapers import extras, plots
+
+SHOWN = 8
+"""Frames of an episode."""
+
+
+def episodes(results: Sequence[Any], out: str | Path, *, kind: str) -> Path | None:
+    """Draws the last episode of the first seed of every row, a line of frames each.
+
+    Args:
+      results: with files ``episode.npz``: observations (T, S) and rewards (T,).
+      out: image file; not written where no row has an episode.
+      kind: the environment, a key of ``DRAW``.
+    """
+    with extras.named():
+        from matplotlib.figure import Figure
+
+    shown = {}
+    for result in results:
+        episode = result.findings[0].files.get("episode.npz")
+        if episode is not None and len(episode["observations"]):
+            shown[result.row.label] = episode
+    if not shown or kind not in DRAW:
+        return None
+    figure = Figure(figsize=(1.5 * SHOWN, 0.5 + 1.7 * len(shown)), layout="constrained")
+    grid = figure.subplots(len(shown), SHOWN, squeeze=False)
+    for line, (label, episode) in zip(grid, shown.items()):
+        observations = np.asarray(episode["observations"], float)
+        last = len(observations) - 1
+        steps = np.unique(np.linspace(0, last, SHOWN).round().astype(int))
+        for axes in line:
+            axes.set(xticks=[], yticks=[])
+            axes.set_frame_on(False)
+        for axes, t in zip(line, steps):
+            DRAW[kind](axes, observations[t])
+            axes.set_xlabel(f"step {t}", fontsize=7)
+        total = float(np.sum(episode["rewards"]))
+        line[0].set_ylabel(f"{label}\n{total:.1f}", fontsize=8)
+    return plots.save(figure, out)
+
+
+def _cart_pole(axes: Any, observation: np.ndarray) -> None:
+    """The cart on its rail between the limits, and the pole."""
+    x, _, theta, _ = observation
+    axes.plot([-2.4, 2.4], [0, 0], color="0.8", lw=1)
+    for limit in (-2.4, 2.4):
+        axes.plot([limit, limit], [-0.15, 0.15], color="0.6", lw=1)
+    middle = float(np.clip(x, -3, 3))
+    axes.add_patch(_rectangle(middle - 0.3, -0.15, 0.6, 0.3))
+    tip = (middle + 1.2 * np.sin(theta), 1.2 * np.cos(theta))
+    axes.plot([middle, tip[0]], [0, tip[1]], color="C1", lw=2.5)
+    axes.set(xlim=(-3.4, 3.4), ylim=(-1.4, 1.6), aspect="equal")
+
+
+def _pendulum(axes: Any, observation: np.ndarray) -> None:
+    """The rod; upright is the goal."""
+    cos, sin, _ = observation
+    axes.plot([0, 0], [0, 1], color="0.85", lw=1)
+    axes.plot([0, -sin], [0, cos], color="C1", lw=3)
+    axes.plot([0], [0], "o", color="C0", ms=5)
+    axes.set(xlim=(-1.25, 1.25), ylim=(-1.25, 1.25), aspect="equal")
+
+
+def _rectangle(x: float, y: float, width: float, height: float) -> Any:
+    from matplotlib.patches import Rectangle
+
+    return Rectangle((x, y), width, height, color="C0")
+
+
+DRAW: dict[str, Callable] = {"cartpole": _cart_pole, "pendulum": _pendulum}
+"""Kind of environment -> (axes, observation) -> None."""
