@@ -50,7 +50,9 @@ def get_config(preset: str | None = None) -> ConfigDict:
         config.planner.update(population=150, elites=15)
     if preset.endswith("-paper"):
         config.train.steps = 15
-    elif preset == "smoke":
+    else:
+        config.method.particles = 5  # one for each network of PETS; its paper has 20
+    if preset == "smoke":
         config.data.length = 50
         config.net.hidden = 64
         config.method.epochs = 50

@@ -104,8 +104,8 @@ def init(key: Key[Array, ""], sizes: tuple[int, ...], outputs: int) -> dict[str,
     """
     widths = (*sizes, 2 * outputs)
     params: dict[str, Any] = {
-        "max_logvar": jnp.full(outputs, 0.5),
-        "min_logvar": jnp.full(outputs, -10.0),
+        "max_logvar": jnp.full(outputs, 0.5, jnp.float32),
+        "min_logvar": jnp.full(outputs, -10.0, jnp.float32),
     }
     keys = jax.random.split(key, len(widths) - 1)
     for i, (fan_in, fan_out) in enumerate(zip(widths, widths[1:])):

@@ -25,11 +25,11 @@ NOISES = tuple(float(x) for x in np.geomspace(1e-4, 1.0, 17))
 
 def regress(
     z: Float[Array, "N D"],
-    y: Float[Array, "N S"],
+    y: Float[Array, "_ S"],
     *,
     prior: Any,
     noise: Any,
-    weight: Float[Array, " N"] | None = None,
+    weight: Float[Array, " _"] | None = None,
 ) -> blr.Posterior:
     """Posterior of the weights.
 
