@@ -462,6 +462,64 @@ NUCLEAR_NORM = [
     ),
 ]
 
+MPC_PSRL = [
+    # One model is drawn for an episode.
+    (
+        "jaxpapers/papers/mpc_psrl/models.py",
+        'return blr.sample(key, post) if options.agent == "sample" else post.mean',
+        "return post.mean",
+        ["tests/papers/test_mpc_psrl_agents.py::test_models_of_the_regressing_agents"],
+    ),
+    # sigma_n is a standard deviation.
+    (
+        "jaxpapers/papers/mpc_psrl/regression.py",
+        "return blr.update(start, z, y, jnp.square(noise), weight)",
+        "return blr.update(start, z, y, noise, weight)",
+        ["tests/papers/test_mpc_psrl.py::test_recorded_regressions"],
+    ),
+    # Particles change their network in every step with TS1 only.
+    (
+        "jaxpapers/papers/mpc_psrl/models.py",
+        'if options.propagation == "ts1":',
+        'if options.propagation != "ts1":',
+        [
+            "tests/papers/test_mpc_psrl_agents.py"
+            "::test_an_ensemble_averages_over_its_networks"
+        ],
+    ),
+    # Targets are differences of observations.
+    (
+        "jaxpapers/papers/mpc_psrl/__init__.py",
+        '"y": jnp.diff(seen, axis=0),',
+        '"y": seen[1:],',
+        [
+            "tests/papers/test_mpc_psrl_agents.py"
+            "::test_an_episode_is_remembered_and_regressed_on"
+        ],
+    ),
+    # Samples stay two deviations inside the bounds.
+    (
+        "jaxpapers/ops/planning.py",
+        "jnp.minimum(search.variance, jnp.square(room / 2))",
+        "jnp.minimum(search.variance, jnp.square(room))",
+        ["tests/ops/test_planning.py::test_limits_of_cem"],
+    ),
+    # Elites share 1 - alpha.
+    (
+        "jaxpapers/ops/planning.py",
+        "variance=alpha * search.variance + (1 - alpha) * elites.var(0),",
+        "variance=alpha * search.variance + (1 - alpha) * elites.var(0, ddof=1),",
+        ["tests/ops/test_planning.py::test_recorded_plans"],
+    ),
+    # The angle moves with the velocity before it is clipped.
+    (
+        "jaxpapers/ops/environments/pendulum.py",
+        "(clipped if self.clip_first else speed) * self.dt",
+        "clipped * self.dt",
+        ["tests/ops/test_environments.py::test_recorded_stochastic_episodes"],
+    ),
+]
+
 MUTATIONS = [
     Mutation(paper, *row)
     for paper, rows in {
@@ -481,6 +539,7 @@ MUTATIONS = [
         "nuclear_norm": NUCLEAR_NORM,
         "poem": POEM,
         "looped_transformer": LOOPED_TRANSFORMER,
+        "mpc_psrl": MPC_PSRL,
     }.items()
     for row in rows
 ]
