@@ -248,4 +248,4 @@ def test_presets_with_an_expected_value_are_presets(name):
     assert isinstance(expected(f"{name}:smoke"), (int, float))
     module = config._load(config.config_file(name))
     assert set(module.EXPECTED) <= set(module.PRESETS)
-    assert not load_config(f"{name}:smoke").get("data").path
+    assert not load_config(f"{name}:smoke").get("data").get("path", "")
