@@ -6,7 +6,8 @@ z(x) in R^D, the free energy is
 $$ E(x) = -T \log \sum_c e^{f_c(x) / T} $$
 
 References: Hendrycks and Gimpel, arXiv 1610.02136 (``max_softmax``); Hendrycks, Mazeika
-and Dietterich, arXiv 1812.04606 (``uniform_loss``); Liu, Wang, Owens and Li, arXiv
+and Dietterich, arXiv 1812.04606 (``uniform_loss``); Chen, Li, Wu, Liang and Jha, arXiv
+2006.15207 (``extra_class_loss``, ``id_log_odds``); Liu, Wang, Owens and Li, arXiv
 2010.03759 (``energy``, ``energy_loss``); Liang, Li and Srikant, arXiv 1706.02690
 (``odin``); Lee, Lee, Lee and Shin, arXiv 1807.03888 (``mahalanobis``); Sun, Ming, Zhu and
 Li, arXiv 2204.06507 (``nearest``).
@@ -160,14 +161,36 @@ def energy_loss(
     Returns:
       The loss, and its terms ``ce``, ``in_energy``, ``out_energy``.
     """
-    log_p = jax.nn.log_softmax(logits_in, -1)
-    ce = -jnp.take_along_axis(log_p, labels[:, None], 1).mean()
+    ce = cross_entropy(logits_in, labels)
     inside = jnp.square(jax.nn.relu(energy(logits_in) - m_in)).mean()
     outside = jnp.square(jax.nn.relu(m_out - energy(logits_out))).mean()
     terms = {"ce": ce, "in_energy": inside, "out_energy": outside}
     return ce + beta * (inside + outside), terms
 
 
+def cross_entropy(
+    logits: Float[Array, "B C"], labels: Int[Array, " B"]
+) -> Float[Array, ""]:
+    """Mean cross-entropy of labelled inputs."""
+    log_p = jax.nn.log_softmax(logits, -1)
+    return -jnp.take_along_axis(log_p, labels[:, None], 1).mean()
+
+
 def uniform_loss(logits_out: Float[Array, "O C"]) -> Float[Array, ""]:
     """Cross-entropy of outliers against the uniform distribution (outlier exposure)."""
     return (jax.nn.logsumexp(logits_out, -1) - logits_out.mean(-1)).mean()
+
+
+def extra_class_loss(logits_out: Float[Array, "O K"]) -> Float[Array, ""]:
+    """Cross-entropy of outliers in a class of their own, the last of K = C + 1."""
+    return (jax.nn.logsumexp(logits_out, -1) - logits_out[:, -1]).mean()
+
+
+def id_log_odds(logits: Float[Array, "B K"]) -> Float[Array, " B"]:
+    """log p(ID) / p(outlier) of a classifier whose last class is that of outliers."""
+    return jax.nn.logsumexp(logits[:, :-1], -1) - logits[:, -1]
+
+
+def max_log_softmax(logits: Float[Array, "B C"]) -> Float[Array, " B"]:
+    """Logarithm of ``max_softmax``, which rounds to 1 where a classifier is sure."""
+    return jax.nn.log_softmax(logits, -1).max(-1)

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy.special import logsumexp
 
 from jaxpapers import figures
 from jaxpapers import mesh as meshes
@@ -31,6 +32,8 @@ from jaxpapers.tasks.scores import all_finite, scorer
 
 SOURCES = ("letters", "generated", *pools.ORIGINAL)
 EASY = ("fashion", "patterns")
+# Name of the detection score that goes with a loss.
+SCORES = {"energy": "energy", "uniform": "max softmax", "extra_class": "log odds"}
 RECENT = 3
 """Last rounds whose choice is measured."""
 
@@ -70,24 +73,20 @@ def study(name: str, config: Any, data: Data, mesh: Any) -> Study:
     content, size = load(config), config.data.eval_batch
     meshes.batch_rows(mesh, size, name="data.eval_batch")
     near = next(iter(content.outliers))
-    measures = functools.partial(_measure, config, content, mesh)
+
+    def row(label, own):
+        measure = functools.partial(_measure, own, content, mesh)
+        watch = functools.partial(_watch, own, content, mesh)
+        return Row(label, Stage(name, own), measure, watch=watch)
 
     def rows(seed):
         own = with_seed(config, seed)
         labelled = {"this model": {}, **_variants(config)}
-        return [
-            Row(
-                label,
-                Stage(name, with_fields(own, fields)),
-                measures,
-                watch=functools.partial(_watch, config, content, mesh),
-            )
-            for label, fields in labelled.items()
-        ]
+        return [row(label, with_fields(own, x)) for label, x in labelled.items()]
 
     return Study(
         title=f"FPR95 of {len(content.outliers[near]):,} {near} against "
-        f"{len(content.test.label):,} {content.name}, energy score",
+        f"{len(content.test.label):,} {content.name}, score of the training loss",
         metric="fpr95_mean" if config.data.source in pools.ORIGINAL else "fpr95",
         rising=False,
         rows=rows,
@@ -110,6 +109,12 @@ def _variants(config: Any) -> dict[str, dict[str, Any]]:
         "cross-entropy only": {"method.select": "none"},
         "reference covariance": {"method.covariance": "reference"},
         "separate batches": {"method.batch_norm": "separate"},
+        "random, uniform labels": {"method.select": "random", "method.loss": "uniform"},
+        "greedy, C + 1 classes": {
+            "method.select": "greedy",
+            "method.loss": "extra_class",
+            "net.outlier_class": True,
+        },
     }
 
 
@@ -118,7 +123,7 @@ def _watch(config, content, mesh, method, state) -> dict[str, float]:
     near, images = next(iter(content.outliers.items()))
     run = functools.partial(_predictions, config, mesh, method, state)
     inside, outside = run(content.test.image), run(images)
-    return _numbers(content, inside, {near: outside})
+    return _numbers(config, content, inside, {near: outside})
 
 
 def _measure(config, content, mesh, method, state) -> Finding:
@@ -126,23 +131,23 @@ def _measure(config, content, mesh, method, state) -> Finding:
     run = functools.partial(_predictions, config, mesh, method, state)
     inside, held_out = run(content.test.image), run(content.calibration.image)
     outside = {k: run(x) for k, x in content.outliers.items()}
-    numbers = _numbers(content, inside, outside)
+    numbers = _numbers(config, content, inside, outside)
     numbers |= _choice(config, content, mesh, state)
     every = [inside, held_out, *outside.values()]
     if not all(np.isfinite(x.logits).all() for x in every):
         return Finding(numbers)
     scores = _scores(config, content, mesh, state, run)
-    threshold = detection.fit_threshold(-_energy(held_out.logits), 0.95)
-    accepted = {k: threshold.accepts(-_energy(x.logits)) for k, x in outside.items()}
+    score = functools.partial(_detection, config)
+    name = SCORES[config.method.loss]
+    threshold = detection.fit_threshold(score(held_out), 0.95, score=name)
+    accepted = {k: threshold.accepts(score(x)) for k, x in outside.items()}
     files: dict[str, Any] = {
         "threshold.json": json.dumps(
             {
                 **threshold._asdict(),
                 "calibrated on": f"{len(held_out.logits)} held-out ID images",
                 "accepted": {k: float(x.mean()) for k, x in accepted.items()},
-                "accepted of the test": float(
-                    threshold.accepts(-_energy(inside.logits)).mean()
-                ),
+                "accepted of the test": float(threshold.accepts(score(inside)).mean()),
             },
             indent=1,
         )
@@ -150,7 +155,8 @@ def _measure(config, content, mesh, method, state) -> Finding:
     }
     if "shown" in state.extra and int(state.extra["round"]):
         files["mined.npz"] = _mined(content, state)
-    return Finding(numbers, (_by_set(inside, outside), _by_score(scores)), files=files)
+    tables = (_by_set(name, score(inside), outside, score), _by_score(scores))
+    return Finding(numbers, tables, files=files)
 
 
 def _predictions(config, mesh, method, state, images) -> poem.Predictions:
@@ -169,14 +175,15 @@ def _predictions(config, mesh, method, state, images) -> poem.Predictions:
     return poem.Predictions(*(np.concatenate(x)[: len(images)] for x in zip(*parts)))
 
 
-def _numbers(content, inside, outside) -> dict[str, float]:
-    """Metrics of the energy score; NaN, with a warning, where logits are not finite."""
-    accuracy = float((inside.logits.argmax(-1) == content.test.label).mean())
+def _numbers(config, content, inside, outside) -> dict[str, float]:
+    """Metrics of the detection score; NaN, with a warning, of logits not finite."""
+    best = inside.logits[:, : config.net.classes].argmax(-1)
+    accuracy = float((best == content.test.label).mean())
     sets = {"ID test": inside, **outside}
     if not all(all_finite(x.logits, f"rows of {k}") for k, x in sets.items()):
         return {"fpr95": math.nan, "accuracy": math.nan}
     found = {
-        k: detection.measures(-_energy(inside.logits), -_energy(x.logits))
+        k: detection.measures(_detection(config, inside), _detection(config, x))
         for k, x in outside.items()
     }
     near = next(iter(found))
@@ -230,6 +237,7 @@ def _scores(config, content, mesh, state, run) -> dict[str, dict[str, np.ndarray
         out, parts = run(images), []
         for i in range(0, len(images), size):
             logits, z, x = (v[i : i + size] for v in (*out, images))
+            logits = logits[:, : net.classes]
             values = dict(_post_hoc(logits, z, fitted, train.features))
             x = x.astype(np.float32) / 255
             values["odin"] = _odin(params, extra, x, net)
@@ -260,22 +268,22 @@ def _post_hoc(logits, z, fitted, bank):
 @functools.partial(jax.jit, static_argnums=3)
 def _odin(params, state, x, net):
     def logits_of(x):
-        return poem.apply(params, state, x, net=net, train=False)[0]
+        return poem.apply(params, state, x, net=net, train=False)[0][:, : net.classes]
 
     return ood.odin(logits_of, x)
 
 
-def _by_set(inside, outside) -> Table:
+def _by_set(score_name, inside, outside, score) -> Table:
     rows = []
     for name, x in outside.items():
-        pair = -_energy(inside.logits), -_energy(x.logits)
+        pair = inside, score(x)
         each = {c: detection.measures(*pair, c) for c in detection.CONVENTIONS}
         rows.append(
             [name, each["poem"].fpr, each["poem"].auroc, each["poem"].aupr,
              each["oe"].fpr, each["oe"].aupr, each["openood"].fpr, each["openood"].aupr]
         )  # fmt: skip
     return Table(
-        "energy score by test set: ID positive (poem), outliers positive (oe, openood)",
+        f"{score_name} by test set: ID positive (poem), outliers positive (oe, openood)",
         ("outliers", "FPR95", "AUROC", "AUPR", "FPR95 oe", "AUPR oe", "FPR95 openood",
          "AUPR openood"),
         rows,
@@ -297,11 +305,14 @@ def _by_score(scores) -> Table:
     return Table("post-hoc scores", ("score", *columns), rows)
 
 
-def _energy(logits: np.ndarray) -> np.ndarray:
-    """Free energy in float64: ties of float32 scores are not the model's."""
-    logits = logits.astype(np.float64)
-    largest = logits.max(-1)
-    return -(largest + np.log(np.exp(logits - largest[:, None]).sum(-1)))
+def _detection(config: Any, predicted: poem.Predictions) -> np.ndarray:
+    """``poem.detection_score`` in float64: ties of float32 are not the model's."""
+    logits = predicted.logits.astype(np.float64)
+    if config.method.loss == "uniform":
+        return logits.max(-1) - logsumexp(logits, axis=-1)
+    if config.net.outlier_class:
+        return logsumexp(logits[:, :-1], axis=-1) - logits[:, -1]
+    return logsumexp(logits, axis=-1)
 
 
 def _mined(content, state) -> dict[str, np.ndarray]:

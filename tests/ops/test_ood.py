@@ -81,6 +81,9 @@ def test_scores_by_hand(float64):
             "warm": ood.max_softmax(logits, 2.0),
             "max_logit": ood.max_logit(logits),
             "uniform": ood.uniform_loss(logits),
+            "extra": ood.extra_class_loss(logits),
+            "odds": ood.id_log_odds(logits),
+            "log_msp": ood.max_log_softmax(logits),
             "mean": fitted.mean,
             "mahalanobis": ood.mahalanobis(fitted, queries),
             "nearest": ood.nearest(z, queries, k=3),
@@ -95,6 +98,9 @@ def test_scores_by_hand(float64):
     np.testing.assert_allclose(got["msp"], p.max(1))
     np.testing.assert_allclose(got["max_logit"], logits.max(1))
     np.testing.assert_allclose(got["uniform"], -np.log(p).mean())
+    np.testing.assert_allclose(got["extra"], -np.log(p[:, 3]).mean())
+    np.testing.assert_allclose(got["odds"], np.log((1 - p[:, 3]) / p[:, 3]))
+    np.testing.assert_allclose(got["log_msp"], np.log(p.max(1)))
     means = np.stack([z[labels == c].mean(0) for c in range(4)])
     np.testing.assert_allclose(got["mean"], means, atol=1e-12)
     covariance = np.cov((z - means[labels]).T, bias=True)

@@ -27,6 +27,7 @@ CONTRACT = Contract(
         "method.prior": (0.0, "method.prior must be > 0"),
         "method.noise": (-1.0, "method.noise must be > 0"),
         "method.select": ("best", "method.select"),
+        "method.loss": ("extra_class", "needs it: got net.outlier_class=False"),
         "method.pool": (16, "method.pool must be at least method.pool_batch"),
         "net.classes": (1, "net.classes"),
         "net.std": ((0.0,), "net.std"),
@@ -100,6 +101,40 @@ def test_the_loss_is_that_of_one_pass_over_both_halves():
     )  # fmt: skip
     log_p = alone - np.log(np.exp(alone).sum(1, keepdims=True))
     assert plain == pytest.approx(-log_p[np.arange(6), labels].mean(), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["uniform", "extra_class"])
+def test_other_losses_of_outliers(kind):
+    """Cross-entropy to equal probabilities, or in a class of the outliers' own."""
+    extra_class = kind == "extra_class"
+    net = dataclasses.replace(NET, outlier_class=extra_class)
+    options = dataclasses.replace(OPTIONS, loss=kind, exposure=0.7)
+    params, shapes = drawn(net)
+    state = fresh(shapes)
+    image, outlier = images(6, 8, 8, 1), images(6, 2, 8, 8, 1, seed=1)
+    labels = np.arange(6) % 3
+
+    def body(params, state, image, outlier):
+        batch = {"image": image, "label": jnp.asarray(labels), "outlier": outlier}
+        value, (terms, _) = poem.loss(
+            params, {"net": state}, batch, jax.random.key(0), net=net, options=options
+        )
+        both = jnp.concatenate([image, outlier.reshape(-1, 8, 8, 1)])
+        logits = poem.apply(params, state, both, net=net, train=True)[0]
+        return value, terms, logits, poem.detection_score(logits, options)
+
+    value, terms, logits, score = together(body, params, state, image, outlier)
+    logits = logits.astype(np.float64)
+    p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    assert logits.shape == (18, 4 if extra_class else 3)
+    out = -np.log(p[6:, 3] if extra_class else p[6:]).mean()
+    ce = -np.log(p[np.arange(6), labels]).mean()
+    assert value == pytest.approx(ce + 0.7 * out, rel=1e-5)
+    assert terms["out_ce"] == pytest.approx(out, rel=1e-5)
+    best = logits[:6, :3].argmax(1)
+    assert terms["accuracy"] == pytest.approx((best == labels).mean())
+    expected = np.log(1 / p[:, 3] - 1) if extra_class else np.log(p.max(1))
+    np.testing.assert_allclose(score, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_separate_batches_hide_what_sets_outliers_apart():

@@ -17,6 +17,7 @@ from jaxpapers.study import with_fields
 from jaxpapers.tasks import outliers as task
 from jaxpapers.tasks.mining import Miner
 from tests.contract import grid
+from tests.programs import together
 
 SMALL = {
     "data.images": 32, "data.batch": 16, "data.eval_batch": 64, "net.hidden": (4, 4, 8),
@@ -178,8 +179,11 @@ def test_what_a_row_reports(tmp_path, figures):
     rows = study.rows(0)
     assert [r.label for r in rows] == [
         "this model", "greedy", "random outliers", "cross-entropy only",
-        "reference covariance", "separate batches",
+        "reference covariance", "separate batches", "random, uniform labels",
+        "greedy, C + 1 classes",
     ]  # fmt: skip
+    for row in rows:
+        poem.read(row.stage.config)  # Losses and nets of all rows fit.
     plain = with_fields(config, {"data.ablations": False})
     choices = tasks.study("poem", plain, tasks.read(plain), grid("1x1")).rows(0)
     assert [r.label for r in choices] == ["this model", "greedy", "random outliers"]
@@ -224,6 +228,20 @@ def test_what_a_row_reports(tmp_path, figures):
     study.pictures["mined.png"]([result], tmp_path / "mined.png")
     (figure,) = figures
     assert [axes.get_title() for axes in figure.axes] == ["this model"]
+
+
+def test_detection_scores_on_the_host(float64):
+    """Those of ``poem.detection_score``, for each loss, and names of all."""
+    logits = np.random.default_rng(0).normal(size=(5, 4))
+    for loss in task.SCORES:
+        extra = loss == "extra_class"
+        config = small(
+            method__loss=loss, net__outlier_class=extra, method__select="random"
+        )
+        score = functools.partial(poem.detection_score, options=poem.read(config)[1])
+        got = task._detection(config, poem.Predictions(logits, None))
+        np.testing.assert_allclose(got, together(score, logits), rtol=1e-12)
+    assert set(task.SCORES) == set(poem.objective.LOSSES)
 
 
 def test_refuses(monkeypatch, tmp_path):

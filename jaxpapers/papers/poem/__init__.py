@@ -62,6 +62,8 @@ from jaxpapers.papers.poem.net import Net, apply, features, init, statistics
 from jaxpapers.papers.poem.objective import (
     Options,
     Predictions,
+    detection_score,
+    exposed,
     forward,
     loss,
     predict,
@@ -69,8 +71,9 @@ from jaxpapers.papers.poem.objective import (
 
 __all__ = [
     "Net", "Options", "Predictions", "RULES", "SHOWN", "apply", "boundary_score",
-    "buffer_chunk", "buffer_slots", "chosen", "draw", "empty_top", "features",
-    "first_posterior", "forward", "init", "latest", "loss", "make", "predict", "read",
+    "buffer_chunk", "buffer_slots", "chosen", "detection_score", "draw", "empty_top",
+    "exposed", "features", "first_posterior", "forward", "init", "latest", "loss", "make",
+    "predict", "read",
     "remember", "round_keys", "scan_chunk", "scanned", "solve", "start", "statistics",
     "targets",
 ]  # fmt: skip
@@ -83,12 +86,19 @@ def read(config: Any) -> tuple[Net, Options]:
     """Net and options of a config.
 
     Raises:
-      ValueError: a field that is unknown or out of range.
+      ValueError: a field that is unknown or out of range; a class of outliers without
+        the loss that trains it, or the other way round.
     """
-    return (
-        from_config(Net, config.net, "net"),
-        from_config(Options, config.method, "method"),
-    )
+    net = from_config(Net, config.net, "net")
+    options = from_config(Options, config.method, "method")
+    trained = options.loss == "extra_class" and options.select != "none"
+    if net.outlier_class != trained:
+        raise ValueError(
+            "net.outlier_class is for method.loss=extra_class with outliers, and that "
+            f"needs it: got net.outlier_class={net.outlier_class}, "
+            f"method.loss={options.loss!r}, method.select={options.select!r}"
+        )
+    return net, options
 
 
 def make(config: Any, *, images: int) -> Method:

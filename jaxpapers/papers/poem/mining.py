@@ -17,11 +17,11 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, Key
 
-from jaxpapers.ops import ood, selection
 from jaxpapers.ops import posterior as blr
+from jaxpapers.ops import selection
 from jaxpapers.ops.linalg import HIGHEST
 from jaxpapers.papers.poem.net import Net, apply, features
-from jaxpapers.papers.poem.objective import Options, augmented
+from jaxpapers.papers.poem.objective import Options, augmented, detection_score
 
 # Keys of steps are fold_in(key, step): no run has as many.
 _MINING = 0x504F454D
@@ -148,7 +148,7 @@ def scan_chunk(
         assert w is not None
         scores = boundary_score(w, z)
     elif options.select == "greedy":
-        scores = -ood.energy(logits)
+        scores = detection_score(logits, options)
     else:
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(chunk["index"])
         scores = jax.vmap(jax.random.uniform)(keys)

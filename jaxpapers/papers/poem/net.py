@@ -36,7 +36,9 @@ class Net:
     channels: int = 3
     """Of an image."""
     classes: int = 10
-    """Number of logits; outliers have no class."""
+    """Number of classes of ID images."""
+    outlier_class: bool = False
+    """Whether outliers have a logit of their own, the last; else they have no class."""
     mean: tuple[float, ...] = (125.3 / 255, 123.0 / 255, 113.9 / 255)
     """Of the channels, subtracted inside the model."""
     std: tuple[float, ...] = (63.0 / 255, 62.1 / 255, 66.7 / 255)
@@ -77,6 +79,11 @@ class Net:
             raise ValueError(f"net.hidden needs 3 widths, got {self.hidden}")
 
 
+def outputs(net: Net) -> int:
+    """Number of logits."""
+    return net.classes + net.outlier_class
+
+
 def layout(net: Net) -> densenet.Layout:
     """Sizes of the DenseNet."""
     return densenet.Layout(net.depth, net.growth, net.reduction)
@@ -93,10 +100,10 @@ def init(key: Key[Array, ""], net: Net) -> dict:
     """Parameters of the classifier."""
     if net.model == "densenet":
         std = math.sqrt(2 / layout(net).layers) if net.init == "poem" else None
-        return densenet.init(key, layout(net), net.channels, net.classes, std)
+        return densenet.init(key, layout(net), net.channels, outputs(net), std)
     if net.model == "wrn":
         key_stem, key_convs, key_linear = jax.random.split(key, 3)
-        top = wide_resnet.init_top(None, key_linear, _blocks(net), net.classes)
+        top = wide_resnet.init_top(None, key_linear, _blocks(net), outputs(net))
         return {
             "stem": conv_kernel(key_stem, 3, net.channels, 16),
             "convs": wide_resnet.init_convs(key_convs, _blocks(net)),
@@ -115,8 +122,8 @@ def init(key: Key[Array, ""], net: Net) -> dict:
         for i, k in enumerate(key_convs)
     }
     linear = {
-        "kernel": kernel(key_linear, (widths[-1], net.classes)),
-        "bias": jnp.zeros(net.classes),
+        "kernel": kernel(key_linear, (widths[-1], outputs(net))),
+        "bias": jnp.zeros(outputs(net)),
     }
     return {**layers, "linear": linear}
 
@@ -134,8 +141,8 @@ def statistics(params: dict, net: Net) -> dict:
 
 def apply(
     params: dict, state: Any, x: Float[Array, "B H W C"], *, net: Net, train: bool
-) -> tuple[Float[Array, "B classes"], Float[Array, "B D"], Any]:
-    """Logits of images in [0, 1].
+) -> tuple[Float[Array, "B K"], Float[Array, "B D"], Any]:
+    """Logits of images in [0, 1], K = ``outputs(net)`` of each.
 
     Args:
       params: see ``init``.

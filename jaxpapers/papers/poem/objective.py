@@ -1,4 +1,4 @@
-"""POEM's hyper-parameters and its loss: cross-entropy with energy margins."""
+"""POEM's hyper-parameters and its loss: cross-entropy with energy margins, or another."""
 
 import dataclasses
 import warnings
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from jaxpapers.ops import ood
 from jaxpapers.ops.images import augment
@@ -17,6 +17,7 @@ from jaxpapers.papers.poem.net import Net, apply
 SELECTIONS = ("poem", "greedy", "random", "none")
 COVARIANCES = ("conjugate", "reference")
 BATCHES = ("joint", "separate")
+LOSSES = ("energy", "uniform", "extra_class")
 SCANS = ("random", "consecutive")
 
 
@@ -25,8 +26,13 @@ class Options:
     """What is mined, and what is asked of the energies; the released code's values."""
 
     select: str = "poem"
-    """poem: nearest to the drawn boundary; greedy: highest logsumexp (as NTOM, the most
-    ID-like); random; none: cross-entropy alone, without outliers."""
+    """poem: nearest to the drawn boundary; greedy: highest ``detection_score`` (as NTOM,
+    the most ID-like); random; none: cross-entropy alone, without outliers."""
+    loss: str = "energy"
+    """Of outliers. energy: margins; uniform: cross-entropy to equal probabilities
+    (outlier exposure); extra_class: a class of their own, see ``Net.outlier_class``."""
+    exposure: float = 0.5
+    """uniform and extra_class: weight of the outliers' cross-entropy."""
     outliers: int = 1
     """Outliers for each ID image: of a batch, and chosen in a round."""
     pool: int = 400_000
@@ -54,7 +60,7 @@ class Options:
     m_out: float = -7.0
     """Energy below which an outlier costs."""
     beta: float = 0.1
-    """Weight of both costs."""
+    """energy: weight of both costs."""
     batch_norm: str = "joint"
     """joint: statistics over ID images and outliers together; separate: of each half,
     the moving ones of the ID half."""
@@ -67,12 +73,12 @@ class Options:
         """Raises ValueError naming a field that is out of range."""
         check_choices(
             self, "method", select=SELECTIONS, covariance=COVARIANCES,
-            batch_norm=BATCHES, scan=SCANS,
+            batch_norm=BATCHES, scan=SCANS, loss=LOSSES,
         )  # fmt: skip
         check_positive(self, "method", "prior", "noise", "target")
         check_least(
             self, "method", outliers=1, pool=1, pool_batch=1, buffer=1, beta=0,
-            quantile=0, jitter=0,
+            quantile=0, jitter=0, exposure=0,
         )  # fmt: skip
         if not self.quantile < 1:
             raise ValueError(f"method.quantile must be < 1, got {self.quantile}")
@@ -105,7 +111,7 @@ def loss(
     net: Net,
     options: Options,
 ) -> tuple[Float[Array, ""], tuple[dict[str, Array], dict[str, Any]]]:
-    """Cross-entropy of ID images, and the energy margins of both halves.
+    """Cross-entropy of ID images, and what ``options.loss`` asks of outliers.
 
     Args:
       params: see ``net.init``.
@@ -124,8 +130,7 @@ def loss(
     image = augmented(key_in, image, options, jitter=options.jitter)
     if options.select == "none":
         logits, _, state = apply(params, extra["net"], image, net=net, train=True)
-        log_p = jax.nn.log_softmax(logits)
-        value = -jnp.take_along_axis(log_p, label[:, None], 1).mean()
+        value = ood.cross_entropy(logits, label)
         terms = {"ce": value}
     else:
         outlier = batch["outlier"]
@@ -134,12 +139,42 @@ def loss(
         logits, logits_out, state = forward(
             params, extra["net"], image, outlier, net=net, batch_norm=options.batch_norm
         )
-        value, terms = ood.energy_loss(
-            logits, label, logits_out.reshape(-1, net.classes),
+        logits_out = logits_out.reshape(-1, logits_out.shape[-1])
+        value, terms = exposed(logits, label, logits_out, options)
+    accuracy = (logits[:, : net.classes].argmax(-1) == label).mean()
+    return value, ({**terms, "accuracy": accuracy}, {**extra, "net": state})
+
+
+def exposed(
+    logits: Float[Array, "I K"],
+    label: Int[Array, " I"],
+    logits_out: Float[Array, "O K"],
+    options: Options,
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """The loss of ``options.loss`` and its terms; each half has its own mean."""
+    if options.loss == "energy":
+        return ood.energy_loss(
+            logits, label, logits_out,
             m_in=options.m_in, m_out=options.m_out, beta=options.beta,
         )  # fmt: skip
-    accuracy = (logits.argmax(-1) == label).mean()
-    return value, ({**terms, "accuracy": accuracy}, {**extra, "net": state})
+    cost = {"uniform": ood.uniform_loss, "extra_class": ood.extra_class_loss}
+    ce, outside = ood.cross_entropy(logits, label), cost[options.loss](logits_out)
+    return ce + options.exposure * outside, {"ce": ce, "out_ce": outside}
+
+
+def detection_score(
+    logits: Float[Array, "B K"], options: Options
+) -> Float[Array, " B"]:
+    """Higher for ID inputs, by what ``options.loss`` trains.
+
+    The negative energy; the log of the largest probability (``uniform``); the log odds of
+    the outliers' class (``extra_class``).
+    """
+    if options.loss == "uniform":
+        return ood.max_log_softmax(logits)
+    if options.loss == "extra_class":
+        return ood.id_log_odds(logits)
+    return -ood.energy(logits)
 
 
 def augmented(
@@ -163,7 +198,7 @@ def forward(
     *,
     net: Net,
     batch_norm: str = "joint",
-) -> tuple[Float[Array, "B classes"], Float[Array, "B k classes"], Any]:
+) -> tuple[Float[Array, "B K"], Float[Array, "B k K"], Any]:
     """Logits of a training batch, and the new statistics of the normalisations.
 
     With joint statistics both halves pass as one batch: a network cannot tell outliers by
