@@ -15,8 +15,22 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Key
 
+from jaxpapers.ops.gaussian_distance import (
+    check_points,
+    frechet_distance,
+    gaussian_kl,
+    gaussian_w2,
+    of_finite,
+    root,
+)
 from jaxpapers.ops.host import non_finite_rows
-from jaxpapers.ops.shapes import same_but_rows, same_shape
+from jaxpapers.ops.shapes import same_but_rows
+
+__all__ = [
+    "MOST", "directions", "energy_distance", "frechet_distance", "gaussian_kl",
+    "gaussian_w2", "max_sliced_wasserstein", "mmd_rbf", "sinkhorn_divergence",
+    "sliced_wasserstein", "wasserstein_1d", "wasserstein_assigned", "wasserstein_exact",
+]  # fmt: skip
 
 MOST = 4096
 """Largest number of points of ``wasserstein_exact``, whose cost is cubic."""
@@ -57,7 +71,7 @@ def wasserstein_1d(
         share = ((ends - starts) / (n * m)).reshape(-1, *(1,) * (x.ndim - 1))
         share = jnp.asarray(share, x.dtype)
     cost = (jnp.abs(x - y) ** p * share).sum(0)
-    return jnp.where(finite, _root(cost, p), jnp.nan)
+    return jnp.where(finite, root(cost, p), jnp.nan)
 
 
 def directions(key: Key[Array, ""], count: int, dim: int) -> Float[Array, "d P"]:
@@ -81,7 +95,7 @@ def sliced_wasserstein(
       p: exponent.
     """
     each = wasserstein_1d(x @ axes, y @ axes, p)
-    return _root((each**p).mean(), p)
+    return root((each**p).mean(), p)
 
 
 def max_sliced_wasserstein(
@@ -108,7 +122,7 @@ def wasserstein_exact(x: Any, y: Any, p: float = 2.0) -> float:
     """
     x, y = (np.asarray(a, np.float64) for a in (x, y))
     _check_exponent("wasserstein_exact", p)
-    _check_points("wasserstein_exact", x, y)
+    check_points("wasserstein_exact", x, y)
     for name, points in (("x", x), ("y", y)):
         rows = non_finite_rows(points)
         if len(rows):
@@ -143,7 +157,7 @@ def wasserstein_assigned(
     Raises:
       ValueError: another p, no points or more than ``MOST``, shapes that differ.
     """
-    _check_points("wasserstein_assigned", x, y)
+    check_points("wasserstein_assigned", x, y)
     if len(x) != len(y):
         raise ValueError(
             f"wasserstein_assigned needs as many points of each, got {len(x)} and "
@@ -159,7 +173,7 @@ def wasserstein_assigned(
         vmap_method="sequential",
     )
     square = jnp.square(x - y[plan]).sum(1)
-    return _of_finite(_root(_root(square, 2 / p).mean(), p), x, y)
+    return of_finite(root(root(square, 2 / p).mean(), p), x, y)
 
 
 def sinkhorn_divergence(
@@ -195,7 +209,7 @@ def sinkhorn_divergence(
     Reference:
       Feydy et al., arXiv 1810.08278.
     """
-    _check_points("sinkhorn_divergence", x, y)
+    check_points("sinkhorn_divergence", x, y)
     if not 0 < eps < math.inf or iterations < 1:
         raise ValueError(
             "sinkhorn_divergence needs a finite eps > 0 and iterations >= 1, got "
@@ -205,7 +219,7 @@ def sinkhorn_divergence(
         _entropic(_squares(a, b), eps, iterations, a is b)
         for a, b in ((x, y), (x, x), (y, y))
     )
-    return _of_finite(_root(between - 0.5 * own_x - 0.5 * own_y, 2.0), x, y)
+    return of_finite(root(between - 0.5 * own_x - 0.5 * own_y, 2.0), x, y)
 
 
 def energy_distance(x: Float[Array, "N d"], y: Float[Array, "M d"]) -> Float[Array, ""]:
@@ -216,10 +230,10 @@ def energy_distance(x: Float[Array, "N d"], y: Float[Array, "M d"]) -> Float[Arr
     Raises:
       ValueError: no samples, or dimensions that differ.
     """
-    _check_points("energy_distance", x, y)
+    check_points("energy_distance", x, y)
     pairs = (_distances(x, y), _distances(x, x), _distances(y, y))
     between, own_x, own_y = (d.mean() for d in pairs)
-    return _of_finite(2 * between - own_x - own_y, x, y)
+    return of_finite(2 * between - own_x - own_y, x, y)
 
 
 def mmd_rbf(
@@ -238,95 +252,19 @@ def mmd_rbf(
       ValueError: a bandwidth that is not positive, no samples, or dimensions that
         differ.
     """
-    _check_points("mmd_rbf", x, y)
+    check_points("mmd_rbf", x, y)
     if not 0 < bandwidth < math.inf:
         raise ValueError(f"bandwidth must be > 0 and finite, got {bandwidth}")
 
     def mean(a, b):
         return jnp.exp(-_squares(a, b) / (2 * bandwidth**2)).mean()
 
-    return _of_finite(mean(x, x) + mean(y, y) - 2 * mean(x, y), x, y)
-
-
-def gaussian_w2(
-    mean_x: Float[Array, " d"],
-    cov_x: Float[Array, "d d"],
-    mean_y: Float[Array, " d"],
-    cov_y: Float[Array, "d d"],
-) -> Float[Array, ""]:
-    r"""W_2 of Gaussians: root of $|m_1-m_2|^2 + tr(S_1 + S_2 - 2 (S_1 S_2)^{1/2})$.
-
-    Singular covariances are fine; of matrices with eigenvalues below zero by more than
-    rounding, which are none, the result is NaN. The trace of the root is the sum of the
-    singular values of $S_1^{1/2} S_2^{1/2}$.
-    """
-    same_shape("gaussian_w2", mean_x=mean_x, mean_y=mean_y)
-    same_shape("gaussian_w2", cov_x=cov_x, cov_y=cov_y)
-    left, right = _symmetric_root(cov_x), _symmetric_root(cov_y)
-    cross = jnp.linalg.svd(left @ right, compute_uv=False).sum()
-    shift = jnp.square(mean_x - mean_y).sum()
-    square = shift + jnp.trace(cov_x) + jnp.trace(cov_y) - 2 * cross
-    return _of_finite(_root(square, 2.0), mean_x, cov_x, mean_y, cov_y)
-
-
-def frechet_distance(
-    x: Float[Array, "N d"], y: Float[Array, "M d"]
-) -> Float[Array, ""]:
-    """``gaussian_w2`` squared of Gaussians fitted to features, as FID takes it.
-
-    Covariances divide by N - 1 and M - 1.
-
-    Args:
-      x: features of one set.
-      y: features of the other.
-
-    Raises:
-      ValueError: fewer than two rows, or widths that differ.
-    """
-    _check_points("frechet_distance", x, y)
-    if min(len(x), len(y)) < 2:
-        raise ValueError(f"needs two rows each, got {len(x)} and {len(y)}")
-
-    def moments(a):
-        centred = a - a.mean(0, keepdims=True)
-        return a.mean(0), centred.T @ centred / (len(a) - 1)
-
-    return jnp.square(gaussian_w2(*moments(x), *moments(y)))
-
-
-def gaussian_kl(
-    mean_x: Float[Array, " d"],
-    cov_x: Float[Array, "d d"],
-    mean_y: Float[Array, " d"],
-    cov_y: Float[Array, "d d"],
-) -> Float[Array, ""]:
-    """KL(x || y) of two Gaussians in nats; covariances must be positive definite."""
-    same_shape("gaussian_kl", mean_x=mean_x, mean_y=mean_y)
-    same_shape("gaussian_kl", cov_x=cov_x, cov_y=cov_y)
-    factor = jnp.linalg.cholesky(cov_y)
-    shift = jax.scipy.linalg.solve_triangular(factor, mean_y - mean_x, lower=True)
-    whitened = jax.scipy.linalg.solve_triangular(
-        factor, jnp.linalg.cholesky(cov_x), lower=True
-    )
-    logdet = (jnp.log(jnp.diagonal(factor))).sum() - jnp.log(
-        jnp.diagonal(jnp.linalg.cholesky(cov_x))
-    ).sum()
-    trace = jnp.square(whitened).sum()
-    kl = 0.5 * (trace + jnp.square(shift).sum() - len(mean_x)) + logdet
-    return _of_finite(kl, mean_x, cov_x, mean_y, cov_y)
+    return of_finite(mean(x, x) + mean(y, y) - 2 * mean(x, y), x, y)
 
 
 def _check_exponent(name, p):
     if not 1 <= p < math.inf:
         raise ValueError(f"{name} needs a finite p >= 1, got {p}")
-
-
-def _check_points(name, x, y):
-    if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1] or 0 in x.shape + y.shape:
-        raise ValueError(
-            f"{name} needs points (N, d) and (M, d), one or more of each, got "
-            f"{x.shape} and {y.shape}"
-        )
 
 
 def _assignment(x, y, p):
@@ -380,22 +318,3 @@ def _distances(x, y):
     square = _squares(x, y)
     none = square <= 0  # Not "not positive": NaN stays NaN.
     return jnp.where(none, 0.0, jnp.sqrt(jnp.where(none, 1.0, square)))
-
-
-def _root(value, p):
-    """The p-th root of what is >= 0 but for rounding, or NaN; its gradient at 0 is 0."""
-    none = value <= 0  # Not "not positive": NaN stays NaN.
-    return jnp.where(none, 0.0, jnp.where(none, 1.0, value) ** (1 / p))
-
-
-def _of_finite(value, *inputs):
-    """``value``, NaN where one of the arrays that it is computed from is not finite."""
-    finite = jnp.stack([jnp.isfinite(x).all() for x in inputs]).all()
-    return jnp.where(finite, value, jnp.nan)
-
-
-def _symmetric_root(matrix):
-    values, vectors = jnp.linalg.eigh((matrix + matrix.T) / 2)
-    rounding = jnp.sqrt(jnp.finfo(values.dtype).eps) * jnp.abs(values).max()
-    values = jnp.where(values < -rounding, jnp.nan, jnp.maximum(values, 0.0))
-    return (vectors * jnp.sqrt(values)[None]) @ vectors.T

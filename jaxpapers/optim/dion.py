@@ -18,8 +18,7 @@ Departures from the reference code, each with its reason:
 """
 
 import functools
-import zlib
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +28,15 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxpapers.optim.composite import with_scalars
-from jaxpapers.optim.layout import SCALES, Layout, make_layout
+from jaxpapers.optim.dion_leaves import (
+    DionState,
+    check_options,
+    dion_blocks,
+    init_q,
+    own_momentum,
+    with_replicas,
+)
+from jaxpapers.optim.layout import make_layout
 from jaxpapers.optim.matrices import check_shapes, step_leaves
 from jaxpapers.optim.options import (
     check_choice,
@@ -43,7 +50,6 @@ from jaxpapers.optim.options import (
     static_fraction,
     static_multiple,
 )
-from jaxpapers.optim.orthonormalize import METHODS
 from jaxpapers.optim.paths import (
     dimension_numbers,
     named_leaves,
@@ -51,29 +57,9 @@ from jaxpapers.optim.paths import (
     with_leaves,
 )
 from jaxpapers.optim.placement import Placement, constrain
-from jaxpapers.optim.power_iteration import (
-    RIGHT_FACTORS,
-    SPLITS,
-    StepOptions,
-    dion_step,
-)
+from jaxpapers.optim.power_iteration import SPLITS, StepOptions
 from jaxpapers.optim.replicas import check_axis, count_replicas
 from jaxpapers.optim.sharded import leaf_spec, q_spec
-
-
-class DionState(NamedTuple):
-    """State of ``scale_by_dion``; every leaf is an array, sharded like its parameter.
-
-    Attributes:
-      count: number of updates, int32 scalar.
-      momentum: M, shaped as the parameters; with ``replicate_axis``, where the factors
-        are averaged, one M for each replica on a leading axis.
-      q: right factors Q, (batch axes, axes of the Q side, rank): ``Layout.q_shape``.
-    """
-
-    count: jax.Array
-    momentum: Any
-    q: Any
 
 
 def scale_by_dion(
@@ -162,7 +148,7 @@ def scale_by_dion(
       >>> state[0].q["kernel"].shape
       (8, 2)
     """
-    _check_options(mu, eps, power_iters, orthogonalize, right_factor, batch, scale)
+    check_options(mu, eps, power_iters, orthogonalize, right_factor, batch, scale)
     check_choice("split_p", split_p, SPLITS)
     for name, dtype in (
         ("momentum_dtype", momentum_dtype),
@@ -219,13 +205,13 @@ def scale_by_dion(
                 count = count_replicas(replicate_axis, where)
                 m = jnp.zeros((count, *layout.shape), dtype)
                 m_specs[-1] = functools.partial(
-                    _with_replicas, replicate_axis if count > 1 else None
+                    with_replicas, replicate_axis if count > 1 else None
                 )
                 spec = None if count == 1 or spec is None else P(replicate_axis, *spec)
             if where is not None and spec is not None:
                 m = constrain(m, NamedSharding(where.mesh, spec))
             momentum.append(m)
-            q.append(_init_q(layout, seed, q_dtype or dtype, where, leaf))
+            q.append(init_q(layout, seed, q_dtype or dtype, where, leaf))
         return DionState(
             jnp.zeros((), jnp.int32),
             with_leaves(params, momentum, m_specs),
@@ -249,7 +235,7 @@ def scale_by_dion(
         axes = (replicate_axis,) if replicate_axis else ()
         averaged = [bool(axes) and x.compresses for x in layouts]
         momenta = [
-            _momentum(layout, m, replicated)
+            own_momentum(layout, m, replicated)
             for layout, m, replicated in zip(
                 layouts, jax.tree.leaves(state.momentum), averaged
             )
@@ -259,7 +245,7 @@ def scale_by_dion(
             communication_dtype and jnp.dtype(communication_dtype),
         )  # fmt: skip
         directions, (momenta, qs) = step_leaves(
-            _dion_blocks,
+            dion_blocks,
             layouts,
             placement.find(layouts, momenta, report=True),
             grads,
@@ -410,78 +396,3 @@ def dion(
         labels=labels,
         replicate_axis=replicate_axis,
     )
-
-
-def _with_replicas(axis: str | None, spec: P) -> P:
-    return P(axis, *spec)
-
-
-def _init_q(layout: Layout, seed: Any, dtype: Any, where: NamedSharding | None, like):
-    """i.i.d. normal Q from (seed, path, shape): equal on every mesh, in any order."""
-    key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(layout.path.encode()))
-
-    def draw(key):
-        return jax.random.normal(key, layout.q_shape, jnp.float32).astype(dtype)
-
-    if where is None:
-        return draw(key)
-    where = NamedSharding(where.mesh, layout.q_spec(where.spec))
-    if isinstance(like, jax.core.Tracer):
-        return constrain(draw(key), where)
-    return jax.jit(draw, out_shardings=where)(key)
-
-
-def _dion_blocks(options, axes, layouts, specs, grads, momenta, qs):
-    """``dion_step`` on one device's blocks of the leaves of a group."""
-    shapes = [g.shape for g in grads]
-    directions, new_momenta, new_qs = dion_step(
-        [x.to_matrices(g, x.order) for x, g in zip(layouts, grads)],
-        [x.to_matrices(m, x.order) for x, m in zip(layouts, momenta)],
-        [x.q_to_matrices(q) for x, q in zip(layouts, qs)],
-        options,
-        axes=axes,
-        p_rows=layouts[0].rows(layouts[0].p_axes, shapes[0], specs[0]),
-        q_rows=[
-            x.rows(x.q_axes, s, spec) for x, s, spec in zip(layouts, shapes, specs)
-        ],
-        orders=[x.order for x in layouts],
-    )
-    return (
-        [
-            x.from_matrices(y, s, x.order)
-            for x, y, s in zip(layouts, directions, shapes)
-        ],
-        [
-            x.from_matrices(y, s, x.order)
-            for x, y, s in zip(layouts, new_momenta, shapes)
-        ],
-        [y.reshape(q.shape) for y, q in zip(new_qs, qs)],
-    )
-
-
-def _momentum(layout: Layout, m: jax.Array, replicated: bool) -> jax.Array:
-    """This replica's M."""
-    if not replicated and m.shape != layout.shape:
-        raise ValueError(
-            f"{layout.path}: momentum has shape {m.shape}, expected {layout.shape}: at "
-            f"rank {layout.rank} this leaf's gradient is averaged; change the rank of a "
-            "state with rescale_rank(..., replicas=...)"
-        )
-    if replicated and m.shape != (1, *layout.shape):
-        raise ValueError(
-            f"{layout.path}: momentum has shape {m.shape}, expected one replica's, "
-            f"{(1, *layout.shape)}; split the state over replicas as replica_specs says"
-        )
-    return m[0] if replicated else m
-
-
-def _check_options(mu, eps, power_iters, orthogonalize, right_factor, batch, scale):
-    check_range("mu", mu, 0, 1)
-    check_range("eps", eps, 0)
-    check_range("power_iters", power_iters, 1)
-    if not jnp.issubdtype(jnp.result_type(power_iters), jnp.integer):
-        raise ValueError(f"power_iters must be an integer, got {power_iters}")
-    check_choice("orthogonalize", orthogonalize, METHODS)
-    check_choice("right_factor", right_factor, RIGHT_FACTORS)
-    check_choice("batch", batch, ("same_shape", "none"))
-    check_choice("scale", scale, SCALES)

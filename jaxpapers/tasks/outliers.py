@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy.special import logsumexp
 
 from jaxpapers import figures
 from jaxpapers import mesh as meshes
@@ -309,10 +308,10 @@ def _detection(config: Any, predicted: poem.Predictions) -> np.ndarray:
     """``poem.detection_score`` in float64: ties of float32 are not the model's."""
     logits = predicted.logits.astype(np.float64)
     if config.method.loss == "uniform":
-        return logits.max(-1) - logsumexp(logits, axis=-1)
+        return logits.max(-1) - np.logaddexp.reduce(logits, axis=-1)
     if config.net.outlier_class:
-        return logsumexp(logits[:, :-1], axis=-1) - logits[:, -1]
-    return logsumexp(logits, axis=-1)
+        return np.logaddexp.reduce(logits[:, :-1], axis=-1) - logits[:, -1]
+    return np.logaddexp.reduce(logits, axis=-1)
 
 
 def _mined(content, state) -> dict[str, np.ndarray]:
