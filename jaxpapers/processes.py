@@ -1,7 +1,8 @@
 """What the processes of a job tell each other beside their compiled programs.
 
-It goes through JAX's coordination service, not through devices: on CPUs a collective that
-follows another one of a second kind at once may wait for it for ever.
+It goes through JAX's coordination service, not through devices: on CPUs a collective of
+one group of devices right after one of another group may wait for ever, and a group is
+given up when a process comes to its first collective 30 s after the others.
 
 Every process calls these functions, in the same order.
 """
@@ -35,6 +36,14 @@ def of_all(value: Any) -> list:
     import jax
 
     return _exchange(value, range(jax.process_count()))
+
+
+def wait() -> None:
+    """Until all processes are here, as long as they live."""
+    import jax
+
+    if jax.process_count() > 1:
+        client().wait_at_barrier(f"jaxpapers/wait/{next(_calls)}", 24 * 3600 * 1000)
 
 
 def _exchange(value: Any, senders: Any) -> list:

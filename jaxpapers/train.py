@@ -85,7 +85,9 @@ def compile(
 
     def init(key):
         with jax.set_mesh(mesh):
-            return build()(key)
+            executable = build()
+            processes.wait()  # One may have it from a cache, and others compile it.
+            return executable(key)
 
     return Compiled(init, executable, shapes, executable, traced.jaxpr)
 
@@ -237,6 +239,7 @@ def fit(
             compiled = compile(method, mesh, shapes)
         elif not isinstance(compiled, Compiled):
             compiled = compiled()
+        processes.wait()
         with jax.set_mesh(mesh):
             state, position = _start(compiled, manager, seed, init_from, method)
         first = int(state.step)

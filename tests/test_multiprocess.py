@@ -45,6 +45,10 @@ print(sum(processes.of_first(i if rank == 0 else "other") for i in range(300)))
 print(sum(processes.of_all(i)[1 - rank] for i in range(300)))
 kept = processes.client().key_value_dir_get("jaxpapers/call/")
 assert len(kept) <= 2 * (processes.KEPT + 1), len(kept)
+began = time.monotonic()
+time.sleep(2.5 * processes.POLL * (1 - rank))
+processes.wait()
+assert time.monotonic() - began > 2
 time.sleep(2.5 * processes.POLL * (1 - rank))
 print(processes.agreed(1.5 + rank, 20))
 assert processes.agreed(1.5, 21) == 0
