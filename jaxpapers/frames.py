@@ -4,9 +4,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxpapers import extras, plots
+from jaxpapers.ops.environments import arm_points
 
 SHOWN = 8
 """Frames of an episode."""
@@ -69,11 +72,48 @@ def _pendulum(axes: Any, observation: np.ndarray) -> None:
     axes.set(xlim=(-1.25, 1.25), ylim=(-1.25, 1.25), aspect="equal")
 
 
+def _swing_up(axes: Any, observation: np.ndarray) -> None:
+    """The cart on its rail and the pole; upright is the goal."""
+    x, theta = observation[:2]
+    axes.plot([-2.5, 2.5], [0, 0], color="0.8", lw=1)
+    axes.add_patch(_rectangle(x - 0.2, -0.1, 0.4, 0.2))
+    axes.plot(
+        [x, x - 0.6 * np.sin(theta)], [0, -0.6 * np.cos(theta)], color="C1", lw=2.5
+    )
+    axes.set(xlim=(-2.9, 2.9), ylim=(-0.8, 0.8), aspect="equal")
+
+
+def _reacher(axes: Any, observation: np.ndarray) -> None:
+    """The arm from above: shoulder, lifting joint, elbow, wrist, hand; its target."""
+    points = np.asarray(jax.jit(arm_points)(jnp.asarray(observation[:7])))
+    points = np.concatenate([[[0, -0.188, 0]], points])
+    axes.plot(points[:, 0], points[:, 1], "o-", color="C0", lw=2, ms=2.5)
+    axes.plot(*observation[7:9], "x", color="C3", ms=6)
+    axes.set(xlim=(-0.7, 1.1), ylim=(-1.1, 1.0), aspect="equal")
+
+
+def _pusher(axes: Any, observation: np.ndarray) -> None:
+    """From above: the fork at the end of the arm, the cylinder and its goal."""
+    from matplotlib.patches import Circle
+
+    axes.plot([0, observation[14]], [-0.6, observation[15]], color="0.85", lw=2)
+    axes.plot(*observation[14:16], "o", color="C0", ms=4)
+    axes.add_patch(Circle(tuple(observation[17:19]), 0.05, color="C1"))
+    axes.plot(0.45, -0.05, "x", color="C3", ms=6)
+    axes.set(xlim=(-0.3, 1.0), ylim=(-0.8, 0.4), aspect="equal")
+
+
 def _rectangle(x: float, y: float, width: float, height: float) -> Any:
     from matplotlib.patches import Rectangle
 
     return Rectangle((x, y), width, height, color="C0")
 
 
-DRAW: dict[str, Callable] = {"cartpole": _cart_pole, "pendulum": _pendulum}
+DRAW: dict[str, Callable] = {
+    "cartpole": _cart_pole,
+    "pendulum": _pendulum,
+    "swing_up": _swing_up,
+    "reacher3d": _reacher,
+    "pusher": _pusher,
+}
 """Kind of environment -> (axes, observation) -> None."""

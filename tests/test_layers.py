@@ -101,7 +101,7 @@ ALLOWED = {
     "extras": set(),
     "plots": {"extras", "workdir"},
     "figures": {"extras", "plots"},
-    "frames": {"extras", "plots"},
+    "frames": {"extras", "ops", "plots"},
     "signals": {"processes"},
     "supervise": {"signals"},
     "workdir": {"processes"},

@@ -10,11 +10,11 @@ too. Any number of environments are stepped in one call, inside ``lax.scan`` as 
 JAX functions of what a step reads. ``ops.gymnasium`` has whole environments.
 """
 
+import contextlib
 import copy
 import functools
 import math
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -111,7 +111,8 @@ class Simulator:
         self.words, self.controls = 2 * self.size, self.model.nu
         self._threads = threads
         self._executor = ThreadPoolExecutor(threads) if threads > 1 else None
-        self._local = threading.local()
+        # Not thread-local: XLA's threads lose Python's state, and that, after a call.
+        self._free: list[Any] = []
 
     def start(
         self, qpos: Float[Array, "... nq"], qvel: Float[Array, "... nv"]
@@ -130,12 +131,13 @@ class Simulator:
         positions = qpos.reshape(-1, self.model.nq)
         velocities = qvel.reshape(-1, self.model.nv)
         check_size({"qpos": positions, "qvel": velocities})
-        out, data = np.empty((len(positions), self.size)), self._data()
-        for q, v, row in zip(positions, velocities, out):
-            module().mj_resetData(self.model, data)
-            data.qpos[:], data.qvel[:] = q, v
-            module().mj_forward(self.model, data)
-            read_state(self.model, data, row)
+        out = np.empty((len(positions), self.size))
+        with self._borrowed() as data:
+            for q, v, row in zip(positions, velocities, out):
+                module().mj_resetData(self.model, data)
+                data.qpos[:], data.qvel[:] = q, v
+                module().mj_forward(self.model, data)
+                read_state(self.model, data, row)
         return to_words(out).reshape(*lead, self.words)
 
     def step(
@@ -172,30 +174,27 @@ class Simulator:
         new, bodies, sites = np.empty_like(old), *self._positions(n)
 
         def part(rows: slice) -> None:
-            data, set_control = self._data(), self.controls > 0
-            count = unstable(data)
-            for i in range(*rows.indices(n)):
-                write_state(self.model, data, old[i])
-                if set_control:
-                    data.ctrl[:] = control[i]
-                if self.before is not None:
-                    self.before(self.model, data)
-                module().mj_step(self.model, data, nstep=self.frame_skip)
-                read_state(self.model, data, new[i])
-                if self.fresh:
-                    module().mj_kinematics(self.model, data)
-                self._fill(data, bodies, sites, i)
-            check_stable(data, count, old[rows, 0], new[rows, 0], rows.start)
+            with self._borrowed() as data:
+                count = unstable(data)
+                for i in range(*rows.indices(n)):
+                    write_state(self.model, data, old[i])
+                    if self.controls:
+                        data.ctrl[:] = control[i]
+                    if self.before is not None:
+                        self.before(self.model, data)
+                    module().mj_step(self.model, data, nstep=self.frame_skip)
+                    read_state(self.model, data, new[i])
+                    if self.fresh:
+                        module().mj_kinematics(self.model, data)
+                    self._fill(data, bodies, sites, i)
+                check_stable(data, count, old[rows, 0], new[rows, 0], rows.start)
 
         if self._executor is None or n < 2:
             part(slice(0, n))
         else:
             each = -(-n // self._threads)
-            list(
-                self._executor.map(
-                    part, (slice(i, i + each) for i in range(0, n, each))
-                )
-            )
+            parts = (slice(i, i + each) for i in range(0, n, each))
+            list(self._executor.map(part, parts))
         readings = self._read(new, bodies, sites, lead)
         return to_words(new).reshape(state.shape), readings
 
@@ -204,11 +203,11 @@ class Simulator:
         lead = state.shape[:-1]
         rows = from_words(state.reshape(-1, self.words))
         bodies, sites = self._positions(len(rows))
-        data = self._data()
-        for i, row in enumerate(rows):
-            write_state(self.model, data, row)
-            module().mj_kinematics(self.model, data)
-            self._fill(data, bodies, sites, i)
+        with self._borrowed() as data:
+            for i, row in enumerate(rows):
+                write_state(self.model, data, row)
+                module().mj_kinematics(self.model, data)
+                self._fill(data, bodies, sites, i)
         return self._read(rows, bodies, sites, lead)
 
     def _positions(self, n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -255,11 +254,17 @@ class Simulator:
             raise ValueError(f"leading axes (environments) must be equal, got {leads}")
         return vectorized(operation)(*arrays)
 
-    def _data(self) -> Any:
-        """The thread's own MjData."""
-        if not hasattr(self._local, "data"):
-            self._local.data = module().MjData(self.model)
-        return self._local.data
+    @contextlib.contextmanager
+    def _borrowed(self) -> Iterator[Any]:
+        """An MjData that nobody else uses meanwhile."""
+        try:
+            data = self._free.pop()
+        except IndexError:
+            data = module().MjData(self.model)
+        try:
+            yield data
+        finally:
+            self._free.append(data)
 
 
 @functools.cache

@@ -8,6 +8,7 @@ import pytest
 from jaxpapers import frames, papers, tasks
 from jaxpapers.config import load_config
 from jaxpapers.method import State
+from jaxpapers.papers import mpc_psrl
 from jaxpapers.stages import same
 from jaxpapers.study import Finding, Result, Row, with_fields
 from tests.contract import grid
@@ -16,7 +17,8 @@ SMOKE = load_config("mpc_psrl:smoke")
 
 
 @pytest.mark.parametrize(
-    "preset", ["cartpole", "pendulum", "cartpole-paper", "pendulum-paper"]
+    "preset",
+    ["cartpole", "pendulum", "cartpole-paper", "pendulum-paper", "reacher3d", "pusher"],
 )
 def test_presets_make_their_rows(preset):
     config = load_config(f"mpc_psrl:{preset}")
@@ -33,6 +35,10 @@ def test_presets_make_their_rows(preset):
     assert not any(same(a, b) for i, a in enumerate(trained) for b in trained[:i])
     for stage in trained:
         papers.load(stage.paper).make(stage.config, **data.facts)
+    features = {"cartpole": 10, "pendulum": 8, "reacher3d": 48, "pusher": 54}
+    problem, net = data.facts["problem"], mpc_psrl.Net(**config.net)
+    world = preset.removesuffix("-paper")
+    assert net.sizes(problem.inputs, net.hidden)[-1] == features[world]
     if preset.endswith("-paper"):
         assert config.train.steps == 15 and config.planner.iterations == 5
         assert config.planner.population == (500 if "cartpole" in preset else 100)
@@ -115,3 +121,13 @@ def test_frames_are_drawn_from_observations(kind, width, tmp_path, figures, rend
     assert last[1, 0] - last[0, 0] == pytest.approx(sign * length * np.sin(3))
     assert figure.axes[0].get_ylabel() == "this model\n30.0"
     assert frames.episodes(results[1:], tmp_path / "none.png", kind=kind) is None
+
+
+@pytest.mark.parametrize(
+    "kind, width", [("swing_up", 4), ("reacher3d", 17), ("pusher", 20)]
+)
+def test_frames_of_mujoco_are_drawn_without_it(kind, width, tmp_path):
+    observations = np.random.default_rng(0).uniform(-0.3, 0.3, (9, width))
+    file = {"episode.npz": {"observations": observations, "rewards": np.ones(9)}}
+    result = Result(Row("this model", None, None), [Finding({}, files=file)], ())
+    assert frames.episodes([result], tmp_path / "frames.png", kind=kind)

@@ -1,4 +1,4 @@
-"""Environments as pure functions on arrays: classic control and exploration.
+"""Environments as pure functions: classic control, exploration, PETS on MuJoCo.
 
 An environment is a frozen dataclass of constants. ``reset(key)`` gives a state, a pytree
 of arrays; ``step(state, action, noise)`` the next state with an observation, a reward
@@ -31,6 +31,11 @@ from jaxpapers.ops.environments.pendulum import (
     STOCHASTIC_PENDULUM as STOCHASTIC_PENDULUM,
 )
 from jaxpapers.ops.environments.pendulum import Pendulum as Pendulum
+from jaxpapers.ops.environments.pets import PetsCartPole as PetsCartPole
+from jaxpapers.ops.environments.pets import PhysicsState as PhysicsState
+from jaxpapers.ops.environments.pets import Pusher as Pusher
+from jaxpapers.ops.environments.pets import Reacher3D as Reacher3D
+from jaxpapers.ops.environments.pets import arm_points as arm_points
 from jaxpapers.ops.environments.spaces import Box as Box
 from jaxpapers.ops.environments.spaces import Discrete as Discrete
 from jaxpapers.ops.environments.spaces import Step as Step

@@ -3,7 +3,12 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxpapers.ops.environments import STOCHASTIC_PENDULUM
+from jaxpapers.ops.environments import (
+    STOCHASTIC_PENDULUM,
+    PetsCartPole,
+    Pusher,
+    Reacher3D,
+)
 
 
 def cart_pole(
@@ -20,3 +25,24 @@ def pendulum(
     """The environment's reward, of cos theta, sin theta and the velocity."""
     angle = jnp.arctan2(observations[:, 1], observations[:, 0])
     return -STOCHASTIC_PENDULUM.cost(angle, observations[:, 2], actions[:, 0])
+
+
+def pets_cart_pole(
+    observations: Float[Array, "B 4"], actions: Float[Array, "B 1"]
+) -> Float[Array, " B"]:
+    """The environment's reward, of the state before the step."""
+    return PetsCartPole().reward(observations, actions)
+
+
+def reacher(
+    observations: Float[Array, "B 17"], actions: Float[Array, "B 7"]
+) -> Float[Array, " B"]:
+    """The environment's reward, of the state before the step."""
+    return Reacher3D().reward(observations, actions)
+
+
+def pusher(
+    observations: Float[Array, "B 20"], actions: Float[Array, "B 7"]
+) -> Float[Array, " B"]:
+    """The environment's reward."""
+    return Pusher().reward(observations, actions)
