@@ -14,8 +14,8 @@ def comparison(study: Any, results: Sequence[Any], out: str | Path) -> Path | No
     """Draws the metric of every seed of every trained row, the others as lines.
 
     A baseline that is far from all of them is named in the legend only, and of a model
-    that is far from most its mean is written where the axis ends. Where nothing was
-    trained, every row is drawn as a point.
+    that is far from most its mean is written where the axis ends. The axis is at least
+    5 % of the values long. Where nothing was trained, every row is drawn as a point.
 
     Args:
       study, results: see ``study.Study`` and ``study.Results``.
@@ -52,6 +52,11 @@ def comparison(study: Any, results: Sequence[Any], out: str | Path) -> Path | No
         axes.plot(values, [i] * len(values), "o", color="C0", alpha=0.6)
         axes.plot(means[i], i, "|", color="black", ms=18)
     low, high = min(shown), max(shown)
+    # Rows that agree to a per cent should look as if they did.
+    least = 0.05 * max(abs(low), abs(high))
+    if high - low < least:
+        low, high = (low + high - least) / 2, (low + high + least) / 2
+        axes.plot([low, high], [0, 0], " ")
     # Seeds of one model may be squeezed: how far it is from a baseline is the finding.
     room = (3 if len(runs) - sum(far) > 1 else 30) * (high - low or abs(high) or 1.0)
     for (name, value), style in zip(levels.items(), (":", "--", "-.", "-") * 9):

@@ -1,10 +1,11 @@
 """What the processes of a job tell each other beside their compiled programs.
 
-It goes through JAX's coordination service, not through devices: on CPUs a collective of
-one group of devices right after one of another group may wait for ever, and a group is
-given up when a process comes to its first collective 30 s after the others.
+It goes through JAX's coordination service, not through devices: nothing is compiled, and
+on CPUs a group of devices is given up when a process comes to its first collective 30 s
+after the others.
 
-Every process calls these functions, in the same order.
+Every process calls these functions, in the same order: what one of them finds on a disk
+that others write to must not decide whether it does.
 """
 
 import itertools

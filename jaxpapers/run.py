@@ -12,7 +12,7 @@ from rich.table import Table
 
 from jaxpapers import checkpoint as ckpt
 from jaxpapers import mesh as meshes
-from jaxpapers import outputs, papers, plots, report, signals, tables, tasks
+from jaxpapers import outputs, papers, plots, processes, report, signals, tables, tasks
 from jaxpapers import plan as plans
 from jaxpapers import study as studies
 from jaxpapers import workdir as folders
@@ -116,8 +116,9 @@ def run(
         held.enter_context(user_config(name, config, config_path))
         grid = meshes.make_mesh(meshes.parse_mesh(mesh) if mesh else None)
         stages = Stages(folder, grid, quiet=quiet, profile=profile, writers=writers)
-        # Not of a folder that is not there: what follows may refuse the config.
-        if folder.exists() and not dry_run:
+        # Not of a folder that is not there: what follows may refuse the config. The first
+        # process decides: when a later one looks, the first may have made it.
+        if processes.of_first(folder.exists()) and not dry_run:
             held.enter_context(folders.lock_for_all(folder))
         usual = None if overrides or files else expected(target, config_path)
         return _run(

@@ -80,6 +80,7 @@ ALLOWED = {
         "plan",
         "outputs",
         "plots",
+        "processes",
         "report",
         "signals",
         "stages",

@@ -54,6 +54,15 @@ print(processes.agreed(1.5 + rank, 20))
 assert processes.agreed(1.5, 21) == 0
 """
 
+LATE = """
+import pathlib
+from jaxpapers import run
+if rank:
+    folder += "-made by the others by now"
+    pathlib.Path(folder).mkdir()
+run.run("dnw:smoke", workdir=folder, quiet=True)
+"""
+
 MODEL = """
 from jaxpapers import papers, run, tasks
 config = run.load_config("dion:smoke", sys.argv[4:])
@@ -181,6 +190,14 @@ def test_values_of_all_processes(tmp_path):
     codes, out, errors = finish(processes)
     assert codes == [0, 0], errors
     assert out[0] == out[1] == "44850\n44850\n1.5\n"
+
+
+def test_a_process_that_comes_late_finds_the_folder_of_the_others(tmp_path):
+    """What is on disk by then must not decide what it does together with them."""
+    processes = pair(LATE, tmp_path / "run")
+    codes, _, errors = finish(processes)
+    assert codes == [0, 0], errors
+    assert (tmp_path / "run" / "comparison.json").exists()
 
 
 @pytest.mark.matrix

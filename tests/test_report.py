@@ -256,3 +256,9 @@ def test_a_far_model_does_not_squeeze_the_others(tmp_path, figures):
     assert 0.4 < low < 0.5 and 0.53 < high < 0.6
     assert {t.get_text() for t in axes.texts} == {"5 →", "← -4"}
     assert [t.get_text() for t in axes.get_yticklabels()] == ["low", *"abcd", "far"]
+
+
+def test_models_that_agree_look_as_if_they_did(tmp_path, figures):
+    compared("W2", {"a": [0.1560], "b": [0.1577]}, {}, tmp_path / "comparison.png")
+    low, high = figures[0].axes[0].get_xlim()
+    assert low < 0.1531 and high > 0.1606
