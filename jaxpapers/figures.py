@@ -98,11 +98,8 @@ def curves(results: Sequence[Any], out: str | Path) -> Path:
             if name not in r.findings[0].curves:
                 continue
             curves = [np.asarray(f.curves[name], float) for f in r.findings]
-            style = {
-                "color": f"C{i % 10}",
-                "ls": ("-", "--", ":")[i // 10 % 3],
-                "lw": 1.2,
-            }
+            dash = ("-", "--", ":")[i // 10 % 3]
+            style = {"color": f"C{i % 10}", "ls": dash, "lw": 1.2}
             same = all(np.array_equal(c[0], curves[0][0]) for c in curves)
             if not same:
                 for x, y in curves:
@@ -111,9 +108,7 @@ def curves(results: Sequence[Any], out: str | Path) -> Path:
             x, y = curves[0][0], np.stack([c[1] for c in curves])
             (lines[_label(r)],) = axes.plot(x, y.mean(0), **style)
             if len(y) > 1:
-                axes.fill_between(
-                    x, y.min(0), y.max(0), color=style["color"], alpha=0.2
-                )
+                axes.fill_between(x, y.min(0), y.max(0), color=f"C{i % 10}", alpha=0.2)
         vertical, _, horizontal = name.partition(" against ")
         axes.set(xlabel=horizontal, ylabel=vertical)
         axes.grid(alpha=0.25)
