@@ -237,7 +237,10 @@ def collect(
     Raises:
       ValueError: counts below 1.
     """
-    for name, value in {"steps": steps // hold if hold > 0 else 1, "hold": hold}.items():
+    for name, value in {
+        "steps": steps // hold if hold > 0 else 1,
+        "hold": hold,
+    }.items():
         if value < 1:
             raise ValueError(f"{name} must give at least 1 decision, got {value}")
     horizon = horizon or HORIZON.get(maze.name, 600)

@@ -161,6 +161,15 @@ NAMES: dict[str, Paper] = {
         "a learning order of 30 characters and its cost",
         trained=False,
     ),
+    "coda": Paper(
+        "How to Solve Contextual Goal-Oriented Problems with Offline Datasets?",
+        "Fan, Ying and Li, Jingling and Swaminathan, Adith and Modi, Aditya and Cheng, "
+        "Ching-An",
+        2024,
+        "2408.07753",
+        "reinforcement learning",
+        "a point mass to three rooms of a maze, from random walks",
+    ),
 }
 
 
