@@ -66,7 +66,8 @@ def paths(results: Sequence[Any], out: str | Path) -> Path | None:
 
     Args:
       results: with ``paths.npz``: ``walls`` (H, W), ``xy`` (T, N, 2) with NaN after the
-        end, ``reached`` and ``label`` (N,), ``labels``, ``box`` (N, 4), ``circle`` (N, 3).
+        end, ``reached`` and ``label`` (N,), ``labels``, ``box`` (N, 4) and ``circle``
+        (N, 3).
       out: image file; not written without such rows.
     """
     with extras.named():

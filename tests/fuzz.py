@@ -38,6 +38,7 @@ from jaxpapers.data import (
     packages,
     pools,
     text,
+    transitions,
 )
 from jaxpapers.papers import dnw
 from jaxpapers.tasks import characters as tasks_of_characters
@@ -566,6 +567,52 @@ def packed(content: bytes) -> bytes:
     return buffer.getvalue() * 80
 
 
+def recorded(rng, count):
+    return {
+        "observations": rng.normal(size=(count, 3)).astype(np.float32),
+        "actions": rng.uniform(-1, 1, (count, 2)).astype(np.float32),
+        "rewards": rng.normal(size=count).astype(np.float32),
+        "terminals": np.arange(count) % 7 == 6,
+    }
+
+
+def d4rl(folder, rng):
+    import h5py
+
+    with h5py.File(folder / "walk.hdf5", "w") as file:
+        for name, x in recorded(rng, 20).items():
+            file[name] = x
+        file["timeouts"] = np.arange(20) == 9
+
+
+def minari(folder, rng):
+    import h5py
+
+    with h5py.File(folder / "walk.hdf5", "w") as file:
+        for number in range(3):
+            z, where = recorded(rng, 6), f"episode_{number}"
+            file[f"{where}/observations"] = z.pop("observations")
+            file[f"{where}/terminations"] = z.pop("terminals")[:5]
+            for name, x in z.items():
+                file[f"{where}/{name}"] = x[:5]
+
+
+def ogbench(folder, rng):
+    np.savez(folder / "walk.npz", **recorded(rng, 21))
+
+
+def sound_transitions(data):
+    count = len(data.states)
+    assert count and data.skipped >= 0
+    assert data.next_states.shape == data.states.shape
+    for x in data[:4]:
+        assert x.dtype == np.float32 and len(x) == count and np.isfinite(x).all()
+    assert data.terminals.dtype == bool and len(data.terminals) == count
+    ends = data.ends
+    assert (ends >= np.arange(count)).all() and ends.max() == count - 1
+    assert (np.diff(ends) >= 0).all() and (ends[ends] == ends).all()
+
+
 GROUPS: dict[str, Group] = {
     "text": Group(text_corpus, read_text, sound_text),
     "shards": Group(shards, read_shards, sound_shards),
@@ -594,5 +641,12 @@ GROUPS: dict[str, Group] = {
     "npm": Group(npm, lambda d: read_package(d / "toy.tgz"), sound_wheel),
     "deb": Group(deb, lambda d: read_package(d / "toy.deb"), sound_wheel),
     "pools": Group(outlier_pools, read_pools, sound_pools),
+    "d4rl": Group(d4rl, lambda d: transitions.read(d / "walk.hdf5"), sound_transitions),
+    "minari": Group(
+        minari, lambda d: transitions.read(d / "walk.hdf5"), sound_transitions
+    ),
+    "ogbench": Group(
+        ogbench, lambda d: transitions.read(d / "walk.npz"), sound_transitions
+    ),
     "networks": Group(networks, read_networks, sound_network),
 }

@@ -1,4 +1,4 @@
-"""Mazes of cells, regions of them as goals, and transitions of a noisy waypoint controller.
+"""Mazes of cells, regions of them as goals, and walks of a noisy waypoint controller.
 
 Positions are those of PointMaze: cells of 1 x 1 around the centre of the map, x to the
 right, y up. AntMaze's coordinates, in which the papers state regions, have the start
@@ -22,10 +22,14 @@ MAPS = {
 HORIZON = {"umaze": 300, "medium": 600, "large": 800}
 """Environment steps after which the controller takes another goal."""
 ROOMS = {
-    "medium": {1: (0, 12, 0, 8), 2: (14, 20, 0, 6), 3: (0, 4, 18, 20), 4: (13, 20, 13, 20)},
-    "large": {1: (0, 12, 0, 8), 2: (24, 36, 0, 9), 3: (0, 6, 16, 24), 4: (28, 36, 16, 24)},
+    "medium": {
+        1: (0, 12, 0, 8), 2: (14, 20, 0, 6), 3: (0, 4, 18, 20), 4: (13, 20, 13, 20),
+    },
+    "large": {
+        1: (0, 12, 0, 8), 2: (24, 36, 0, 9), 3: (0, 6, 16, 24), 4: (28, 36, 16, 24),
+    },
 }  # fmt: skip
-"""Four Rooms: (x from, x to, y from, y to) in AntMaze's coordinates, without the edges."""
+"""Four Rooms: x from, x to, y from, y to in AntMaze's coordinates; edges are outside."""
 CELLS = {
     "medium": "12 4,16 4,20 4,8 8,12 8,4 12,12 12,16 12,0 16,12 16,0 20,4 20,8 20,"
     "16 20,20 20",
@@ -84,7 +88,7 @@ class Maze:
         self.free = np.argwhere(~self.walls)
         if not len(self.free):
             raise ValueError(f"a maze must have a free cell, got {name!r}")
-        distance = self.distances(tuple(self.free[0]))
+        distance = self.distances(self.free[0])
         if (distance[~self.walls] < 0).any():
             raise ValueError(f"some free cells of {name!r} cannot reach each other")
 
@@ -109,8 +113,9 @@ class Maze:
         """The inverse of ``to_ant``."""
         return np.asarray(xy) * [0.25, -0.25] + self.centre((1, 1))
 
-    def distances(self, goal: tuple[int, int]) -> np.ndarray:
-        """Cells (H, W) to walk from each free cell to a goal; -1 where there is no way."""
+    def distances(self, goal: Any) -> np.ndarray:
+        """Cells to walk from each cell to a goal, (H, W); -1 where there is no way."""
+        goal = (int(goal[0]), int(goal[1]))
         distance = np.full(self.walls.shape, -1)
         distance[goal] = 0
         queue = deque([goal])

@@ -18,6 +18,9 @@ from jaxpapers.data import files
 
 MOST_BYTES = 8 << 30
 """Largest sum of the arrays that are read."""
+MOST_RATIO = 200
+"""Of them to the file; compressed floats of observations take half their size."""
+FREE_BYTES = 1 << 26
 HDF5 = (".hdf5", ".h5")
 BROKEN = (OSError, RuntimeError, KeyError, ValueError, TypeError, EOFError,
           MemoryError, zipfile.BadZipFile, zlib.error, NotImplementedError)  # fmt: skip
@@ -71,10 +74,11 @@ def read(
     path = Path(path)
     if path.is_dir():
         path = path / "data" / "main_data.hdf5"
-    path = files.check(path)[0]
+    path, size = files.check(path)
+    limit = min(MOST_BYTES, FREE_BYTES + MOST_RATIO * size)
     try:
         if path.suffix == ".npz":
-            return _ogbench(path)
+            return _ogbench(path, limit)
         if path.suffix not in HDF5:
             raise ValueError(
                 f"{path}: expected .hdf5 (D4RL, Minari), .npz (OGBench) or a folder of "
@@ -85,8 +89,8 @@ def read(
 
         with h5py.File(path, "r") as file:
             if any(name.startswith("episode_") for name in file):
-                return _minari(path, file, observation)
-            return _d4rl(path, file, horizon)
+                return _minari(path, file, observation, limit)
+            return _d4rl(path, file, horizon, limit)
     except ModuleNotFoundError:
         raise
     except BROKEN as e:
@@ -95,10 +99,10 @@ def read(
         raise ValueError(f"{path}: cannot be read: {e}") from e
 
 
-def _d4rl(path: Path, file: Any, horizon: int | None) -> Transitions:
+def _d4rl(path: Path, file: Any, horizon: int | None, limit: int) -> Transitions:
     """Flat arrays: a transition ends where the next one begins."""
     names = ["observations", "actions", "rewards", "terminals"]
-    _check_bytes(path, [_dataset(path, file, name) for name in names])
+    _check_bytes(path, [_dataset(path, file, name) for name in names], limit)
     observations = _matrix(
         path, "observations", _dataset(path, file, "observations")[()]
     )
@@ -110,8 +114,8 @@ def _d4rl(path: Path, file: Any, horizon: int | None) -> Transitions:
         timeouts = _flags(path, "timeouts", _dataset(path, file, "timeouts")[()], count)
     elif horizon is None:
         raise ValueError(
-            f"{path}: no array 'timeouts', as in old files; give horizon=, the steps of a "
-            "trajectory, or 0 if it is one"
+            f"{path}: no array 'timeouts', as in old files; give horizon=, the steps of "
+            "a trajectory, or 0 if it is one"
         )
     else:
         timeouts = np.zeros(count, bool)
@@ -130,7 +134,7 @@ def _d4rl(path: Path, file: Any, horizon: int | None) -> Transitions:
     )  # fmt: skip
 
 
-def _minari(path: Path, file: Any, observation: str) -> Transitions:
+def _minari(path: Path, file: Any, observation: str, limit: int) -> Transitions:
     """A group an episode, with one observation more than actions."""
     pattern = re.compile(r"episode_(\d+)$")
     numbers = sorted(int(m[1]) for name in file if (m := pattern.match(name)))
@@ -138,20 +142,11 @@ def _minari(path: Path, file: Any, observation: str) -> Transitions:
     for number in numbers:
         where = f"episode_{number}"
         group = file[where]
-        states = group["observations"] if "observations" in group else None
-        if states is None:
-            raise ValueError(f"{path}: {where} has no 'observations', has {[*group]}")
-        if hasattr(states, "keys"):
-            if observation not in states:
-                raise ValueError(
-                    f"{path}: {where}/observations has no {observation!r}, has "
-                    f"{[*states]}; name one by observation="
-                )
-            states = states[observation]
         names = ["actions", "rewards", "terminations"]
+        states = _observations(path, group, observation, where)
         arrays = [states, *(_dataset(path, group, name, where) for name in names)]
         everything += arrays
-        _check_bytes(path, everything)
+        _check_bytes(path, everything, limit)
         observations = _matrix(path, f"{where}/observations", arrays[0][()])
         count = len(observations) - 1
         if count < 1:
@@ -170,16 +165,33 @@ def _minari(path: Path, file: Any, observation: str) -> Transitions:
     for name, column in zip(("observations", "actions"), zip(*parts)):
         if len({x.shape[1] for x in column}) > 1:
             raise ValueError(f"{path}: {name} of different sizes in different episodes")
-    columns = [np.concatenate(x) for x in zip(*parts)]
-    return Transitions(*columns[:5], _ends(columns[5]), skipped)
+    states, actions, following, rewards, terminals, last = (
+        np.concatenate(x) for x in zip(*parts)
+    )
+    return Transitions(
+        states, actions, following, rewards, terminals, _ends(last), skipped
+    )
 
 
-def _ogbench(path: Path) -> Transitions:
-    """Flat arrays, where 1 - terminals selects states and actions, as OGBench reads it."""
+def _observations(path: Path, group: Any, observation: str, where: str) -> Any:
+    """An episode's observations, or one of their parts."""
+    if "observations" in group and hasattr(group["observations"], "keys"):
+        states = group["observations"]
+        if observation not in states:
+            raise ValueError(
+                f"{path}: {where}/observations has no {observation!r}, has {[*states]}; "
+                "name one by observation="
+            )
+        return _dataset(path, states, observation, f"{where}/observations")
+    return _dataset(path, group, "observations", where)
+
+
+def _ogbench(path: Path, limit: int) -> Transitions:
+    """Flat arrays: 1 - terminals selects states and actions, as OGBench reads it."""
     with zipfile.ZipFile(path) as archive:
         size = sum(info.file_size for info in archive.infolist())
-    if size > MOST_BYTES:
-        raise ValueError(_too_large(path, size))
+    if size > limit:
+        raise ValueError(_too_large(path, size, limit))
     with np.load(path, allow_pickle=False) as file:
         names = ("observations", "actions", "terminals")
         missing = [name for name in names if name not in file]
@@ -216,22 +228,26 @@ def _dataset(path: Path, group: Any, name: str, where: str = "") -> Any:
     full = f"{where}/{name}" if where else name
     if name not in group:
         raise ValueError(f"{path}: no array {full!r}, has {sorted(group)}")
+    if hasattr(group.get(name, getlink=True), "filename"):
+        raise ValueError(f"{path}: {full} is a link to another file; not followed")
     found = group[name]
     if not hasattr(found, "shape") or not hasattr(found, "dtype"):
         raise ValueError(f"{path}: {full} is a group, expected an array")
+    if found.external or found.is_virtual:
+        raise ValueError(f"{path}: {full} is stored in other files; not read")
     return found
 
 
-def _check_bytes(path: Path, arrays: list) -> None:
-    size = sum(4 * int(np.prod(x.shape, dtype=float)) for x in arrays)
-    if size > MOST_BYTES:
-        raise ValueError(_too_large(path, size))
+def _check_bytes(path: Path, arrays: list, limit: int) -> None:
+    size = sum(8 * int(np.prod(x.shape, dtype=float)) for x in arrays)
+    if size > limit:
+        raise ValueError(_too_large(path, size, limit))
 
 
-def _too_large(path: Path, size: int) -> str:
+def _too_large(path: Path, size: int, limit: int) -> str:
     return (
-        f"{path}: {size / 2**30:,.1f} GiB of arrays, at most {MOST_BYTES >> 30} are read; "
-        "cut the file into parts"
+        f"{path}: {size / 2**20:,.0f} MiB of arrays, at most {limit / 2**20:,.0f} are "
+        "read of a file of this size; cut it into parts"
     )
 
 

@@ -137,7 +137,7 @@ def _variants(config: Any) -> list[tuple[str, dict, str, str]]:
     """
     real = {"data.rows": "real", "method.label": "model"}
     hindsight = {"data.rows": "hindsight", "method.goals": config.baselines.goals}
-    every = {
+    every: dict[str, tuple[dict, str, str]] = {
         "empirical contexts": ({"data.sampling": "empirical"}, "", "context"),
         "IQL's order": ({"method.order": "iql"}, "", "context"),
         "reference encoding": ({"net.encoding": "reference"}, "", "context"),
@@ -200,7 +200,8 @@ def _told(problem, episodes, told, net, options, state, seed) -> np.ndarray | No
         draw = jax.jit(functools.partial(coda.labels.sample_goals, net=net,
                                          options=options))  # fmt: skip
         key = jax.random.key(seed)
-        return draw(state.extra["goals"], key, jnp.asarray(episodes.contexts))
+        drawn = draw(state.extra["goals"], key, jnp.asarray(episodes.contexts))
+        return np.asarray(drawn)
     # Contexts of a test may have no examples: the nearest one's are taken.
     distance = np.linalg.norm(
         problem.values[None] - episodes.contexts[:, None], axis=-1

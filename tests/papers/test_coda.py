@@ -10,7 +10,7 @@ import pytest
 
 from jaxpapers.papers import coda
 from tests.contract import Contract
-from tests.programs import together
+from tests.programs import KEY, params_like, together
 
 CONTRACT = Contract(
     small={
@@ -246,91 +246,94 @@ def test_encodings_agree_on_what_a_table_knows():
 def test_targets_are_clipped_and_a_plus_is_drawn_to_zero():
     net = coda.Net(state=2, action=1, context=1, hidden=(4, 4))
     options = coda.Options(low=-1.5)
-    params = coda.init(jax.random.key(0), net)
+    params = params_like(lambda key: coda.init(key, net), KEY)
     batch = {
-        "observation": jnp.zeros((3, 3)), "action": jnp.zeros((3, 2)),
-        "next": jnp.zeros((3, 3)), "reward": jnp.array([-1.0, 0.0, -1.0]),
-        "done": jnp.array([0.0, 1.0, 0.0]),
+        "observation": np.zeros((3, 3)), "action": np.zeros((3, 2)),
+        "next": np.zeros((3, 3)), "reward": np.array([-1.0, 0.0, -1.0]),
+        "done": np.array([0.0, 1.0, 0.0]),
     }  # fmt: skip
-    high = jnp.array([-50.0, -50.0, 50.0])
-    _, metrics = together(
-        lambda q, b: coda.q_loss(q, b, high, options), params["q"], batch
-    )
-    np.testing.assert_allclose(metrics["target"], (-1.5 + 0 + 0) / 3, rtol=1e-6)
-    ones = {**batch, "done": jnp.ones(3), "reward": jnp.zeros(3)}
+    high = np.array([-50.0, -50.0, 50.0])
+    examples = {**batch, "done": np.ones(3), "reward": np.zeros(3)}
 
-    def slopes(shift):
-        moved = jax.tree.map(lambda x: x, params["q"])
-        for q in moved.values():
-            q["layer_2"]["bias"] = q["layer_2"]["bias"] + shift
-        grads = jax.grad(lambda q: coda.q_loss(q, ones, high, options)[0])(moved)
-        return grads["q1"]["layer_2"]["bias"], grads["q2"]["layer_2"]["bias"]
+    def f(q, batch, examples, high):
+        def slopes(shift):
+            moved = jax.tree.map(lambda x: x, q)
+            for one in moved.values():
+                one["layer_2"]["bias"] = one["layer_2"]["bias"] + shift
+            grads = jax.grad(lambda q: coda.q_loss(q, examples, high, options)[0])(
+                moved
+            )
+            return grads["q1"]["layer_2"]["bias"], grads["q2"]["layer_2"]["bias"]
 
-    above, below = together(lambda: (slopes(5.0), slopes(-5.0)))
+        target = coda.q_loss(q, batch, high, options)[1]["target"]
+        return target, slopes(5.0), slopes(-5.0)
+
+    target, above, below = together(f, params["q"], batch, examples, high)
+    np.testing.assert_allclose(target, (-1.5 + 0 + 0) / 3, rtol=1e-6)
     assert min(above) > 0 > max(below)
 
 
 def test_orders_differ_where_they_should():
     """IQL's own order: the critics see the new V, and both errors are summed."""
     net = coda.Net(state=2, action=1, context=1, hidden=(8,))
-    params = coda.init(jax.random.key(0), net)
+    params = params_like(lambda key: coda.init(key, net), KEY)
     rng = np.random.default_rng(0)
-    draw = lambda *shape: jnp.float32(rng.normal(size=shape))  # noqa: E731
+    draw = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
     batch = {"observation": draw(6, 3), "action": draw(6, 2), "next": draw(6, 3),
-             "reward": -jnp.ones(6), "done": jnp.zeros(6)}  # fmt: skip
+             "reward": -np.ones(6, np.float32),
+             "done": np.zeros(6, np.float32)}  # fmt: skip
     policy = {"observation": draw(6, 3), "action": draw(6, 2)}
     tx = optax.sgd(0.5)
     txs = {"v": tx, "q": tx, "pi": tx}
 
-    def after(order):
-        options = coda.Options(order=order)
-        opt_state = {name: tx.init(params[name]) for name in txs}
-        return coda.iql_update(
-            params, opt_state, params["q"], batch, policy, txs=txs, options=options,
-            net=net,
-        )  # fmt: skip
+    def f(params, batch, policy):
+        def after(order):
+            opt_state = {name: tx.init(params[name]) for name in txs}
+            return coda.iql_update(
+                params, opt_state, params["q"], batch, policy, txs=txs,
+                options=coda.Options(order=order), net=net,
+            )  # fmt: skip
 
-    (ours, _, _, m), (theirs, _, _, n) = together(lambda: (after("coda"), after("iql")))
-    jax.tree.map(np.testing.assert_array_equal, ours["v"], theirs["v"])
-    assert m["v_loss"] == n["v_loss"]
-
-    def by_hand(v, share, slow):
-        o, a = policy["observation"], policy["action"]
-        y = batch["reward"] + 0.99 * coda.iql.value(v, batch["next"])
-        error = sum(
-            jnp.square(jnp.clip(y, -110, 0) - q).mean()
-            for q in coda.iql.critics(
-                params["q"], batch["observation"], batch["action"]
+        def by_hand(v, share, slow):
+            o, a = batch["observation"], batch["action"]
+            y = batch["reward"] + 0.99 * coda.iql.value(v, batch["next"])
+            error = sum(
+                jnp.square(jnp.clip(y, -110, 0) - q).mean()
+                for q in coda.iql.critics(params["q"], o, a)
             )
-        )
-        advantage = coda.iql.smaller(slow, o, a) - coda.iql.value(ours["v"], o)
-        return share * error, jnp.minimum(jnp.exp(10 * advantage), 100).mean()
+            o, a = policy["observation"], policy["action"]
+            advantage = coda.iql.smaller(slow, o, a) - coda.iql.value(ours["v"], o)
+            return share * error, jnp.minimum(jnp.exp(10 * advantage), 100).mean()
 
-    slow = jax.tree.map(lambda a, b: 0.995 * a + 0.005 * b, params["q"], ours["q"])
-    q_ours, w_ours, q_theirs, w_theirs = together(
-        lambda: (
-            *by_hand(params["v"], 0.5, slow),
-            *by_hand(ours["v"], 1.0, params["q"]),
-        )
-    )
-    np.testing.assert_allclose(m["q_loss"], q_ours, rtol=1e-5)
-    np.testing.assert_allclose(n["q_loss"], q_theirs, rtol=1e-5)
-    np.testing.assert_allclose(m["weight_mean"], w_ours, rtol=1e-4)
-    np.testing.assert_allclose(n["weight_mean"], w_theirs, rtol=1e-4)
+        (ours, _, _, m), (theirs, _, _, n) = after("coda"), after("iql")
+        slow = jax.tree.map(lambda a, b: 0.995 * a + 0.005 * b, params["q"], ours["q"])
+        expected = [
+            by_hand(params["v"], 0.5, slow), by_hand(ours["v"], 1.0, params["q"])
+        ]  # fmt: skip
+        return ours, theirs, [m, n], expected
+
+    ours, theirs, metrics, expected = together(f, params, batch, policy)
+    jax.tree.map(np.testing.assert_array_equal, ours["v"], theirs["v"])
+    for m, (error, weight) in zip(metrics, expected):
+        np.testing.assert_allclose(m["q_loss"], error, rtol=1e-5)
+        np.testing.assert_allclose(m["weight_mean"], weight, rtol=1e-4)
+    assert metrics[0]["q_loss"] < 0.6 * metrics[1]["q_loss"]
 
 
 def test_reward_models():
     """Pessimism, and positives alone or with negatives."""
     net = coda.Net(state=2, action=1, context=1, known=(1.0, 2.0))
-    options = coda.Options(members=3, model_hidden=(4,))
+    shared = {"members": 3, "model_hidden": (4,)}
+    options = coda.Options(**shared)
+    pds = coda.Options(**shared, pessimism="min", width=0.5)
+    alone = coda.Options(**shared, negatives=False)
     labels = coda.labels
-    params = labels.init_reward(jax.random.key(0), net, options)
-    batch = {"state": jnp.ones((4, 2)), "context": jnp.ones((4, 1)),
-             "goal": jnp.array([1.0, 1.0, 0.0, 0.0])}  # fmt: skip
+    params = params_like(lambda key: labels.init_reward(key, net, options), KEY)
+    rng = np.random.default_rng(0)
+    batch = {"state": rng.normal(size=(4, 2)), "context": np.ones((4, 1)),
+             "goal": np.array([1.0, 1.0, 0.0, 0.0])}  # fmt: skip
 
-    def f():
-        pds = coda.Options(members=3, model_hidden=(4,), pessimism="min", width=0.5)
-        alone = coda.Options(members=3, model_hidden=(4,), negatives=False)
+    def f(params, batch):
         z = labels.logits(params, batch["state"], batch["context"], net)
         return (
             jax.nn.sigmoid(z),
@@ -340,9 +343,11 @@ def test_reward_models():
             labels.reward_loss(params, batch, net, alone)[0],
         )
 
-    p, mean, least, both, positives = together(f)
+    p, mean, least, both, positives = together(f, params, batch)
     np.testing.assert_allclose(mean, p.mean(0), rtol=1e-6)
-    np.testing.assert_allclose(least, p.min(0) - 0.5 * p.std(0), rtol=1e-5)
+    np.testing.assert_allclose(
+        least, np.maximum(p.min(0) - 0.5 * p.std(0), 0), rtol=1e-5
+    )
     np.testing.assert_allclose(positives, -np.log(p[:, :2]).mean(), rtol=1e-5)
     errors = -np.log(p[:, :2]).sum() - np.log(1 - p[:, 2:]).sum()
     np.testing.assert_allclose(both, errors / 12, rtol=1e-5)
@@ -353,24 +358,24 @@ def test_goal_model():
     net = coda.Net(state=4, action=1, context=2, examples=(1.0, 2.0))
     options = coda.Options(learn="goals", goals=2, model_hidden=(4,))
     labels = coda.labels
-    params = labels.init_goals(jax.random.key(1), net, options)
-    context = jnp.float32([[1.0], [2.0]])
-    goal = np.float32([[0.3, -0.2], [1.0, 0.5]])
-    batch = {"example_context": context, "example_goal": jnp.asarray(goal)}
-    many = jnp.ones((4000, 1))
+    params = params_like(lambda key: labels.init_goals(key, net, options), KEY)
+    context, goal = np.float32([[1.0], [2.0]]), np.float32([[0.3, -0.2], [1.0, 0.5]])
 
-    def f(key):
+    def f(params, key, context, goal):
+        batch = {"example_context": context, "example_goal": goal}
+        many = jnp.ones((4000, 1))
         return (
             labels.mixture(params, context, net, options),
             labels.goals_loss(params, batch, net, options)[0],
             labels.sample_goals(params, key, many, net, options),
         )
 
-    (weight, mean, std), loss, drawn = together(f, jax.random.key(2))
-    density = np.exp(weight) * np.prod(
-        np.exp(-0.5 * ((goal[:, None] - mean) / std) ** 2) / std / np.sqrt(2 * np.pi),
-        -1,
+    key = jax.random.wrap_key_data(np.uint32([0, 2]))
+    (weight, mean, std), loss, drawn = together(f, params, key, context, goal)
+    normal = (
+        np.exp(-0.5 * ((goal[:, None] - mean) / std) ** 2) / std / np.sqrt(2 * np.pi)
     )
+    density = np.exp(weight) * normal.prod(-1)
     np.testing.assert_allclose(loss, -np.log(density.sum(1)).mean(), rtol=1e-5)
     expected = (np.exp(weight[0])[:, None] * mean[0]).sum(0)
     np.testing.assert_allclose(drawn.mean(0), expected, atol=0.1)

@@ -4,9 +4,10 @@ Ying Fan, Jingling Li, Adith Swaminathan, Aditya Modi, Ching-An Cheng. "How to S
 Contextual Goal-Oriented Problems with Offline Datasets?", arXiv 2408.07753, 2024
 (NeurIPS 2024).
 
-An agent is told a context c, an instruction, and has to reach any state of a goal set G_c.
-Two data sets are at hand: transitions without rewards (s, a, s'), and examples (c, s) of
-states s in G_c. CODA adds one fictitious action a+ that leads to a terminal state s+:
+An agent is told a context c, an instruction, and has to reach any state of a goal set
+G_c. Two data sets are at hand: transitions without rewards (s, a, s'), and examples
+(c, s) of states s in G_c. CODA adds one fictitious action a+ that leads to a terminal
+state s+:
 
 $$ r((s, c), a^+) = 1[s \in G_c], \qquad r((s, c), a) = 0 \text{ for } a \in A $$
 
@@ -19,12 +20,12 @@ be run on it; the paper's is IQL (``iql``). As in the released code rewards are 
 
 ``labels`` has the baselines' reward models (reward prediction, UDS, PDS) and goal model.
 
-Departures. The paper's text past its introduction was not at hand: equations are those of
-the authors' code, the baselines are reconstructions. ``Net.encoding="reference"`` has that
-code's vectors with their zero halves, and its fictitious action of size 10 in a column of
-its own, whose constant zero the policy fits too; ``compact``, the default, has a state, an
-embedded context and a flag. Predicted rewards are probabilities p of the goal set: reward
-p - 1 and termination with probability p, which for p in {0, 1} are CODA's own labels.
+Departures. The paper's text past its introduction was not at hand: equations are those
+of the authors' code, the baselines are reconstructions. ``Net.encoding="reference"`` has
+that code's vectors with their zero halves, and its fictitious action of size 10 in a
+column of its own, whose constant zero the policy fits too; ``compact``, the default, has
+a state, an embedded context and a flag. Predicted rewards are probabilities p of the goal
+set: reward p - 1 and termination with probability p, CODA's own labels where p is 0 or 1.
 """
 
 import functools
@@ -64,10 +65,10 @@ from jaxpapers.papers.coda.options import (
 from jaxpapers.papers.coda.tabular import augmented_mdp, value_iteration
 
 __all__ = [
-    "ENCODINGS", "LEARN", "RULES", "Net", "Options", "act", "augmented_mdp", "bc_update",
-    "encode_action", "encode_batch", "encode_next", "encode_observation",
-    "expectile_loss", "init", "iql", "iql_update", "labels", "loss", "make", "policy_loss",
-    "q_loss", "target_of", "v_loss", "value_iteration",
+    "ENCODINGS", "LEARN", "RULES", "Net", "Options", "act", "augmented_mdp",
+    "bc_update", "encode_action", "encode_batch", "encode_next", "encode_observation",
+    "expectile_loss", "init", "iql", "iql_update", "labels", "loss", "make",
+    "policy_loss", "q_loss", "target_of", "v_loss", "value_iteration",
 ]  # fmt: skip
 
 # Hidden layers alternate between column and row parallel; widths may be anything at the

@@ -267,7 +267,7 @@ def act(
     *,
     net: Net,
 ) -> Float[Array, "*batch A"]:
-    """The policy's mean action in a state under a context, the fictitious column left out.
+    """The policy's mean action in a state under a context, without a fictitious column.
 
     Args:
       params: of ``init``, or its part ``pi``.

@@ -40,15 +40,15 @@ def logits(
     state: Float[Array, "*b n"],
     context: Float[Array, "*b k"],
     net: Net,
-) -> Float[Array, "members *b"]:
-    """Log-odds of every member that states are goals of contexts."""
+) -> Array:
+    """Log-odds of every member that states are goals of contexts, (members, *b)."""
     x = jnp.concatenate([state, embed(context, net)], -1)
     return jnp.stack([forward(p, x)[..., 0] for p in params.values()])
 
 
 def goal_probability(
     params: Mapping, batch: Mapping, net: Net, options: Options
-) -> Float[Array, "*b"]:
+) -> Float[Array, " *b"]:
     """The ensemble's probability that the states of a batch are goals.
 
     Their mean, or their least minus ``options.width`` standard deviations, in [0, 1].
