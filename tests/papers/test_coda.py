@@ -14,7 +14,7 @@ from tests.programs import KEY, params_like, together
 
 CONTRACT = Contract(
     small={
-        "data.batch": 16, "data.steps": 3000, "data.hold": 10, "data.episodes": 2,
+        "data.batch": 16, "data.steps": 6000, "data.hold": 10, "data.episodes": 2,
         "data.horizon": 3, "data.maze": "medium", "net.hidden": (8, 8),
         "method.updates": 2, "optim.name": "sgd", "optim.lr": 0.05,
     },
@@ -27,7 +27,8 @@ CONTRACT = Contract(
         "method.order": ("x", "order"),
     },
     noisy=True,
-    falling=("q_loss", 0.8),
+    # The targets fall with V, which starts near 0.
+    falling=("q_loss", 0.85),
 )  # fmt: skip
 COMMON = {"discount", "rate", "clip", "tau", "beta"}
 
