@@ -527,6 +527,43 @@ MPC_PSRL = [
     ),
 ]
 
+CODA = [
+    # The expectile's asymmetry.
+    (
+        "jaxpapers/papers/coda/iql.py",
+        "jnp.abs(tau - (u < 0))",
+        "jnp.abs(tau - (u > 0))",
+        ["tests/papers/test_coda.py::test_recorded_expectiles"],
+    ),
+    # The fictitious transition's reward is 0 and ends the problem.
+    (
+        "jaxpapers/papers/coda/options.py",
+        '"reward": batch["goal"] - 1,',
+        '"reward": -batch["goal"],',
+        ["tests/papers/test_coda.py::test_recorded_augmentation"],
+    ),
+    # The weights of actions come from the new slow critics.
+    (
+        "jaxpapers/papers/coda/iql.py",
+        """    if options.order == "coda":
+        step_policy(target)
+""",
+        """    if options.order == "coda":
+        step_policy(params["q"])
+""",
+        ["tests/papers/test_coda.py::test_recorded_updates"],
+    ),
+    # Contexts are drawn independently of the transitions.
+    (
+        "jaxpapers/tasks/goal_data.py",
+        "context[first:] = p.contexts[drawn]",
+        "context[first:] = p.contexts[drawn[::-1]]",
+        ["tests/tasks/test_goals.py::test_a_batch_has_exactly_its_share_of_"
+         "fictitious_transitions"],
+    ),
+]  # fmt: skip
+
+
 MUTATIONS = [
     Mutation(paper, *row)
     for paper, rows in {
@@ -547,6 +584,7 @@ MUTATIONS = [
         "poem": POEM,
         "looped_transformer": LOOPED_TRANSFORMER,
         "mpc_psrl": MPC_PSRL,
+        "coda": CODA,
     }.items()
     for row in rows
 ]
