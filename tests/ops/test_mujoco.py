@@ -123,6 +123,16 @@ def test_fresh_positions_are_those_of_the_state(pendulum):
     np.testing.assert_allclose(read.sites[0, 0], tip, rtol=1e-5)
 
 
+def test_steps_of_programs_share_their_data():
+    """XLA's threads forget what is theirs after a call: data of theirs would be lost."""
+    simulator = mujoco.Simulator(PENDULUM)
+    start = simulator.start_on_host(np.zeros((2, 1)), np.zeros((2, 1)))
+    for count in (3, 4):
+        run = lambda s, a: jax.lax.scan(simulator.step, s, a)[0]  # noqa: E731
+        together(run, start, np.zeros((count, 2, 1), np.float32))
+    assert len(simulator._free) == 1
+
+
 @pytest.mark.parametrize(
     "arguments, error, message",
     [
