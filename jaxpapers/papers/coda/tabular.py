@@ -27,7 +27,7 @@ def augmented_mdp(
 
     Example:
       >>> P = jnp.array([[[0.0, 1.0]], [[0.0, 1.0]]])
-      >>> P_plus, R_plus = augmented_mdp(P, jnp.array([False, True]))
+      >>> P_plus, R_plus = jax.jit(augmented_mdp)(P, jnp.array([False, True]))
       >>> R_plus.tolist()
       [[0.0, 0.0], [0.0, 1.0], [0.0, 0.0]]
     """
