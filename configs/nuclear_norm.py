@@ -40,7 +40,7 @@ def get_config(preset: str | None = None) -> ConfigDict:
             "data": {
                 "task": "domains",
                 "source": "latent",  # rotated, coloured, fonts, folder
-                "path": "",
+                "path": "",  # of all but latent: your own files, else fetched
                 "names": (),  # of the folders that are domains; (): all
                 "test": (3,),  # domains that no batch has
                 "folds": (3,),  # test domains of the comparison; (): every one

@@ -105,7 +105,9 @@ def rotate(
       ValueError: another method, or images that are no bytes.
     """
     if method not in RESAMPLE:
-        raise ValueError(f"method must be one of {RESAMPLE}, got {method!r}")
+        raise ValueError(
+            f"the resampling method must be one of {RESAMPLE}, got {method!r}"
+        )
     if images.ndim != 3 or images.dtype != np.uint8:
         raise ValueError(
             f"expected images uint8 (n, H, W), got {images.dtype} {images.shape}"

@@ -60,10 +60,9 @@ def check(name: str, n: int = 1, first: int = 1) -> None:
     """
     if name not in NAMES:
         raise ValueError(f"the problem must be one of {NAMES}, got {name!r}")
-    if n < 1 or first < 1:
-        raise ValueError(
-            f"the length of a problem must be >= 1, got {n} (first operand {first})"
-        )
+    for what, length in (("problem", n), ("problem's first operand", first)):
+        if length < 1:
+            raise ValueError(f"the length of a {what} must be >= 1, got {length}")
 
 
 def n_steps(name: str, n: int, first: int = 1) -> int:

@@ -128,16 +128,24 @@ def read(config: Any) -> Data:
       ValueError: an unknown problem, rule or layout, or lengths that do not rise.
     """
     c = config.data
-    algorithmic.check(c.problem, c.length, c.operand)
+    algorithmic.check(c.problem, c.length, _operand(c))
     if c.path:
         raise ValueError(f"data.path: problems are drawn, not read; got {c.path!r}")
     for name, known in CHOICES.items():
         if c[name] not in known:
             raise ValueError(f"data.{name} must be one of {known}, got {c[name]!r}")
-    least = {"interval": 0, "pauses": 0, "buckets": 1, "extra_loops": 0, "alphabet": 1}
+    least = {"interval": 0, "pauses": 0, "buckets": 1, "extra_loops": 0, "alphabet": 1,
+             "tolerance": 0}  # fmt: skip
     for name, low in least.items():
         if c[name] < low:
             raise ValueError(f"data.{name} must be >= {low}, got {c[name]}")
+    if c.pauses and c.layout != "next":
+        raise ValueError(
+            f"data.pauses={c.pauses} needs data.layout=next: an answer that is predicted "
+            "at once has none before it"
+        )
+    if min(c.lengths, default=1) < 1:
+        raise ValueError(f"data.lengths must be >= 1, got {tuple(c.lengths)}")
     if not 1 <= c.first <= c.length:
         raise ValueError(
             f"data.first must be in 1 to data.length={c.length}, got {c.first}"
@@ -221,6 +229,9 @@ def study(name: str, config: Any, data: Data, mesh: Any) -> Study:
 def baselines(config: Any) -> dict[str, dict[str, Any]]:
     """Rows beside the paper's own: label -> fields of the config."""
     b, c = config.baselines, config.data
+    for name, low in {"depth": 1, "pauses": 0}.items():
+        if b[name] < low:
+            raise ValueError(f"baselines.{name} must be >= {low}, got {b[name]}")
     deep = {"data.layout": "next", "net.loops": 1, "net.layers": b.depth}
     steps = algorithmic.n_steps(c.problem, c.length, _operand(c))
     every = {

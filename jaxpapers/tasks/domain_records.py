@@ -46,16 +46,34 @@ def load(config: Any) -> Loaded:
     """
     c, net = config.data, config.net
     size = net.get("size", 0)
+    if c.names and c.source != "folder":
+        raise ValueError(
+            f"data.names={tuple(c.names)} are folders, but data.source is {c.source}"
+        )
+    if c.backbone and net.model != "resnet":
+        raise ValueError(
+            f"data.backbone={c.backbone!r} is a residual network, but net.model is "
+            f"{net.model}"
+        )
     drawn = c.seed if c.source == "latent" else 0
     domains, classes, what = _load(
         c.source, c.path, tuple(c.names), size, c.count, c.resample, drawn, c.mixed
     )
-    if classes != net.classes:
-        raise ValueError(
-            f"config.net.classes is {net.classes}, but {what} has {classes}"
-        )
+    shape, expected = _shape(domains[0].x), {"classes": classes}
+    names = ("inputs",) if net.model == "linear" else ("channels",)
+    expected |= {name: shape[-1] for name in names if shape and name in net}
+    for name, actual in expected.items():
+        if net[name] != actual:
+            raise ValueError(
+                f"config.net.{name} is {net[name]}, but {what} has {actual}"
+            )
     splits = [split(len(d.label), c.seed, e, c.held_out) for e, d in enumerate(domains)]
     return Loaded(domains, splits, classes, what)
+
+
+def _shape(x) -> tuple[int, ...]:
+    """Of an example; () of files, which are decoded later to what the net takes."""
+    return x.shape[1:] if isinstance(x, np.ndarray) else ()
 
 
 @functools.lru_cache(maxsize=4)
@@ -119,10 +137,10 @@ def _pretrained(config: Any, state: State) -> State:
     path = config.data.backbone
     if not path:
         return state
-    if config.net.model != "resnet" or config.net.base != 64:
+    if config.net.base != 64:
         raise ValueError(
-            f"data.backbone={path!r} is a residual network, but net.model is "
-            f"{config.net.model}"
+            f"data.backbone={path!r} has a stem of 64 channels, but net.base is "
+            f"{config.net.base}"
         )
     body, moments = resnet.from_torchvision(backbones.arrays(path), config.net.depth)
     own = {**nu.own_extra(state.extra), "moments": moments}

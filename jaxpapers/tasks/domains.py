@@ -102,7 +102,16 @@ def study(name: str, config: Any, data: Data, mesh: Any) -> Study:
     unknown = [label for label in c.rows if label not in ROWS]
     if unknown:
         raise ValueError(f"data.rows must be of {tuple(ROWS)}, got {unknown[0]!r}")
+    if not c.l2 >= 0:
+        raise ValueError(f"data.l2 must be >= 0, got {c.l2}")
+    if c.trials < 1:
+        raise ValueError(f"data.trials must be >= 1, got {c.trials}")
     folds = tuple(c.folds) or tuple(range(len(loaded.domains)))
+    if not {*folds} <= {*range(len(loaded.domains))} or len({*folds}) < len(folds):
+        raise ValueError(
+            f"data.folds must be among the domains 0 .. {len(loaded.domains) - 1}, each "
+            f"once, got {folds}"
+        )
     labels = dict.fromkeys(("ERM-NU", *(c.rows or ROWS)))
 
     def row(seed, label, fold, trial, without=None):

@@ -163,6 +163,13 @@ def test_figures(tmp_path, figures):
         ({"data.rule": "never"}, "data.rule must be one of"),
         ({"data.layout": "half"}, "data.layout must be one of"),
         ({"data.first": 5}, "data.first must be in 1 to data.length=2, got 5"),
+        ({"data.pauses": 3}, "data.pauses=3 needs data.layout=next"),
+        ({"data.lengths": (4, 0)}, r"data.lengths must be >= 1, got \(4, 0\)"),
+        ({"data.tolerance": -1.0}, "data.tolerance must be >= 0, got -1"),
+        (
+            {"data.problem": "multi", "data.operand": 0},
+            "length of a problem's first operand must be >= 1, got 0",
+        ),
     ],
 )
 def test_refuses(fields, message):
@@ -176,3 +183,6 @@ def test_refuses_unknown_baselines():
     study = tasks.study("looped_transformer", config, tasks.abstract(config), mesh)
     with pytest.raises(ValueError, match=r"must be among .*'NTP'.*, got \('RNN',\)"):
         study.rows(0)
+    config = with_fields(SMALL, {"baselines.pauses": -1})
+    with pytest.raises(ValueError, match="baselines.pauses must be >= 0, got -1"):
+        algorithms.baselines(config)

@@ -89,6 +89,10 @@ def test_folders_in_the_order_of_their_names(tmp_path):
     )
     made, _ = domain_sources.folders(tmp_path, 8)
     assert [len(d.label) for d in made] == [7, 6, 5]
+    # Terra Incognita's order in DomainBed is that of the text too.
+    locations = tree(tmp_path / "terra", names=("location_38", "location_100"))
+    made, _ = domain_sources.folders(locations, 8)
+    assert [d.name for d in made] == ["location_100", "location_38"]
 
 
 def test_folders_that_are_refused(tmp_path):
@@ -143,6 +147,15 @@ def test_letters_of_families():
         (["data.held_out=1.5"], r"must be in \(0, 1\), got 1.5"),
         (["data.batch=95"], "data.batch=95 must be a multiple of the 3 training"),
         (["net.classes=3"], "net.classes is 3, but latent signs has 2"),
+        (["net.inputs=3"], "net.inputs is 3, but latent signs has 14"),
+        (["data.folds=(7,)"], r"data.folds must be among the domains 0 .. 3.*\(7,\)"),
+        (["data.trials=0"], "data.trials must be >= 1, got 0"),
+        (["data.l2=-1"], "data.l2 must be >= 0, got -1"),
+        (["data.names=('a',)"], "are folders, but data.source is latent"),
+        (
+            ["data.backbone=x.safetensors"],
+            "a residual network, but net.model is linear",
+        ),
     ],
 )
 def test_configs_that_are_refused(fields, says):
