@@ -80,7 +80,7 @@ def comparison(study: Any, results: Sequence[Any], out: str | Path) -> Path | No
 def curves(results: Sequence[Any], out: str | Path) -> Path:
     """Draws the curves of all rows: a panel a name, a line a row, the mean over seeds.
 
-    The band is the range of the seeds. Seeds whose x differ are drawn one by one.
+    The band is the range of seeds and members. Seeds whose x differ are drawn singly.
 
     Args:
       results: with ``Finding.curves``, whose names read "y against x".
@@ -97,15 +97,15 @@ def curves(results: Sequence[Any], out: str | Path) -> Path:
         for i, r in enumerate(results):
             if name not in r.findings[0].curves:
                 continue
-            curves = [np.asarray(f.curves[name], float) for f in r.findings]
+            seeds = [f.curves[name] for f in r.findings]
+            curves = [(np.asarray(x, float), np.atleast_2d(y)) for x, y in seeds]
             dash = ("-", "--", ":")[i // 10 % 3]
             style = {"color": f"C{i % 10}", "ls": dash, "lw": 1.2}
-            same = all(np.array_equal(c[0], curves[0][0]) for c in curves)
-            if not same:
+            if not all(np.array_equal(c[0], curves[0][0]) for c in curves):
                 for x, y in curves:
-                    (lines[_label(r)],) = axes.plot(x, y, **style)
+                    (lines[_label(r)],) = axes.plot(x, y.mean(0), **style)
                 continue
-            x, y = curves[0][0], np.stack([c[1] for c in curves])
+            x, y = curves[0][0], np.concatenate([y for _, y in curves])
             (lines[_label(r)],) = axes.plot(x, y.mean(0), **style)
             if len(y) > 1:
                 axes.fill_between(x, y.min(0), y.max(0), color=f"C{i % 10}", alpha=0.2)

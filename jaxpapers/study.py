@@ -92,15 +92,16 @@ class Finding(NamedTuple):
     Attributes:
       numbers: metric -> value.
       tables: printed below the comparison for the paper's own row.
-      curves: "y against x" -> (x, y), two equally long sequences; drawn in
-        ``curves.png``, a panel for each name, a line for each row, over seeds their mean.
+      curves: "y against x" -> (x, y), two equally long sequences, or y one such for each
+        member of a population; drawn in ``curves.png``, a panel for each name, a line
+        for each row, the mean over seeds and members.
       files: name -> text, bytes, or arrays (name -> array, written as .npz), for the
         row's folder.
     """
 
     numbers: Mapping[str, float]
     tables: Sequence[Table] = ()
-    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]] = {}
+    curves: Mapping[str, tuple[Sequence[float], Sequence[Any]]] = {}
     files: Mapping[str, Any] = {}
 
 
@@ -321,11 +322,7 @@ def summary(study: Study, results: Results, seeds: Sequence[int], root: Path) ->
                     for t in r.findings[0].tables
                 ],
                 "curves": [
-                    {
-                        k: [list(map(_finite, v)) for v in xy]
-                        for k, xy in f.curves.items()
-                    }
-                    for f in r.findings
+                    {k: _finite(xy) for k, xy in f.curves.items()} for f in r.findings
                 ],
             }
             for r in results
@@ -341,6 +338,8 @@ def _cell(value: Any) -> Any:
     return _finite(value) if isinstance(value, float) else value
 
 
-def _finite(value: Any) -> float | None:
+def _finite(value: Any) -> Any:
+    if isinstance(value, Sequence) or getattr(value, "ndim", 0):
+        return [_finite(v) for v in value]
     value = float(value)
     return value if math.isfinite(value) else None

@@ -71,15 +71,20 @@ from jaxpapers.ops.gaussian_process.samples import (
     sample,
     sample_joint,
 )
-from jaxpapers.ops.gaussian_process.temporal import NOISES, differences, fit_td
+from jaxpapers.ops.gaussian_process.temporal import (
+    NOISES,
+    differences,
+    draw_td_noise,
+    fit_td,
+)
 
 __all__ = [
     "KINDS", "NOISES", "Features", "Function", "Link", "Maximum", "Model",
     "Observations", "Posterior", "append", "check_finite", "condition", "covariance",
-    "cross", "differences", "draw_noise", "draw_prior", "evaluate", "evaluate_prior",
-    "evidence", "expected_variance", "factor", "feature_map", "fit", "fit_td",
-    "information_gain", "keep_by_variance", "kernel_matrix", "log_evidence", "maximise",
-    "model", "observations", "observed", "pathwise", "predict", "prior_covariance",
-    "random_features", "refit", "sample", "sample_joint", "solve", "split",
-    "stationary",
+    "cross", "differences", "draw_noise", "draw_prior", "draw_td_noise", "evaluate",
+    "evaluate_prior", "evidence", "expected_variance", "factor", "feature_map", "fit",
+    "fit_td", "information_gain", "keep_by_variance", "kernel_matrix", "log_evidence",
+    "maximise", "model", "observations", "observed", "pathwise", "predict",
+    "prior_covariance", "random_features", "refit", "sample", "sample_joint", "solve",
+    "split", "stationary",
 ]  # fmt: skip

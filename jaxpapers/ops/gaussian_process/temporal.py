@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxpapers.ops.gaussian_process.kernels import Model, kernel_matrix
 from jaxpapers.ops.gaussian_process.regression import (
@@ -112,3 +112,30 @@ def differences(
     residual = reward - model.mean * (1 - weight)
     link = Link(successor, weight)
     return padded(x, link, mask, cov + model.noise * sigma, residual)
+
+
+def draw_td_noise(
+    key: Key[Array, ""],
+    post: Posterior,
+    noise: str,
+    order: Int[Array, " N"] | None = None,
+) -> Float[Array, " N"]:
+    """A draw of n ~ N(0, Sigma) of each row, 0 for padding.
+
+    Args:
+      key: of the draw.
+      post: of ``fit_td``.
+      noise, order: as that was given.
+    """
+    key_start, key_end = jax.random.split(key)
+    count = len(post.mask)
+    order = jnp.arange(count) if order is None else order
+    white = jnp.sqrt(post.model.noise) * jnp.stack(
+        [jax.random.normal(k, (count,), post.root.dtype) for k in (key_start, key_end)]
+    )
+    if noise == "deterministic":
+        return jnp.where(post.mask, white[0], 0)
+    follows = (order[None] == order[:, None] + 1) & post.mask[None]
+    # Where no row starts there, the end of a row has noise of its own.
+    end = jnp.where(follows.any(1), jnp.where(follows, white[:1], 0).sum(1), white[1])
+    return jnp.where(post.mask, white[0] - post.link.weight * end, 0)
