@@ -32,6 +32,7 @@ FIELDS = {
     "ema": "decay of the moving average of the parameters; 0: none",
     "value_lr": "learning rate of the value net",
     "critic_lr": "learning rate of the critic",
+    "members": "independent agents in one program, each with keys of its own",
 }  # fmt: skip
 """What fields mean that several configs have, for their help."""
 

@@ -152,6 +152,15 @@ NAMES: dict[str, Paper] = {
         "language models",
         "parity of up to three bits",
     ),
+    "gppstd": Paper(
+        "Efficient Model-Free Reinforcement Learning Using Gaussian Process "
+        "(reconstructed)",
+        "Fan, Ying and Chen, Letian and Wang, Yizhou",
+        2018,
+        "1812.04359",
+        "reinforcement learning",
+        "two agents find the reward of a Deep Sea of 5 x 5",
+    ),
     "dnw": Paper(
         "Efficient learning strategy of Chinese characters based on network approach",
         "Yan, Xiaoyong and Fan, Ying and Di, Zengru and Havlin, Shlomo and Wu, Jinshan",

@@ -137,5 +137,6 @@ def draw_td_noise(
         return jnp.where(post.mask, white[0], 0)
     follows = (order[None] == order[:, None] + 1) & post.mask[None]
     # Where no row starts there, the end of a row has noise of its own.
+    assert post.link is not None
     end = jnp.where(follows.any(1), jnp.where(follows, white[:1], 0).sum(1), white[1])
     return jnp.where(post.mask, white[0] - post.link.weight * end, 0)

@@ -80,7 +80,7 @@ __all__ = [
     "DEMONSTRATIONS", "Episode", "Options", "Prior", "Problem", "Transitions", "Values",
     "act", "add", "candidates", "check_fits", "demonstrate", "demonstrator",
     "draw_values", "empty", "greedy", "init", "log_evidence", "loss", "make",
-    "q_values", "run", "sampler", "single", "stages", "td_targets", "uncertainty",
+    "q_values", "read", "run", "sampler", "single", "stages", "td_targets", "uncertainty",
     "update", "with_actions",
 ]  # fmt: skip
 
@@ -104,8 +104,8 @@ def init(
 
     Returns:
       Logs of the hyper-parameters; and ``buffer``, ``layout``, ``returns``, ``steps`` and
-      ``reached`` (episodes,), and ``path`` (horizon + 1, D), the states of the last
-      episode.
+      ``reached`` (episodes,); of the last episode ``path`` (horizon + 1, D), its
+      states, and ``rewards`` (horizon,).
     """
     key_layout, key_starts, key_demonstrations = jax.random.split(key, 3)
     params = jax.tree.map(jnp.asarray, problem.params(prior))
@@ -130,6 +130,7 @@ def init(
         "steps": history.astype(jnp.int32),
         "reached": history.astype(bool),
         "path": jnp.zeros((problem.horizon + 1, problem.width)),
+        "rewards": jnp.zeros(problem.horizon),
     }
 
 
@@ -186,6 +187,7 @@ def update(
         "steps": extra["steps"].at[state.step].set(episode.steps),
         "reached": extra["reached"].at[state.step].set(episode.terminated),
         "path": episode.inputs,
+        "rewards": episode.reward,
     }
     metrics = {
         "loss": -evidence / jnp.maximum(count, 1),
@@ -322,8 +324,8 @@ def longer(state: State, shapes: State) -> State:
         width = [(0, 0)] * (value.ndim - 1) + [(0, max(room, 0))]
         extra[name] = jnp.asarray(np.pad(value, width))
     state = state._replace(extra=extra)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
-        there = functools.reduce(lambda tree, key: _child(tree, key), path, state)
+    stored = jax.tree_util.tree_leaves_with_path(state)
+    for (path, there), leaf in zip(stored, jax.tree.leaves(shapes)):
         if there.shape != leaf.shape:
             raise ValueError(
                 f"the run's {jax.tree_util.keystr(path)} has shape {there.shape}, "
@@ -332,10 +334,16 @@ def longer(state: State, shapes: State) -> State:
     return state
 
 
-def _child(tree: Any, key: Any) -> Any:
-    if hasattr(key, "name"):
-        return getattr(tree, key.name)
-    return tree[key.key if hasattr(key, "key") else key.idx]
+def read(config: Any) -> tuple[Prior, Options]:
+    """Prior and options of a config.
+
+    Raises:
+      ValueError: a field that is unknown or out of range.
+    """
+    return (
+        from_config(Prior, config.prior, "prior"),
+        from_config(Options, config.method, "method"),
+    )
 
 
 def make(config: Any, *, environment: Any) -> Method:
@@ -349,8 +357,7 @@ def make(config: Any, *, environment: Any) -> Method:
       ValueError: a field that is unknown or out of range, ``train.accumulate`` above 1,
         transitions that do not fit the buffer where none may be evicted.
     """
-    prior = from_config(Prior, config.prior, "prior")
-    options = from_config(Options, config.method, "method")
+    prior, options = read(config)
     train, problem = config.train, Problem(environment)
     if train.accumulate != 1:
         raise ValueError(

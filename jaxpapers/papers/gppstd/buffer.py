@@ -69,7 +69,7 @@ def add(
     new = jax.tree.map(
         lambda v: v[:, None] if count > 1 or len(v) == 1 else v[None], episode
     )
-    return lax.map(lambda pair: _added(*pair, model, options), (buffer, new))
+    return lax.map(lambda both: _added(both[0], both[1], model, options), (buffer, new))
 
 
 def _added(old, new, model, options) -> Transitions:

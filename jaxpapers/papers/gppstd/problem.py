@@ -183,7 +183,7 @@ class Problem:
         variance within a factor of 100 of its start.
         """
         start = self.model(prior)
-        logs = {
+        logs: dict[str, Any] = {
             "log_variance": (
                 start.log_variance - math.log(100),
                 start.log_variance + math.log(100),
@@ -197,10 +197,8 @@ class Problem:
                 np.maximum(start.log_noise, 0.0),
             ),
         }
-        low, high = (
-            dataclasses.replace(
-                start, **{k: np.asarray(v[i], np.float32) for k, v in logs.items()}
-            )
-            for i in (0, 1)
-        )
+        single: list[dict[str, Any]] = [
+            {k: np.asarray(v[i], np.float32) for k, v in logs.items()} for i in (0, 1)
+        ]
+        low, high = (dataclasses.replace(start, **x) for x in single)
         return low, high
