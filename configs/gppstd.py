@@ -49,6 +49,8 @@ def get_config(preset: str | None = None) -> ConfigDict:
             reward_scale=0.1,  # Values lie in [-10, 0].
             clip=(-10.0, 0.0),
             buffer=512,
+            sweeps=200,  # A value travels a step in each.
+            tolerance=0.01,
             demonstrations="expert",
             demonstration_episodes=3,
         )

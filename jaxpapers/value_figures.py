@@ -37,7 +37,8 @@ def _two(figure: Any, panels: Any, arrays: Any) -> None:
     low, high = arrays["low"], arrays["high"]
     sea, visited = bool(arrays["sea"]), arrays["visited"]
     maps = {"drawn value, best action": arrays["values"]}
-    maps["best action"] = arrays["actions"]
+    action = "move right" if arrays["sea"] else "best action"
+    maps[action] = np.asarray(arrays["actions"], float)
     if sea:
         extent = (-0.5, high[1] + 0.5, high[0] + 0.5, -0.5)
         size = len(arrays["values"])
@@ -58,12 +59,13 @@ def _two(figure: Any, panels: Any, arrays: Any) -> None:
         )
         names = ("input 1", "input 2")
     for axes, (title, grid) in zip(panels[len(panels) - len(maps) :], maps.items()):
-        discrete = title == "best action"
+        levels = np.unique(grid[np.isfinite(grid)])
+        discrete = title == action and len(levels) < 10
         image = axes.imshow(
             grid, extent=extent, origin="upper" if sea else "lower", aspect="auto",
-            cmap="Set2" if discrete else "viridis", interpolation="nearest",
+            cmap="cividis" if discrete else "viridis", interpolation="nearest",
         )  # fmt: skip
-        bar = figure.colorbar(image, ax=axes)
+        bar = figure.colorbar(image, ax=axes, ticks=levels if discrete else None)
         if title == "transitions kept":
             bar.set_label("log10")
         axes.set_title(title)

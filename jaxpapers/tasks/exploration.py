@@ -226,9 +226,10 @@ def value_map(config: Any, state: Any) -> dict[str, np.ndarray]:
       state: of one agent.
 
     Returns:
-      ``values`` and ``actions`` on a grid (rows, columns) of the first two inputs, or of
-      one input (1, columns); ``visited`` (n, 2) or (n, 1); ``low`` and ``high``, bounds
-      of the inputs; ``sea``, whether rows are the steps of Deep Sea.
+      ``values`` and ``actions`` (of Deep Sea: whether it moves right) on a grid of the
+      first two inputs, or (1, columns) of one input; ``visited`` (n, 2) or (n, 1);
+      ``low`` and ``high``, bounds of the inputs; ``sea``, whether rows are the steps of
+      Deep Sea.
     """
     problem = gppstd.Problem(environment(config))
     prior, options = gppstd.read(config)
@@ -258,6 +259,8 @@ def value_map(config: Any, state: Any) -> dict[str, np.ndarray]:
     if len(high) > 1 and sea:  # Row h of the grid belongs to step h.
         index = np.repeat(np.arange(count), count), np.arange(count**2)
         high, best = np.asarray(high)[index], np.asarray(best)[index]
+        # Which of the actions moves right differs from cell to cell.
+        best = best == np.asarray(state.extra["layout"]).ravel()
     else:
         high, best = np.asarray(high)[0], np.asarray(best)[0]
     shape = (count, count) if width == 2 else (1, count)
