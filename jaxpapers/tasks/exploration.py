@@ -162,7 +162,7 @@ def measure(config: Any, pictured: bool, method: Any, state: Any) -> Finding:
     that held, on average, the number of all where it never did; ``return``: mean of the
     last ones; ``reached``: share of agents of which an episode has ended before its
     horizon, ``first``: which one, on average, or the number of all; ``steps``: mean of
-    the last ones.
+    the last ones. Before the first episode all are 0.
     """
     done, extra = int(state.step), jax.device_get(state.extra)
     returns, steps = (extra[k][:, :done] for k in ("returns", "steps"))
@@ -213,9 +213,10 @@ def _window(values: np.ndarray, length: int) -> np.ndarray:
 
 def _first(good: np.ndarray, length: int) -> float:
     """Mean over agents of the episodes until one is good, of all where none is."""
+    if not good.shape[1]:
+        return 0.0
     every = good.shape[1] + length - 1
-    first = np.where(good.any(1), good.argmax(1) + length, every) if every else [0.0]
-    return float(np.mean(first))
+    return float(np.where(good.any(1), good.argmax(1) + length, every).mean())
 
 
 def value_map(config: Any, state: Any) -> dict[str, np.ndarray]:

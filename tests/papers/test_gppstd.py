@@ -19,8 +19,8 @@ from tests.programs import KEY, together
 CONTRACT = Contract(
     small={
         "data.size": 3, "train.members": 8, "train.steps": 24, "method.features": 8,
-        "method.buffer": 8, "method.evidence_every": 2, "method.evidence_steps": 2,
-        "optim.name": "sgd",
+        "method.buffer": 8, "method.evidence_every": 1, "method.evidence_steps": 2,
+        "optim.name": "sgd", "prior.lengths": (0.5,),
     },
     refused={
         "train.accumulate": (2, "train.accumulate must be 1: a step of gppstd"),

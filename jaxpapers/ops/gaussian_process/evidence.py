@@ -83,11 +83,8 @@ def maximise(
     start = clip(jax.tree.map(jnp.asarray, model))
     low_value = jnp.full((), -jnp.inf, jax.tree.leaves(start)[0].dtype)
     carry = (start, optimizer.init(start), start, low_value)
-    (last, _, best, top), (values, norms) = lax.scan(step, carry, None, max(steps, 1))
-    if steps:
-        value = objective(last)
-        better = jnp.isfinite(value) & (value > top)
-        best, top = _choose(better, last, best), jnp.where(better, value, top)
+    # One more, which looks at where the last step led.
+    (_, _, best, top), (values, norms) = lax.scan(step, carry, None, steps + 1)
     return Maximum(best, top, values[0], norms[0])
 
 
