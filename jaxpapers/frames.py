@@ -103,6 +103,16 @@ def _pusher(axes: Any, observation: np.ndarray) -> None:
     axes.set(xlim=(-0.3, 1.0), ylim=(-0.8, 0.4), aspect="equal")
 
 
+def _mountain_car(axes: Any, observation: np.ndarray) -> None:
+    """The valley, the flag at the goal, and the car."""
+    x = np.linspace(-1.2, 0.6, 60)
+    axes.plot(x, np.sin(3 * x), color="0.6", lw=1)
+    axes.plot([0.5, 0.5], [np.sin(1.5), np.sin(1.5) + 0.5], color="C2", lw=2)
+    position = float(observation[0])
+    axes.plot([position], [np.sin(3 * position) + 0.12], "o", color="C0", ms=6)
+    axes.set(xlim=(-1.3, 0.7), ylim=(-1.2, 1.7))
+
+
 def _rectangle(x: float, y: float, width: float, height: float) -> Any:
     from matplotlib.patches import Rectangle
 
@@ -115,5 +125,7 @@ DRAW: dict[str, Callable] = {
     "swing_up": _swing_up,
     "reacher3d": _reacher,
     "pusher": _pusher,
+    "mountain_car": _mountain_car,
+    "mountain_car_continuous": _mountain_car,
 }
 """Kind of environment -> (axes, observation) -> None."""

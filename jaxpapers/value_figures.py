@@ -14,8 +14,9 @@ def values(results: Sequence[Any], out: str | Path) -> Path | None:
 
     Args:
       results: with a file ``values.npz``: ``values`` and ``actions`` on a grid (n, m) of
-        the first two inputs, or (1, m) of one; ``visited`` (k, 2) or (k, 1); bounds
-        ``low`` and ``high``; ``sea``: the first input is a step, drawn downwards.
+        the first two inputs, or (1, m) of one; ``visited`` (k, 2) or (k, 1); ``path``
+        (t, 2), of the last episode, which had ``steps``; bounds ``low`` and ``high``;
+        ``sea``: the first input is a step, drawn downwards.
       out: image file; not written where no row has such a file.
     """
     with extras.named():
@@ -69,6 +70,10 @@ def _two(figure: Any, panels: Any, arrays: Any) -> None:
         if title == "transitions kept":
             bar.set_label("log10")
         axes.set_title(title)
+    path = arrays["path"][: int(arrays["steps"]) + (0 if sea else 1)]
+    x, y = path[:, ::-1].T if sea else path.T
+    panels[0].plot(x, y, color="C1", lw=1.5, label="last episode")
+    panels[0].legend(frameon=False, fontsize=8)
     for axes in panels:
         axes.set(xlabel=names[0], ylabel=names[1])
 

@@ -106,7 +106,6 @@ ALLOWED = {
     "figures": {"extras", "plots"},
     "frames": {"extras", "ops", "plots"},
     "maze_figures": {"extras", "plots"},
-    "frames": {"extras", "plots"},
     "value_figures": {"extras", "plots"},
     "signals": {"processes"},
     "supervise": {"signals"},

@@ -91,7 +91,8 @@ def expected_variances(
         post = gp.fit(model, x, jnp.zeros(len(x)), mask)
         return gp.expected_variance(post, q, kept)
 
-    def padded(x, rows):
+    def padded(x):
+        rows = -(-len(x) // 256) * 256  # A few programs, not one for each number.
         full = np.zeros((rows, x.shape[1]), np.float32)
         full[: len(x)] = x
         return full, np.arange(rows) < len(x)
@@ -109,7 +110,7 @@ def expected_variances(
                 for v, m in zip(*map(np.asarray, episodes(keys[2], "expert", HELD_OUT)))
             ]
         )
-        q, kept = padded(held, HELD_OUT * problem.horizon)
+        q, kept = padded(held)
         rng = np.random.default_rng([seed, repeat])
         uniform = rng.uniform(size=(size, x.shape[2])).astype(np.float32)
         if problem.actions:
@@ -126,7 +127,7 @@ def expected_variances(
                 "expert and random": np.concatenate([expert, random[:n]]),
             }
             for name, rows in sources.items():
-                value = variance(*padded(rows, 2 * size), q, kept.astype(np.float32))
+                value = variance(*padded(rows), q, kept.astype(np.float32))
                 found[name].append(float(value))
         points.append(counts)
     shape = (REPEATS, len(EPISODES))

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpapers import value_figures
+from jaxpapers import frames, value_figures
 from jaxpapers.method.population import member
 from jaxpapers.ops import environments as envs
 from jaxpapers.papers import gppstd
@@ -95,7 +95,12 @@ def study(name: str, config: Any, data: Data, mesh: Any) -> Study:
         rising=True,
         rows=rows,
         columns=("episodes", "return") if sea else ("reached", "first", "steps"),
-        pictures={"values.png": value_figures.values},
+        pictures={
+            "values.png": value_figures.values,
+            "frames.png": functools.partial(
+                frames.episodes, kind=config.data.environment
+            ),
+        },
         curve="return",
         unit="return",
     )
@@ -229,6 +234,7 @@ def value_map(config: Any, state: Any) -> dict[str, np.ndarray]:
     Returns:
       ``values`` and ``actions`` (of Deep Sea: whether it moves right) on a grid of the
       first two inputs, or (1, columns) of one input; ``visited`` (n, 2) or (n, 1);
+      ``path``, of the last episode, which had ``steps``;
       ``low`` and ``high``, bounds of the inputs; ``sea``, whether rows are the steps of
       Deep Sea.
     """
@@ -271,6 +277,8 @@ def value_map(config: Any, state: Any) -> dict[str, np.ndarray]:
         "values": high.reshape(shape),
         "actions": best.reshape(shape),
         "visited": rows.x[rows.mask][:, :width] * (top - low)[:width] + low[:width],
+        "path": (low + (top - low) * np.asarray(state.extra["path"]))[:, :width],
+        "steps": np.asarray(state.extra["steps"])[int(state.step) - 1],
         "low": low[:width],
         "high": top[:width],
         "sea": np.asarray(sea),
