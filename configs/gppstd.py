@@ -6,7 +6,7 @@
     jaxpapers run gppstd:demonstrations   variances after demonstrations, no training
     jaxpapers run gppstd:smoke            Deep Sea 5 x 5, seconds
 
-Only the paper's abstract could be read: see docs/control.md for what is reconstructed. A
+Only the paper's abstract could be read; docs/exploration.md says what is reconstructed. A
 step is an episode; ``train.members`` agents run in one program.
 """
 
@@ -18,6 +18,7 @@ from jaxpapers import blocks
 from jaxpapers.papers import gppstd
 
 PRESETS = ("deep_sea", "mountain_car", "chain", "demonstrations", "smoke")
+EXPECTED = {"deep_sea": 1.0, "smoke": 1.0}
 
 
 def get_config(preset: str | None = None) -> ConfigDict:

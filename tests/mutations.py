@@ -563,6 +563,31 @@ CODA = [
     ),
 ]  # fmt: skip
 
+GPPSTD = [
+    # No value follows the end of an episode.
+    (
+        "jaxpapers/papers/gppstd/values.py",
+        "jnp.where(done, 0, after.max(1))",
+        "after.max(1)",
+        [
+            "tests/papers/test_gppstd.py::test_staged_draws_are_tabular_backward_induction"
+        ],
+    ),
+    # The noise of a row ends where that of the next one starts.
+    (
+        "jaxpapers/ops/gaussian_process/temporal.py",
+        "- shared - shared.T",
+        "+ shared + shared.T",
+        ["tests/ops/test_gaussian_process.py::test_recorded_temporal_differences"],
+    ),
+    # Matheron's rule: what the draw of the prior has at the data is taken off.
+    (
+        "jaxpapers/ops/gaussian_process/samples.py",
+        "means - observed(post, function) - noise",
+        "means - noise",
+        ["tests/ops/test_gaussian_process.py"],
+    ),
+]
 
 MUTATIONS = [
     Mutation(paper, *row)
@@ -582,6 +607,7 @@ MUTATIONS = [
         "dnw": DNW,
         "nuclear_norm": NUCLEAR_NORM,
         "poem": POEM,
+        "gppstd": GPPSTD,
         "looped_transformer": LOOPED_TRANSFORMER,
         "mpc_psrl": MPC_PSRL,
         "coda": CODA,
