@@ -174,6 +174,8 @@ def test_refusals():
         ValueError, match="n_converge and swad.n_tolerance must be >= 1"
     ):
         swad.Valley(0, 6)
+    with pytest.raises(TypeError, match="n_converge"):
+        swad.Valley(n_converge=2.5)
     with pytest.raises(ValueError, match="tolerance must be >= 0, got nan"):
         swad.Valley(tolerance=float("nan"))
     state = jax.eval_shape(method().init, jax.random.key(0), {"y": np.ones(1, "f")})

@@ -112,6 +112,8 @@ def rotate(
         raise ValueError(
             f"expected images uint8 (n, H, W), got {images.dtype} {images.shape}"
         )
+    if not math.isfinite(angle):
+        raise ValueError(f"the angle must be finite, got {angle}")
     if angle % 360 == 0:
         return images.copy()
     _, height, width = images.shape
@@ -186,7 +188,16 @@ def colour(
 
     Returns:
       (n, 2, H, W) float32 in [0, 1], the channel of the other colour zero; classes int32.
+
+    Raises:
+      ValueError: arrays of several lengths, or probabilities outside [0, 1].
     """
+    sizes = {len(v) for v in (images, digits, flips, colours)}
+    if len(sizes) > 1 or not (0 <= environment <= 1 and 0 <= noise <= 1):
+        raise ValueError(
+            "expected as many images, digits, flips and colours, and probabilities in "
+            f"[0, 1], got lengths {sorted(sizes)}, {environment} and {noise}"
+        )
     label = (digits < 5) != (flips < noise)
     shade = label != (colours < environment)
     x = np.stack([images, images], 1).astype(np.float32) / 255

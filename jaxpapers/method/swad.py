@@ -38,7 +38,10 @@ class Valley:
     """Share by which the threshold exceeds the loss at the beginning."""
 
     def __post_init__(self):
-        """Raises ValueError naming a field that is out of range."""
+        """Raises ValueError naming a field that is out of range, TypeError of no int."""
+        for name in ("n_converge", "n_tolerance"):
+            if not isinstance(value := getattr(self, name), int):
+                raise TypeError(f"swad.{name} must be a whole number, got {value!r}")
         if self.n_converge < 1 or self.n_tolerance < 1:
             raise ValueError(
                 "swad.n_converge and swad.n_tolerance must be >= 1, got "

@@ -116,9 +116,11 @@ def draw(
       alphabet: dict: number of symbols.
 
     Raises:
-      ValueError: see ``check``.
+      ValueError: see ``check``; a batch or an alphabet below 1.
     """
     check(name, n, first)
+    if batch < 1 or alphabet < 1:
+        raise ValueError(f"batch and alphabet must be >= 1, got {batch} and {alphabet}")
     if name == "dict":
         symbols = jax.random.randint(key, (batch, n), 0, alphabet, jnp.int32)
         return _with_length(symbols + 2, *_distinct(symbols + 2), n)

@@ -112,6 +112,16 @@ def test_small_domains_repeat_with_a_warning():
             lambda: domains.rotate(np.zeros((1, 2, 2)), 9),
             r"uint8 \(n, H, W\), got float",
         ),
+        (
+            lambda: domains.rotate(np.zeros((1, 2, 2), np.uint8), float("nan")),
+            "angle must be finite, got nan",
+        ),
+        (
+            lambda: domains.colour(
+                np.zeros((2, 2, 2), np.uint8), *[np.zeros(2)] * 3, 2.0
+            ),
+            r"in \[0, 1\], got lengths \[2\], 2.0 and 0.25",
+        ),
         (lambda: domains.Batches([], []), "no domain to train on"),
         (
             lambda: domains.Batches(toy(), [np.arange(3)] * 2).batch(0, 7),

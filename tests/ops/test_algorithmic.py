@@ -130,6 +130,8 @@ def test_refuses():
     key = jax.random.key(0)
     with pytest.raises(ValueError, match="must be one of .*'parity'.*, got 'sorting'"):
         algorithmic.draw("sorting", key, 3, 2)
+    with pytest.raises(ValueError, match="alphabet must be >= 1, got 3 and 0"):
+        algorithmic.draw("dict", jax.random.key(0), 3, 3, alphabet=0)
     with pytest.raises(ValueError, match="length of a problem must be >= 1, got 0"):
         algorithmic.draw("copy", key, 0, 2)
     with pytest.raises(ValueError, match="at most 1 symbols, got 2: 10"):

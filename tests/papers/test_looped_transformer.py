@@ -1,6 +1,7 @@
 """Looped transformers: recorded numbers, both forms of the loop, stopping, contract."""
 
 import functools
+import inspect
 import re
 
 import jax
@@ -12,7 +13,7 @@ from jaxpapers import run
 from jaxpapers.ops import algorithmic
 from jaxpapers.papers import looped_transformer as looped
 from jaxpapers.papers.looped_transformer import Net
-from jaxpapers.papers.looped_transformer.network import check_steps
+from jaxpapers.papers.looped_transformer.network import check_steps, check_tokens
 from tests.contract import Contract
 from tests.programs import KEY, params_like, together
 
@@ -353,6 +354,18 @@ def test_bad_input():
         looped.forward(params, TOKENS, 0, net=NET)
     with pytest.raises(ValueError, match="at most max_steps=2, got 5"):
         looped.forward(params, TOKENS, jnp.array([1, 2, 5]), net=NET, max_steps=2)
+    with pytest.raises(ValueError, match=r"each of 3 rows, got shape \(2,\)"):
+        inspect.unwrap(looped.forward)(params, TOKENS, jnp.array([1, 2]), net=NET)
+    with pytest.raises(TypeError, match="whole numbers, got 2.5"):
+        check_steps(2.5, 0, NET)
+    with pytest.raises(ValueError, match="in 0 .. 5, net.vocab_size, got 0 .. 6"):
+        looped.forward(params, TOKENS.at[0].set(jnp.arange(7)), 1, net=NET)
+    with pytest.raises(ValueError, match=r"tokens must be \(B, L\), got \(7,\)"):
+        check_tokens(TOKENS[0], NET)
+    batch = _batch("parity", 3)
+    for buckets in (((3, 4),), ((3, 5), (2, 5))):
+        with pytest.raises(ValueError, match="the last one to the 5 tokens"):
+            looped.loss(params, batch, net=NET, buckets=buckets)
     with pytest.raises(ValueError, match="pass n_steps"):
         looped.forward(params, TOKENS, net=NET)
     with pytest.raises(ValueError, match="pass max_steps"):

@@ -217,6 +217,7 @@ def test_choices_of_a_step():
         (lambda: nu.select_iid(record, (3,)), r"must be in 0 .. 2, got \(3,\)"),
         (lambda: nu.select_iid(record, ()), r"got \(\)"),
         (lambda: nu.select_iid(record[4:], (0,)), "no evaluation"),
+        (lambda: nu.select_iid(record, (0, 1, 2)), "all domains are test domains"),
         (
             lambda: nu.select_iid(record[0], (0,)),
             r"\(evaluations, domains, 2, 2\), got",
@@ -332,6 +333,12 @@ def test_ridge_is_misled():
     assert score == pytest.approx(-0.168, abs=1e-3)
 
 
+def _nu_loss(theta=0.1, label=0, **options):
+    x = jnp.asarray(np.ones((3, 2), np.float32))
+    labels = jnp.asarray(np.full(3, label))
+    return inspect.unwrap(nu.nu_loss)(x, x, labels, theta, 1, **options)
+
+
 @pytest.mark.parametrize(
     "call, says",
     [
@@ -350,6 +357,11 @@ def test_ridge_is_misled():
             ),
             "must have the same rows",
         ),
+        (lambda: _nu_loss(theta=-1.0), "theta must be >= 0, got -1.0"),
+        (lambda: _nu_loss(theta=float("nan")), "theta must be >= 0, got nan"),
+        (lambda: _nu_loss(label=2), r"labels must be in 0 .. 1, .* got 2 .. 2"),
+        (lambda: _nu_loss(normalize="rows"), "normalize must be one of .* got 'rows'"),
+        (lambda: _nu_loss(warmup=-1), "warmup must be >= 0, got -1"),
         (
             lambda: nu.make(load_config("nuclear_norm:smoke"), domains=1),
             "2 domains at least, got 1",

@@ -360,8 +360,21 @@ def test_per_device_is_another_estimator():
         (lambda: nuclear_norm(jnp.zeros((0, 3))), r"at least one row, got \(0, 3\)"),
         (lambda: penalty.smoothed_nuclear_norm(jnp.eye(2), 0.0), "mu must be > 0"),
         (lambda: penalty.effective_rank(jnp.ones(2), "rank"), "kind must be ratio"),
+        (lambda: penalty.effective_rank(jnp.ones(0)), r"K >= 1, got \(0,\)"),
+        (lambda: penalty.prox_nuclear(jnp.eye(2), -1.0), "t must be >= 0, got -1.0"),
+        (lambda: penalty.polar_factor(jnp.zeros((0, 3))), "at least one row"),
+        (lambda: penalty.smoothed_nuclear_norm(jnp.zeros((0, 3)), 1.0), "at least one"),
     ],
 )
 def test_refusals(call, says):
     with pytest.raises(ValueError, match=says):
         call()
+
+
+def test_refusals_of_kinds():
+    x = jnp.asarray(np.eye(2, dtype=np.float32))
+    function = inspect.unwrap(nuclear_norm)
+    with pytest.raises(TypeError, match=r"such as Norm\(method='svd'\), got 'svd'"):
+        function(x, "svd")
+    with pytest.raises(TypeError, match="must be real, got complex64"):
+        function(jnp.asarray(np.eye(2, dtype=np.complex64)))

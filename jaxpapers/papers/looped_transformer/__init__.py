@@ -98,9 +98,10 @@ def loss(
       for more steps than the last bucket has; ``weight``, the sum of the weights.
 
     Raises:
-      ValueError: see ``forward``.
+      ValueError: see ``forward``; buckets that do not rise to the batch's length.
     """
     del key
+    _check_buckets(buckets, batch)
     n_steps, most = batch["n_steps"], buckets[-1][0] if buckets else 0
     n_steps, most = check_steps(n_steps, most, net)
     buckets = buckets or ((most, batch["tokens"].shape[1]),)
@@ -162,6 +163,7 @@ def predict(
 
     if not buckets:
         return compute(params, batch, 0)
+    _check_buckets(buckets, batch)
     branches, index = _branches(compute, dict(batch), buckets, net)
     return jax.lax.switch(index, branches, params)
 
@@ -210,6 +212,21 @@ def make(
         if start_length
         else None,
     )
+
+
+def _check_buckets(buckets, batch):
+    """Refuses buckets that would cut off what counts.
+
+    Raises:
+      ValueError: steps or lengths that fall, or a last one shorter than the batch.
+    """
+    whole = batch["tokens"].shape[1]
+    falling = any(a > b for p, q in zip(buckets, buckets[1:]) for a, b in zip(p, q))
+    if buckets and (falling or buckets[-1][1] < whole):
+        raise ValueError(
+            f"buckets must rise in steps and in length, the last one to the {whole} "
+            f"tokens of the batch, got {tuple(buckets)}"
+        )
 
 
 def _in_bucket(compute, params, batch, buckets: Buckets, net: Net):

@@ -217,9 +217,18 @@ def forward(
         keep their state after T steps. 0: that of ``n_steps``, if its values are known.
 
     Raises:
-      ValueError: T below 1 or above ``max_steps``, or unknown where it is needed.
+      ValueError: T below 1 or above ``max_steps``, or unknown where it is needed; T of
+        another number of rows; tokens that are no (B, L), or known and outside the
+        vocabulary.
+      TypeError: T that is no whole number, tokens that are no integers.
     """
+    check_tokens(tokens, net)
     n_steps, max_steps = check_steps(n_steps, max_steps, net)
+    if np.ndim(n_steps) and np.shape(n_steps) != tokens.shape[:1]:
+        raise ValueError(
+            f"n_steps must be one number or one for each of {len(tokens)} rows, got "
+            f"shape {np.shape(n_steps)}"
+        )
     params = gathered(params, net)
     e = embed(params, tokens, net)
     h = e if net.inject == "none" else jnp.zeros_like(e)
@@ -269,6 +278,7 @@ def forward_all(
     Raises:
       ValueError: ``max_steps`` below 1.
     """
+    check_tokens(tokens, net)
     check_steps(max_steps, 0, dataclasses.replace(net, loops=0))
     params = gathered(params, net)
     e = embed(params, tokens, net)
@@ -283,6 +293,26 @@ def forward_all(
     return jax.lax.scan(body, h, jnp.arange(max_steps))[1]
 
 
+def check_tokens(tokens: Any, net: Net) -> None:
+    """Refuses tokens that ``embed`` has no row for, where their values are known.
+
+    Raises:
+      ValueError, TypeError: see ``forward``.
+    """
+    if tokens.ndim != 2:
+        raise ValueError(f"tokens must be (B, L), got {tokens.shape}")
+    if not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise TypeError(f"tokens must be integers, got {tokens.dtype}")
+    if not isinstance(tokens, jax.core.Tracer) and tokens.size:
+        values = np.asarray(tokens)
+        low, high = values.min(), values.max()
+        if low < 0 or high >= net.vocab_size:
+            raise ValueError(
+                f"tokens must be in 0 .. {net.vocab_size - 1}, net.vocab_size, got "
+                f"{low} .. {high}"
+            )
+
+
 def check_steps(n_steps: Any, max_steps: int, net: Net) -> tuple[Any, int]:
     """T and its maximum, as static numbers where their values are known.
 
@@ -295,6 +325,8 @@ def check_steps(n_steps: Any, max_steps: int, net: Net) -> tuple[Any, int]:
         raise ValueError(
             "net.loops=0 takes as many steps as the input asks for: pass n_steps"
         )
+    if not jnp.issubdtype(jnp.result_type(n_steps), jnp.integer):
+        raise TypeError(f"n_steps must be whole numbers, got {n_steps}")
     known = not isinstance(n_steps, jax.core.Tracer)
     values = np.asarray(n_steps) if known else np.ones(1, int)
     largest = int(values.max()) if known else 0

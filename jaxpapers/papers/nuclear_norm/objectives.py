@@ -21,6 +21,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, Key
 
@@ -103,7 +104,10 @@ def nu_loss(
       and rank, the squared nuclear by the squared Frobenius norm.
 
     Raises:
-      ValueError: labels of another length; see ``nuclear_norm``.
+      ValueError: labels of another length or, if they are known, of no class; a theta
+        that is known and below 0; a ``warmup`` below 0, an unknown ``normalize``; see
+        ``nuclear_norm``.
+      TypeError: labels that are no integers.
 
     Reference:
       Shi et al., 2023, arXiv 2303.07527; update of the released program.
@@ -113,16 +117,37 @@ def nu_loss(
             f"features {features.shape}, logits {logits.shape} and labels {label.shape} "
             "must have the same rows"
         )
+    _check_values(logits, label, theta, warmup)
     ce = cross_entropy(logits, label).mean()
     value, metrics = nuclear_term(features, normalize, norm)
     weight = jnp.where(jnp.asarray(step) > warmup, theta, 0.0)
     return ce + weight * value, {"ce": ce, **metrics}
 
 
+def _check_values(logits, label, theta, warmup):
+    """Raises what ``nu_loss`` says, of values that are known while it is traced."""
+    if not jnp.issubdtype(label.dtype, jnp.integer):
+        raise TypeError(f"labels must be integers, got {label.dtype}")
+    if warmup < 0:
+        raise ValueError(f"warmup must be >= 0, got {warmup}")
+    if not isinstance(theta, jax.core.Tracer) and not theta >= 0:
+        raise ValueError(f"theta must be >= 0, got {theta}")
+    if not isinstance(label, jax.core.Tracer) and label.size:
+        values = np.asarray(label)
+        low, high = values.min(), values.max()
+        if low < 0 or high >= logits.shape[1]:
+            raise ValueError(
+                f"labels must be in 0 .. {logits.shape[1] - 1}, the classes of the "
+                f"logits, got {low} .. {high}"
+            )
+
+
 def nuclear_term(
     features: Float[Array, "B D"], normalize: str = "batch", norm: Norm = PAPER.norm
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """The nuclear norm as it enters the loss, and metrics: see ``nu_loss``."""
+    if normalize not in NORMALIZE:
+        raise ValueError(f"normalize must be one of {NORMALIZE}, got {normalize!r}")
     nuclear, largest = nuclear_norm(features, norm)
     count = {"batch": len(features), "sqrt": len(features) ** 0.5, "none": 1}[normalize]
     squares = jnp.square(features.astype(nuclear.dtype)).sum()

@@ -90,6 +90,7 @@ def nuclear_norm(
 
     Raises:
       ValueError: features that are no matrix, or an empty one.
+      TypeError: complex features, or ``norm`` that is no ``Norm``.
 
     Example:
       >>> value, largest = jax.jit(nuclear_norm)(jnp.diag(jnp.array([3.0, 4.0])))
@@ -99,10 +100,7 @@ def nuclear_norm(
     Reference:
       Shi, Ming, Fan, Sala and Liang, 2023, arXiv 2303.07527.
     """
-    if features.ndim != 2 or not features.size:
-        raise ValueError(
-            f"features must be a matrix (B, D) of at least one row, got {features.shape}"
-        )
+    _check_matrix(features, norm)
     features = features.astype(_wide(features.dtype))
     if norm.per_device and (mesh := _rows_axis()):
         return _per_device(features, norm, mesh)
@@ -112,7 +110,12 @@ def nuclear_norm(
 def polar_factor(
     features: Float[Array, "B D"], norm: Norm = GRAM
 ) -> Float[Array, "B D"]:
-    """U V^T of the singular values that count: the gradient of the nuclear norm."""
+    """U V^T of the singular values that count: the gradient of the nuclear norm.
+
+    Raises:
+      ValueError, TypeError: see ``nuclear_norm``.
+    """
+    _check_matrix(features, norm)
     return _factor(features.astype(_wide(features.dtype)), norm).polar
 
 
@@ -123,13 +126,21 @@ def smoothed_nuclear_norm(features: Float[Array, "B D"], mu: float) -> Float[Arr
       features: any matrix.
       mu: > 0, in the units of the singular values.
     """
+    _check_matrix(features)
     if not mu > 0:
         raise ValueError(f"mu must be > 0, got {mu}")
     return _smoothed(features, mu)
 
 
 def prox_nuclear(a: Float[Array, "B D"], t: float) -> Float[Array, "B D"]:
-    r"""$\arg\min_x \frac12\|x - a\|_F^2 + t\|x\|_*$: singular values, t less each."""
+    r"""$\arg\min_x \frac12\|x - a\|_F^2 + t\|x\|_*$: singular values, t less each.
+
+    Raises:
+      ValueError: what is no matrix, or a t below 0.
+    """
+    _check_matrix(a)
+    if not isinstance(t, jax.core.Tracer) and not t >= 0:
+        raise ValueError(f"t must be >= 0, got {t}")
     u, s, vt = polar.thin_svd(a)
     return polar.dot(u * jnp.maximum(s - t, 0)[None], vt)
 
@@ -143,8 +154,10 @@ def effective_rank(s: Float[Array, " K"], kind: str = "ratio") -> Float[Array, "
         the squared Frobenius norm; entropy, its exponential for s / sum(s).
 
     Raises:
-      ValueError: another kind.
+      ValueError: another kind, or no singular values.
     """
+    if s.ndim != 1 or not s.size:
+        raise ValueError(f"singular values must be (K,), K >= 1, got {s.shape}")
     total = s.sum()
     tiny = jnp.finfo(s.dtype).tiny
     if kind == "ratio":
@@ -155,6 +168,20 @@ def effective_rank(s: Float[Array, " K"], kind: str = "ratio") -> Float[Array, "
         p = s / jnp.maximum(total, tiny)
         return jnp.exp(-jnp.where(p > 0, p * jnp.log(jnp.maximum(p, tiny)), 0).sum())
     raise ValueError(f"kind must be ratio, squares or entropy, got {kind!r}")
+
+
+def _check_matrix(features, norm=GRAM):
+    """Raises ValueError and TypeError, see ``nuclear_norm``."""
+    if not isinstance(norm, Norm):
+        raise TypeError(
+            f"norm must be a Norm, such as Norm(method='svd'), got {norm!r}"
+        )
+    if features.ndim != 2 or not features.size:
+        raise ValueError(
+            f"features must be a matrix (B, D) of at least one row, got {features.shape}"
+        )
+    if jnp.issubdtype(features.dtype, jnp.complexfloating):
+        raise TypeError(f"features must be real, got {features.dtype}")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

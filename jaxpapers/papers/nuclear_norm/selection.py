@@ -94,6 +94,8 @@ def _checked(record, test):
         raise ValueError(
             f"test domains must be in 0 .. {record.shape[1] - 1}, got {test}"
         )
+    if len({*test}) >= record.shape[1]:
+        raise ValueError(f"all domains are test domains, {test}: none chooses a step")
     if not _known(record).any():
         raise ValueError("the record has no evaluation")
     return record
