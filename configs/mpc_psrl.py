@@ -4,6 +4,8 @@
     jaxpapers run mpc_psrl:pendulum      swing-up, 10 episodes of 200 steps
     jaxpapers run mpc_psrl:cartpole-paper, :pendulum-paper    as the authors' code: 15
         episodes, for the cart-pole 500 plans an iteration
+    jaxpapers run mpc_psrl:cartpole-light, :pendulum-light    the same comparisons with
+        a smaller network and fewer plans, a tenth of the time
     jaxpapers run mpc_psrl:reacher3d, :pusher    PETS' arm on MuJoCo (pip install
         'jaxpapers[rl]'), 30 and 200 episodes of 150 steps
     jaxpapers run mpc_psrl:smoke         the agent alone on short episodes, seconds
@@ -21,8 +23,8 @@ from jaxpapers.ops import planning
 from jaxpapers.papers import mpc_psrl
 
 PRESETS = (
-    "cartpole", "pendulum", "cartpole-paper", "pendulum-paper", "reacher3d", "pusher",
-    "smoke",
+    "cartpole", "pendulum", "cartpole-light", "pendulum-light", "cartpole-paper",
+    "pendulum-paper", "reacher3d", "pusher", "smoke",
 )  # fmt: skip
 EXPECTED = {"smoke": 42.8}
 
@@ -32,7 +34,7 @@ def get_config(preset: str | None = None) -> ConfigDict:
     preset = preset or "cartpole"
     if preset not in PRESETS:
         raise ValueError(f"unknown preset mpc_psrl:{preset}; expected one of {PRESETS}")
-    world = "cartpole" if preset == "smoke" else preset.removesuffix("-paper")
+    world = "cartpole" if preset == "smoke" else preset.partition("-")[0]
     config = ConfigDict(
         {
             "data": {
@@ -54,17 +56,20 @@ def get_config(preset: str | None = None) -> ConfigDict:
         config.train.steps = 10
     elif world in ("reacher3d", "pusher"):
         _arm(config, world)
-    elif preset == "cartpole":
+    elif not preset.endswith("-paper"):
         config.planner.update(population=150, elites=15)
     if preset.endswith("-paper"):
         config.train.steps = 15
-    if preset in ("cartpole", "pendulum", "smoke"):
+    elif world in ("cartpole", "pendulum"):
         config.method.particles = 5  # one for each network of PETS; its paper has 20
+    if preset == "smoke" or preset.endswith("-light"):
+        config.net.update(hidden=64, reward_hidden=10)
+        config.method.update(epochs=50, reward_epochs=50)
+        config.planner.update(population=100, iterations=3)
+    if preset in ("smoke", "cartpole-light"):
+        config.planner.update(elites=10, horizon=20)
     if preset == "smoke":
         config.data.length = 50
-        config.net.hidden = 64
-        config.method.epochs = 50
-        config.planner.update(population=100, elites=10, iterations=3, horizon=20)
         config.train.update(steps=5, alone=True)
     return config.lock()
 
