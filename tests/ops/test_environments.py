@@ -1,5 +1,6 @@
 """Environments: recorded episodes, gymnasium step for step, exploration by hand."""
 
+import dataclasses
 import functools
 
 import gymnasium
@@ -127,6 +128,27 @@ def test_mountain_car_as_gymnasium_has_it(name, env, float64):
     np.testing.assert_allclose(got.reward, rewards, rtol=1e-12)
     np.testing.assert_array_equal(got.terminated, ended)
     assert 0 < ended.sum() < 300 and (after[:, 0] < -1.1999).any()
+
+
+def test_the_pendulum_at_its_largest_velocity(float64):
+    """gymnasium clips before the angle moves, the stochastic pendulum after."""
+    states = np.float64([[1.5, 7.9], [-1.5, -7.9], [0.3, 2.0]])
+    actions = np.float64([[2.0], [-5.0], [1.0]])
+    after, rewards, _ = stepped("Pendulum-v1", states, actions)
+
+    def body(states, actions):
+        quiet = dataclasses.replace(envs.STOCHASTIC_PENDULUM, noise=0.0)
+        return [jax.vmap(e.step)(states, actions) for e in (envs.PENDULUM_V1, quiet)]
+
+    own, late = together(body, states, actions)
+    np.testing.assert_allclose(own.state, after, rtol=1e-12)
+    np.testing.assert_allclose(own.reward, rewards, rtol=1e-12)
+    u = np.clip(actions[:, 0], -2, 2)
+    speed = states[:, 1] + 0.05 * (15 * np.sin(states[:, 0]) + 3 * u)
+    assert (np.abs(speed[:2]) > 8).all() and (np.abs(late.state[:2, 1]) == 8).all()
+    np.testing.assert_allclose(
+        late.state[:, 0], states[:, 0] + 0.05 * speed, rtol=1e-12
+    )
 
 
 def test_horizons_and_spaces_as_gymnasium_has_them():
