@@ -16,7 +16,7 @@ from jaxpapers.papers import mpc_psrl as psrl
 from jaxpapers.papers.mpc_psrl import models, network
 from jaxpapers.papers.mpc_psrl.regression import NOISES
 from tests.contract import grid
-from tests.programs import COMPILED, params_like, together
+from tests.programs import COMPILED, KEY, params_like, together
 
 PLANNER = planning.Options(horizon=3, population=8, elites=2, iterations=2)
 NET = psrl.Net(hidden=6, reward_hidden=4)
@@ -266,6 +266,19 @@ def test_particles_are_divided_over_the_mesh():
     assert "sharding_constraint" in text
     alone = jax.jit(lambda p: models.spread_plans(2 * p)).lower(plans).as_text()
     assert "sharding_constraint" not in alone
+
+
+def test_a_run_goes_on_with_longer_buffers():
+    short, long = (psrl.make(config(n), PROBLEM) for n in (2, 5))
+    state, target = (jax.eval_shape(m.init, KEY, {}) for m in (short, long))
+    filled = jax.tree.map(lambda x: np.ones(x.shape, np.float32), state.extra)
+    extra = together(
+        lambda e: psrl.longer(state._replace(extra=e), target).extra, filled
+    )
+    assert extra["x"].shape == (30, 5) and extra["returns"].tolist() == [1, 1, 0, 0, 0]
+    assert (extra["x"][:12] == 1).all() and (extra["x"][12:] == 0).all()
+    with pytest.raises(ValueError, match=r"x has shape \(30, 5\), expected \(12, 5\)"):
+        short.resize(target, state)
 
 
 @pytest.mark.parametrize(

@@ -60,8 +60,8 @@ from jaxpapers.papers.mpc_psrl.regression import evident_noise, regress
 
 __all__ = [
     "Agent", "Episode", "Known", "Model", "Net", "Options", "Problem", "Regression",
-    "draw", "evaluator", "evident_noise", "network", "predict", "regress", "rewards",
-    "make", "planner_space", "reward_of", "run_episode",
+    "draw", "evaluator", "evident_noise", "longer", "make", "network", "planner_space",
+    "predict", "regress", "reward_of", "rewards", "run_episode",
 ]  # fmt: skip
 
 
@@ -210,6 +210,26 @@ def _error(params: Any, known: Known, episode: Episode, agent: Agent) -> Any:
     return jnp.sqrt(jnp.square(after - seen[1:]).mean())
 
 
+def longer(state: State, target: State) -> State:
+    """A state with buffers for more episodes, to go on with a run that was to end.
+
+    Args:
+      state: with shorter buffers.
+      target: State of the new shapes.
+
+    Raises:
+      ValueError: buffers that would become shorter.
+    """
+    extra = dict(state.extra)
+    for name in ("x", "y", "r", "returns"):
+        old, new = extra[name], target.extra[name]
+        more = new.shape[0] - old.shape[0]
+        if more < 0 or old.shape[1:] != new.shape[1:]:
+            raise ValueError(f"{name} has shape {old.shape}, expected {new.shape}")
+        extra[name] = jnp.pad(old, [(0, more)] + [(0, 0)] * (old.ndim - 1))
+    return state._replace(extra=extra)
+
+
 def make(config: Any, problem: Problem) -> Method:
     """Binds a config, groups ``net``, ``method``, ``planner``, ``optim`` and ``train``.
 
@@ -332,4 +352,4 @@ def make(config: Any, problem: Problem) -> Method:
         )  # fmt: skip
         return found.action[: problem.actions]
 
-    return Method(init, loss, update, sampler)
+    return Method(init, loss, update, sampler, resize=longer)
