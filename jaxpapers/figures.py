@@ -68,7 +68,7 @@ def comparison(study: Any, results: Sequence[Any], out: str | Path) -> Path | No
     _widen(axes, 0.02)
     axes.set_yticks(range(len(runs)), list(runs))
     axes.set_ylim(len(runs) - 0.4, -0.6)
-    axes.set_xlabel(textwrap.fill(study.heading, 80))
+    axes.set_xlabel(textwrap.fill(study.heading, 64))
     axes.locator_params(axis="x", nbins=7)
     axes.ticklabel_format(axis="x", useOffset=False)
     axes.grid(alpha=0.25, axis="x")
