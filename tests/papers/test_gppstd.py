@@ -33,6 +33,7 @@ CONTRACT = Contract(
     falling=("uncertainty", 0.8),
 )  # fmt: skip
 
+IN_MATRIX = functools.partial(pytest.param, marks=pytest.mark.matrix)
 SEA = gppstd.Problem(envs.DeepSea(size=4, mapping_seed=None))
 # Lengths so small that no cell tells of another one: a table.
 TABLE = gppstd.Prior(lengths=(0.01,), noise=0.1, variance=2.0)
@@ -40,15 +41,29 @@ STAGED = gppstd.Options(buffer=6, features=16)
 SWEPT = gppstd.Options(form="stationary", gamma=0.8, buffer=24, features=16)
 
 
-def transitions(options, episodes=3, seed=0, problem=SEA):
-    """A buffer of random episodes."""
-    random = dataclasses.replace(
-        options, demonstrations="random", demonstration_episodes=episodes
-    )
-    make = functools.partial(
-        gppstd.init, problem=problem, prior=TABLE, options=random, episodes=2
-    )
-    return together(lambda key: make(key)[1]["buffer"], jax.random.key(seed))
+def transitions(options, episodes=5, seed=0):
+    """A buffer of random episodes of the sea, stepped in NumPy: 1 moves right."""
+    rng = np.random.default_rng(seed)
+    staged = options.form == "staged"
+    shape = (4, options.buffer) if staged else (1, options.buffer)
+    zeros = functools.partial(np.zeros, dtype=np.float32)
+    buffer = gppstd.Transitions(
+        zeros((*shape, 3)), zeros(shape), zeros((*shape, 2)), zeros((*shape, 1)),
+        np.zeros(shape, bool), np.zeros(shape, np.int32), np.zeros(shape, bool),
+    )  # fmt: skip
+    for episode in range(episodes):
+        column, actions = 0, rng.integers(0, 2, 5)
+        for t in range(4):
+            right = actions[t]
+            at = (t, episode) if staged else (0, 4 * episode + t)
+            buffer.x[at] = t / 3, column / 3, right
+            buffer.reward[at] = (right and column == 3) - 0.0025 * right
+            column = min(max(column + 2 * right - 1, 0), 3)
+            buffer.successor[at] = (t + 1) / 3, column / 3
+            buffer.follower[at] = actions[t + 1]
+            buffer.done[at], buffer.time[at] = t == 3, 5 * episode + t
+            buffer.mask[at] = True
+    return buffer
 
 
 def kernel(model, x):
@@ -81,11 +96,11 @@ def drawn(options, buffer, prior=TABLE, problem=SEA):
     return together(body, jax.random.key(1), buffer)
 
 
-@pytest.mark.parametrize("explore", ["sample", "mean"])
+@pytest.mark.parametrize("explore", ["sample", IN_MATRIX("mean")])
 def test_staged_draws_are_tabular_backward_induction(explore):
     """9(a)8: independent cells, randomised least squares cell by cell (RLSVI)."""
     options = dataclasses.replace(STAGED, explore=explore)
-    buffer = transitions(options, 5)
+    buffer = transitions(options)
     assert buffer.mask.sum(1).tolist() == [5] * 4
     values, at = drawn(options, buffer)
     noises = []
@@ -151,13 +166,13 @@ def loops(jaxpr, name):
     return counts
 
 
-@pytest.mark.parametrize("explore", ["sample", "rlsvi"])
+@pytest.mark.parametrize("explore", ["sample", IN_MATRIX("rlsvi")])
 def test_sweeps_end_in_a_fixed_point_of_one_factorisation(explore):
     options = dataclasses.replace(
         SWEPT, explore=explore, sweeps=200, tolerance=1e-5, clip=(-1.0, 2.0)
     )
     prior = gppstd.Prior(lengths=(0.3,), noise=0.1)
-    buffer = transitions(options, 5)
+    buffer = transitions(options)
     values, at = drawn(options, buffer, prior)
     rows, mask = jax.tree.map(lambda v: v[0], buffer), buffer.mask[0]
     y = rows.reward + 0.8 * np.where(rows.done, 0, at["after"][0].max(1))
@@ -174,13 +189,13 @@ def test_sweeps_end_in_a_fixed_point_of_one_factorisation(explore):
     assert inside == 1 and outside == (1 if explore == "sample" else 2)
 
 
-@pytest.mark.parametrize("noise", gp.NOISES)
+@pytest.mark.parametrize("noise", ["monte_carlo", IN_MATRIX("deterministic")])
 def test_temporal_draws_are_of_the_posterior_of_rewards(noise):
     options = dataclasses.replace(
         SWEPT, likelihood="temporal", noise=noise, explore="mean", gamma=0.9
     )
     prior = gppstd.Prior(lengths=(0.3,), noise=0.1)
-    buffer = transitions(options, 5)
+    buffer = transitions(options)
     values, at = drawn(options, buffer, prior)
     again, best = drawn(dataclasses.replace(options, relinearise=40), buffer, prior)
 
@@ -265,8 +280,8 @@ def test_a_full_buffer_keeps_what_the_others_do_not_say():
     assert staged.mask.tolist() == [[True] + [False] * 5] * 4
 
 
-def test_acting():
-    """Ties are broken uniformly, actions of discrete value are the best, or ascend."""
+@pytest.mark.matrix
+def test_continuous_actions_ascend():
     pendulum = gppstd.Problem(envs.PENDULUM_V1)
     options = gppstd.Options(
         form="stationary", gamma=0.9, buffer=8, candidates=4, ascent=30
@@ -298,6 +313,10 @@ def test_acting():
     assert np.abs(chosen[:, None] - np.array(peaks)[None]).min(1).max() < 1e-2
     assert (np.abs(chosen - q.max()) < 1e-2).mean() > 0.5
 
+
+def test_discrete_actions():
+    """Ties are broken uniformly; the best action; a share at random."""
+
     def tied(key):
         greedy = dataclasses.replace(STAGED, explore="mean")
         mixed = dataclasses.replace(STAGED, explore="epsilon", epsilon=0.5)
@@ -308,16 +327,22 @@ def test_acting():
             x=buffer.x.at[:, 0].set(x), reward=buffer.reward.at[:, 0].set(1.0),
             done=buffer.done.at[:, 0].set(True), mask=buffer.mask.at[:, 0].set(True),
         )  # fmt: skip
-        out = {}
-        for name, rows, options in (
-            ("tie", buffer, greedy), ("best", one, greedy), ("mixed", one, mixed)
-        ):  # fmt: skip
-            values = gppstd.draw_values(key, model, rows, SEA, options)
-            stage = jax.tree.map(lambda v: v[0], values)
-            out[name] = jax.vmap(
-                lambda k: gppstd.act(k, stage, jnp.zeros(2), SEA, options)[0]  # noqa: B023
-            )(jax.random.split(key, 400))
-        return out
+        both = jax.tree.map(lambda *v: jnp.stack(v), buffer, one)
+        values = jax.lax.map(
+            lambda rows: gppstd.draw_values(key, model, rows, SEA, greedy), both
+        )
+        tie, best = (jax.tree.map(lambda v: v[i, 0], values) for i in (0, 1))  # noqa: B023
+
+        def actions(stage, options):
+            def one(key):
+                return gppstd.act(key, stage, jnp.zeros(2), SEA, options)[0]
+
+            return jax.vmap(one)(jax.random.split(key, 400))
+
+        return {
+            "tie": actions(tie, greedy), "best": actions(best, greedy),
+            "mixed": actions(best, mixed),
+        }  # fmt: skip
 
     got = together(tied, jax.random.key(0))
     assert 0.35 < got["tie"].mean() < 0.65
@@ -332,7 +357,7 @@ def test_demonstrations_are_data():
 
     def body(key):
         out = {}
-        for kind in ("expert", "noisy", "random", "partial"):
+        for kind in ("noisy", "partial"):
             options = dataclasses.replace(
                 base, demonstrations=kind, demonstration_episodes=2
             )
@@ -344,24 +369,22 @@ def test_demonstrations_are_data():
         prior = gppstd.Prior()
         _, extra = gppstd.init(key, car, prior, expert, 2)
         model = car.model(prior)
-        q = out["random"].rows.x[0][None, ::10]
+        q = jax.random.uniform(key, (40, 3)).at[:, 2].set(0.0)
+        rows = jax.tree.map(lambda v: v[0], extra["buffer"])
+        none = jnp.zeros_like(rows.mask)
         spread = [
-            gppstd.uncertainty(gppstd.draw_values(key, model, rows, car, base), q)
-            for rows in (gppstd.empty(car, base), extra["buffer"])
+            gp.predict(gp.fit(model, rows.x, rows.reward, mask), q)[1]
+            for mask in (none, rows.mask)
         ]
         return out, spread, extra["buffer"]
 
     shown, (before, after), buffer = together(body, jax.random.key(0))
-    expert, partial = shown["expert"], shown["partial"]
-    assert (
-        expert.terminated.all()
-        and (90 < expert.steps).all()
-        and (expert.steps < 160).all()
-    )
-    assert not shown["random"].terminated.any() and (shown["random"].steps == 200).all()
-    assert (shown["noisy"].steps > expert.steps).all()
+    partial = shown["partial"]  # Whole episodes are told; half of each is kept.
+    assert partial.terminated.all()
+    assert (90 < partial.steps).all() and (partial.steps < 160).all()
+    assert (shown["noisy"].steps > partial.steps).all()
     half = partial.rows.mask.sum(1)
-    np.testing.assert_array_equal(half, (expert.steps + 1) // 2)
+    np.testing.assert_array_equal(half, (partial.steps + 1) // 2)
     kept = buffer.mask[0].sum()
     assert 180 < kept < 320 and buffer.done[0].sum() == 2
     # Times of two episodes do not touch, and lie before the agent's.
@@ -372,33 +395,34 @@ def test_demonstrations_are_data():
     assert (after <= before + 1e-4).all() and after.mean() < 0.95 * before.mean()
 
 
-def test_one_program_for_a_whole_run_in_a_population(key):
+@pytest.mark.parametrize("members", [1, IN_MATRIX(2)])
+def test_one_program_for_a_whole_run(members, key):
     """Data grow, are evicted, hyper-parameters move: nothing is compiled again."""
     options = dataclasses.replace(
         SWEPT, buffer=10, evidence_every=2, evidence_steps=3, sweeps=5
     )
     prior = gppstd.Prior(lengths=(0.3,))
     agent = gppstd.single(SEA, prior, options, optax.adam(0.05), 5)
-    pair = population(agent, 2, aggregate=lambda metrics: metrics)
+    agents = population(agent, members, aggregate=lambda metrics: metrics)
     traces = []
 
     @jax.jit
     def step(state):
         traces.append(1)
-        return pair.update(state, {})
+        return agents.update(state, {})
 
-    state = start = jax.jit(lambda key: pair.init(key, {}))(key)
+    state = start = jax.jit(lambda key: agents.init(key, {}))(key)
     rows = []
     for _ in range(5):
         state, metrics = step(state)
         rows.append(metrics["rows"].tolist())
     assert len(traces) == 1
-    assert rows == [[4, 4], [8, 8], [10, 10], [10, 10], [10, 10]]
+    assert rows == [[n] * members for n in (4, 8, 10, 10, 10)]
     assert (np.asarray(state.extra["steps"]) == 4).all()
     for name in state.params:
         assert (np.asarray(state.params[name]) != np.asarray(start.params[name])).all()
     histories = np.asarray(state.extra["returns"])
-    assert histories.shape == (2, 5) and np.isfinite(histories).all()
+    assert histories.shape == (members, 5) and np.isfinite(histories).all()
 
 
 def test_a_run_can_be_made_longer():
@@ -441,3 +465,21 @@ def test_refuses():
         gppstd.Problem(envs.CartPole())
     with pytest.raises(ValueError, match="no expert of Pendulum"):
         gppstd.Problem(envs.PENDULUM_V1).expert_known()
+
+
+@pytest.mark.slow
+def test_deep_sea_is_solved_where_dithering_is_not():
+    """9(b): 10 x 10 within 300 episodes by 5 of 5 agents; epsilon-greedy by at most 1."""
+    problem = gppstd.Problem(envs.DeepSea(size=10))
+    solved = {}
+    for explore in ("sample", "epsilon"):
+        options = gppstd.Options(buffer=64, explore=explore)
+        agent = gppstd.single(problem, gppstd.Prior(), options, optax.sgd(1.0), 300)
+        agents = population(agent, 5)
+        state = jax.jit(functools.partial(agents.init, batch={}))(jax.random.key(0))
+        step = jax.jit(agents.update)
+        for _ in range(300):
+            state, _ = step(state, {})
+        last = np.asarray(state.extra["returns"])[:, -10:]
+        solved[explore] = int(((last > 0.5).sum(1) >= 8).sum())
+    assert solved["sample"] == 5 and solved["epsilon"] <= 1
