@@ -15,8 +15,8 @@ def values(results: Sequence[Any], out: str | Path) -> Path | None:
     Args:
       results: with a file ``values.npz``: ``values`` and ``actions`` on a grid (n, m) of
         the first two inputs, or (1, m) of one; ``visited`` (k, 2) or (k, 1); ``path``
-        (t, 2), of the last episode, which had ``steps``; bounds ``low`` and ``high``;
-        ``sea``: the first input is a step, drawn downwards.
+        (t, 2), of the last episode, which had ``steps``; ``names`` of the inputs, their
+        bounds ``low`` and ``high``; ``sea``: the first input is a step, drawn downwards.
       out: image file; not written where no row has such a file.
     """
     with extras.named():
@@ -58,7 +58,7 @@ def _two(figure: Any, panels: Any, arrays: Any) -> None:
         panels[0].set(
             title="transitions kept", xlim=extent[:2], ylim=extent[2:], aspect="auto"
         )
-        names = ("input 1", "input 2")
+        names = tuple(map(str, arrays["names"]))
     for axes, (title, grid) in zip(panels[len(panels) - len(maps) :], maps.items()):
         levels = np.unique(grid[np.isfinite(grid)])
         discrete = title == action and len(levels) < 10
@@ -83,8 +83,9 @@ def _one(figure: Any, panels: Any, arrays: Any) -> None:
     del figure
     x = np.linspace(arrays["low"][0], arrays["high"][0], arrays["values"].shape[1])
     panels[0].hist(arrays["visited"][:, 0], 40)
-    panels[0].set(title="transitions kept", xlabel="input", ylabel="number")
+    (name,) = map(str, arrays["names"])
+    panels[0].set(title="transitions kept", xlabel=name, ylabel="number")
     panels[1].plot(x, arrays["values"][0])
-    panels[1].set(title="drawn value, best action", xlabel="input")
+    panels[1].set(title="drawn value, best action", xlabel=name)
     panels[2].plot(x, arrays["actions"][0], ".")
-    panels[2].set(title="best action", xlabel="input")
+    panels[2].set(title="best action", xlabel=name)

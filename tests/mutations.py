@@ -570,7 +570,7 @@ GPPSTD = [
         "jnp.where(done, 0, after.max(1))",
         "after.max(1)",
         [
-            "tests/papers/test_gppstd.py::test_staged_draws_are_tabular_backward_induction"
+            "tests/papers/test_gppstd.py::test_sweeps_end_in_a_fixed_point_of_one_factorisation"
         ],
     ),
     # The noise of a row ends where that of the next one starts.

@@ -14,7 +14,7 @@ from jaxpapers.study import Finding, Row, Study, Table
 EPISODES = (1, 3, 5)
 HELD_OUT = 10
 """Expert episodes at whose states and actions variances are compared."""
-REPEATS = 3
+REPEATS = 6
 """Draws of everything, of which means are shown."""
 SOURCES = ("expert", "random policy", "uniform", "expert and random")
 

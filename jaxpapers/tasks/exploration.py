@@ -20,7 +20,15 @@ LAST = 10
 """Episodes of which means are compared."""
 SOLVED = (0.5, 8)
 """Deep Sea: an agent has solved it after 8 of 10 episodes with a return above 0.5."""
-NAMES = ("deep_sea", "mountain_car", "mountain_car_continuous", "chain", "pendulum")
+INPUTS = {
+    "deep_sea": ("step", "column"),
+    "mountain_car": ("position", "velocity"),
+    "mountain_car_continuous": ("position", "velocity"),
+    "chain": ("position",),
+    "pendulum": ("cos theta", "sin theta", "velocity"),
+}
+"""Environment -> names of its inputs."""
+NAMES = tuple(INPUTS)
 
 
 def environment(config: Any) -> Any:
@@ -235,8 +243,8 @@ def value_map(config: Any, state: Any) -> dict[str, np.ndarray]:
       ``values`` and ``actions`` (of Deep Sea: whether it moves right) on a grid of the
       first two inputs, or (1, columns) of one input; ``visited`` (n, 2) or (n, 1);
       ``path``, of the last episode, which had ``steps``;
-      ``low`` and ``high``, bounds of the inputs; ``sea``, whether rows are the steps of
-      Deep Sea.
+      ``names``, ``low`` and ``high`` of the inputs; ``sea``, whether rows are the
+      steps of Deep Sea.
     """
     problem = gppstd.Problem(environment(config))
     prior, options = gppstd.read(config)
@@ -279,6 +287,7 @@ def value_map(config: Any, state: Any) -> dict[str, np.ndarray]:
         "visited": rows.x[rows.mask][:, :width] * (top - low)[:width] + low[:width],
         "path": (low + (top - low) * np.asarray(state.extra["path"]))[:, :width],
         "steps": np.asarray(state.extra["steps"])[int(state.step) - 1],
+        "names": np.asarray(INPUTS[config.data.environment][:width]),
         "low": low[:width],
         "high": top[:width],
         "sea": np.asarray(sea),

@@ -122,7 +122,7 @@ def test_pictures(kind, tmp_path, figures):
         "visited": np.int32([[0, 0], [1, 1], [3, 2]])[:, :width],
         "path": np.int32([[0, 0], [1, 1], [2, 2]])[:, :width],
         "steps": np.asarray(2), "low": np.zeros(width), "high": np.full(width, 3.0),
-        "sea": np.asarray(kind == "sea"),
+        "sea": np.asarray(kind == "sea"), "names": np.asarray(["x", "v"][:width]),
     }  # fmt: skip
     episode = {"observations": np.zeros((5, 2)), "rewards": -np.ones(4)}
     files = {"values.npz": arrays, "episode.npz": episode}
@@ -130,6 +130,8 @@ def test_pictures(kind, tmp_path, figures):
     assert value_figures.values([result], tmp_path / "values.png").exists()
     names = [axes.get_title() for axes in figures[0].axes]
     assert "transitions kept" in names and "drawn value, best action" in names
+    if kind != "sea":
+        assert figures[0].axes[0].get_xlabel() == "x"
     if kind == "sea":
         (line,) = figures[0].axes[0].lines
         np.testing.assert_array_equal(line.get_xdata(), [0, 1])
