@@ -18,7 +18,7 @@ from jaxpapers import blocks
 from jaxpapers.papers import gppstd
 
 PRESETS = ("deep_sea", "mountain_car", "chain", "demonstrations", "smoke")
-EXPECTED = {"deep_sea": 1.0, "smoke": 1.0}
+EXPECTED = {"deep_sea": 1.0, "mountain_car": -149.2, "smoke": 1.0}
 
 
 def get_config(preset: str | None = None) -> ConfigDict:

@@ -1,5 +1,6 @@
 """Frames of episodes, drawn from observations: no renderer is needed."""
 
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ def episodes(results: Sequence[Any], out: str | Path, *, kind: str) -> Path | No
             DRAW[kind](axes, observations[t])
             axes.set_xlabel(f"step {t}", fontsize=7)
         total = float(np.sum(episode["rewards"]))
-        line[0].set_ylabel(f"{label}\n{total:.1f}", fontsize=8)
+        line[0].set_ylabel(f"{textwrap.fill(label, 20)}\n{total:.1f}", fontsize=8)
     return plots.save(figure, out)
 
 
