@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpapers import frames, value_figures
-from jaxpapers.method.population import member
 from jaxpapers.ops import environments as envs
 from jaxpapers.papers import gppstd
 from jaxpapers.study import Data, Finding, Row, Stage, Study, with_fields, with_seed
@@ -177,7 +176,8 @@ def measure(config: Any, pictured: bool, method: Any, state: Any) -> Finding:
     horizon, ``first``: which one, on average, or the number of all; ``steps``: mean of
     the last ones. Before the first episode all are 0.
     """
-    done, extra = int(state.step), jax.device_get(state.extra)
+    extra = jax.device_get(state.extra)
+    done = int(extra["done"][0])
     returns, steps = (extra[k][:, :done] for k in ("returns", "steps"))
     reached = extra["reached"][:, :done]
     numbers = {"episodes done": float(done)}
@@ -211,7 +211,8 @@ def measure(config: Any, pictured: bool, method: Any, state: Any) -> Finding:
             "rewards": extra["rewards"][0][: steps[0, -1]],
         }
         if pictured:
-            files["values.npz"] = value_map(config, member(state, 0))
+            first = jax.tree.map(lambda x: x[0], (state.params, state.extra))
+            files["values.npz"] = value_map(config, *first)
     return Finding(numbers, curves=curves, files=files)
 
 
@@ -232,12 +233,12 @@ def _first(good: np.ndarray, length: int) -> float:
     return float(np.where(good.any(1), good.argmax(1) + length, every).mean())
 
 
-def value_map(config: Any, state: Any) -> dict[str, np.ndarray]:
+def value_map(config: Any, params: Any, extra: Any) -> dict[str, np.ndarray]:
     """One drawn function on a grid, and the transitions it was drawn from.
 
     Args:
       config: of the run.
-      state: of one agent.
+      params, extra: of one agent's state.
 
     Returns:
       ``values`` and ``actions`` (of Deep Sea: whether it moves right) on a grid of the
@@ -269,24 +270,25 @@ def value_map(config: Any, state: Any) -> dict[str, np.ndarray]:
 
         return jax.lax.map(stage, values)
 
-    key = jax.random.fold_in(state.key, state.step)
-    high, best = jax.jit(drawn)(state.params, state.extra, key, jnp.asarray(states))
+    key = jax.random.key(config.train.seed)
+    high, best = jax.jit(drawn)(params, extra, key, jnp.asarray(states))
     if len(high) > 1 and sea:  # Row h of the grid belongs to step h.
         index = np.repeat(np.arange(count), count), np.arange(count**2)
         high, best = np.asarray(high)[index], np.asarray(best)[index]
         # Which of the actions moves right differs from cell to cell.
-        best = best == np.asarray(state.extra["layout"]).ravel()
+        best = best == np.asarray(extra["layout"]).ravel()
     else:
         high, best = np.asarray(high)[0], np.asarray(best)[0]
     shape = (count, count) if width == 2 else (1, count)
-    rows = jax.device_get(state.extra["buffer"])
+    extra = jax.device_get(extra)
+    rows = extra["buffer"]
     low, top = problem.bounds
     return {
         "values": high.reshape(shape),
         "actions": best.reshape(shape),
         "visited": rows.x[rows.mask][:, :width] * (top - low)[:width] + low[:width],
-        "path": (low + (top - low) * np.asarray(state.extra["path"]))[:, :width],
-        "steps": np.asarray(state.extra["steps"])[int(state.step) - 1],
+        "path": (low + (top - low) * extra["path"])[:, :width],
+        "steps": extra["steps"][extra["done"] - 1],
         "names": np.asarray(INPUTS[config.data.environment][:width]),
         "low": low[:width],
         "high": top[:width],

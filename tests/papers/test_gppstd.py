@@ -429,15 +429,16 @@ def test_a_run_can_be_made_longer():
     agent = functools.partial(gppstd.single, SEA, TABLE, STAGED, optax.sgd(1.0))
     short, long = (jax.eval_shape(agent(n).init, KEY, {}) for n in (3, 5))
     state = jax.tree.map(lambda s: np.ones(s.shape, np.float32), short)
-    longer = gppstd.longer(state, long)
+    longer = together(functools.partial(gppstd.longer, target=long), state)
     assert longer.extra["returns"].tolist() == [1, 1, 1, 0, 0]
-    assert gppstd.longer(longer, short).extra["returns"].tolist() == [1, 1, 1]
+    shorter = together(functools.partial(gppstd.longer, target=short), longer)
+    assert shorter.extra["returns"].tolist() == [1, 1, 1]
     other = dataclasses.replace(STAGED, buffer=7)
     wide = jax.eval_shape(
         gppstd.single(SEA, TABLE, other, optax.sgd(1.0), 3).init, KEY, {}
     )
     with pytest.raises(ValueError, match=r"buffer.*expected \(4, 7"):
-        gppstd.longer(state, wide)
+        jax.eval_shape(functools.partial(gppstd.longer, target=wide), state)
 
 
 def test_refuses():

@@ -40,7 +40,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Key
 
@@ -103,9 +102,9 @@ def init(
       episodes: of its life.
 
     Returns:
-      Logs of the hyper-parameters; and ``buffer``, ``layout``, ``returns``, ``steps`` and
-      ``reached`` (episodes,); of the last episode ``path`` (horizon + 1, D), its
-      states, and ``rewards`` (horizon,).
+      Logs of the hyper-parameters; and ``buffer``, ``layout``, ``done`` (episodes so
+      far), ``returns``, ``steps`` and ``reached`` (episodes,); of the last episode
+      ``path`` (horizon + 1, D), its states, and ``rewards`` (horizon,).
     """
     key_layout, key_starts, key_demonstrations = jax.random.split(key, 3)
     params = jax.tree.map(jnp.asarray, problem.params(prior))
@@ -126,6 +125,7 @@ def init(
     return params, {
         "buffer": buffer,
         "layout": layout,
+        "done": jnp.zeros((), jnp.int32),
         "returns": history,
         "steps": history.astype(jnp.int32),
         "reached": history.astype(bool),
@@ -183,6 +183,7 @@ def update(
     new = {
         **extra,
         "buffer": kept,
+        "done": extra["done"] + 1,
         "returns": extra["returns"].at[state.step].set(total),
         "steps": extra["steps"].at[state.step].set(episode.steps),
         "reached": extra["reached"].at[state.step].set(episode.terminated),
@@ -310,7 +311,7 @@ def single(
     )
 
 
-def longer(state: State, shapes: State) -> State:
+def longer(state: State, target: State) -> State:
     """A state whose histories have the length of another number of episodes.
 
     Raises:
@@ -318,14 +319,14 @@ def longer(state: State, shapes: State) -> State:
     """
     extra = dict(state.extra)
     for name in ("returns", "steps", "reached"):
-        value, wanted = np.asarray(extra[name]), shapes.extra[name].shape
+        value, wanted = jnp.asarray(extra[name]), target.extra[name].shape
         room = wanted[-1] - value.shape[-1]
         value = value[..., : wanted[-1]]
         width = [(0, 0)] * (value.ndim - 1) + [(0, max(room, 0))]
-        extra[name] = jnp.asarray(np.pad(value, width))
+        extra[name] = jnp.pad(value, width)
     state = state._replace(extra=extra)
     stored = jax.tree_util.tree_leaves_with_path(state)
-    for (path, there), leaf in zip(stored, jax.tree.leaves(shapes)):
+    for (path, there), leaf in zip(stored, jax.tree.leaves(target)):
         if there.shape != leaf.shape:
             raise ValueError(
                 f"the run's {jax.tree_util.keystr(path)} has shape {there.shape}, "
