@@ -196,7 +196,7 @@ def main() -> None:
     """Measures, prints and writes the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one repetition")
-    repetitions = 1 if parser.parse_args().quick else 5
+    repetitions = 1 if parser.parse_args().quick else 3
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     result = header(

@@ -197,10 +197,10 @@ def _told(problem, episodes, told, net, options, state, seed) -> np.ndarray | No
         return None
     rng = np.random.default_rng([seed, 5])
     if told == "model":
-        draw = jax.jit(functools.partial(coda.labels.sample_goals, net=net,
-                                         options=options))  # fmt: skip
-        key = jax.random.key(seed)
-        drawn = draw(state.extra["goals"], key, jnp.asarray(episodes.contexts))
+        contexts = jnp.asarray(episodes.contexts)
+        drawn = _goal_sampler(net, options)(
+            state.extra["goals"], jax.random.key(seed), contexts
+        )
         return np.asarray(drawn)
     # Contexts of a test may have no examples: the nearest one's are taken.
     distance = np.linalg.norm(
@@ -213,14 +213,34 @@ def _told(problem, episodes, told, net, options, state, seed) -> np.ndarray | No
     ][:, :2]
 
 
+@functools.lru_cache(maxsize=32)
+def _goal_sampler(net: coda.Net, options: coda.Options) -> Callable:
+    return jax.jit(
+        functools.partial(coda.labels.sample_goals, net=net, options=options)
+    )
+
+
+@functools.lru_cache(maxsize=8)
+def _gatherer(mesh: Any) -> Callable:
+    return jax.jit(
+        lambda tree: tree, out_shardings=jax.sharding.NamedSharding(mesh, jax.P())
+    )
+
+
+def _whole(tree: Any, mesh: Any) -> Any:
+    """Arrays of any layout as NumPy's, on every process."""
+    whole = _gatherer(mesh)(tree)
+    return jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), whole)
+
+
 def _roll(config, problem, mesh, told, state, episodes) -> evaluation.Paths:
-    """Paths of the policy; the environments run on the first process's devices alone."""
+    """Paths of the policy; every process runs all episodes."""
     c = config.data
-    sizes = abstract(config).facts
-    net = coda.from_config(coda.Net, {**config.net, **sizes}, "net")
-    options = coda.from_config(coda.Options, config.method, "method")
-    # The episodes run on one device: whole parameters are a few hundred kilobytes.
-    state = jax.device_get(state._replace(key=0, opt_state=()))
+    net, options = coda.read(config, **abstract(config).facts)
+    # The policy and a goal model: a few hundred kilobytes.
+    kept = {k: v for k, v in state.extra.items() if k == "goals"}
+    params, extra = _whole((state.params["pi"], kept), mesh)
+    state = state._replace(params={"pi": params}, extra=extra)
     contexts = _told(problem, episodes, told, net, options, state, c.seed)
     source = "point" if c.source == "point" else "pointmaze"
     return evaluation.roll_out(

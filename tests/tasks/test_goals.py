@@ -9,6 +9,7 @@ import pytest
 from jaxpapers import run, tasks
 from jaxpapers.data import mazes
 from jaxpapers.tasks import goal_data, goal_evaluation, goals
+from tests.contract import grid
 
 SMALL = (
     "--config.data.steps=6000", "--config.data.hold=10", "--config.data.episodes=2",
@@ -271,7 +272,7 @@ def test_the_study_and_one_compile_for_a_run(tmp_path, call):
 
 def test_rows_of_the_study():
     whole = config("--config.train.alone=False")
-    rows = goals.study("coda", whole, goals.abstract(whole), None).rows(0)
+    rows = goals.study("coda", whole, goals.abstract(whole), grid("1x1")).rows(0)
     assert [row.label for row in rows][:2] == ["CODA", "oracle reward"]
     by_label = {row.label: row.stage for row in rows}
     assert by_label["UDS"].after.config.method.learn == "reward"
@@ -288,7 +289,7 @@ def test_baselines_run(label):
     whole = config("--config.train.alone=False", "--config.method.members=2")
     row = next(
         r
-        for r in goals.study("coda", whole, goals.abstract(whole), None).rows(0)
+        for r in goals.study("coda", whole, goals.abstract(whole), grid("1x1")).rows(0)
         if r.label == label
     )
     from jaxpapers.papers import coda

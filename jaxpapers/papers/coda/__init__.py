@@ -68,7 +68,7 @@ __all__ = [
     "ENCODINGS", "LEARN", "RULES", "Net", "Options", "act", "augmented_mdp",
     "bc_update", "encode_action", "encode_batch", "encode_next", "encode_observation",
     "expectile_loss", "init", "iql", "iql_update", "labels", "loss", "make",
-    "policy_loss", "q_loss", "target_of", "v_loss", "value_iteration",
+    "policy_loss", "q_loss", "read", "target_of", "v_loss", "value_iteration",
 ]  # fmt: skip
 
 # Hidden layers alternate between column and row parallel; widths may be anything at the
@@ -93,8 +93,7 @@ def make(config: Any, **sizes: Any) -> Method:
     Raises:
       ValueError: an option out of its range, ``train.accumulate``, ``optim.clip``.
     """
-    net = from_config(Net, {**config.net, **sizes}, "net")
-    options = from_config(Options, config.method, "method")
+    net, options = read(config, **sizes)
     if config.train.accumulate != 1:
         raise ValueError(
             "train.accumulate must be 1: the value and the policy nets are updated in "
@@ -109,6 +108,12 @@ def make(config: Any, **sizes: Any) -> Method:
     if options.learn in ("reward", "goals"):
         return labels.method(net, options, tx)
     return _policy(net, options, tx)
+
+
+def read(config: Any, **sizes: Any) -> tuple[Net, Options]:
+    """The options of a config; ``sizes`` are those of ``make``."""
+    net = from_config(Net, {**config.net, **sizes}, "net")
+    return net, from_config(Options, config.method, "method")
 
 
 def _policy(net: Net, options: Options, tx: optax.GradientTransformation) -> Method:
@@ -180,7 +185,8 @@ def _policy(net: Net, options: Options, tx: optax.GradientTransformation) -> Met
         rules=RULES if len(net.hidden) > 1 else (),
         predict=predict,
         warm_start=_from_models(options),
-        served=lambda params: params.get("pi", params) if params else params,
+        # Of ``extra`` nothing.
+        served=lambda tree: tree.get("pi", {}),
     )
 
 
