@@ -56,7 +56,7 @@ def get_config(preset: str | None = None) -> ConfigDict:
                 "seed": 0,
             },
             "net": {k: v for k, v in net.items() if k not in SIZES},
-            "optim": {"name": "adam", "lr": 1e-3, "schedule": "constant"},
+            "optim": {"name": "adam", "lr": 1e-3, "schedule": "cosine", "hold": 4500},
             "method": dataclasses.asdict(
                 coda.Options(updates=50, rate=0.05, temperature=3.0)
             ),
@@ -83,7 +83,7 @@ def get_config(preset: str | None = None) -> ConfigDict:
             ogbench=0, batch=64, hold=10,
         )  # fmt: skip
         config.net.hidden = (32, 32)
-        config.optim.lr = 1e-3
+        config.optim.update(schedule="constant", hold=0)
         config.method.rate = 0.1
         config.train.update(steps=60, eval_every=0, alone=True)
     return config.lock()
@@ -94,6 +94,6 @@ def _paper(config: ConfigDict) -> None:
     config.data.update(batch=1024, episodes=100, source="file", hold=1, horizon=1000,
                        perturb=0.05)  # fmt: skip
     config.net.update(hidden=(256, 256, 256), encoding="reference")
-    config.optim.lr = 1e-4
+    config.optim.update(lr=1e-4, schedule="constant", hold=0)
     config.method.update(updates=100, rate=0.005, temperature=10.0)
     config.train.update(steps=20_000, eval_every=1000, save_minutes=30.0)

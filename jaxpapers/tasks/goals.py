@@ -169,6 +169,7 @@ def _model_config(config: Any, own: Any, fields: dict, model: str) -> Any:
     b = config.baselines
     given = {
         "method.learn": model, "train.steps": b.model_steps, "optim.lr": b.model_lr,
+        "optim.hold": 0,
         "train.eval_every": 0,
     }  # fmt: skip
     if model == "goals":
