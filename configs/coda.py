@@ -19,7 +19,7 @@ from jaxpapers import blocks
 from jaxpapers.papers import coda
 
 PRESETS = ("rooms", "cells", "goals", "few", "paper", "smoke")
-EXPECTED = {"smoke": 0.25}
+EXPECTED = {"smoke": 0.333}
 ROWS = ("oracle reward", "reward prediction", "UDS", "PDS", "behaviour cloning",
         "hindsight GCRL", "goal prediction", "empirical contexts")  # fmt: skip
 SIZES = ("state", "action", "context", "known", "example", "examples")
