@@ -108,7 +108,7 @@ def study(name: str, config: Any, data: Data, mesh: Any) -> Study:
         metric="return",
         rising=True,
         rows=rows,
-        columns=("total", "steps_to_solve"),
+        columns=("total", "solved", "steps_to_solve"),
         pictures={
             "frames.png": functools.partial(
                 frames.episodes, kind=config.data.environment
@@ -150,10 +150,11 @@ def _finding(found: World, returns: np.ndarray, done: int) -> Finding:
         "total": float(returns.sum()),
         "episodes": float(done),
     }
-    limit = np.inf if found.solved is None else found.solved
-    solved = np.flatnonzero(returns >= limit)
-    if len(solved):
-        numbers["steps_to_solve"] = float((first + solved[0] + 1) * length)
+    if found.solved is not None:
+        solved = np.flatnonzero(returns >= found.solved)
+        numbers["solved"] = float(len(solved) > 0)
+        if len(solved):
+            numbers["steps_to_solve"] = float((first + solved[0] + 1) * length)
     steps = [length * (first + k + 1) for k in range(len(returns))]
     curve = (steps, [float(x) for x in returns])
     return Finding(numbers, curves={"return against environment steps": curve})

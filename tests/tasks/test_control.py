@@ -71,7 +71,8 @@ def test_what_is_measured():
         "return": 400 / 3,
         "total": 400.0,
         "episodes": 3.0,
-        "steps_to_solve": 100,
+        "solved": 1.0,
+        "steps_to_solve": 100.0,
     }
     assert found.numbers == pytest.approx(numbers)
     curve = found.curves["return against environment steps"]
@@ -84,7 +85,7 @@ def test_what_is_measured():
     curve = found.curves["return against environment steps"]
     assert curve == ([100, 150, 200, 250], [2, 3, 4, 5])
     assert found.files["episode.npz"]["observations"][0, 0] == 0
-    assert "steps_to_solve" not in found.numbers
+    assert "steps_to_solve" not in found.numbers and found.numbers["solved"] == 0
     assert finding([0] * 4, capacity=4, done=0).numbers["return"] == 0
 
 
