@@ -26,7 +26,9 @@ PRESETS = (
     "cartpole", "pendulum", "cartpole-light", "pendulum-light", "cartpole-paper",
     "pendulum-paper", "reacher3d", "pusher", "smoke",
 )  # fmt: skip
-EXPECTED = {"smoke": 42.8}
+EXPECTED = {
+    "cartpole": 172.4, "pendulum": -581.8, "cartpole-light": 139.5, "smoke": 42.8,
+}  # fmt: skip
 
 
 def get_config(preset: str | None = None) -> ConfigDict:
