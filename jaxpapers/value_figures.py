@@ -16,7 +16,8 @@ def values(results: Sequence[Any], out: str | Path) -> Path | None:
       results: with a file ``values.npz``: ``values`` and ``actions`` on a grid (n, m) of
         the first two inputs, or (1, m) of one; ``visited`` (k, 2) or (k, 1); ``path``
         (t, 2), of the last episode, which had ``steps``; ``names`` of the inputs, their
-        bounds ``low`` and ``high``; ``sea``: the first input is a step, drawn downwards.
+        bounds ``low`` and ``high``; ``sea``: the first input is a step, drawn
+        downwards; ``title`` of the values.
       out: image file; not written where no row has such a file.
     """
     with extras.named():
@@ -37,7 +38,7 @@ def _two(figure: Any, panels: Any, arrays: Any) -> None:
     """Two inputs: maps."""
     low, high = arrays["low"], arrays["high"]
     sea, visited = bool(arrays["sea"]), arrays["visited"]
-    maps = {"drawn value, best action": arrays["values"]}
+    maps = {str(arrays["title"]): arrays["values"]}
     action = "move right" if arrays["sea"] else "best action"
     maps[action] = np.asarray(arrays["actions"], float)
     if sea:
@@ -86,6 +87,6 @@ def _one(figure: Any, panels: Any, arrays: Any) -> None:
     (name,) = map(str, arrays["names"])
     panels[0].set(title="transitions kept", xlabel=name, ylabel="number")
     panels[1].plot(x, arrays["values"][0])
-    panels[1].set(title="drawn value, best action", xlabel=name)
+    panels[1].set(title=str(arrays["title"]), xlabel=name)
     panels[2].plot(x, arrays["actions"][0], ".")
     panels[2].set(title="best action", xlabel=name)

@@ -245,7 +245,7 @@ def value_map(config: Any, params: Any, extra: Any) -> dict[str, np.ndarray]:
       first two inputs, or (1, columns) of one input; ``visited`` (n, 2) or (n, 1);
       ``path``, of the last episode, which had ``steps``;
       ``names``, ``low`` and ``high`` of the inputs; ``sea``, whether rows are the
-      steps of Deep Sea.
+      steps of Deep Sea; ``title``, whose values they are.
     """
     problem = gppstd.Problem(environment(config))
     prior, options = gppstd.read(config)
@@ -272,6 +272,7 @@ def value_map(config: Any, params: Any, extra: Any) -> dict[str, np.ndarray]:
 
     key = jax.random.key(config.train.seed)
     high, best = jax.jit(drawn)(params, extra, key, jnp.asarray(states))
+    first = len(high) > 1 and not sea
     if len(high) > 1 and sea:  # Row h of the grid belongs to step h.
         index = np.repeat(np.arange(count), count), np.arange(count**2)
         high, best = np.asarray(high)[index], np.asarray(best)[index]
@@ -293,4 +294,5 @@ def value_map(config: Any, params: Any, extra: Any) -> dict[str, np.ndarray]:
         "low": low[:width],
         "high": top[:width],
         "sea": np.asarray(sea),
+        "title": np.asarray("drawn value" + " of the first step" * first),
     }

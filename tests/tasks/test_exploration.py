@@ -121,14 +121,15 @@ def test_pictures(kind, tmp_path, figures):
         "visited": np.int32([[0, 0], [1, 1], [3, 2]])[:, :width],
         "path": np.int32([[0, 0], [1, 1], [2, 2]])[:, :width],
         "steps": np.asarray(2), "low": np.zeros(width), "high": np.full(width, 3.0),
-        "sea": np.asarray(kind == "sea"), "names": np.asarray(["x", "v"][:width]),
+        "sea": np.asarray(kind == "sea"), "title": np.asarray("drawn value"),
+        "names": np.asarray(["x", "v"][:width]),
     }  # fmt: skip
     episode = {"observations": np.zeros((5, 2)), "rewards": -np.ones(4)}
     files = {"values.npz": arrays, "episode.npz": episode}
     result = Result(Row("a", None, print), [Finding({}, files=files)], [])
     assert value_figures.values([result], tmp_path / "values.png").exists()
     names = [axes.get_title() for axes in figures[0].axes]
-    assert "transitions kept" in names and "drawn value, best action" in names
+    assert "transitions kept" in names and "drawn value" in names
     if kind != "sea":
         assert figures[0].axes[0].get_xlabel() == "x"
     if kind == "sea":
