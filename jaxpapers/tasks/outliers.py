@@ -137,7 +137,7 @@ def _measure(config, content, mesh, method, state) -> Finding:
         return Finding(numbers)
     scores = _scores(config, content, mesh, state, run)
     score = functools.partial(_detection, config)
-    name = SCORES[config.method.loss]
+    name = SCORES[poem.read(config)[1].loss]
     threshold = detection.fit_threshold(score(held_out), 0.95, score=name)
     accepted = {k: threshold.accepts(score(x)) for k, x in outside.items()}
     files: dict[str, Any] = {
@@ -306,10 +306,11 @@ def _by_score(scores) -> Table:
 
 def _detection(config: Any, predicted: poem.Predictions) -> np.ndarray:
     """``poem.detection_score`` in float64: ties of float32 are not the model's."""
+    net, options = poem.read(config)  # Also of runs from before ``loss``.
     logits = predicted.logits.astype(np.float64)
-    if config.method.loss == "uniform":
+    if options.loss == "uniform":
         return logits.max(-1) - np.logaddexp.reduce(logits, axis=-1)
-    if config.net.outlier_class:
+    if net.outlier_class:
         return np.logaddexp.reduce(logits[:, :-1], axis=-1) - logits[:, -1]
     return np.logaddexp.reduce(logits, axis=-1)
 

@@ -242,6 +242,10 @@ def test_detection_scores_on_the_host(float64):
         got = task._detection(config, poem.Predictions(logits, None))
         np.testing.assert_allclose(got, together(score, logits), rtol=1e-12)
     assert set(task.SCORES) == set(poem.objective.LOSSES)
+    older = small().unlock()
+    del older.method.loss, older.net.outlier_class
+    got = task._detection(older, poem.Predictions(logits, None))
+    np.testing.assert_allclose(got, np.log(np.exp(logits).sum(1)))
 
 
 def test_refuses(monkeypatch, tmp_path):
