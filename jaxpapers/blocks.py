@@ -9,6 +9,7 @@ FIELDS = {
     "task": "module of jaxpapers.tasks that reads the data and makes the comparison",
     "source": "data set",
     "path": "files or folder of the user's own",
+    "environment": "that the agent acts in",
     "batch": "rows of a training step, over all devices and processes",
     "eval_batch": "rows of a step of an evaluation",
     "eval_count": "samples of an evaluation",
