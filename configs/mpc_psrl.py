@@ -27,7 +27,8 @@ PRESETS = (
     "pendulum-paper", "reacher3d", "pusher", "smoke",
 )  # fmt: skip
 EXPECTED = {
-    "cartpole": 172.4, "pendulum": -581.8, "cartpole-light": 139.5, "smoke": 42.8,
+    "cartpole": 172.4, "pendulum": -581.8, "cartpole-light": 139.5,
+    "pendulum-light": -365.2, "smoke": 42.8,
 }  # fmt: skip
 
 
