@@ -23,7 +23,8 @@ class World(NamedTuple):
     Attributes:
       environment: see ``ops.environments``.
       oracle: the reward that the planner is given.
-      solved: return of an episode that counts as solved; None: nobody has said.
+      solved: return of an episode that counts as solved; None: nobody has said, or
+        the episodes have another length.
     """
 
     environment: Any
@@ -55,9 +56,8 @@ def world(config: Any) -> World:
     found = WORLDS[name]
     if not length:
         return found
-    return found._replace(
-        environment=dataclasses.replace(found.environment, horizon=length)
-    )
+    shorter = dataclasses.replace(found.environment, horizon=length)
+    return found._replace(environment=shorter, solved=None)
 
 
 def abstract(config: Any) -> Data:

@@ -11,9 +11,11 @@ from jaxpapers.method import State
 from jaxpapers.papers import mpc_psrl
 from jaxpapers.stages import same
 from jaxpapers.study import Finding, Result, Row, with_fields
+from jaxpapers.tasks import control
 from tests.contract import grid
 
 SMOKE = load_config("mpc_psrl:smoke")
+WHOLE = load_config("mpc_psrl:cartpole-light")
 
 
 @pytest.mark.parametrize(
@@ -53,10 +55,16 @@ def test_an_unknown_environment_is_named():
             tasks.read(with_fields(SMOKE, {field: value}))
 
 
+def test_shorter_episodes_have_no_threshold():
+    assert control.world(SMOKE).solved is None
+    assert control.world(SMOKE).environment.horizon == 50
+    assert control.world(WHOLE).solved == 195
+
+
 def finding(returns, capacity, done):
     """What is measured of a run whose buffer has these returns."""
-    study = tasks.study("mpc_psrl", SMOKE, tasks.read(SMOKE), grid("1x1"))
-    x = np.arange(capacity * 50 * 5, dtype=np.float32).reshape(-1, 5)
+    study = tasks.study("mpc_psrl", WHOLE, tasks.read(WHOLE), grid("1x1"))
+    x = np.arange(capacity * 200 * 5, dtype=np.float32).reshape(-1, 5)
     extra = {
         "x": x, "y": np.zeros((len(x), 4), np.float32), "r": x[:, 0],
         "returns": np.float32(returns),
@@ -72,18 +80,18 @@ def test_what_is_measured():
         "total": 400.0,
         "episodes": 3.0,
         "solved": 1.0,
-        "steps_to_solve": 100.0,
+        "steps_to_solve": 400.0,
     }
     assert found.numbers == pytest.approx(numbers)
     curve = found.curves["return against environment steps"]
-    assert curve == ([50, 100, 150], [10, 200, 190])
+    assert curve == ([200, 400, 600], [10, 200, 190])
     episode = found.files["episode.npz"]
-    assert episode["observations"].shape == (50, 4)
-    assert episode["observations"][0, 0] == 100 * 5
+    assert episode["observations"].shape == (200, 4)
+    assert episode["observations"][0, 0] == 400 * 5
     # Five episodes in four slots: the first one is gone.
     found = finding([5, 2, 3, 4], capacity=4, done=5)
     curve = found.curves["return against environment steps"]
-    assert curve == ([100, 150, 200, 250], [2, 3, 4, 5])
+    assert curve == ([400, 600, 800, 1000], [2, 3, 4, 5])
     assert found.files["episode.npz"]["observations"][0, 0] == 0
     assert "steps_to_solve" not in found.numbers and found.numbers["solved"] == 0
     assert finding([0] * 4, capacity=4, done=0).numbers["return"] == 0
