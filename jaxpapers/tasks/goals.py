@@ -296,7 +296,8 @@ def _table(title, episodes, paths) -> Table:
     names = np.array(episodes.labels)
     for label, (rate, decisions) in evaluation.success(episodes, paths).items():
         low, high = wilson(rate, int((names == label).sum()))
-        lines.append((label, rate, f"{low:.2f} to {high:.2f}", decisions))
+        after = "never" if rate == 0 else decisions
+        lines.append((label, rate, f"{low:.2f} to {high:.2f}", after))
     return Table(title, ("context", "success", "95 % interval", "decisions"), lines)
 
 
