@@ -170,6 +170,7 @@ def test_a_refusal_is_one_line(call, monkeypatch, tmp_path):
     )
     assert call("run", "dion", f"--config={tmp_path / 'my.py'}")[2] == "jaxpapers: no\n"
     # Of the same size within the same second: no bytecode of the old one.
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
     for word in ("why", "who"):
         text = f"def get_config(preset):\n raise ValueError({word!r})\n"
         (tmp_path / "my.py").write_text(text)

@@ -80,6 +80,8 @@ class Maze:
         if set("".join(rows)) - {"0", "1"}:
             raise ValueError(f"a maze must have 0 (free) and 1 (wall), got {name!r}")
         self.name = name
+        # Of this maze: a cache of the class would keep every maze.
+        self._path = functools.lru_cache(maxsize=4096)(self._shortest)
         self.walls = np.array([[cell == "1" for cell in row] for row in rows])
         border = np.pad(np.zeros(np.subtract(self.walls.shape, 2), bool), 1,
                         constant_values=True)  # fmt: skip
@@ -145,8 +147,7 @@ class Maze:
         if not (0 <= row < height and 0 <= column < width) or self.walls[row, column]:
             raise ValueError(f"the cell {tuple(cell)} of the maze is not free")
 
-    @functools.lru_cache(maxsize=4096)  # noqa: B019
-    def _path(self, start, goal):
+    def _shortest(self, start, goal):
         distance, path = self.distances(goal), []
         while start != goal:
             start = min(

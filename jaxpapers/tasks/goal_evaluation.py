@@ -149,16 +149,19 @@ def arena(source: str, maze_name: str, threads: int = 1) -> Arena:
     """PointMaze in MuJoCo, or the point mass without it."""
     maze = mazes.Maze(maze_name)
     if source == "point":
-        shape = lambda state, action: jax.ShapeDtypeStruct(state.shape, state.dtype)  # noqa: E731
         glide = functools.partial(mazes.glide, maze.walls)
-        move = vectorized(lambda *x: on_host(glide, shape)(*x))
+
+        def shape(state, action):
+            return jax.ShapeDtypeStruct(state.shape, state.dtype)
 
         def step(state, action):
-            state = move(state, action)
+            state = vectorized(on_host(glide, shape))(state, action)
             return state, state
 
-        start = lambda xy: np.float32(np.concatenate([xy, 0 * xy], -1))  # noqa: E731
-        return Arena(start, lambda state: state, step)
+        def at_rest(xy):
+            return np.float32(np.concatenate([xy, 0 * xy], -1))
+
+        return Arena(at_rest, lambda state: state, step)
     simulator = Simulator(
         point_maze(maze).model, before=gymnasium.clip_velocity, threads=threads
     )
