@@ -224,7 +224,7 @@ DIEN = [
         ["tests/nets/test_gru.py"],
     ),
     (
-        "jaxpapers/papers/dien.py",
+        "jaxpapers/papers/dien/auxiliary.py",
         "nats = jax.nn.softplus(-logit[0]) + jax.nn.softplus(logit[1])",
         "nats = jax.nn.softplus(-logit[0]) - jax.nn.softplus(logit[1])",
         ["tests/papers/test_dien.py"],
@@ -506,14 +506,14 @@ MPC_PSRL = [
     ),
     # Samples stay two deviations inside the bounds.
     (
-        "jaxpapers/ops/planning.py",
+        "jaxpapers/ops/planning/methods.py",
         "jnp.minimum(search.variance, jnp.square(room / 2))",
         "jnp.minimum(search.variance, jnp.square(room))",
         ["tests/ops/test_planning.py::test_limits_of_cem"],
     ),
     # Elites share 1 - alpha.
     (
-        "jaxpapers/ops/planning.py",
+        "jaxpapers/ops/planning/methods.py",
         "variance=alpha * search.variance + (1 - alpha) * elites.var(0),",
         "variance=alpha * search.variance + (1 - alpha) * elites.var(0, ddof=1),",
         ["tests/ops/test_planning.py::test_recorded_plans"],

@@ -48,16 +48,14 @@ from jaxpapers import optim
 from jaxpapers.method import (
     Method,
     State,
-    averaged,
     from_average,
-    gradient,
     only_if,
     stages,
 )
 from jaxpapers.nets import diffusion as nets
 from jaxpapers.nets.diffusion import Denoiser, Net
 from jaxpapers.nets.lora import lora_init
-from jaxpapers.ops import diffusion, policy, trajectories
+from jaxpapers.ops import diffusion, policy
 from jaxpapers.ops.diffusion import Schedule
 from jaxpapers.ops.schedules import NoiseSchedule, Sampler, reverse_schedule
 from jaxpapers.options import from_config
@@ -74,6 +72,11 @@ from jaxpapers.papers.dpok.options import (
     check_steps,
     check_training,
     check_vocab,
+)
+from jaxpapers.papers.dpok.pretraining import (
+    make_pretraining,
+    pretraining,
+    sample_guided,
 )
 from jaxpapers.papers.dpok.rollouts import (
     Model,
@@ -271,18 +274,7 @@ def sampler(
     weight = model.options.guidance if guidance is None else guidance
     eps = functools.partial(model.parts.eps, policy_params(params))
     schedule = schedule or model.schedule
-    return _sample(eps, key, tokens, model.parts.shape, weight, schedule)
-
-
-def pretraining(config: Any) -> Any:
-    """Config of the run whose checkpoint the tuning starts from.
-
-    None for that run itself, and where ``train.init_from`` names a checkpoint. Configs
-    that differ in tuning only have equal ones, see ``method.stages.pretraining``.
-    """
-    if config.method.stage == "pretrain" or config.train.init_from:
-        return None
-    return stages.pretraining(config, Denoiser, Pretraining)
+    return sample_guided(eps, key, tokens, model.parts.shape, weight, schedule)
 
 
 def make(config: Any, *, reward_fn: Callable | None = None) -> Method:
@@ -303,7 +295,7 @@ def make(config: Any, *, reward_fn: Callable | None = None) -> Method:
     if stage not in STAGES:
         raise ValueError(f"method.stage must be one of {STAGES}, got {stage!r}")
     if stage == "pretrain":
-        return _make_pretraining(stages.pretraining(config, Denoiser, Pretraining))
+        return make_pretraining(stages.pretraining(config, Denoiser, Pretraining))
     fields = config.method.to_dict()
     fields = {k: v for k, v in fields.items() if k not in ("stage", "reward")}
     options = from_config(Options, fields, "method")
@@ -348,36 +340,6 @@ def labels(params: dict) -> dict:
     }
 
 
-def _make_pretraining(config) -> Method:
-    net = from_config(Denoiser, config.net, "net")
-    noise = from_config(NoiseSchedule, config.noise, "noise")
-    steps = from_config(Sampler, config.sampler, "sampler")
-    options = from_config(Pretraining, config.method, "method")
-    check_vocab(net.vocab)
-    schedule = reverse_schedule(noise, steps)
-    eps, init_net = nets.denoiser(net, noise.timesteps)
-
-    def sample(params, key, tokens, guidance=None, schedule=schedule):
-        weight = options.guidance if guidance is None else guidance
-        of_net = functools.partial(eps, params["net"])
-        return _sample(of_net, key, tokens, net.shape, weight, schedule)
-
-    method = gradient(
-        lambda key, batch: {"net": init_net(key)},
-        functools.partial(
-            nets.denoising_loss,
-            eps=eps,
-            drop=options.drop,
-            alpha_bar=noise.alpha_bars(),
-        ),
-        optim.from_config(config.optim, config.train.steps),
-        sampler=sample,
-        rules=nets.RULES[net.model],
-        accumulate=config.train.accumulate,
-    )
-    return averaged(method, options.ema)
-
-
 def _init(key: Key[Array, ""], batch: dict, *, model: Model, txs: Mapping) -> State:
     options = model.options
     params = init_params(key, model)
@@ -406,13 +368,6 @@ def _empty_pool(batch: dict, model: Model) -> Rollout:
         jnp.zeros((kept, rows), jnp.int32),
         jnp.zeros((kept, rows)),
     )
-
-
-def _sample(eps, key, tokens, shape, guidance, schedule):
-    guided = diffusion.guided(eps, guidance)
-    return trajectories.rollout(
-        key, lambda x, time: guided(x, time, tokens), schedule, (len(tokens), *shape)
-    ).sample
 
 
 def _no_reward(x, prompt):

@@ -56,9 +56,9 @@ from jaxpapers.method import (
     stages,
 )
 from jaxpapers.nets import diffusion as nets
-from jaxpapers.nets.critic import clip_weights, spectral_normalize
+from jaxpapers.nets.critic import clip_weights
 from jaxpapers.nets.diffusion import Denoiser, Net, Parts
-from jaxpapers.ops import diffusion, policy, trajectories
+from jaxpapers.ops import trajectories
 from jaxpapers.ops.diffusion import Schedule
 from jaxpapers.ops.schedules import NoiseSchedule, Sampler, reverse_schedule
 from jaxpapers.ops.trajectories import over_data
@@ -80,6 +80,7 @@ from jaxpapers.papers.sft_pg.options import (
     check_schedule,
     check_training,
 )
+from jaxpapers.papers.sft_pg.steps import bound_critics, critic_steps, policy_steps
 
 __all__ = [
     "Model", "Net", "NoiseSchedule", "Options", "Pretraining", "Sampler", "advantage",
@@ -155,7 +156,7 @@ def loss(
     options, schedule = model.options, model.schedule
     key_rollout, key_mix = jax.random.split(key)
     eps_fn = functools.partial(model.parts.eps, params["net"])
-    f, v = _critics(params, model)
+    f, v = bound_critics(params, model)
     rollout = trajectories.rollout(
         key_rollout, eps_fn, schedule, batch["x"].shape, store="all"
     )
@@ -205,10 +206,10 @@ def update(
     # Rows of a device stay there: each rollout takes every n_critic-th of them.
     x = over_data(batch["x"])
     x = x.reshape(-1, options.n_critic, *x.shape[1:]).swapaxes(0, 1)
-    critics, critic_opt, rollouts, metrics = _critic_steps(
+    critics, critic_opt, rollouts, metrics = critic_steps(
         state, x, jax.random.split(key_rollouts, options.n_critic), model, txs
     )
-    net, net_opt, of_policy = _policy_steps(
+    net, net_opt, of_policy = policy_steps(
         state, critics, rollouts, key_order, model, txs
     )
     metrics = jax.tree.map(lambda m: m.mean(0), {**metrics, **of_policy})
@@ -327,107 +328,3 @@ def _make_pretraining(config) -> Method:
         accumulate=config.train.accumulate,
     )
     return averaged(method, options.ema)
-
-
-def _critic_steps(state, x, keys, model, txs):
-    """Critics, their optimizer states, stacked rollouts and metrics of each."""
-    options = model.options
-    critics = {name: state.params[name] for name in ("critic", "value")}
-    opt = {name: state.opt_state[name] for name in critics}
-    acting = functools.partial(model.parts.eps, state.params["net"])
-
-    def step(carry, inputs):
-        params, opt = carry
-        x, key = inputs
-        key_rollout, key_mix = jax.random.split(key)
-        rollout = trajectories.rollout(
-            key_rollout, acting, model.schedule, x.shape, store="all"
-        )
-
-        def objective(params):
-            return critic_loss(
-                *_critics(params, model), x, rollout, key_mix, leak=options.leak,
-                value_weight=options.value_weight, penalty=options.penalty,
-            )  # fmt: skip
-
-        grads, metrics = jax.grad(objective, has_aux=True)(params)
-        params, opt = _apply(txs, params, opt, grads)
-        if options.regularizer == "clip":
-            params["critic"] = clip_weights(params["critic"], options.weight_bound)
-        return (params, opt), (rollout, metrics)
-
-    (critics, opt), (rollouts, metrics) = lax.scan(step, (critics, opt), (x, keys))
-    return critics, opt, rollouts, metrics
-
-
-def _policy_steps(state, critics, rollouts, key, model, txs):
-    """The net, its optimizer state, and metrics of each step."""
-    options, schedule = model.options, model.schedule
-    f, v = _critics(critics, model)
-    count, steps, rows = rollouts.eps.shape[:3]
-    order = jax.random.uniform(key, (count, rows, steps)).argsort(-1)
-
-    def step(carry, j):
-        params, opt = carry
-        i = j % count
-        rollout = jax.tree.map(lambda s: s[i], rollouts)
-        k = order[i, :, j // count]
-        x, x_next, eps_old = transitions(rollout, k)
-        cost = advantage(
-            f, v, x, k, rollout.sample, normalize=options.normalize,
-            clip=options.cost_clip,
-        )  # fmt: skip
-
-        def objective(params):
-            eps_fn = functools.partial(model.parts.eps, params["net"])
-            return _policy_objective(
-                eps_fn, schedule, k, x, x_next, eps_old, cost, options
-            )
-
-        (value, log_ratio), grads = jax.value_and_grad(objective, has_aux=True)(params)
-        params, opt = _apply(txs, params, opt, grads)
-        return (params, opt), {
-            "policy_loss": value,
-            "advantage_std": cost.std(),
-            "ratio_deviation": jnp.abs(jnp.exp(log_ratio) - 1).max(),
-            "grad_norm": optax.tree.norm(grads),
-        }
-
-    carry = ({"net": state.params["net"]}, {"net": state.opt_state["net"]})
-    (net, opt), metrics = lax.scan(step, carry, jnp.arange(options.n_generator))
-    return net, opt, metrics
-
-
-def _critics(params, model):
-    critic = params["critic"]
-    if model.options.regularizer == "spectral":
-        # Power iteration: an exact SVD of every kernel would dominate the step.
-        critic = spectral_normalize(critic, iterations=20)
-    return (
-        functools.partial(model.parts.critic, critic),
-        functools.partial(model.parts.value, params["value"]),
-    )
-
-
-def _policy_objective(eps_fn, schedule, k, x, x_next, eps_old, cost, options):
-    """The policy's loss and the log-ratios to the policy that acted."""
-    time = jnp.asarray(schedule.time, jnp.float32)[k]
-    eps = eps_fn(x, time)
-    log_ratio = diffusion.step_log_ratio(
-        schedule, k, x, x_next, eps, eps_old, options.reduce
-    )
-    if options.ratio_clip:
-        surrogate = policy.clipped_surrogate(log_ratio, -cost, options.ratio_clip)
-        return surrogate.mean(), log_ratio
-    value = policy_loss(
-        lambda *_: eps, schedule, k, x, x_next, cost, reduce=options.reduce
-    )
-    return value, log_ratio
-
-
-def _apply(txs, params, opt, grads):
-    changed, states = {}, {}
-    for name in params:
-        updates, states[name] = txs[name].update(grads[name], opt[name], params[name])
-        changed[name] = optax.apply_updates(params[name], updates)
-    return changed, states
