@@ -8,7 +8,7 @@ EXTRAS = {
     "matplotlib": "plot", "tensorboardX": "tb", "wandb": "wandb", "PIL": "emoji",
     "fontTools": "emoji", "libtpu": "tpu", "gymnasium": "rl", "gymnasium_robotics": "rl",
     "mujoco": "rl", "glfw": "rl", "h5py": "rl", "minari": "rl",
-    "tokenizers": "language",
+    "tokenizers": "language", "openai": "language",
 }  # fmt: skip
 
 

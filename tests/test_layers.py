@@ -148,6 +148,7 @@ OWNERS = {
     "PIL": {"data"},
     "fontTools": {"data"},
     "tokenizers": {"data"},
+    "openai": {"data"},
 }
 # What the modules of pure arrays may import at all, besides the standard library.
 OUTSIDE = {
@@ -156,7 +157,7 @@ OUTSIDE = {
     "method": {"jax", "optax"},
     "data": {
         *("PIL", "fontTools", "h5py", "ml_dtypes", "numpy", "safetensors", "scipy"),
-        "tokenizers",
+        *("openai", "tokenizers"),
     },
     "ops": {
         *("chex", "jax", "jaxtyping", "numpy", "scipy"),
