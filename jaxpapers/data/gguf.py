@@ -7,7 +7,7 @@ is read or allocated, and nothing in it names another file.
 import math
 import struct
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -53,9 +53,12 @@ class Gguf:
 
     def __init__(self, path: str | Path) -> None:
         self.path, size = files.check(path)
-        empty: Any = np.zeros(0, np.uint8)
-        self._bytes: Any = np.memmap(self.path, np.uint8, "r") if size else empty
-        self._view, self._at = memoryview(self._bytes), 0
+        # An empty file cannot be mapped.
+        self._bytes: Any = np.zeros(0, np.uint8)
+        if size:
+            self._bytes = np.memmap(self.path, np.uint8, "r")
+        self._view = memoryview(cast(Any, self._bytes))
+        self._at = 0
         if self._take(4) != b"GGUF":
             raise ValueError(f"{self.path}: is no GGUF file")
         version = self._number("<I")

@@ -10,6 +10,7 @@ Kernels are (in, out), stacked over layers by ``nn.scan`` to (L, in, out).
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
@@ -24,7 +25,7 @@ from jaxpapers.nets.rope import Scaling, rope
 
 __all__ = [
     "BIAS_RULES", "RULES", "Cache", "Kind", "RMSNorm", "Stack", "Transformer",
-    "empty_cache", "look_up", "rope",
+    "empty_cache", "look_up", "readout", "rope",
 ]  # fmt: skip
 
 # FSDP over `data`, tensor parallel over `model`: each matrix uses both axes.
@@ -253,3 +254,17 @@ class Transformer(nn.Module):
     def init_cache(self, batch: int, length: int) -> Cache:
         """Empty cache for ``length`` positions of ``batch`` sequences."""
         return empty_cache(self.kind, self.layers, self.width, batch, length)
+
+
+def readout(
+    net: Transformer, params: Mapping[str, Any], x: Float[Array, "*rows D"]
+) -> Float[Array, "*rows V"]:
+    """float32 logits of states after the final norm, as ``Transformer`` computes them.
+
+    For the few states of which logits are wanted; see ``hidden`` of a call.
+    """
+    if net.tied:
+        matrix = params["embed"]["embedding"].T
+    else:
+        matrix = params["head"]["kernel"]
+    return (x.astype(net.dtype) @ matrix.astype(net.dtype)).astype(jnp.float32)

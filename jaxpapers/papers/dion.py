@@ -34,7 +34,7 @@ from jaxtyping import Array, Int, Key
 
 from jaxpapers import optim, options
 from jaxpapers.method import Method, Replicas, State, gradient, param_spec
-from jaxpapers.nets import transformer
+from jaxpapers.nets import decoding, transformer
 from jaxpapers.ops.means import weighted_mean
 from jaxpapers.optim import DimensionNumbers, routing
 
@@ -173,26 +173,10 @@ def sampler(
             "sampler needs a prompt of one token or more, length >= 1 and temperature "
             f">= 0, got {prompt.shape[1]}, {length}, {temperature}"
         )
-    model = network(net)
-    apply = functools.partial(model.apply, {"params": params})
-    cache = model.init_cache(prompt.shape[0], prompt.shape[1] + length)
-    logits, cache = apply(prompt, cache)
-
-    def draw(logits, key):
-        logits = logits[:, 0, :vocab_size]
-        if temperature == 0:
-            return logits.argmax(-1)
-        return jax.random.categorical(key, logits / temperature)
-
-    def body(carry, key):
-        logits, cache = carry
-        token = draw(logits, key)
-        return apply(token[:, None], cache), token
-
-    _, tokens = jax.lax.scan(
-        body, (logits[:, -1:], cache), jax.random.split(key, length)
+    drawn = decoding.Options(
+        length=length, temperature=temperature, vocab_size=vocab_size
     )
-    return tokens.T.astype(jnp.int32)
+    return decoding.generate(network(net), params, prompt, key, options=drawn).tokens
 
 
 def rank_schedule(config: Any) -> list[tuple[int, float]]:

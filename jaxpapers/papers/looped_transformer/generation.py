@@ -1,9 +1,10 @@
 """Answers as tokens: all at once, or one after the other."""
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxpapers.nets.decoding import Options
+from jaxpapers.nets.decoding import decode as decode_tokens
 from jaxpapers.nets.transformer import empty_cache
 from jaxpapers.ops.algorithmic import EOS, QUERY_END
 from jaxpapers.papers.looped_transformer.network import (
@@ -78,14 +79,10 @@ def generate_ntp(
             h, cache = stack(net).apply(layers, z, cache)
             h = normalised(params, h, net) if net.norm_in_loop else h
             new.append(cache)
-        return readout(params, h[:, -1:], net), new
-
-    def body(carry, _):
-        token, caches = carry
-        y, caches = logits(token, caches)
-        return (y.argmax(-1).astype(jnp.int32), caches), token
+        return readout(params, h[:, -1:], net)[:, 0], new
 
     y, caches = logits(prompt, caches)
-    first = y.argmax(-1).astype(jnp.int32)
-    (last, _), tokens = jax.lax.scan(body, (first, caches), None, length - 1)
-    return jnp.concatenate([tokens[:, :, 0], last[:, 0][None]]).T
+    return decode_tokens(
+        lambda token, caches: logits(token[:, None], caches), y, caches,
+        options=Options(length=length),
+    ).tokens  # fmt: skip
