@@ -1,0 +1,228 @@
+"""Regressions: identities, closed forms, refusals, resampling."""
+
+import warnings
+
+import jax
+import numpy as np
+import pytest
+
+from jaxpapers.ops import hypothesis
+from jaxpapers.ops import regression as fits
+from jaxpapers.ops.regression import linear, resampling
+from tests.contract import grid
+
+N = 120
+
+
+@pytest.fixture(scope="module")
+def table():
+    rng = np.random.default_rng(3)
+    f, g = rng.integers(0, 5, N), rng.integers(0, 4, N)
+    x = {"a": rng.normal(size=N) + 0.3 * f, "b": rng.normal(size=N)}
+    eta = 0.5 * x["a"] - 0.3 * x["b"] + 0.2 * f - 0.3 * g
+    return {
+        "x": x, "f": f, "g": g, "y": eta + rng.normal(size=N),
+        "count": rng.poisson(np.exp(eta)).astype(float), "cell": f * 4 + g,
+    }  # fmt: skip
+
+
+@pytest.mark.programs(20)  # Six fits of five kinds.
+def test_identities_of_least_squares(table):
+    y, x, effects = table["y"], table["x"], {"f": table["f"], "g": table["g"]}
+    within = fits.ols(y, x, fe=effects)
+    columns = fits.dummies("f", table["f"]) | fits.dummies("g", table["g"])
+    written = fits.ols(y, columns | x)
+    for name in x:
+        np.testing.assert_allclose(
+            within[name]["coef"], written[name]["coef"], rtol=1e-9
+        )
+        np.testing.assert_allclose(within[name]["se"], written[name]["se"], rtol=1e-9)
+    zero = fits.ols(y, x, vcov="HC0")
+    one = fits.ols(y, x, vcov="HC1")
+    np.testing.assert_allclose(one.vcov, zero.vcov * N / (N - 3), rtol=1e-12)
+    alone = fits.ols(y, x, vcov="CRV1", cluster=np.arange(N))
+    np.testing.assert_allclose(alone.vcov, one.vcov, rtol=1e-10)
+    # Residuals are orthogonal, and an effect's means are 0.
+    assert abs(within.residuals @ x["a"]) < 1e-7
+    assert np.abs(np.bincount(table["f"], within.residuals)).max() < 1e-7
+    assert within.stats["r2"] > within.stats["r2_within"] > 0
+
+
+@pytest.mark.programs(20)  # Three fits of other shapes.
+def test_jackknife_is_refitting_without_each_cluster(table):
+    y, x, f = table["y"], table["x"], table["f"]
+    design = np.stack([np.ones(N), *x.values()], 1)
+    beta = np.linalg.lstsq(design, y, rcond=None)[0]
+    apart = [
+        np.linalg.lstsq(design[f != g], y[f != g], rcond=None)[0] - beta
+        for g in range(5)
+    ]
+    total = np.transpose(apart) @ apart
+    fit = fits.ols(y, x, vcov="jackknife", cluster=f)
+    np.testing.assert_allclose(fit.vcov, total * 4 / 5, rtol=1e-9)
+    fit = fits.ols(y, x, vcov="CRV3", cluster=f, df_rule="statsmodels")
+    np.testing.assert_allclose(fit.vcov, total * 5 / 4, rtol=1e-9)
+
+
+@pytest.mark.programs(30)  # Poisson, logit, NB2 and their likelihoods.
+def test_scores_are_zero_at_the_estimates(table):
+    x, y = table["x"], table["count"]
+    effects = {"f": table["f"], "g": table["g"]}
+    fit = fits.ppml(y, x, fe=effects)
+    for column in (*x.values(), *(table["f"] == k for k in range(5))):
+        assert abs(column @ fit.residuals) < 1e-6
+    binary = (y > 1) * 1.0
+    score = fits.logit(binary, x).residuals
+    assert max(abs(score.sum()), abs(score @ x["a"])) < 1e-8
+    over = np.random.default_rng(0).negative_binomial(2, 2 / (2 + np.exp(0.5 * x["a"])))
+    nb = fits.negbin(over, x)
+    mu = over - nb.residuals
+    score = nb.residuals / (1 + nb["alpha"]["coef"] * mu)
+    assert max(abs(score.sum()), abs(score @ x["b"])) < 1e-5
+
+
+def test_counts_that_are_not_overdispersed_fall_back_to_poisson(table):
+    x = {"a": table["x"]["a"]}
+    mean = np.round(np.exp(1 + 0.2 * x["a"]))
+    with pytest.warns(UserWarning, match="not overdispersed"):
+        fit = fits.negbin(mean, x)
+    assert fit["alpha"]["coef"] == 0
+    np.testing.assert_allclose(fit.coef[:2], fits.ppml(mean, x).coef, rtol=1e-6)
+
+
+def test_levels_without_a_positive_outcome_leave(table):
+    y = np.where(table["f"] == 2, 0.0, table["count"])
+    fit = fits.ppml(y, table["x"], fe={"f": table["f"]})
+    kept = table["f"] != 2
+    assert fit.dropped["separated"] == (~kept).sum() and fit.n == kept.sum()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"y": np.ones(N)}, "constant"),
+        ({"cluster": np.zeros(N), "vcov": "CRV1"}, "one cluster"),
+        ({"vcov": "CRV1"}, "needs cluster"),
+        ({"vcov": "HC9"}, "HC9"),
+        ({"df_rule": "r"}, "df_rule"),
+        ({"x": {"a": np.full(N, np.nan)}}, "a 120"),
+        ({"x": {"a": ["?"] * N}}, "a must hold numbers"),
+        ({"x": {"a": np.zeros(3)}}, "one value per row"),
+        ({"missing": "skip"}, "missing"),
+        ({"fe": {"f": np.arange(N)}}, "cannot determine|spanned"),
+        ({"level": 2.0}, "level"),
+    ],
+)
+def test_refusals(table, change, words):
+    arguments = {"y": table["y"], "x": table["x"], **change}
+    with pytest.raises(ValueError, match=words):
+        fits.ols(**arguments)
+
+
+@pytest.mark.programs(20)
+def test_what_is_left_out_is_named_and_counted(table):
+    x = {**table["x"], "twice": 2 * table["x"]["a"] + 1}
+    with pytest.raises(ValueError, match="twice is spanned"):
+        fits.ols(table["y"], x)
+    fit = fits.ols(table["y"], x, collinear="drop")
+    assert fit.names == ("Intercept", "a", "b") and fit.dropped["collinear"] == [
+        "twice"
+    ]
+    y = table["y"].copy()
+    y[:3] = np.nan
+    fit = fits.ols(y, table["x"], missing="drop")
+    assert fit.n == N - 3 and fit.dropped["missing_by_column"] == {"the outcome": 3}
+    alone = np.append(table["f"][:-1], 99)
+    fit = fits.ols(table["y"], table["x"], fe={"f": alone}, singletons="drop")
+    assert fit.n == N - 1 and fit.dropped["singletons"] == 1
+    for call, words in (
+        (lambda: fits.ppml(-table["count"], table["x"]), "counts must be >= 0"),
+        (lambda: fits.logit(table["count"], table["x"]), "outcomes 0 and 1"),
+        (lambda: fits.logit((x["a"] > 0) * 1.0, {"a": x["a"]}), "separate"),
+    ):
+        with pytest.raises(ValueError, match=words), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            call()
+
+
+def test_wild_bootstrap_enumerates_signs(table, key):
+    """By hand: the t of y* = restricted fit + signs times its residuals."""
+    y, x, g = table["y"], table["x"], table["f"]
+    wild = fits.wild_bootstrap(key, y, x, "b", cluster=g, replicates=32)
+    assert wild.replicates == 32
+    z = np.stack([np.ones(N), x["a"], x["b"]], 1)
+    rest = z[:, :2]
+    fitted = rest @ np.linalg.lstsq(rest, y, rcond=None)[0]
+    bread = np.linalg.inv(z.T @ z)
+
+    def t_of(v):
+        beta = bread @ z.T @ v
+        s = np.stack([z[g == k].T @ (v - z @ beta)[g == k] for k in range(5)])
+        return beta[2] / np.sqrt((bread @ s.T @ s @ bread)[2, 2])
+
+    signs = [[1 - 2 * (i >> (4 - k) & 1) for k in range(5)] for i in range(32)]
+    draws = [t_of(fitted + (y - fitted) * np.array(s)[g]) for s in signs]
+    scale = np.sqrt(5 / 4 * (N - 1) / (N - 3))
+    np.testing.assert_allclose(wild.draws, np.array(draws) / scale, rtol=1e-8)
+    far = np.abs(draws) >= abs(t_of(y)) * (1 - 1e-9)
+    assert wild.p == far.mean()
+
+
+@pytest.mark.programs(40)  # Bootstraps on three meshes, and refits.
+def test_bootstrap_is_a_loop_of_refits_on_every_mesh(table, key):
+    y, x, count = table["y"], np.stack([*table["x"].values()], 1), table["count"]
+    z = np.concatenate([np.ones((N, 1)), x], 1)
+    effects = (table["f"], table["g"])
+    draws = fits.bootstrap_ols(key, y, z, 16)
+    poisson = fits.bootstrap_ppml(key, count, x, effects, 16)
+    rows = [
+        jax.random.randint(jax.random.fold_in(key, i), (N,), 0, N) for i in range(2)
+    ]
+    for i, r in enumerate(map(np.asarray, rows)):
+        expected = np.linalg.lstsq(z[r], y[r], rcond=None)[0]
+        np.testing.assert_allclose(draws[i], expected, rtol=1e-8)
+        fe = {"f": table["f"][r], "g": table["g"][r]}
+        fit = fits.ppml(count[r], {"a": x[r, 0], "b": x[r, 1]}, fe=fe)
+        np.testing.assert_allclose(poisson[i], fit.coef, rtol=1e-6)
+    for name in ("8x1", "4x2"):
+        on = {"mesh": grid(name)}
+        np.testing.assert_allclose(
+            fits.bootstrap_ols(key, y, z, 16, **on), draws, rtol=1e-12
+        )
+    np.testing.assert_allclose(
+        fits.bootstrap_ppml(key, count, x, effects, 16, mesh=grid("4x2")), poisson,
+        rtol=1e-9,
+    )  # fmt: skip
+
+
+def test_bootstrap_and_permutations_of_a_statistic(table, key):
+    y, f = table["y"], table["f"]
+    draws = fits.bootstrap(key, lambda v: v.mean(), y, 400)
+    assert draws.std() == pytest.approx(y.std() / N**0.5, rel=0.15)
+    statistic = hypothesis.correlation
+    r, p, null = fits.permutation_test(key, statistic, table["x"]["a"], y, 199)
+    assert r == pytest.approx(np.corrcoef(table["x"]["a"], y)[0, 1], rel=1e-9)
+    assert p == 1 / 200 and abs(null.mean()) < 0.05
+    # Within levels of a column, the column does not move.
+    _, p, null = fits.permutation_test(key, statistic, f * 1.0, y, 19, within=f)
+    assert p == 1 and np.ptp(null) < 1e-12
+
+
+def test_small_systems(key):
+    rng = np.random.default_rng(0)
+    a = rng.normal(size=(6, 5, 5))
+    a = a @ a.transpose(0, 2, 1)
+    a[3, :, 0] = a[3, 0] = 0
+    b = rng.normal(size=(6, 5))
+    with jax.enable_x64(True):
+        x = np.asarray(jax.jit(resampling._solve)(a, b))
+    assert np.isnan(x[3]).all()
+    good = [0, 1, 2, 4, 5]
+    expected = np.linalg.solve(a[good], b[good][..., None])[..., 0]
+    np.testing.assert_allclose(x[good], expected, rtol=1e-8)
+
+
+def test_vif_by_hand(table):
+    x = table["x"]
+    r = np.corrcoef(x["a"], x["b"])[0, 1]
+    assert linear.vif(x)["a"] == pytest.approx(1 / (1 - r**2), rel=1e-10)
