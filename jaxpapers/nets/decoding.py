@@ -206,7 +206,7 @@ def draw(
             f"vocab_size {options.vocab_size} exceeds the {logits.shape[-1]} logits"
         )
     logits = logits[:, : options.vocab_size]
-    if options.temperature == 0:
+    if options.temperature == 0 or key is None:
         return logits.argmax(-1).astype(jnp.int32)
     logits = logits / options.temperature
     kept = jnp.ones((), bool)
@@ -258,8 +258,7 @@ def prefill(
         whole = {k: v for k, v in params.items() if k not in ("each", "stacked")}
         whole["layers"] = stacked
         cache = jax.tree.map(_over_layers, net.init_cache(rows, room))
-        x, cache = net.apply({"params": whole}, prompt, cache, positions=positions,
-                             mask=keys, hidden=True)  # fmt: skip
+        x, cache = _apply(net, whole, prompt, cache, positions=positions, mask=keys)
         caches: Any = cache
         if layers is not None:
             caches = tuple((cache.key[i], cache.value[i]) for i in range(net.layers))
@@ -277,8 +276,9 @@ def prefill(
         # Without padding all rows are at one position: fewer angles to compute.
         at = (before + i)[None] if seen is None else (offset + i)[:, None]
         if layers is None:
-            x, caches = net.apply({"params": params}, token[:, None], caches,
-                                  positions=at, mask=mask, hidden=True)  # fmt: skip
+            x, caches = _apply(
+                net, params, token[:, None], caches, positions=at, mask=mask
+            )
         else:
             x, caches = _blocks(
                 net, params, token[:, None], caches, before + i, at, mask
@@ -325,8 +325,7 @@ def token_log_probs(
         positions = jnp.maximum(jnp.cumsum(mask, 1) - 1, 0).astype(jnp.int32)[:, :-1]
         wide = (mask.shape[0], mask.shape[1] - 1, mask.shape[1] - 1)
         keys = jnp.broadcast_to(mask[:, None, :-1], wide)
-    x = net.apply({"params": params}, tokens[:, :-1], positions=positions, mask=keys,
-                  hidden=True)  # fmt: skip
+    x = _apply(net, params, tokens[:, :-1], positions=positions, mask=keys)
     rows, targets = x.reshape(-1, x.shape[-1]), tokens[:, 1:].reshape(-1)
     extra = -len(rows) % min(chunk, len(rows))
     rows = jnp.pad(rows, ((0, extra), (0, 0)))
@@ -345,6 +344,11 @@ def token_log_probs(
     if mask is None:
         return values
     return jnp.where(mask[:, 1:] & mask[:, :-1], values, 0.0)
+
+
+def _apply(net, params, *args, **kwargs) -> Any:
+    """States after the final norm; with a cache, it too."""
+    return net.apply({"params": params}, *args, hidden=True, **kwargs)
 
 
 def _blocks(net, params, tokens, caches, start, positions, mask):
