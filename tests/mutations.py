@@ -589,6 +589,46 @@ GPPSTD = [
     ),
 ]
 
+R3_VAE = [
+    # What is left is orthogonal to the reference.
+    (
+        "jaxpapers/ops/vector_quantization.py",
+        "return alpha, x - alpha[:, None] * r[None]",
+        "return alpha, x + alpha[:, None] * r[None]",
+        ["tests/ops/test_vector_quantization.py::test_the_projection"],
+    ),
+    # Pairs of different items only.
+    (
+        "jaxpapers/ops/semantic_ids.py",
+        "each = (jnp.square(sums).sum(-1) - n) / pairs",
+        "each = jnp.square(sums).sum(-1) / pairs",
+        ["tests/ops/test_semantic_ids.py::test_cohesion_as_the_loop_over_pairs"],
+    ),
+    # Cohesion is to rise.
+    (
+        "jaxpapers/papers/r3_vae/tokenizer.py",
+        "value = error - options.sc * sc",
+        "value = error + options.sc * sc",
+        [
+            "tests/papers/test_r3_vae.py::test_the_loss_as_in_numpy_and_its_gradient_by_differences"
+        ],
+    ),
+    # A branch of forbidden items takes no place in the beam.
+    (
+        "jaxpapers/ops/trie.py",
+        "valid &= left > 0",
+        "valid &= left >= 0",
+        ["tests/ops/test_trie.py::test_forbidden_branches_take_no_place_in_the_beam"],
+    ),
+    # What a centre has moved is added to the bound.
+    (
+        "jaxpapers/ops/lloyd.py",
+        "upper = s.upper + shift[s.labels]",
+        "upper = s.upper - shift[s.labels]",
+        ["tests/ops/test_kmeans.py::test_bounds_change_no_assignment"],
+    ),
+]
+
 MUTATIONS = [
     Mutation(paper, *row)
     for paper, rows in {
@@ -611,6 +651,7 @@ MUTATIONS = [
         "looped_transformer": LOOPED_TRANSFORMER,
         "mpc_psrl": MPC_PSRL,
         "coda": CODA,
+        "r3_vae": R3_VAE,
     }.items()
     for row in rows
 ]

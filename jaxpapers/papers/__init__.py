@@ -179,6 +179,17 @@ NAMES: dict[str, Paper] = {
         "reinforcement learning",
         "a point mass to three rooms of a maze, from random walks",
     ),
+    "r3_vae": Paper(
+        "R3-VAE: Reference Vector-Guided Rating Residual Quantization VAE for Generative "
+        "Recommendation",
+        "Wan, Qiang and Yang, Ze and Yang, Dawei and Fan, Ying and Yan, Xin and Liu, "
+        "Siyang",
+        2026,
+        "2604.11440",
+        "recommendation",
+        "semantic IDs of a generated catalogue and the next item by generating them; a "
+        "reconstruction",
+    ),
 }
 
 
