@@ -170,14 +170,16 @@ class Windows:
         ]
         users = np.searchsorted(self._ends, places, side="right")
         windows = [
-            padded(self.items[u][: self._end(u, p - self._first[u])], self.length)
+            padded(
+                self.items[u][: self._end(int(u), int(p - self._first[u]))], self.length
+            )
             for u, p in zip(users, places)
         ]
         return {"items": np.stack(windows), "user": users.astype(np.int32)}
 
     def _end(self, user: int, place: int) -> int:
         """Windows end at each item of a long sequence, and at the end of a short one."""
-        return max(int(place) + 1, min(len(self.items[user]), self.length))
+        return max(place + 1, min(len(self.items[user]), self.length))
 
 
 def popularity(items: Sequence[np.ndarray], count: int) -> np.ndarray:

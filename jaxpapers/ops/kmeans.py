@@ -57,7 +57,7 @@ class Options:
     restarts: int = 1
     balanced: bool = False
     temperature: float = 0.02
-    sinkhorn: int = 30
+    sinkhorn: int = 40
     sample: int = 64
     chunk: int = 2048
 
@@ -77,7 +77,8 @@ class KMeans(NamedTuple):
       centres: (K, D).
       labels: (N,), the centre of each point.
       inertia: J of the centres and the labels.
-      history: J after each assignment, the last one repeated where Lloyd ended early.
+      history: J after each assignment, from the sums of the clusters and so exact to
+        rounding of the points' total; the last one is repeated where Lloyd ended early.
     """
 
     centres: Any
@@ -246,7 +247,7 @@ def _once(key, x, weight, clusters, options, chunk, total, axis) -> KMeans:
     points = lloyd.Points(x, weight, squares, total, chunk, axis)
     centres = _plus_plus(key, x, weight, clusters, options, total, axis)
     found = lloyd.run(points, centres, options)
-    value = lloyd.objective(points, found)
+    value = _sum(lloyd.own_distance(points, found).sum(), axis)
     return KMeans(found.centres + mean[None], found.labels, value, found.history)
 
 

@@ -263,18 +263,21 @@ def prices(points: Points, centres: Any, options: Any) -> jax.Array:
     x, weight, total, axis = points.x, points.weight, points.total, points.axis
     cost = points.squares[:, None] + gap(x, centres)
     mean = _sum((cost * weight[:, None]).sum(), axis) / (total * len(centres))
-    scaled = -cost / (options.temperature * jnp.maximum(mean, 1e-30))
+    mean = jnp.maximum(mean, 1e-30)
     target = math.log(total / len(centres))
     absent = jnp.where(weight > 0, 0.0, -jnp.inf)
+    # The temperature falls over three quarters of the iterations: prices of clusters far
+    # apart then need few.
+    fall = 1 / max(1, 3 * options.sinkhorn // 4 - 1)
 
-    def body(_, price):
-        row = jax.nn.logsumexp(scaled + price[None], axis=1)
-        return target - _logsumexp(scaled - row[:, None] + absent[:, None], axis)
+    def body(i, price):
+        share = jnp.minimum(i * fall, 1.0)
+        eps = mean * options.temperature**share
+        row = jax.nn.logsumexp((price[None] - cost) / eps, axis=1)
+        column = -cost / eps - row[:, None] + absent[:, None]
+        return eps * (target - _logsumexp(column, axis))
 
-    price = lax.fori_loop(
-        0, options.sinkhorn, body, jnp.zeros(len(centres), scaled.dtype)
-    )
-    return price * options.temperature * jnp.maximum(mean, 1e-30)
+    return lax.fori_loop(0, options.sinkhorn, body, jnp.zeros(len(centres), cost.dtype))
 
 
 def _logsumexp(x, axis):

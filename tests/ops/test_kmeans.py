@@ -27,7 +27,7 @@ def test_the_objective_never_rises_and_is_that_of_the_labels():
     distance = np.square(x[:, None] - found.centres[None]).sum(-1)
     np.testing.assert_array_equal(found.labels, distance.argmin(1))
     np.testing.assert_allclose(found.inertia, distance.min(1).sum(), rtol=1e-5)
-    np.testing.assert_allclose(found.history[-1], found.inertia, rtol=1e-5)
+    np.testing.assert_allclose(found.history[-1], found.inertia, rtol=1e-4)
     for k in range(9):
         members = x[found.labels == k]
         assert len(members)
@@ -118,7 +118,7 @@ def test_split_over_devices_as_on_one():
         np.testing.assert_allclose(many.inertia, one.inertia, rtol=1e-5)
 
 
-@pytest.mark.programs(16)
+@pytest.mark.programs(20)  # k-means of two widths, and residuals without a jit.
 def test_residual_and_product_codes_are_sums_of_codes():
     x = RNG.normal(size=(200, 6)).astype(np.float32)
     options = kmeans.Options(iterations=5)

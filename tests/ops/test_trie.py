@@ -17,20 +17,8 @@ def random_sids(rng, n, codes, levels, unique=True):
     return rng.permutation(sid)[:n].astype(np.int32)
 
 
-def tabled(log_probs, sid):
-    """A step whose log-probabilities are those of a table of prefixes, by hashing."""
-
-    def step(carry, parent, code, depth):
-        # (B, W) numbers of prefixes, base 10.
-        before = jnp.take_along_axis(carry, parent, 1)
-        prefix = before * 10 + code
-        return prefix, log_probs[depth][prefix]
-
-    return step
-
-
 def test_search_with_a_wide_beam_is_the_exhaustive_ranking():
-    """Fifty random tries, with and without forbidden items."""
+    """Fifty random tries by one program, half of them with forbidden items."""
     codes, levels, batch, n = 5, 3, 2, 20
     tables = [RNG.normal(size=(10**d, codes)) for d in range(levels)]
     tables = [
@@ -38,44 +26,47 @@ def test_search_with_a_wide_beam_is_the_exhaustive_ranking():
         for t in tables
     ]
 
-    def search(trie, width, allowed=None):
-        start = jnp.tile(jnp.asarray(tables[0]), (batch, 1))
-        step = tabled([jnp.asarray(t) for t in tables], None)
-        carry = jnp.zeros((batch, 1), jnp.int32)
-        return tries.beam_search(start, step, carry, trie, width, allowed)
+    def step(carry, parent, code, depth):
+        # (B, W) prefixes as decimal numbers, rows of a table.
+        prefix = jnp.take_along_axis(carry, parent, 1) * 10 + code
+        return prefix, jnp.asarray(tables[depth])[prefix]
 
-    # One program: the arrays of every trie padded to one shape would be another test,
-    # so that the searches run without compilation.
-    with jax.disable_jit():
-        for case in range(50):
-            rng = np.random.default_rng(case)
-            sid = random_sids(rng, n, codes, levels)
-            trie = tries.build(sid)
-            score = np.zeros(n)
-            for d in range(levels):
-                prefix = (sid[:, :d] * 10 ** np.arange(d)[::-1]).sum(1)
-                score += tables[d][prefix.astype(int), sid[:, d]]
-            allowed = rng.random((batch, n)) < (0.6 if case % 2 else 1.1)
-            given = jnp.asarray(allowed[:, trie.items]) if case % 2 else None
-            found = search(trie, n, given)
-            items, values = tries.items_of(found, trie, n)
-            for row in range(batch):
-                order = np.argsort(
-                    np.where(allowed[row], -score, np.inf), kind="stable"
-                )
-                order = order[: allowed[row].sum()]
-                np.testing.assert_array_equal(items[row, : len(order)], order)
-                np.testing.assert_allclose(
-                    values[row, : len(order)], score[order], rtol=1e-5
-                )
-                assert (items[row, len(order) :] == -1).all()
-            narrow, best = tries.items_of(search(trie, 4, given), trie, 4)
-            assert set(narrow.ravel()) <= {-1, *range(n)}
-            assert (best[:, 0] <= values[:, 0] + 1e-6).all()
-            if case % 2:
-                kept = narrow[narrow >= 0]
-                rows = np.nonzero(narrow >= 0)[0]
-                assert allowed[rows, kept].all()
+    @jax.jit
+    def search(trie, allowed):
+        start = jnp.tile(jnp.asarray(tables[0]), (batch, 1))
+        carry = jnp.zeros((batch, 1), jnp.int32)
+        return [
+            tries.beam_search(
+                start, step, carry, trie, width, allowed, [codes] * levels
+            )
+            for width in (n, 4)
+        ]
+
+    for case in range(50):
+        rng = np.random.default_rng(case)
+        sid = random_sids(rng, n, codes, levels)
+        trie = tries.build(sid)
+        score = np.zeros(n)
+        for d in range(levels):
+            prefix = (sid[:, :d] * 10 ** np.arange(d)[::-1]).sum(1)
+            score += tables[d][prefix.astype(int), sid[:, d]]
+        allowed = rng.random((batch, n)) < (0.6 if case % 2 else 1.1)
+        wide, narrow = search(tries.padded(trie, n), allowed[:, trie.items])
+        items, values = tries.items_of(wide, trie, n)
+        for row in range(batch):
+            order = np.argsort(np.where(allowed[row], -score, np.inf), kind="stable")
+            order = order[: allowed[row].sum()]
+            np.testing.assert_array_equal(items[row, : len(order)], order)
+            np.testing.assert_allclose(
+                values[row, : len(order)], score[order], rtol=1e-5
+            )
+            assert (items[row, len(order) :] == -1).all()
+        few, best = tries.items_of(narrow, trie, 4)
+        rows, places = np.nonzero(few >= 0)
+        assert allowed[rows, few[rows, places]].all()
+        np.testing.assert_allclose(
+            best[rows, places], score[few[rows, places]], rtol=1e-5
+        )
 
 
 def test_forbidden_branches_take_no_place_in_the_beam():

@@ -313,21 +313,24 @@ def test_beam_search_is_the_exhaustive_ranking(tied):
 def test_padding_and_later_items_change_nothing():
     table = np.stack(np.unravel_index(np.arange(18), SIZES), 1).astype(np.int32)
     params = params_like(lambda key: retrieval.init(key, NET, SIZES), KEY)
-    user = np.zeros(1, np.int32)
 
-    def values(params):
+    def values(params, table, user):
         def log_probs(items):
             items = jnp.asarray([items], jnp.int32)
             own = {"net": NET, "sizes": SIZES}
             return retrieval.log_probs(params, table, items, user, **own)[0]
 
         batch = {"items": jnp.asarray([[-1, 5, 2]], jnp.int32), "user": user}
-        loss = retrieval.loss(params, {"sid": table}, batch, KEY, net=NET, sizes=SIZES)
+        loss = retrieval.loss(
+            params, {"sid": table}, batch, jax.random.key(0), net=NET, sizes=SIZES
+        )
         return (
             log_probs([5, 2]), log_probs([-1, -1, 5, 2]), log_probs([5, 9]), loss
         )  # fmt: skip
 
-    two, padded, other, (loss, (metrics, _)) = together(values, params)
+    two, padded, other, (loss, (metrics, _)) = together(
+        values, params, table, np.zeros(1, np.int32)
+    )
     np.testing.assert_allclose(padded[2:], two, atol=1e-5)
     np.testing.assert_allclose(other[0], two[0], atol=1e-6)
     assert np.abs(other[1] - two[1]).max() > 1e-3

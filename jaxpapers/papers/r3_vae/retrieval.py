@@ -80,15 +80,17 @@ def first_tokens(user: Int[Array, " B"], net: Net, sizes: Sequence[int]):
 
 
 def _inputs(items, user, table, net, sizes, drop: int = 0):
-    """Tokens, their positions, and which of them are real.
+    """Tokens, their positions, and which of them are seen.
 
-    ``drop``: codes at the end that are left out.
+    The first token stands right before the first item, so that this item is predicted
+    from it however long the padding is. ``drop``: codes at the end that are left out.
     """
     places = len(sizes)
-    tokens = tokens_of(items, table, sizes)
-    tokens = jnp.concatenate([first_tokens(user, net, sizes)[:, None], tokens], 1)
+    first = first_tokens(user, net, sizes)[:, None]
     real = jnp.repeat(items != NONE, places, axis=1)
-    real = jnp.concatenate([jnp.ones((len(items), 1), bool), real], 1)
+    tokens = jnp.where(real, tokens_of(items, table, sizes), first)
+    tokens = jnp.concatenate([first, tokens], 1)
+    real = jnp.concatenate([real, jnp.ones((len(items), 1), bool)], 1)
     positions = jnp.cumsum(real, 1, dtype=jnp.int32) - 1
     keep = tokens.shape[1] - drop
     return tokens[:, :keep], positions[:, :keep], real[:, :keep]
@@ -114,7 +116,7 @@ def log_probs(
     Args:
       params: of ``init``.
       table: SIDs.
-      items: of users, in time order, padded on the left by ``NONE``.
+      items: of users, in time order, padded on the left (only there) by ``NONE``.
       user: numbers of the users.
       net: options.
       sizes: codes of each place.
