@@ -424,6 +424,37 @@ DNW = [
     ),
 ]
 
+REJUMP = [
+    # The same leaf again is a visit once it was left by more than a check.
+    (
+        "jaxpapers/papers/rejump/tree_walk.py",
+        "kept = is_leaf & ((leaf != walk.leaf) | moved)",
+        "kept = is_leaf & (leaf != walk.leaf)",
+        ["tests/papers/test_rejump.py::test_metrics_by_hand"],
+    ),
+    # Visits after the first correct one, without it.
+    (
+        "jaxpapers/papers/rejump/tree_walk.py",
+        "over = jnp.where(right > 0, total - 1 - first, 0)",
+        "over = jnp.where(right > 0, total - first, 0)",
+        ["tests/papers/test_rejump.py::test_recorded_metrics"],
+    ),
+    # Matching costs 1 where either text is empty.
+    (
+        "jaxpapers/papers/rejump/edit_distance.py",
+        "match += jnp.where(trees, blank | empty, within)",
+        "match += jnp.where(trees, blank & empty, within)",
+        ["tests/papers/test_rejump.py::test_edit_distance_by_definition"],
+    ),
+    # The divergence is the mean of two.
+    (
+        "jaxpapers/papers/rejump/similarity.py",
+        "q * jnp.log2(q / middle)).sum(-1) / 2",
+        "q * jnp.log2(q / middle)).sum(-1)",
+        ["tests/papers/test_rejump.py::test_recorded_metrics"],
+    ),
+]
+
 NUCLEAR_NORM = [
     # The polar factor: its singular values are 1, not those of the features.
     (
@@ -645,6 +676,7 @@ MUTATIONS = [
         "rocket": ROCKET,
         "defer": DEFER,
         "dnw": DNW,
+        "rejump": REJUMP,
         "nuclear_norm": NUCLEAR_NORM,
         "poem": POEM,
         "gppstd": GPPSTD,

@@ -161,6 +161,17 @@ NAMES: dict[str, Paper] = {
         "reinforcement learning",
         "two agents find the reward of a Deep Sea of 5 x 5",
     ),
+    "rejump": Paper(
+        "ReJump: A Tree-Jump Representation for Analyzing and Improving LLM Reasoning",
+        "Zeng, Yuchen and Zhang, Shuibai and Kang, Wonjun and Wu, Shutong and Zou, "
+        "Lynnix and Fan, Ying and Kim, Heeju and Lin, Ziqian and Kim, Jungtaek and Koo, "
+        "Hyung Il and Papailiopoulos, Dimitris and Lee, Kangwook",
+        2025,
+        "2512.00831",
+        "language models",
+        "search traces of twelve puzzles and their metrics",
+        trained=False,
+    ),
     "dnw": Paper(
         "Efficient learning strategy of Chinese characters based on network approach",
         "Yan, Xiaoyong and Fan, Ying and Di, Zengru and Havlin, Shlomo and Wu, Jinshan",

@@ -47,17 +47,13 @@ from jaxpapers.papers.rejump.export import (
     to_mermaid,
     to_svg,
 )
-from jaxpapers.papers.rejump.extract import extract
+from jaxpapers.papers.rejump.extraction import extract
 from jaxpapers.papers.rejump.game24 import is_correct, puzzles, reference_correct
-from jaxpapers.papers.rejump.measure import Measures, measure, similarities
-from jaxpapers.papers.rejump.metrics import (
-    NAMES,
-    Metrics,
-    filtered_leaf_mask,
-    metrics,
-    pairwise_distance,
-    tree_info,
-    visits,
+from jaxpapers.papers.rejump.measures import (
+    Measures,
+    measure,
+    similar_walks,
+    similarities,
 )
 from jaxpapers.papers.rejump.search import STRATEGIES, Options, label, run, sample
 from jaxpapers.papers.rejump.selection import (
@@ -70,6 +66,7 @@ from jaxpapers.papers.rejump.similarity import transition_matrix, walk_similarit
 from jaxpapers.papers.rejump.text import is_search_text, read, render
 from jaxpapers.papers.rejump.trace import (
     CATEGORIES,
+    TOLERABLE,
     Issue,
     Node,
     Step,
@@ -79,14 +76,25 @@ from jaxpapers.papers.rejump.trace import (
     to_dict,
     validate,
 )
+from jaxpapers.papers.rejump.tree_walk import (
+    NAMES,
+    Metrics,
+    filtered_leaf_mask,
+    metrics,
+    pairwise_distance,
+    tree_info,
+    visits,
+)
 
 __all__ = [
-    "CATEGORIES", "NAMES", "STRATEGIES", "Fit", "Interval", "Issue", "Measures",
+    "CATEGORIES", "NAMES", "STRATEGIES", "TOLERABLE",
+    "Fit", "Interval", "Issue", "Measures",
     "Metrics", "Node", "Options", "Step", "Trace", "TraceBatch", "TraceError",
     "best_of_n", "bootstrap", "extract", "filtered_leaf_mask", "fit", "is_correct",
     "is_search_text", "label", "log_probability", "measure", "metrics",
     "pairwise_distance", "parse_trace", "puzzles", "read", "reference_correct", "render",
-    "run", "sample", "select_prompt", "similarities", "size", "to_arrays", "to_dict",
+    "run", "sample", "select_prompt", "similar_walks", "similarities", "size",
+    "to_arrays", "to_dict",
     "to_dot", "to_html", "to_json", "to_mermaid", "to_svg", "transition_matrix",
     "tree_edit_distances", "tree_info", "tree_similarity", "validate", "visits",
     "walk_similarity",

@@ -13,16 +13,16 @@ from jaxpapers.papers.rejump.edit_distance import (
     tree_edit_distances,
     tree_similarity,
 )
-from jaxpapers.papers.rejump.metrics import NAMES, Metrics, metrics
 from jaxpapers.papers.rejump.similarity import transition_matrix, walk_similarity
 from jaxpapers.papers.rejump.trace import Trace
+from jaxpapers.papers.rejump.tree_walk import NAMES, Metrics, metrics
 
 
 class Measures(NamedTuple):
     """Metrics of traces, on the host.
 
     Attributes:
-      values: (T, 6), in the order of ``metrics.NAMES``.
+      values: (T, 6), in the order of ``tree_walk.NAMES``.
       known: (T, 6), where they are defined; values are 0 elsewhere.
       no_calculation_edge: (T,).
       transitions: (T, 3, 3), see ``transition_matrix``.
@@ -102,5 +102,12 @@ def similarities(
     edits = tree_edit_distances(a, b, mesh)
     trees = tree_similarity(edits, [size(x) for x in a], [size(x) for x in b])
     matrices = measure([*a, *b], mesh).transitions
-    walks = jax.jit(walk_similarity)(matrices[: len(a)], matrices[len(a) :])
-    return trees, np.asarray(walks)
+    return trees, similar_walks(matrices[: len(a)], matrices[len(a) :])
+
+
+_similar = jax.jit(walk_similarity)
+
+
+def similar_walks(p: np.ndarray, q: np.ndarray) -> np.ndarray:
+    """``walk_similarity`` of matrices on the host, (P,), in one program."""
+    return np.asarray(_similar(p, q))
