@@ -306,7 +306,7 @@ def token_log_probs(
     tokens: Int[Array, "B T"],
     mask: Bool[Array, "B T"] | None = None,
     *,
-    chunk: int = 256,
+    chunk: int = 64,
 ) -> Float[Array, "B T-1"]:
     """Log-probability of each token after the first, given those before it.
 
@@ -314,7 +314,7 @@ def token_log_probs(
 
     Args:
       net: the model.
-      params: of it, stacked.
+      params: of it, stacked or ``unstacked``.
       tokens: ids.
       mask: of real tokens; those after padding on the left count from the first real one.
         A token that is padding, or follows padding, has log-probability 0.
@@ -325,7 +325,11 @@ def token_log_probs(
         positions = jnp.maximum(jnp.cumsum(mask, 1) - 1, 0).astype(jnp.int32)[:, :-1]
         wide = (mask.shape[0], mask.shape[1] - 1, mask.shape[1] - 1)
         keys = jnp.broadcast_to(mask[:, None, :-1], wide)
-    x = _apply(net, params, tokens[:, :-1], positions=positions, mask=keys)
+    if "each" in params:
+        start, none = jnp.zeros((), jnp.int32), ((),) * net.layers
+        x, _ = _blocks(net, params, tokens[:, :-1], none, start, positions, keys)
+    else:
+        x = _apply(net, params, tokens[:, :-1], positions=positions, mask=keys)
     rows, targets = x.reshape(-1, x.shape[-1]), tokens[:, 1:].reshape(-1)
     extra = -len(rows) % min(chunk, len(rows))
     rows = jnp.pad(rows, ((0, extra), (0, 0)))

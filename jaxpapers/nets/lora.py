@@ -112,6 +112,34 @@ def lora_apply(params: Any, adapters: Any, scale: Any = 1.0) -> dict:
     return unflatten_dict(leaves, sep="/")
 
 
+def lora_dropout(key: Key[Array, ""], adapters: Any, rate: float) -> dict:
+    r"""Adapters some of whose inputs are dropped: rows of ``down`` are zero or scaled up.
+
+    $(m \odot x) D U = x\,(m \odot D)\,U$ for a mask m of inputs: inputs of the adapters
+    are dropped, those of W are not, as in the paper. There each token has a mask of
+    its own; here, where adapters transform parameters, all tokens of a call share one.
+    Every matrix and layer has another.
+
+    Args:
+      key: of the masks.
+      adapters: see ``lora_init``.
+      rate: share of inputs that are dropped; the others are divided by 1 - rate.
+
+    Raises:
+      ValueError: a rate outside [0, 1).
+    """
+    if not 0 <= rate < 1:
+        raise ValueError(f"rate must be in [0, 1), got {rate}")
+    dropped: dict[str, Any] = dict(flatten_dict(adapters, sep="/"))
+    for i, path in enumerate(sorted(dropped)):
+        if rate and path.rpartition("/")[2] == "down":
+            down = dropped[path]
+            draw = jax.random.fold_in(key, i)
+            kept = jax.random.bernoulli(draw, 1 - rate, (*down.shape[:-1], 1))
+            dropped[path] = down * jnp.broadcast_to(kept, down.shape) / (1 - rate)
+    return unflatten_dict(dropped, sep="/")
+
+
 def lora_count(adapters: Any) -> int:
     """Number of adapter parameters: (in + out) r per matrix.
 

@@ -190,8 +190,13 @@ def test_token_log_probs():
     def values(params):
         run = functools.partial(decoding.token_log_probs, net, params)
         logits = net.apply({"params": params}, text)
-        return (jax.nn.log_softmax(logits[:, :-1]), run(text, chunk=7), run(text),
-                run(ids, mask))  # fmt: skip
+        each = decoding.unstacked(net, params)
+        return (
+            jax.nn.log_softmax(logits[:, :-1]),
+            run(text, chunk=7),
+            decoding.token_log_probs(net, each, text),
+            run(ids, mask),
+        )
 
     full, chunked, whole, masked = together(values, params)
     expected = np.take_along_axis(full, PROMPT[:, 1:, None], 2)[..., 0]

@@ -7,7 +7,7 @@ import pytest
 
 from jaxpapers.nets.critic import ConvCritic
 from jaxpapers.nets.denoiser import StepMLP
-from jaxpapers.nets.lora import lora_apply, lora_count, lora_init
+from jaxpapers.nets.lora import lora_apply, lora_count, lora_dropout, lora_init
 from jaxpapers.nets.transformer import Transformer
 from tests.programs import KEY, params_like, together
 
@@ -149,6 +149,34 @@ def test_stacked_layers_have_adapters_of_their_own():
     # Not stacked, the layers are rows of one matrix.
     flat = moved(params, 2, query)["layers"]["attention"]["query"]["kernel"]
     assert flat["down"].shape == (24, 2)
+
+
+def test_dropout_is_of_the_adapters_inputs(key):
+    """x (W + m D U) is x W + (m x) D U, with masks of their own for every layer."""
+    rng = np.random.default_rng(0)
+    params = {"layers": {"kernel": np.zeros((3, 40, 6), np.float32)}}
+    down, up = (rng.normal(size=s).astype(np.float32) for s in ((3, 40, 2), (3, 2, 6)))
+    adapters = {"layers": {"kernel": {"down": down, "up": up}}}
+    x = rng.normal(size=(5, 40)).astype(np.float32)
+
+    def compute(key):
+        dropped = lora_dropout(key, adapters, 0.25)
+        merged = lora_apply(params, dropped)["layers"]["kernel"]
+        return dropped, x @ merged, lora_dropout(key, adapters, 0.0)
+
+    dropped, y, same = together(compute, key)
+    pair = dropped["layers"]["kernel"]
+    np.testing.assert_array_equal(pair["up"], up)
+    mask = pair["down"][..., 0] / down[..., 0]
+    np.testing.assert_allclose(np.unique(mask.round(4)), [0, 1.3333], atol=1e-3)
+    assert 0.1 < (mask == 0).mean() < 0.4
+    assert (mask[0] != mask[1]).any() and (mask[1] != mask[2]).any()
+    expected = (x * mask[:, None]) @ down @ up
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
+    jax.tree.map(np.testing.assert_array_equal, same, adapters)
+    for rate in (1.0, -0.1):
+        with pytest.raises(ValueError, match=r"rate must be in \[0, 1\)"):
+            lora_dropout(key, adapters, rate)
 
 
 def test_half_precision_rounds_once():
