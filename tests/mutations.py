@@ -660,6 +660,37 @@ R3_VAE = [
     ),
 ]
 
+VERSAPRM = [
+    # The logits at the separator itself, right above wrong.
+    (
+        "jaxpapers/papers/versaprm/objective.py",
+        "    margin = logits[..., 1] - logits[..., 0]\n    nats",
+        "    margin = logits[..., 0] - logits[..., 1]\n    nats",
+        ["tests/papers/test_versaprm.py::test_recorded_loss"],
+    ),
+    # Nothing after the first wrong step.
+    (
+        "jaxpapers/papers/versaprm/encoding.py",
+        "count = wrong[0] + 1",
+        "count = wrong[-1] + 1",
+        ["tests/papers/test_versaprm.py::test_recorded_sequences"],
+    ),
+    # Ties go to the answer that was seen first.
+    (
+        "jaxpapers/ops/voting.py",
+        "return right[max(votes, key=lambda a: votes[a])]",
+        "return right[max(reversed(votes), key=lambda a: votes[a])]",
+        ["tests/ops/test_voting.py::test_recorded_curves"],
+    ),
+    # Of a tree the best continuation is kept.
+    (
+        "jaxpapers/papers/versaprm/search.py",
+        "_sorted([next(every) for _ in range(width)], options)[0]",
+        "_sorted([next(every) for _ in range(width)], options)[-1]",
+        ["tests/papers/test_versaprm_search.py::test_trees_of_dvts_do_not_compete"],
+    ),
+]
+
 MUTATIONS = [
     Mutation(paper, *row)
     for paper, rows in {
@@ -681,6 +712,7 @@ MUTATIONS = [
         "poem": POEM,
         "gppstd": GPPSTD,
         "looped_transformer": LOOPED_TRANSFORMER,
+        "versaprm": VERSAPRM,
         "mpc_psrl": MPC_PSRL,
         "coda": CODA,
         "r3_vae": R3_VAE,

@@ -152,6 +152,17 @@ NAMES: dict[str, Paper] = {
         "language models",
         "parity of up to three bits",
     ),
+    "versaprm": Paper(
+        "VersaPRM: Multi-Domain Process Reward Model via Synthetic Reasoning Data",
+        "Zeng, Thomas and Zhang, Shuibai and Wu, Shutong and Classen, Christian and "
+        "Chae, Daewon and Ewer, Ethan and Lee, Minjae and Kim, Heeju and Kang, Wonjun "
+        "and Kunde, Jackson and Fan, Ying and Kim, Jungtaek and Koo, Hyung Il and "
+        "Ramchandran, Kannan and Papailiopoulos, Dimitris and Lee, Kangwook",
+        2025,
+        "2502.06737",
+        "language models",
+        "rewards of steps in arithmetic and logic",
+    ),
     "gppstd": Paper(
         "Efficient Model-Free Reinforcement Learning Using Gaussian Process "
         "(reconstructed)",

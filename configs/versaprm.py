@@ -1,0 +1,111 @@
+"""Process reward models of several domains on solutions with exact labels.
+
+    jaxpapers run versaprm           multi-domain and math-only models, seconds of search
+    jaxpapers run versaprm:smoke     a few steps
+    jaxpapers run versaprm:paper     the paper's sizes (an accelerator)
+
+The fields of the group ``net`` are described at ``Net`` of
+``jaxpapers.papers.versaprm.network``.
+
+Goals, 3 seeds: AUC of steps >= 0.9 in the domains of training; the multi-domain model
+above the math-only one on the others; weighted majority (min) of 16 solutions 5 points
+above the majority, which the chance of an error is chosen to have right in about 60 %.
+"""
+
+import dataclasses
+
+from ml_collections import ConfigDict
+
+from jaxpapers import blocks
+from jaxpapers.ops import reasoning
+from jaxpapers.papers import versaprm
+
+PRESETS = ("default", "paper", "smoke")
+# Weighted majority of 16 solutions; seeds and processors differ.
+EXPECTED = {"smoke": 0.5}
+DOMAINS = ("arithmetic", "dates", "logic", "sets")
+
+
+def get_config(preset: str | None = None) -> ConfigDict:
+    """The config of a preset (None: default), locked."""
+    preset = preset or "default"
+    if preset not in PRESETS:
+        raise ValueError(f"unknown preset versaprm:{preset}; expected one of {PRESETS}")
+    words = reasoning.VOCABULARY
+    net = versaprm.Net(
+        vocab_size=len(words), width=64, layers=3, heads=4, plus=words["+"],
+        minus=words["-"], separator=words[reasoning.STEP], unroll=3,
+    )  # fmt: skip
+    net = dataclasses.asdict(net)
+    del net["vocab_size"]  # Of the data.
+    config = ConfigDict(
+        {
+            "data": {
+                "task": "process_rewards",
+                "path": "",  # none: solutions are generated
+                "domains": DOMAINS,  # of the training
+                "test_domains": tuple(reasoning.DOMAINS),
+                "steps": (2, 4),  # operations of a problem, fewest and most
+                "below": 20,  # bound of operands and of right numbers
+                "options": 4,  # of a question
+                "error": 0.35,  # chance that the solver errs in a step
+                "habit": 0.5,  # share of errors that a problem always provokes
+                "errors": reasoning.ERRORS,  # their types
+                "label_last_n": 0,  # labelled words of a step; 0: all; the paper's: 1
+                "length": 64,  # tokens of a row, in which several solutions are
+                "batch": 32,  # rows
+                "examples": 60,  # solutions that are put into them
+                "eval_length": 128,
+                "eval_batch": 64,
+                "questions": 100,  # of each test domain
+                "solutions": 16,  # N
+                "how": "min",  # aggregation of a solution's steps
+                "search_questions": 10,  # of each domain; 0: no search
+                "seed": 0,
+            },
+            "net": net,
+            "method": {"objective": "process"},
+            "base": {"steps": 0, "lr": 0.02},  # language model that both start from
+            "optim": {
+                "name": "muon",
+                "lr": 0.02,  # of the hidden matrices
+                "scalar_lr": 5e-3,  # of all else, by AdamW
+                "b1": 0.9,
+                "b2": 0.99,
+                "weight_decay": 0.01,
+                "clip": 1.0,
+                "schedule": "trapezoid",
+                "warmup": 0.05,
+                "cooldown": 0.5,
+            },
+            "train": blocks.train(600),
+        }
+    )
+    if preset == "paper":
+        config.data.update(
+            batch=32, length=750, examples=64, solutions=128, label_last_n=1,
+            domains=tuple(reasoning.DOMAINS),
+        )  # fmt: skip
+        config.net.update(
+            width=4096, layers=32, heads=32, kv_heads=8, hidden=14336, unroll=1,
+            rope_theta=500_000.0, epsilon=1e-5, dtype="bfloat16", remat=True,
+            lora_rank=16, lora_alpha=32.0,
+        )  # fmt: skip
+        config.optim.update(
+            name="adamw",
+            lr=1e-4,
+            b2=0.999,
+            schedule="trapezoid",
+            warmup=0.1,
+            cooldown=0.9,
+        )
+        config.train.update(steps=2628)  # An epoch of 84,100 solutions.
+    elif preset == "smoke":
+        config.data.update(
+            batch=16, examples=24, questions=4, solutions=4, eval_batch=16,
+            test_domains=("arithmetic", "logic"), domains=("arithmetic", "logic"),
+            search_questions=1,
+        )  # fmt: skip
+        config.net.update(width=32, heads=2, layers=2, unroll=2)
+        config.train.update(steps=20, alone=True)
+    return config.lock()

@@ -1,0 +1,37 @@
+"""Problems of eight domains whose solutions have an exact label for every step.
+
+A problem is a start and a program of operations; a solution writes one step for each and
+names one of the options. A stochastic solver makes typed errors and goes on from where
+they lead; the verifier reads the words of a solution and finds its first wrong step.
+
+All of it is host code on words; ``VOCABULARY`` numbers them. A number below 100 is one
+word, and so are a set, three truth values and a day.
+"""
+
+from jaxpapers.ops.reasoning.domains import DOMAINS, MATH, Domain
+from jaxpapers.ops.reasoning.problems import (
+    PAD,
+    QUESTION,
+    STEP,
+    VOCABULARY,
+    Problem,
+    ids,
+    problem,
+    text,
+)
+from jaxpapers.ops.reasoning.solver import (
+    ERRORS,
+    Position,
+    Trace,
+    advance,
+    corrupt,
+    solve,
+    start,
+)
+from jaxpapers.ops.reasoning.verifier import first_error, parse_step
+
+__all__ = [
+    "DOMAINS", "ERRORS", "MATH", "PAD", "QUESTION", "STEP", "VOCABULARY", "Domain",
+    "Position", "Problem", "Trace", "advance", "corrupt", "first_error", "ids",
+    "parse_step", "problem", "solve", "start", "text",
+]  # fmt: skip

@@ -1,0 +1,153 @@
+"""Losses and scores of steps."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from jaxpapers.ops.means import weighted_mean
+from jaxpapers.papers.versaprm.network import Net, all_logits, states, two_logits
+
+
+def two_way_loss(
+    logits: Float[Array, "*batch 2"], labels: Float[Array, "*batch"]
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    r"""Mean cross-entropy of right and wrong at labelled positions.
+
+    $$ \mathcal L = -\frac 1 n \sum_t y_t \log \sigma(\ell_t) +
+       (1 - y_t) \log \sigma(-\ell_t), \quad \ell = \ell_+ - \ell_- $$
+
+    with the logits at the position itself, not at the one before it.
+
+    Args:
+      logits: of wrong and right.
+      labels: y in [0, 1], hard or soft; negative where there is none.
+
+    Returns:
+      Nats per label; metrics ``accuracy``, the share of labels whose rounded value is
+      the likelier, and ``weight``, their number.
+
+    Raises:
+      TypeError: boolean labels, of which a mark for "no label" is lost.
+    """
+    if labels.dtype == jnp.bool_:
+        raise TypeError(
+            "labels must be numbers, got booleans, of which -100 would have become True"
+        )
+    labelled = labels >= 0
+    y = jnp.where(labelled, labels, 0).astype(logits.dtype)
+    margin = logits[..., 1] - logits[..., 0]
+    nats = optax.sigmoid_binary_cross_entropy(margin, y)
+    right = ((margin > 0) == (y > 0.5)).astype(logits.dtype)
+    weight = labelled.astype(logits.dtype)
+    return weighted_mean(nats, weight), {
+        "accuracy": weighted_mean(right, weight),
+        "weight": weight.sum(),
+    }
+
+
+def loss(
+    params: Any,
+    batch: Mapping[str, Array],
+    key: Key[Array, ""] | None = None,
+    *,
+    net: Net,
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """``two_way_loss`` of a batch.
+
+    Args:
+      params: of ``init``.
+      batch: ``ids`` int32, ``labels`` float32 or int32 and ``segments`` int32, each
+        (B, L); see ``encoding.pack``.
+      key: unused, the model has no noise.
+      net: the network.
+    """
+    del key
+    hidden, decoder = states(params, batch["ids"], batch["segments"], net)
+    return two_way_loss(two_logits(params, decoder, hidden, net), batch["labels"])
+
+
+def language_loss(
+    params: Any,
+    batch: Mapping[str, Array],
+    key: Key[Array, ""] | None = None,
+    *,
+    net: Net,
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """Mean cross-entropy of the next token: how the base model is trained.
+
+    Raises:
+      ValueError: a net without logits of all tokens.
+    """
+    del key
+    if net.head == "classes" and not net.tied:
+        raise ValueError("net.head=classes has no logits of tokens; set net.tied")
+    ids, segments = batch["ids"], batch["segments"]
+    logits = all_logits(params, ids, segments, net)[:, :-1]
+    targets = jax.nn.one_hot(ids[:, 1:], net.vocab_size, dtype=logits.dtype)
+    nats = optax.softmax_cross_entropy(logits, targets)
+    within = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
+    weight = within.astype(logits.dtype)
+    right = (logits.argmax(-1) == ids[:, 1:]).astype(logits.dtype)
+    return weighted_mean(nats, weight), {
+        "accuracy": weighted_mean(right, weight),
+        "weight": weight.sum(),
+    }
+
+
+class Scores(NamedTuple):
+    """Scores of the steps of each sequence.
+
+    Attributes:
+      scores: (B, S), probabilities that a step is right; 0 where there is none.
+      valid: (B, S), which of them are steps.
+    """
+
+    scores: Float[Array, "B S"]
+    valid: Bool[Array, "B S"]
+
+
+def step_scores(
+    params: Any,
+    ids: Int[Array, "B L"],
+    segments: Int[Array, "B L"],
+    *,
+    net: Net,
+    steps: int,
+) -> Scores:
+    """Probability of "right" at each separator, in their order.
+
+    Args:
+      params: of ``init``.
+      ids: tokens.
+      segments: see ``states``; the scores of a row's sequences follow each other.
+      net: the network.
+      steps: S; further steps are cut off, their number is that of separators.
+    """
+    hidden, decoder = states(params, ids, segments, net)
+    ends = (ids == net.separator) & (segments > 0)
+    # Positions of the separators first, in order: S states instead of L.
+    length = ids.shape[1]
+    place = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), ids.shape)
+    order = jnp.sort(jnp.where(ends, place, length), axis=1)[:, :steps]
+    order = jnp.pad(
+        order, ((0, 0), (0, steps - order.shape[1])), constant_values=length
+    )
+    valid = order < length
+    at = jnp.minimum(order, length - 1)[..., None]
+    logits = two_logits(params, decoder, jnp.take_along_axis(hidden, at, 1), net)
+    p = jax.nn.sigmoid(logits[..., 1] - logits[..., 0])
+    return Scores(jnp.where(valid, p, 0), valid)
+
+
+def token_scores(
+    params: Any, extra: Any, batch: Mapping[str, Array], *, net: Net
+) -> Float[Array, "B L"]:
+    """Probability of "right" at every position: ``Method.predict``."""
+    del extra
+    hidden, decoder = states(params, batch["ids"], batch["segments"], net)
+    logits = two_logits(params, decoder, hidden, net)
+    return jax.nn.sigmoid(logits[..., 1] - logits[..., 0])
