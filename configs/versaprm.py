@@ -64,7 +64,10 @@ def get_config(preset: str | None = None) -> ConfigDict:
                 "seed": 0,
             },
             "net": net,
-            "method": {"objective": "process"},
+            "method": {
+                "objective": "process",  # language: the base model
+                "language": 1.0,  # weight of the next token's loss; the paper: 0
+            },
             "base": {"steps": 0, "lr": 0.02},  # language model that both start from
             "optim": {
                 "name": "muon",

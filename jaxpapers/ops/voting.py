@@ -242,7 +242,7 @@ def check_how(how: str) -> None:
         raise ValueError(f"aggregation must be one of {HOW}, got {how!r}")
 
 
-def reward(rewards: Sequence[float], how: str = "min") -> float:
+def reward(rewards: Sequence[int | float], how: str = "min") -> float:
     """``aggregate`` of one solution on the host, in float64.
 
     Raises:

@@ -75,8 +75,9 @@ def _check(c: Any) -> None:
                 f"data.{name} must be among {tuple(reasoning.DOMAINS)}, got "
                 f"{tuple(c[name])}"
             )
-    for name, low in {"examples": 1, "questions": 1, "solutions": 1,
-                      "search_questions": 0, "length": 8, "label_last_n": 0}.items():  # fmt: skip
+    least = {"examples": 1, "questions": 1, "solutions": 1, "search_questions": 0,
+             "length": 8, "label_last_n": 0}  # fmt: skip
+    for name, low in least.items():
         if c[name] < low:
             raise ValueError(f"data.{name} must be >= {low}, got {c[name]}")
     if not 0 <= c.error <= 1 or not 0 <= c.habit <= 1:

@@ -32,7 +32,7 @@ CONTRACT = Contract(
         "net.width": 16, "net.heads": 2, "net.layers": 1, "net.unroll": 1,
         "net.init_std": 0.3, "optim.name": "sgd", "optim.lr": 1.0, "optim.clip": 1.0,
         "optim.weight_decay": 0.0, "optim.schedule": "constant", "optim.warmup": 0.0,
-        "optim.cooldown": 0.0, "train.steps": 20,
+        "optim.cooldown": 0.0, "train.steps": 20, "method.language": 0.0,
     },
     refused={
         "net.heads": (3, "net.width must be a multiple of net.heads"),
@@ -210,7 +210,7 @@ def params_of(net):
 
 def test_two_columns_are_the_whole_vocabulary():
     """The same loss and gradients as cross-entropy on two logits out of all."""
-    batch = versaprm.pack(some_rows(), 16)
+    batch = jax.tree.map(jnp.asarray, versaprm.pack(some_rows(), 16))
 
     def whole(params):
         logits = network.all_logits(params, batch["ids"], batch["segments"], NET)
@@ -248,7 +248,7 @@ def test_packed_sequences_do_not_see_each_other():
                 objective.language_loss(params, b, net=NET)[0],
                 versaprm.token_scores(params, (), b, net=NET),
             )
-            for b in (one, several)
+            for b in jax.tree.map(jnp.asarray, (one, several))
         ]
 
     (a, loss_a, next_a, tokens), (b, loss_b, next_b, _) = together(
@@ -274,7 +274,7 @@ def test_packed_sequences_do_not_see_each_other():
 def test_heads_and_adapters(fields):
     """Two classes, a tied head, adapters: only what is tuned has a gradient."""
     net = dataclasses.replace(NET, **fields)
-    batch = versaprm.pack(some_rows(3), 16)
+    batch = jax.tree.map(jnp.asarray, versaprm.pack(some_rows(3), 16))
 
     def compute(key):
         params = versaprm.init(key, net)

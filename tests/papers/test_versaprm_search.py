@@ -1,6 +1,7 @@
 """Searches on paths whose rewards are known: by hand, and against all paths."""
 
 import itertools
+import random
 
 import pytest
 
@@ -77,8 +78,8 @@ def test_done_beams_leave_and_shapes_stay():
     )
     assert script.sizes == {(4, 4)}
     assert all(x.done and x.path[-1] == 9 for x in found)
-    assert [x.path for x in found] == [(9,), (3, 9), (3, 5, 9)]
-    # 4 + 2 (of 3 that go on 1 is kept, twice) + 2 (of 1, 1, twice) + 1 ...
+    assert [x.path for x in found] == [(9,), (3, 9), (3, 4, 9), (3, 4, 5, 9)]
+    # Of the three that go on one is kept, twice; then of the one the same.
     assert script.drawn == 4 + 2 + 2 + 2
 
 
@@ -131,8 +132,6 @@ def test_mcts_explores_as_the_bound_says():
 
 def test_exhaustive_tree_finds_the_best_path():
     """Enough iterations see every path of a tree of two choices a step."""
-    import random
-
     rng = random.Random(0)
     table: dict = {}
 

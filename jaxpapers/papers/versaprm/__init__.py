@@ -21,7 +21,8 @@ Departures. Steps are stripped in training too: the authors' code strips them in
 evaluation only, where a step that ends in a space then has no score. Beam search ranks
 by the aggregate, theirs by the list of step scores (``legacy_sort``). AUC is that of
 probabilities; theirs takes a softmax over all logits of the file. Added: soft labels, a
-head of two classes, labels of the last step only, DVTS, the first wrong step as a metric.
+head of two classes, labels of the last step only, DVTS, the first wrong step as a metric,
+and the next token's loss beside the process loss, for small models without pretraining.
 """
 
 import functools
@@ -75,8 +76,8 @@ def make(config: Any, *, vocab_size: int) -> Method:
     """Binds a config (see configs/versaprm.py): groups ``net``, ``optim``, ``train``.
 
     Args:
-      config: the groups, and ``method.objective``: process, or language for the base
-        model, whose run has the same data.
+      config: the groups, and ``method``: ``objective`` is process, or language for the
+        base model, whose run has the same data; ``language`` see ``loss``.
       vocab_size: of the data, in place of ``net.vocab_size``.
 
     Raises:
@@ -93,10 +94,14 @@ def make(config: Any, *, vocab_size: int) -> Method:
     )
     if net.lora_rank:
         tx = optax.multi_transform({"tuned": tx, "frozen": optax.set_to_zero()}, labels)
-    process = objective == "process"
+    if not config.method.language >= 0:
+        raise ValueError(f"method.language must be >= 0, got {config.method.language}")
+    process = functools.partial(loss, language=config.method.language)
     return gradient(
         lambda key, batch: init(key, net),
-        functools.partial(loss if process else language_loss, net=net),
+        functools.partial(
+            process if objective == "process" else language_loss, net=net
+        ),
         tx,
         predict=functools.partial(token_scores, net=net),
         rules=rules(net),

@@ -40,7 +40,7 @@ def encode_example(
     tokenize: Callable[[str], Sequence[int]],
     question: str,
     steps: Sequence[str],
-    labels: Sequence[float] | None,
+    labels: Sequence[int | float] | None,
     augs: Sequence[Mapping[str, Any]] = (),
     *,
     max_length: int = 0,

@@ -85,6 +85,20 @@ class Net:
             raise ValueError(f"net.plus, minus and separator must differ, got {tokens}")
         self.module.sizes()
 
+    def logits(self, decoder: Any, hidden: Float[Array, "*batch D"]) -> jax.Array:
+        """Logits of all tokens, float32, for training the base model.
+
+        Raises:
+          ValueError: a net that has none.
+        """
+        if self.tied:
+            kernel = decoder["embed"]["embedding"].T
+        elif self.head == "tokens":
+            kernel = decoder["head"]["kernel"]
+        else:
+            raise ValueError("net.head=classes has no logits of tokens; set net.tied")
+        return hidden.astype(jnp.float32) @ kernel
+
     @property
     def module(self) -> transformer.Transformer:
         """The network; of ``classes`` its hidden states alone are used."""
@@ -135,7 +149,7 @@ def states(
       net: the network.
     """
     decoder = decoder_params(params, net)
-    return _apply(decoder, ids, segments, net, hidden=True), decoder
+    return _hidden(decoder, ids, segments, net), decoder
 
 
 def _within(segments):
@@ -151,12 +165,13 @@ def all_logits(
     params: Any, ids: Int[Array, "B L"], segments: Int[Array, "B L"], net: Net
 ) -> Float[Array, "B L V"]:
     """Logits of the next token: what the base model learns, and generates from."""
-    decoder = decoder_params(params, net)
-    return _apply(decoder, ids, segments, net)
+    hidden, decoder = states(params, ids, segments, net)
+    return net.logits(decoder, hidden)
 
 
-def _apply(decoder, ids, segments, net, **fields) -> Any:
-    return net.module.apply({"params": decoder}, ids, **_within(segments), **fields)
+def _hidden(decoder, ids, segments, net) -> Any:
+    within = _within(segments)
+    return net.module.apply({"params": decoder}, ids, hidden=True, **within)
 
 
 def two_logits(
@@ -171,7 +186,8 @@ def two_logits(
     hidden = hidden.astype(kind)
     if net.head == "classes":
         w = params["classes"]
-        return hidden @ w["kernel"].astype(kind) + w["bias"].astype(kind)
+        logits = hidden @ w["kernel"].astype(kind)
+        return logits + jnp.broadcast_to(w["bias"].astype(kind), logits.shape)
     return hidden @ columns(decoder, net).astype(kind)
 
 

@@ -6,14 +6,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 from jaxpapers.ops.means import weighted_mean
 from jaxpapers.papers.versaprm.network import Net, all_logits, states, two_logits
 
 
 def two_way_loss(
-    logits: Float[Array, "*batch 2"], labels: Float[Array, "*batch"]
+    logits: Float[Array, "*batch 2"], labels: Shaped[Array, "*batch"]
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     r"""Mean cross-entropy of right and wrong at labelled positions.
 
@@ -55,6 +55,7 @@ def loss(
     key: Key[Array, ""] | None = None,
     *,
     net: Net,
+    language: float = 0.0,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """``two_way_loss`` of a batch.
 
@@ -64,10 +65,18 @@ def loss(
         (B, L); see ``encoding.pack``.
       key: unused, the model has no noise.
       net: the network.
+      language: weight of the next token's cross-entropy beside it, over tokens that no
+        label calls wrong. 0, the paper's: no logits of the vocabulary are formed.
     """
     del key
     hidden, decoder = states(params, batch["ids"], batch["segments"], net)
-    return two_way_loss(two_logits(params, decoder, hidden, net), batch["labels"])
+    labels = batch["labels"]
+    value, metrics = two_way_loss(two_logits(params, decoder, hidden, net), labels)
+    if not language:
+        return value, metrics
+    right = (labels < 0) | (labels > 0.5)
+    nats, _ = _next_token(net.logits(decoder, hidden), batch, right)
+    return value + language * nats, {**metrics, "process": value, "language": nats}
 
 
 def language_loss(
@@ -83,15 +92,20 @@ def language_loss(
       ValueError: a net without logits of all tokens.
     """
     del key
-    if net.head == "classes" and not net.tied:
-        raise ValueError("net.head=classes has no logits of tokens; set net.tied")
+    ids = batch["ids"]
+    logits = all_logits(params, ids, batch["segments"], net)
+    return _next_token(logits, batch, jnp.ones(ids.shape, bool))
+
+
+def _next_token(logits, batch, counted):
+    """Cross-entropy of the tokens that count, each from the one before it."""
     ids, segments = batch["ids"], batch["segments"]
-    logits = all_logits(params, ids, segments, net)[:, :-1]
-    targets = jax.nn.one_hot(ids[:, 1:], net.vocab_size, dtype=logits.dtype)
+    logits, following = logits[:, :-1], ids[:, 1:]
+    targets = jax.nn.one_hot(following, logits.shape[-1], dtype=logits.dtype)
     nats = optax.softmax_cross_entropy(logits, targets)
     within = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
-    weight = within.astype(logits.dtype)
-    right = (logits.argmax(-1) == ids[:, 1:]).astype(logits.dtype)
+    weight = (within & counted[:, 1:]).astype(logits.dtype)
+    right = (logits.argmax(-1) == following).astype(logits.dtype)
     return weighted_mean(nats, weight), {
         "accuracy": weighted_mean(right, weight),
         "weight": weight.sum(),
