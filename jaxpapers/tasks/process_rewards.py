@@ -147,7 +147,9 @@ def study(name: str, config: Any, data: Data, mesh: Any) -> Study:
 def _stage(name: str, config: Any, whole: Any) -> Stage:
     """A reward model's run, after that of the language model of all domains."""
     own = config.copy_and_resolve_references().unlock()
-    base = own.pop("base", None)
+    base = own.get("base")
+    if base is not None:
+        del own.base
     own = own.lock()
     if base is None or not base.steps:
         return Stage(name, own)
