@@ -53,8 +53,8 @@ def get_config(preset: str | None = None) -> ConfigDict:
                 "errors": reasoning.ERRORS,  # their types
                 "label_last_n": 0,  # labelled words of a step; 0: all; the paper's: 1
                 "length": 64,  # tokens of a row, in which several solutions are
-                "batch": 32,  # rows
-                "examples": 60,  # solutions that are put into them
+                "batch": 16,  # rows
+                "examples": 30,  # solutions that are put into them
                 "eval_length": 128,
                 "eval_batch": 64,
                 "questions": 100,  # of each test domain
@@ -68,11 +68,10 @@ def get_config(preset: str | None = None) -> ConfigDict:
                 "objective": "process",  # language: the base model
                 "language": 1.0,  # weight of the next token's loss; the paper: 0
             },
-            "base": {"steps": 0, "lr": 0.02},  # language model that both start from
+            "base": {"steps": 0, "lr": 3e-3},  # language model that both start from
             "optim": {
-                "name": "muon",
-                "lr": 0.02,  # of the hidden matrices
-                "scalar_lr": 5e-3,  # of all else, by AdamW
+                "name": "adamw",
+                "lr": 3e-3,
                 "b1": 0.9,
                 "b2": 0.99,
                 "weight_decay": 0.01,
@@ -81,7 +80,7 @@ def get_config(preset: str | None = None) -> ConfigDict:
                 "warmup": 0.05,
                 "cooldown": 0.5,
             },
-            "train": blocks.train(600),
+            "train": blocks.train(2500),
         }
     )
     if preset == "paper":
@@ -94,6 +93,7 @@ def get_config(preset: str | None = None) -> ConfigDict:
             rope_theta=500_000.0, epsilon=1e-5, dtype="bfloat16", remat=True,
             lora_rank=16, lora_alpha=32.0,
         )  # fmt: skip
+        config.method.language = 0.0
         config.optim.update(
             name="adamw",
             lr=1e-4,
