@@ -5,6 +5,7 @@ Each reader gives the paper's records: ``id``, ``question``, ``category``, ``ans
 what else a solution has. What is left out is counted by reason, never silent.
 """
 
+import importlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -314,7 +315,7 @@ def _parse(line: str) -> Any:
 
 def _parquet(path):
     try:
-        import pyarrow.parquet as parquet
+        parquet = importlib.import_module("pyarrow.parquet")
     except ModuleNotFoundError:
         raise ModuleNotFoundError(
             f"{path} is a Parquet file: pip install pyarrow, or convert it to JSON lines",

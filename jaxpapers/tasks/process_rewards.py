@@ -254,7 +254,7 @@ def _domain(c, problems, scores) -> dict[str, Any]:
             labels += [max(y, 0) for y in trace.labels[:good]]
             flat += list(x[:good])
             first.append(trace.first_error)
-            firsts.append(x)
+            firsts.append([float(v) for v in x])
     told = metrics.step_metrics(labels, flat)
     index = metrics.error_index_f1(first, firsts)
     numbers = {
