@@ -28,7 +28,7 @@ from tests.programs import KEY, params_like, together
 CONTRACT = Contract(
     small={
         "data.batch": 8, "data.examples": 8, "data.length": 64, "data.eval_batch": 8,
-        "data.questions": 2, "data.solutions": 2, "data.search_questions": 0,
+        "data.questions": 6, "data.solutions": 4, "data.search_questions": 0,
         "net.width": 16, "net.heads": 2, "net.layers": 1, "net.unroll": 1,
         "net.init_std": 0.3, "optim.name": "sgd", "optim.lr": 1.0, "optim.clip": 1.0,
         "optim.weight_decay": 0.0, "optim.schedule": "constant", "optim.warmup": 0.0,
