@@ -691,6 +691,50 @@ VERSAPRM = [
     ),
 ]
 
+LANGUAGE_MODELS = [
+    # Rows of queries and keys, ordered for halves of a head.
+    (
+        "jaxpapers/data/weights.py",
+        "return pairs.swapaxes(1, 2).reshape(rows.shape)",
+        "return pairs.reshape(rows.shape)",
+        ["tests/data/test_weights.py::test_gguf_is_the_same_model"],
+    ),
+    # Low halves of a block's bytes come first.
+    (
+        "jaxpapers/ops/quantize.py",
+        "concat([packed & 15, packed >> 4], axis=1)",
+        "concat([packed >> 4, packed & 15], axis=1)",
+        ["tests/data/test_weights.py::test_blocks"],
+    ),
+    # Padded rows count their positions from their first token.
+    (
+        "jaxpapers/nets/decoding.py",
+        "offset = mask.sum(1).astype(jnp.int32)",
+        "offset = (mask.sum(1) + 1).astype(jnp.int32)",
+        [
+            "tests/nets/test_decoding.py"
+            "::test_cached_decoding_equals_the_full_forward[llama]"
+        ],
+    ),
+    # The sum of the probabilities before a token.
+    (
+        "jaxpapers/nets/decoding.py",
+        "before = jnp.cumsum(order, -1) - order",
+        "before = jnp.cumsum(order, -1)",
+        [
+            "tests/nets/test_decoding.py"
+            "::test_draws_from_the_kept_tokens_in_their_proportions"
+        ],
+    ),
+    # A sentence's vector is the mean of its real tokens.
+    (
+        "jaxpapers/nets/encoder.py",
+        "mean = (states * weight).sum(1)",
+        "mean = states.sum(1)",
+        ["tests/nets/test_encoder.py::test_vectors_against_numpy"],
+    ),
+]
+
 MUTATIONS = [
     Mutation(paper, *row)
     for paper, rows in {
@@ -715,6 +759,7 @@ MUTATIONS = [
         "versaprm": VERSAPRM,
         "mpc_psrl": MPC_PSRL,
         "coda": CODA,
+        "language_models": LANGUAGE_MODELS,
         "r3_vae": R3_VAE,
     }.items()
     for row in rows
