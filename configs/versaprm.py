@@ -80,7 +80,7 @@ def get_config(preset: str | None = None) -> ConfigDict:
                 "warmup": 0.05,
                 "cooldown": 0.5,
             },
-            "train": blocks.train(2500),
+            "train": blocks.train(3000),
         }
     )
     if preset == "paper":

@@ -1,0 +1,88 @@
+"""Process rewards: the stream, the rows, what is refused, numbers without a model."""
+
+import numpy as np
+import pytest
+
+from jaxpapers import run, tasks
+from jaxpapers.ops import reasoning
+from jaxpapers.study import with_fields
+from jaxpapers.tasks import process_examples, process_rewards
+from tests.contract import grid
+
+
+def smoke(**fields):
+    config = run.load_config("versaprm:smoke", [])
+    return with_fields(config, {k.replace("__", "."): v for k, v in fields.items()})
+
+
+def test_stream_is_a_function_of_its_place():
+    config = smoke()
+    stream = tasks.read(config).examples
+    one, again = stream.batch(16, 16), stream.batch(16, 16, slice(4, 8))
+    for name, array in one.items():
+        np.testing.assert_array_equal(array[4:8], again[name])
+    assert not np.array_equal(one["ids"], stream.batch(32, 16)["ids"])
+    # Every solution has a label for each word of its steps; the last step's may be 0.
+    separators = one["ids"] == reasoning.VOCABULARY[reasoning.STEP]
+    assert (one["labels"][separators] >= 0).all()
+    assert set(np.unique(one["labels"])) == {-100, 0, 1}
+    few = tasks.read(smoke(data__label_last_n=1)).examples.batch(16, 16)
+    assert ((few["labels"] >= 0) == separators).all()
+
+
+def test_base_model_sees_right_solutions_only():
+    config = smoke(method__objective="language")
+    batch = tasks.read(config).examples.batch(0, 16)
+    assert set(np.unique(batch["labels"])) == {-100, 1}
+
+
+def test_words_after_the_first_error_are_left_out():
+    row = process_examples.sequence(
+        [], [["1", reasoning.STEP], ["2", reasoning.STEP], ["3", reasoning.STEP]],
+        [1, -1, -1],
+    )  # fmt: skip
+    kept = reasoning.ids(["1", reasoning.STEP, "2", reasoning.STEP])
+    np.testing.assert_array_equal(row.ids, kept)
+    assert row.labels.tolist() == [-100, 1, -100, 0]
+
+
+def test_rows_and_their_stages():
+    """Both models start from one base model of all domains."""
+    config = smoke(data__domains=("arithmetic", "logic"), base__steps=5)
+    study = tasks.study("versaprm", config, tasks.read(config), grid("1x1"))
+    many, math, *others = study.rows(3)
+    assert [r.label for r in others] == [
+        "majority", "one solution", "pass@N (a perfect choice)",
+    ]  # fmt: skip
+    assert many.stage.after == math.stage.after
+    base = many.stage.after.config
+    assert (base.method.objective, base.train.steps) == ("language", 5)
+    assert math.stage.config.data.domains == ("arithmetic",)
+    assert many.stage.config.train.seed == math.stage.config.train.seed == 3
+    numbers = {r.label: r.measure().numbers["accuracy"] for r in others}
+    # Sampling more and choosing perfectly is the best of the three.
+    assert numbers["pass@N (a perfect choice)"] == max(numbers.values())
+
+
+def test_untrained_numbers_by_counting():
+    config = smoke(data__questions=20)
+    solved = process_examples.test_set(config.data)
+    found = process_rewards._untrained(config.data, solved, "one").numbers
+    for domain, problems in solved.items():
+        share = np.mean([t.correct for s in problems for t in s.traces])
+        assert found[f"accuracy_{domain}"] == pytest.approx(share)
+
+
+@pytest.mark.parametrize(
+    "field, value, message",
+    [
+        ("data__path", "x", "generated, not read"),
+        ("data__domains", ("law",), "data.domains must be among"),
+        ("data__test_domains", (), "data.test_domains must be among"),
+        ("data__error", 1.5, "are shares"),
+        ("data__solutions", 0, "data.solutions must be >= 1"),
+    ],
+)
+def test_refused(field, value, message):
+    with pytest.raises(ValueError, match=message):
+        tasks.read(smoke(**{field: value}))
