@@ -48,7 +48,7 @@ def get_config(preset: str | None = None) -> ConfigDict:
                 "steps": (2, 4),  # operations of a problem, fewest and most
                 "below": 20,  # bound of operands and of right numbers
                 "options": 4,  # of a question
-                "error": 0.35,  # chance that the solver errs in a step
+                "error": 0.34,  # chance that the solver errs in a step
                 "habit": 0.5,  # share of errors that a problem always provokes
                 "errors": reasoning.ERRORS,  # their types
                 "label_last_n": 0,  # labelled words of a step; 0: all; the paper's: 1
