@@ -192,6 +192,15 @@ NAMES: dict[str, Paper] = {
         "a learning order of 30 characters and its cost",
         trained=False,
     ),
+    "peer_review": Paper(
+        "Demanding peer review is associated with higher impact in published science",
+        "Jiang, Huihuang and Li, Heyang and Wang, Zifan and Fan, Ying and Zeng, An",
+        2026,
+        "2604.14047",
+        "science of science",
+        "120 generated papers: letters parsed, opinions coded, citations regressed",
+        trained=False,
+    ),
     "coda": Paper(
         "How to Solve Contextual Goal-Oriented Problems with Offline Datasets?",
         "Fan, Ying and Li, Jingling and Swaminathan, Adith and Modi, Aditya and Cheng, "

@@ -33,6 +33,7 @@ class Unit:
       label: "" without; ``lead`` characters belong to it.
       group: units of one point share a number; -1: no point.
       interleaved: an answer within the letter.
+      joined: see ``Block``.
     """
 
     start: int
@@ -49,6 +50,7 @@ class Unit:
     group: int = -1
     interleaved: bool = False
     continues: bool = False
+    joined: bool = False
 
 
 def parse(
@@ -149,8 +151,8 @@ def _units_of(text: str, block: Block, at: _Context) -> list[Unit]:
         return made
 
     part = text[start:end]
-    if block.figure:
-        unit(start, end)
+    if block.figure or block.joined:
+        unit(start, end, joined=block.joined)
         return found
     if units.NOTE.match(part):
         if units.AGAIN.search(part):
@@ -208,6 +210,8 @@ def _points_of_letters(
 ) -> None:
     """Gives the units of letters a group: the point that they belong to, or a kind."""
     quoted = {i for q in quotes.values() for i in q.letters}
+    # Answered before anything else is quoted.
+    direct = {i for j, q in quotes.items() if j + 1 not in quotes for i in q.letters}
     by_report: dict[tuple[int, int], list[int]] = {}
     for i, u in enumerate(letters):
         by_report.setdefault((u.round, u.reviewer), []).append(i)
@@ -222,6 +226,11 @@ def _points_of_letters(
         for i in members:
             u = letters[i]
             part = text[u.start : u.end]
+            if u.joined and i != members[0]:
+                cut = letters[members[members.index(i) - 1]]
+                u.group, u.interleaved = cut.group, cut.interleaved
+                u.continues = True
+                continue
             if units.REPLY.match(part) and open_ >= 0 and not u.label:
                 u.interleaved, u.group = True, open_
                 interleaved = True
@@ -255,11 +264,16 @@ def _points_of_letters(
                 elif i in quoted and asks:
                     u.group = count
                     count += 1
-            elif i in quoted or asks and not (opens or labelled and i < first_labelled):
+            elif (
+                i in quoted
+                or asks
+                and not (opens or labelled and i < first_labelled)
+                or _before_reply(text, letters, members, i)
+            ):
                 if reviewer or round_ not in several or i in quoted or _orders(part):
                     open_ = u.group = count
                     count += 1
-    _drop_introductions(text, letters, quoted)
+    _drop_introductions(text, letters, quoted - direct)
     for u in letters:
         if u.interleaved:
             u.kind = "reply"
@@ -269,6 +283,15 @@ def _points_of_letters(
             u.kind = "summary"
         else:
             u.kind = "letter"
+
+
+def _before_reply(text, letters, members, i) -> bool:
+    """Whether an answer within the letter follows."""
+    later = members[members.index(i) + 1 :]
+    if not later:
+        return False
+    after = letters[later[0]]
+    return bool(units.REPLY.match(text[after.start : after.end]))
 
 
 def _before_label(letters, members, i) -> bool:

@@ -113,7 +113,7 @@ class _Reader:
             "read"
         )
 
-    def skipped(self, name: str, is_parameter: bool) -> None:
+    def skipped(self, name: str, is_parameter: int) -> None:
         if not is_parameter:
             self.characters(html.entities.html5.get(f"{name};", f"&{name};"))
 

@@ -71,6 +71,10 @@ def read(text: str) -> tuple[str, list[Block], dict[str, str], list[str]]:
     side, round_, answered = "cover", 0, False
     for start, end, noisy in _paragraphs(text, lines, noise):
         part = text[start:end]
+        # Of the paragraph that noise has cut.
+        last = next((i for i in reversed(range(len(blocks)))
+                     if blocks[i].side != "noise"), None)  # fmt: skip
+        before = last if blocks and blocks[-1].side == "noise" else None
         if noisy:
             blocks.append(Block(start, end, "noise", round=round_))
             continue
@@ -90,7 +94,8 @@ def read(text: str) -> tuple[str, list[Block], dict[str, str], list[str]]:
             if side == "cover":
                 side, round_ = "letter", 1
             answered = answered or side == "response"
-            blocks.append(Block(start, end, side, round=round_))
+            joined = before is not None and _goes_on(text, blocks[before], start, side)
+            blocks.append(Block(start, end, side, round=round_, joined=joined))
     doi = DOI.search(text)
     paper = {"doi": doi[0].rstrip(".,;)")} if doi else {}
     return text, blocks, paper, []
@@ -128,9 +133,8 @@ def _noise(text: str, lines: list[tuple[int, int]]) -> set[int]:
     noise = set()
     for i, shape in shapes.items():
         part = text[slice(*lines[i])]
-        heading = (
-            REPORTS.match(part) or RESPONSE.match(part) or units.REVIEWER.match(part)
-        )
+        known = (REPORTS, RESPONSE, units.REVIEWER, units.REPLY, units.LABEL)
+        heading = any(p.match(part) for p in known)
         if PAGE_NUMBER.match(part) or shape in repeated and not heading:
             noise.add(i)
     return noise
@@ -172,6 +176,17 @@ def _paragraphs(text, lines, noise):
     if open_:
         found.append((*open_, False))
     return [(a, a + len(text[a:b].rstrip()), noisy) for a, b, noisy in found]
+
+
+def _goes_on(text: str, before: Block, start: int, side: str) -> bool:
+    """Whether what follows page noise belongs to the paragraph before it."""
+    if before.side != side or before.round and units.LABEL.match(text[start:]):
+        return False
+    if units.REPLY.match(text[start : start + 200]):
+        return False
+    if not _sentence_ended(text, before.end):
+        return True
+    return not re.search(r"\n[ \t]*\n", text[before.end : start])
 
 
 def _heads(part: str) -> bool:

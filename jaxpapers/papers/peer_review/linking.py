@@ -39,7 +39,16 @@ def quotes(
     text: str, letters: Sequence[Any], answers: Sequence[Any]
 ) -> dict[int, Quote]:
     """Index of an answer's paragraph -> the letter's paragraphs that it repeats."""
-    tokens = [units.words(text[u.start + u.lead : u.end]) for u in letters]
+    # Paragraphs that page noise has cut are whole here.
+    chains: list[list[int]] = []
+    for i, u in enumerate(letters):
+        chains[-1].append(i) if u.joined and chains else chains.append([i])
+    heads = [letters[c[0]] for c in chains]
+    tokens = [
+        units.words("\n".join(text[letters[i].start + letters[i].lead : letters[i].end]
+                              for i in c))
+        for c in chains
+    ]  # fmt: skip
     grams = [units.trigrams(t) for t in tokens]
     where: dict[tuple[str, ...], list[int]] = {}
     for i, g in enumerate(grams):
@@ -54,12 +63,13 @@ def quotes(
         if units.ELLIPSIS.match(part):
             continue
         own = units.words(part[u.lead :])
-        quote = _repeated(own, u, letters, tokens, grams, where, last)
+        quote = _repeated(own, u, heads, tokens, grams, where, last)
         if quote is None and u.label:
-            quote = _numbered(own, u, letters, tokens)
+            quote = _numbered(own, u, heads, tokens)
         if quote is not None:
-            found[j] = quote
             last = max(quote.letters)
+            members = tuple(i for c in quote.letters for i in chains[c])
+            found[j] = quote._replace(letters=members)
     return found
 
 
@@ -198,6 +208,9 @@ def _turns(text, letters, answers, found, marked) -> list[tuple[list[int], list[
         if here != context:
             turns.append(([], []))
             context = here
+        if u.joined and turns[-1] != ([], []):
+            turns[-1][1].append(u) if turns[-1][1] else turns[-1][0].append(j)
+            continue
         reply = bool(units.REPLY.match(part))
         ellipsis = bool(units.ELLIPSIS.match(part))
         quote = not reply and (

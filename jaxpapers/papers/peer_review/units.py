@@ -61,8 +61,8 @@ SET_PHRASES = re.compile(
 LABEL = re.compile(
     r"^\W{0,2}?(?P<label>(?:(?:major|minor|specific|general|essential)\s+)?"
     r"(?:(?:point|comment|concern|issue|question|revision|remark|query|"
-    r"weakness|[RQC])\s*)?[#(]?\s?(?:\d{1,2}(?:\.\d{1,2}){0,2}|[a-hA-H](?=[).])|"
-    r"[ivx]{1,4}(?=[).])))\s?(?:[).:]{1,2}|[-–—]\s)(?!\d)\s*",
+    r"weakness|[RQC])\s*)?[#(]?\s?(?:\d{1,2}(?:\.\d{1,2}){0,2}|[a-hA-H](?=[).])(?!\.\s?[a-z]\.)|"
+    r"[ivx]{1,4}(?=[).])(?!\.\s?[a-z]\.)))\s?(?:[).:]{1,2}|[-–—]\s)(?!\d)\s*",
     re.IGNORECASE,
 )
 BULLET = re.compile(r"^\s*(?P<label>[*•·▪●◦‣–—-])\s*(?=[^\W_]|[\"“‘'(])")
@@ -80,7 +80,10 @@ ASKS = re.compile(
     r"overinterpret|over-interpret|oversimplif|overblown|unsupported|speculative|"
     r"questionable|unconvinc|not convinc|not convinced|confus|misleading|difficult to|"
     r"would (?:be|like|benefit|help|strengthen|greatly)|wonder(?:ing|ed)?|request|"
-    r"require[ds]?|limitation|shortcoming|drawback|problem|inconsisten|incorrect|wrong|"
+    r"require[ds]?|might (?:perhaps|want|wish|consider|be worth)|may wish|"
+    r"nice to see|(?:small|minor|further|last) remark|limitation|shortcoming|"
+    r"drawback|problem|inconsisten|"
+    r"incorrect|wrong|"
     r"error|typo|improve|omission|however|unfortunately|not (?:supported|warranted|"
     r"surprising|shown|provided|addressed|discussed|described|appropriate|sufficient)|"
     r"more (?:detail|analys|experiment|discussion|information)|ought)",
@@ -142,6 +145,7 @@ class Block(NamedTuple):
       round: from 1; 0: not known yet, the grammar counts.
       reviewer: number where the source says it; -1: not.
       figure: a label or caption within the authors' words.
+      joined: goes on with the paragraph before, which page noise has cut.
     """
 
     start: int
@@ -151,6 +155,7 @@ class Block(NamedTuple):
     round: int = 0
     reviewer: int = -1
     figure: bool = False
+    joined: bool = False
 
 
 def asks(text: str) -> bool:
@@ -159,7 +164,8 @@ def asks(text: str) -> bool:
 
 
 def words(text: str) -> list[str]:
-    """Words in lower case, of compatible characters one."""
+    """Words in lower case, of compatible characters one, hyphenated breaks joined."""
+    text = re.sub(r"(?<=[^\W\d_])-[ \t]*\n[ \t]*(?=[^\W\d_])", "", text)
     return WORD.findall(unicodedata.normalize("NFKC", text).lower())
 
 

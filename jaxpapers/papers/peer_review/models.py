@@ -1,0 +1,352 @@
+"""The regressions of citations on measures of the review, and what they are shown as.
+
+M1 least squares of log(1 + citations), M2 Poisson pseudo-likelihood, both within cells of
+field and year; M3 negative binomial and M4 logit of the top tenth with dummies; M5 means
+of normalised citations by tenths of a regressor.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Key
+
+from jaxpapers.ops import agreement, hypothesis
+from jaxpapers.ops import regression as fits
+from jaxpapers.ops.regression import linear, poisson
+from jaxpapers.papers.peer_review import world as worlds
+from jaxpapers.papers.peer_review.measuring import outcomes
+
+
+class Models(NamedTuple):
+    """Fits of one table.
+
+    Attributes:
+      joint: model -> all regressors together.
+      alone: regressor -> M1 with it alone.
+      adjusted: regressor -> Benjamini-Hochberg p-value of ``alone``.
+      vif: variance inflation factors.
+    """
+
+    joint: dict[str, fits.Result]
+    alone: dict[str, fits.Result]
+    adjusted: dict[str, float]
+    vif: dict[str, float]
+
+
+class Coverage(NamedTuple):
+    """Repeated draws of the outcome with the regressors fixed.
+
+    Attributes:
+      names: of the regressors.
+      truth: (k,) coefficients.
+      mean, deviation: model -> (k,) of the estimates.
+      covered: model -> (k,) share of 95 % intervals that have the truth.
+      rejected: model -> (k,) share of tests at 5 % that reject 0.
+      replications: their number.
+    """
+
+    names: tuple[str, ...]
+    truth: np.ndarray
+    mean: dict[str, np.ndarray]
+    deviation: dict[str, np.ndarray]
+    covered: dict[str, np.ndarray]
+    rejected: dict[str, np.ndarray]
+    replications: int
+
+    def bias_in_errors(self, model: str) -> np.ndarray:
+        """Bias by its Monte-Carlo standard error."""
+        error = self.deviation[model] / np.sqrt(self.replications)
+        return (self.mean[model] - self.truth) / error
+
+
+def fit(
+    cites: Any, x: Mapping[str, Any], field: Any, year: Any, missing: str = "raise"
+) -> Models:
+    """All models of one table of papers.
+
+    Args:
+      cites: (n,) citation counts.
+      x: name -> (n,) regressors, z-scores.
+      field, year: (n,) labels.
+      missing: see ``regression.design``.
+
+    Raises:
+      ValueError: see the models.
+    """
+    cites, field, year = map(np.asarray, (cites, field, year))
+    cell = np.array([f"{f}_{y}" for f, y in zip(field, year)])
+    made = outcomes(cites, cell)
+    within = {"fe": {"cell": cell}, "missing": missing}
+    effects = fits.dummies("field", field) | fits.dummies("year", year)
+    joint = {
+        "OLS, HC1": fits.ols(made["log"], x, **within),
+        "OLS, CRV1": fits.ols(made["log"], x, vcov="CRV1", cluster=cell, **within),
+        "PPML, CRV1": fits.ppml(cites, x, vcov="CRV1", cluster=cell, **within),
+        "NB2": fits.negbin(cites, {**x, **effects}, missing=missing),
+        "logit, top 10 %": fits.logit(made["top"], dict(x), missing=missing),
+    }
+    alone = {k: fits.ols(made["log"], {k: v}, **within) for k, v in x.items()}
+    adjusted = hypothesis.benjamini_hochberg([r.p[0] for r in alone.values()])
+    factors = fits.vif(x) if len(x) > 1 else dict.fromkeys(x, 1.0)
+    return Models(joint, alone, dict(zip(x, adjusted.tolist())), factors)
+
+
+def regression_rows(models: Models, names: Sequence[str]) -> list[list[str]]:
+    """Cells of a table: a row a regressor, "0.123*** (0.045)" a model."""
+    rows = []
+    for name in names:
+        row = [name]
+        for result in models.joint.values():
+            e = result[name]
+            row.append(f"{e['coef']:.3f}{stars(e['p'])} ({e['se']:.3f})")
+        rows.append([*row, f"{models.adjusted[name]:.3g}", f"{models.vif[name]:.2f}"])
+    counts = [str(r.n) for r in models.joint.values()]
+    fit = [
+        next(f"{r.stats[s]:.3f}" for s in ("r2", "pseudo_r2", "llf") if s in r.stats)
+        for r in models.joint.values()
+    ]
+    return [*rows, ["n", *counts, "", ""], ["R2, pseudo-R2, log L", *fit, "", ""]]
+
+
+def columns(models: Models) -> list[str]:
+    """Headings of ``regression_rows``."""
+    return ["", *models.joint, "BH p, alone", "VIF"]
+
+
+def stars(p: float) -> str:
+    """*** below .001, ** below .01, * below .05."""
+    return "*" * sum(p < level for level in (0.05, 0.01, 0.001))
+
+
+def text_table(heads: Sequence[str], rows: Sequence[Sequence[Any]], note: str) -> str:
+    """A table in plain text."""
+    cells = [list(map(str, heads)), *(list(map(str, r)) for r in rows)]
+    width = [max(len(r[i]) for r in cells) for i in range(len(heads))]
+    lines = ["  ".join(c.ljust(w) for c, w in zip(r, width)).rstrip() for r in cells]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], "", note]) + "\n"
+
+
+def latex_table(heads: Sequence[str], rows: Sequence[Sequence[Any]], note: str) -> str:
+    """A table for LaTeX with booktabs."""
+
+    def line(cells):
+        return " & ".join(map(_escaped, map(str, cells))) + r" \\"
+
+    return "\n".join(
+        [
+            r"\begin{tabular}{l" + "c" * (len(heads) - 1) + "}", r"\toprule",
+            line(heads), r"\midrule", *map(line, rows), r"\bottomrule", r"\end{tabular}",
+            r"% " + note,
+        ]
+    ) + "\n"  # fmt: skip
+
+
+def _escaped(text: str) -> str:
+    for a in "&%_#$":
+        text = text.replace(a, "\\" + a)
+    return text.replace("R2", "$R^2$")
+
+
+NOTE = (
+    "Standard errors in parentheses; * p < .05, ** p < .01, *** p < .001. OLS of "
+    "log(1 + citations) and PPML within field x year; NB2 with dummies of both."
+)
+
+
+def deciles(
+    key: Key[Array, ""],
+    x: Any,
+    y: Any,
+    replicates: int = 10_000,
+    bins: int = 10,
+    mesh: Any = None,
+) -> dict[str, np.ndarray]:
+    """Mean of y by tenths of x, with 95 % percentile intervals of the bootstrap.
+
+    Args:
+      key: of the resamples.
+      x, y: (n,).
+      replicates: number of resamples, of rows within all bins together.
+      bins: number of them, of equal counts.
+      mesh: see ``regression.bootstrap``.
+
+    Returns:
+      ``mean``, ``low``, ``high``, ``x`` (bins,): of y, and the mean of x.
+
+    Raises:
+      ValueError: fewer rows than bins.
+    """
+    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    if len(x) < bins:
+        raise ValueError(f"{len(x)} rows are fewer than {bins} bins")
+    place = np.argsort(np.argsort(x, kind="stable"), kind="stable")
+    code = (place * bins // len(x)).astype(np.int32)
+
+    def statistic(data):
+        y, code = data
+        one = jnp.ones_like(y)
+        total = jax.ops.segment_sum(y, code, bins)
+        return total / jax.ops.segment_sum(one, code, bins)
+
+    draws = fits.bootstrap(key, statistic, (y, code), replicates, mesh=mesh)
+    low, high = np.nanquantile(draws, [0.025, 0.975], axis=0)
+    counts = np.bincount(code, minlength=bins)
+    return {
+        "mean": np.bincount(code, y) / counts, "low": low, "high": high,
+        "x": np.bincount(code, x) / counts,
+    }  # fmt: skip
+
+
+class Field(NamedTuple):
+    """How far fields differ in a measure.
+
+    Attributes:
+      eta2: variance between fields by all variance.
+      low, high: of its bootstrap, 95 %.
+      h, p: of Kruskal and Wallis.
+    """
+
+    eta2: float
+    low: float
+    high: float
+    h: float
+    p: float
+
+
+def compare_fields(
+    key: Key[Array, ""], values: Mapping[str, Any], field: Any, replicates: int = 2000
+) -> dict[str, Field]:
+    """Between-field shares of variance of measures (style, length), with intervals.
+
+    Args:
+      key: of the resamples, the same for all measures.
+      values: measure -> (n,); rows with a missing value are left out of it.
+      field: (n,) labels.
+      replicates: of the bootstrap.
+    """
+    field = np.unique(np.asarray(field), return_inverse=True)[1].astype(np.int32)
+    n = int(field.max()) + 1
+    made = {}
+    for name, v in values.items():
+        v = np.asarray(v, np.float64)
+        kept = np.isfinite(v)
+        data = (v[kept], field[kept])
+        draws = fits.bootstrap(
+            key, functools.partial(_eta2, n=n), data, replicates, chunk=250
+        )
+        groups = [v[kept & (field == f)] for f in range(n)]
+        test = hypothesis.kruskal([g for g in groups if len(g)])
+        with jax.enable_x64(True):
+            own = float(_jitted_eta2(*map(jnp.asarray, data), n))
+        low, high = np.quantile(draws, [0.025, 0.975])
+        made[name] = Field(own, float(low), float(high), test.statistic, test.p)
+    return made
+
+
+def _eta2(data, *, n):
+    v, code = data
+    count = jax.ops.segment_sum(jnp.ones_like(v), code, n)
+    mean = jax.ops.segment_sum(v, code, n) / jnp.maximum(count, 1)
+    centred = v - v.mean()
+    return (count * jnp.square(mean - v.mean())).sum() / jnp.square(centred).sum()
+
+
+_jitted_eta2 = jax.jit(lambda v, code, n: _eta2((v, code), n=n), static_argnums=2)
+
+
+def coverage(
+    world: worlds.World, options: worlds.Options, replications: int = 200
+) -> Coverage:
+    """Refits the models to outcomes that are drawn anew; the opinions stay.
+
+    Least squares gets an outcome that is linear with uneven noise, Poisson the counts.
+
+    Args:
+      world: of ``simulate``.
+      options: that it was drawn with.
+      replications: number of draws.
+
+    Raises:
+      ValueError: fewer than 2 replications.
+    """
+    if replications < 2:
+        raise ValueError(f"replications must be >= 2, got {replications}")
+    rng = np.random.default_rng([options.seed, 3])
+    truth = options.truth
+    linear_y = np.stack([worlds.draw_outcome(rng, world) for _ in range(replications)])
+    counts = np.stack(
+        [worlds.draw_counts(rng, world.eta, options.alpha) for _ in range(replications)]
+    )
+    cells = int(world.cell.max()) + 1
+    with jax.enable_x64(True):
+        found = jax.device_get(_refits(world.x, world.cell, linear_y, counts, cells))
+    n, k = world.x.shape
+    clustered = cells / (cells - 1) * (n - 1) / (n - k - 1)
+    scale = {"OLS, HC1": n / (n - k - cells), "OLS, CRV1": clustered,
+             "PPML, CRV1": clustered}  # fmt: skip
+    from scipy import stats
+
+    points = {"OLS, HC1": stats.t.ppf(0.975, n - k - cells),
+              "OLS, CRV1": stats.t.ppf(0.975, cells - 1),
+              "PPML, CRV1": stats.norm.ppf(0.975)}  # fmt: skip
+    mean, deviation, covered, rejected = {}, {}, {}, {}
+    for name, (beta, variance) in found.items():
+        half = points[name] * np.sqrt(scale[name] * variance)
+        mean[name], deviation[name] = beta.mean(0), beta.std(0, ddof=1)
+        covered[name] = (np.abs(beta - truth) <= half).mean(0)
+        rejected[name] = (np.abs(beta) > half).mean(0)
+    return Coverage(
+        worlds.REGRESSORS, truth, mean, deviation, covered, rejected, replications
+    )
+
+
+@functools.partial(jax.jit, static_argnums=4)
+def _refits(x, cell, linear_y, counts, cells):
+    """Estimates and variances (replications, k) without their small-sample factors."""
+    fe = cell[None].astype(jnp.int32)
+    shared = {"levels": (cells,), "fixed": cells, "tol": 1e-10}
+
+    def one(y_and_count):
+        y, count = y_and_count
+        beta, v, *_ = linear._ols(x, y, fe, None, kind="HC1", clusters=0, **shared)
+        by_cell = linear._ols(x, y, fe, fe[0], kind="CRV1", clusters=cells, **shared)[1]
+        b, bread, x_, score, *_ = poisson._ppml(
+            x, count, fe, levels=(cells,), tol=1e-9, last=False
+        )
+        counted = poisson._sandwich(bread, x_, score, fe[0], clusters=cells)
+        return {
+            "OLS, HC1": (beta, jnp.diag(v)), "OLS, CRV1": (beta, jnp.diag(by_cell)),
+            "PPML, CRV1": (b, jnp.diag(counted)),
+        }  # fmt: skip
+
+    return jax.lax.map(one, (linear_y, counts))
+
+
+def attenuation(
+    world: worlds.World, options: worlds.Options, noise: float, raters: int = 2
+) -> tuple[float, float, float]:
+    """What measurement error does to a coefficient, and how reliability corrects it.
+
+    The outcome is the true strength and noise of half its deviation.
+
+    Args:
+      world, options: drawn papers.
+      noise: deviation of each rater's error, in standard deviations of the strength.
+      raters: number of independent raters, at least 2.
+
+    Returns:
+      ICC(1,1) of the raters' scores; the coefficient of one rater's strength over that of
+      the true strength; that ratio after division by the reliability.
+    """
+    rng = np.random.default_rng([options.seed, 4])
+    true = world.x[:, 0]
+    scores = true[:, None] + rng.normal(0, noise, (len(true), raters))
+    y = true + rng.normal(0, 0.5, len(true))
+    exact = fits.ols(y, {"strength": true}).coef[1]
+    rough = fits.ols(y, {"strength": scores[:, 0]}).coef[1]
+    reliability = agreement.icc(scores, "1,1")
+    return reliability, float(rough / exact), float(rough / exact / reliability)

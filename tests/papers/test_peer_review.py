@@ -1,0 +1,283 @@
+"""Peer review: measures by hand, generated letters and models with known truth."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from jaxpapers.ops import agreement, hypothesis
+from jaxpapers.papers import peer_review as pr
+from jaxpapers.papers.peer_review import extraction, models, rules, schema
+from jaxpapers.tasks.reviews import is_recovered
+from tests.contract import grid
+
+SMALL = pr.Options(papers=150, fields=3, years=2)
+
+
+@pytest.fixture(scope="module")
+def world():
+    return pr.simulate(SMALL)
+
+
+def opinion(**fields):
+    given = dict(
+        id="1", round=1, reviewer=1, quote="q", summary="s", opinion_type="methodology",
+        target="core", polarity="criticism", strength=0.5, constructiveness=0.5,
+        quality=0.5, revision_cost=0.5, response_type="agree_and_revise",
+    )  # fmt: skip
+    return pr.Opinion(**{**given, **fields})
+
+
+def test_measures_by_hand():
+    first = [
+        opinion(strength=1.0, revision_cost=0.25),
+        opinion(strength=0.5, target="peripheral", response_type="rebut"),
+        opinion(strength=0.25, polarity="praise", response_type="no_response"),
+        opinion(reviewer=2, strength=0.5, opinion_type="literature",
+                response_type="agree_partial"),
+        opinion(reviewer=2, round=2, strength=0.5, response_type="no_response"),
+    ]  # fmt: skip
+    alone = [opinion(reviewer=1, strength=0.75, resolved_round=2)]
+    made = pr.measures(pr.opinions([first, alone, []]), 3, 2, 3)
+    assert made["pressure"].tolist() == [2.5, 0.75, 0.0]
+    np.testing.assert_allclose(made["share"][0], [0.8, 0.2])
+    np.testing.assert_allclose(made["share"][:2].sum(1), 1)
+    np.testing.assert_allclose(made["core_share"][:2], [2.0 / 2.5, 1])
+    # Over reviewers of their means: (1.75 / 3 + 1 / 2) / 2.
+    np.testing.assert_allclose(made["strength"][:2], [(1.75 / 3 + 0.5) / 2, 0.75])
+    np.testing.assert_allclose(made["strength_pooled"][0], 2.75 / 5)
+    np.testing.assert_allclose(made["burden"][:2], [2.25, 0.5])
+    # Round 1: means 1.75 / 3 and 1 / 2; types {methodology} and {literature}.
+    gap = 1.75 / 3 - 0.5
+    np.testing.assert_allclose(made["disagreement"][0], gap)
+    np.testing.assert_allclose(made["spread"][0], gap / 2**0.5)
+    assert made["types_apart"][0] == 1
+    # Answered and critical: agree, rebut, partial.
+    np.testing.assert_allclose(made["agreement"][:2], [1.5 / 3, 1])
+    np.testing.assert_allclose(made["rebuttal"][0], 1 / 3)
+    assert made["resolved_2"].tolist()[:2] == [0, 1]
+    for name in ("strength", "disagreement", "core_share"):
+        assert np.isnan(made[name][2]), name
+    assert np.isnan(made["disagreement"][1])
+
+
+def test_refused_codes():
+    for fields, words in (
+        ({"strength": 1.5}, "strength must be in"),
+        ({"polarity": "rude"}, "polarity must be one of"),
+        ({"round": 0}, "round must be >= 1"),
+        ({"quote": " "}, "quote is empty"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            opinion(**fields)
+    given = pr.opinions([[opinion(reviewer=7)]])
+    with pytest.raises(ValueError, match="reviewer must be in"):
+        pr.measures(given, 1, 1, 3)
+
+
+def test_outcomes_within_cells():
+    cites, cell = [1.0, 3.0, 3.0, 5.0, 2.0, 2.0], list("aaaabb")
+    made = pr.outcomes(cites, cell)
+    np.testing.assert_allclose(made["norm"], [1 / 3, 1, 1, 5 / 3, 1, 1])
+    np.testing.assert_allclose(made["percentile"][:4], [0.25, 0.625, 0.625, 1])
+    for rows, n in ((slice(0, 4), 4), (slice(4, 6), 2)):
+        assert made["percentile"][rows].mean() == pytest.approx((n + 1) / (2 * n))
+    with pytest.raises(ValueError, match="without any citation"):
+        pr.outcomes([0.0, 0.0], ["a", "a"])
+
+
+def test_the_same_options_give_the_same_bytes(world):
+    again = pr.simulate(SMALL)
+    for a, b in zip(jax.tree.leaves(world), jax.tree.leaves(again)):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+    letters = [pr.render(w, 3, "pages").text for w in (world, again)]
+    assert letters[0] == letters[1]
+
+
+@pytest.mark.parametrize("layout", pr.LAYOUTS)
+def test_letters_are_recovered(world, layout):
+    """All of separate and interleaved layouts, 98 % or more of those on noisy pages."""
+    pairs = []
+    for paper in range(50):
+        letter = pr.render(world, paper, layout)
+        pairs.append((letter, pr.parse_review_file(letter.text)))
+    share = np.mean([is_recovered(*pair) for pair in pairs])
+    assert share >= (0.98 if layout == "pages" else 1)
+    got, true, length = [], [], []
+    for letter, file in pairs:
+        assert "".join(file.text[s.start : s.end] for s in file.segments) == letter.text
+        if is_recovered(letter, file):
+            own = sorted(pr.rule_extract(file), key=lambda o: o.span)
+            got += [rules.levels(o.quote)["strength"] for o in own]
+            length += [len(o.quote.split()) for o in own]
+            true += world.opinions.scores[letter.rows, 0].tolist()
+    strength = hypothesis.spearman(got, true).statistic
+    assert strength >= 0.5
+    assert strength > hypothesis.spearman(length, true).statistic + 0.2
+
+
+@pytest.mark.programs(20)  # The replications' program, and single fits.
+def test_replications_cover_the_truth(world):
+    c = models.coverage(world, SMALL, 60)
+    for model in c.mean:
+        # A two-sided 95 % range of 60 draws is 2.1 errors; five names, three models.
+        assert np.abs(c.bias_in_errors(model)).max() < 4, model
+    assert 0.88 <= c.covered["OLS, HC1"].mean() <= 1
+    assert c.rejected["OLS, HC1"][-1] <= 0.15
+    reliability, ratio, corrected = models.attenuation(world, SMALL, 0.6)
+    assert ratio == pytest.approx(reliability, rel=0.1)
+    assert corrected == pytest.approx(1, rel=0.1)
+
+
+@pytest.mark.programs(40)  # Six kinds of fits.
+def test_models_of_a_table(world):
+    x = {"strength": world.x[:, 0], "burden": world.x[:, 2]}
+    made = models.fit(world.cites, x, world.field, world.year)
+    rows = models.regression_rows(made, list(x))
+    assert [r[0] for r in rows] == ["strength", "burden", "n", "R2, pseudo-R2, log L"]
+    heads = models.columns(made)
+    assert all(len(r) == len(heads) for r in rows)
+    latex = models.latex_table(heads, rows, "note")
+    assert r"logit, top 10 \%" in latex and latex.count(r"\\") == 5
+    assert "BH p" in models.text_table(heads, rows, "note")
+    single = fits_p = [r.p[0] for r in made.alone.values()]
+    assert list(made.adjusted.values()) == pytest.approx(
+        hypothesis.benjamini_hochberg(single).tolist()
+    )
+    assert len(fits_p) == 2
+
+
+@pytest.mark.programs(20)  # On one device and on two meshes.
+def test_tenths_and_null_on_every_mesh(world, key):
+    x, y = world.x[:, 0], pr.outcomes(world.cites, world.cell)["norm"]
+    one = pr.deciles(key, x, y, 64)
+    order = np.argsort(x, kind="stable")
+    np.testing.assert_allclose(one["mean"], y[order].reshape(10, -1).mean(1))
+    assert (one["low"] < one["mean"]).all() and (one["mean"] < one["high"]).all()
+    means, paper = np.arange(12.0) % 3, np.repeat(np.arange(6), 2)
+    null = pr.disagreement_null(key, means, paper, np.zeros(12), 6, 16)
+    for name in ("8x1", "4x2"):
+        other = pr.deciles(key, x, y, 64, mesh=grid(name))
+        for part in one:
+            np.testing.assert_allclose(other[part], one[part], rtol=1e-12)
+        again = pr.disagreement_null(key, means, paper, np.zeros(12), 6, 16, grid(name))
+        np.testing.assert_allclose(again[2], null[2], rtol=1e-12)
+    within = np.square(
+        means.reshape(6, 2) - means.reshape(6, 2).mean(1)[:, None]
+    ).mean()
+    assert null[0] == pytest.approx(within)
+
+
+def test_kappa_icc_and_overlap():
+    a, b = [0, 0, 1, 1, 2, 2], [0, 1, 1, 1, 2, 0]
+    # Observed 4 / 6, by chance (2 * 2 + 2 * 3 + 2 * 1) / 36.
+    assert agreement.kappa(a, b) == pytest.approx((4 / 6 - 1 / 3) / (1 - 1 / 3))
+    assert agreement.kappa(a, a, "quadratic") == 1
+    # 1 - 5 / (mean squared distance by chance * 6).
+    chance = np.mean([(i - j) ** 2 for i in a for j in b]) * 6
+    assert agreement.kappa(a, b, "quadratic") == pytest.approx(1 - 5 / chance)
+    with pytest.raises(ValueError, match="not defined"):
+        agreement.kappa([1, 1], [1, 1])
+    # Shrout and Fleiss, 1979, table 2.
+    scores = [[9, 2, 5, 8], [6, 1, 3, 2], [8, 4, 6, 8], [7, 1, 2, 6], [10, 5, 6, 9],
+              [6, 2, 4, 7]]  # fmt: skip
+    expected = {"1,1": 0.17, "2,1": 0.29, "3,1": 0.71, "1,k": 0.44, "2,k": 0.62,
+                "3,k": 0.91}  # fmt: skip
+    for kind, value in expected.items():
+        assert agreement.icc(scores, kind) == pytest.approx(value, abs=0.006)
+    assert agreement.iou((0, 10), (5, 15)) == pytest.approx(1 / 3)
+    matched = agreement.match_spans([(0, 10), (20, 30)], [(1, 10), (50, 60)])
+    assert matched.pairs == ((0, 0),) and matched.precision == matched.recall == 0.5
+
+
+def reply_of(quote):
+    scores = dict.fromkeys(schema.SCORES, 4)
+    return {"quote": quote, "summary": "s", "opinion_type": "methodology",
+            "target": "core", "polarity": "criticism", **scores}  # fmt: skip
+
+
+TEXT = """REVIEWER COMMENTS
+
+Reviewer #1 (Remarks to the Author):
+
+1. The sample is far too small for the main claim of the paper.
+
+Reviewer #2 (Remarks to the Author):
+
+1. Figure 2 should be redrawn.
+
+Response to reviewers
+
+Reviewer #1
+
+1. The sample is far too small for the main claim of the paper.
+Response: We have doubled it.
+"""
+
+
+def test_extraction_grounds_quotes_and_lists_what_fails():
+    file = pr.parse_review_file(TEXT)
+
+    def ask(messages, made, check):
+        text = messages[1]["content"]
+        assert messages[0]["content"] == extraction.SYSTEM
+        if "links" in made["properties"]:
+            value = {"links": [{"number": 1, "response_type": "agree_and_revise",
+                                "response_quote": "We have doubled it"}]}  # fmt: skip
+        elif "Figure 2" in text:
+            bad = {"opinions": [reply_of("This is nowhere in the report at all.")]}
+            assert "is not in the report" in check(bad)[0]
+            raise ValueError("no valid reply")
+        else:
+            one = reply_of("the sample is far  too small")
+            value = {"opinions": [one, one]}
+        assert check(value) == []
+        return value
+
+    made = pr.extract(ask, file)
+    assert [(r, i) for r, i, _ in made.failed] == [(1, 2)]
+    assert len(made.opinions) == 1 and len(made.dropped) == 1
+    found = made.opinions[0]
+    assert found.strength == 0.75 and found.point == 0
+    assert file.text[slice(*found.span)] == "The sample is far too small"
+    assert found.response_quote == "We have doubled it"
+    assert pr.validate(made.opinions, file) == []
+    problems = pr.validate(
+        [opinion(quote="Not there at all, not a word.", reviewer=5)], file
+    )
+    assert len(problems) == 2
+    assert made.provenance["prompts"] == extraction.prompt_hash()
+
+
+def test_checks_of_replies():
+    report = "The sample is small."
+    good = {"opinions": [reply_of("The sample is small")]}
+    assert extraction.check_opinions(good, report) == []
+    for change, words in (
+        ({"strength": 6}, "strength must be a whole number in range"),
+        ({"strength": True}, "strength must be a whole number in range"),
+        ({"polarity": "x"}, "polarity must be one of"),
+        ({"quote": ""}, "quote must be a text"),
+    ):
+        value = {"opinions": [{**reply_of("The sample is small"), **change}]}
+        assert words in extraction.check_opinions(value, report)[0]
+    assert extraction.check_opinions([], report) == [
+        "expected an object with a list 'opinions'"
+    ]
+
+
+def test_quotes_are_located():
+    source = "Intro. The main effect, as shown, is NOT supported by the data in Fig. 2."
+    assert pr.locate("the main effect as shown", source) == (7, 32)
+    # One word of eleven differs.
+    near = "The main effect, as shown, is not supported by these data in"
+    assert pr.locate(near, source) is not None
+    assert pr.locate("The side effect that we saw is supported", source) is None
+    assert pr.locate("", source) is None
+
+
+def test_parse_is_plain_data():
+    made = pr.to_dict(pr.parse_review_file(TEXT))
+    assert json.loads(json.dumps(made))["points"][0]["answers"][0]["by"] == "quote"
+    assert made["reviewers"] == [1, 2] and made["rounds"] == 1
