@@ -403,6 +403,37 @@ LOOPED_TRANSFORMER = [
     ),
 ]
 
+PEER_REVIEW = [
+    # G / (G - 1) of clustered errors.
+    (
+        "jaxpapers/ops/regression/covariance.py",
+        "return g / (g - 1) * (n - 1) / (n - full)",
+        "return (n - 1) / (n - full)",
+        ["tests/ops/test_regression_parity.py"],
+    ),
+    # HC2 has the root of 1 - h.
+    (
+        "jaxpapers/ops/regression/linear.py",
+        'e / jnp.sqrt(1 - h) if kind == "HC2" else e / (1 - h)',
+        'e / (1 - h) if kind == "HC2" else e / jnp.sqrt(1 - h)',
+        ["tests/ops/test_regression_parity.py"],
+    ),
+    # Effects are refitted without the cluster.
+    (
+        "jaxpapers/ops/regression/covariance.py",
+        "kept = (cluster != g).astype(x.dtype)",
+        "kept = (cluster == g).astype(x.dtype)",
+        ["tests/ops/test_regression.py"],
+    ),
+    # Praise presses nobody.
+    (
+        "jaxpapers/papers/peer_review/measuring.py",
+        "critical = (polarity != PRAISE) * 1.0",
+        "critical = (polarity == PRAISE) * 1.0",
+        ["tests/papers/test_peer_review.py::test_measures_by_hand"],
+    ),
+]
+
 DNW = [
     (
         "jaxpapers/papers/dnw/measure.py",
@@ -752,6 +783,7 @@ MUTATIONS = [
         "defer": DEFER,
         "dnw": DNW,
         "rejump": REJUMP,
+        "peer_review": PEER_REVIEW,
         "nuclear_norm": NUCLEAR_NORM,
         "poem": POEM,
         "gppstd": GPPSTD,

@@ -253,12 +253,7 @@ def _analysis(config, world, options, mesh) -> tuple[list[Table], dict[str, Any]
     tables.append(Table("regressions of citations", heads, rows))
     norm = pr.outcomes(world.cites, world.cell)["norm"]
     key = jax.random.key(options.seed)
-    curves = {
-        k: models.deciles(
-            jax.random.fold_in(key, i), v, norm, m.bootstrap, mesh=several
-        )
-        for i, (k, v) in enumerate(x.items())
-    }
+    curves = models.deciles(key, x, norm, m.bootstrap, mesh=several)
     tables.append(
         Table(
             "citations / mean of field and year, by tenths of strength (95 %)",

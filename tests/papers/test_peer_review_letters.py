@@ -162,6 +162,20 @@ def test_what_only_the_authors_quote_is_a_point():
     assert file.quote(file.points[-1].links[0].reply) == "We agree."
 
 
+def test_authors_who_set_their_own_words_in_italics():
+    asked = ("1) The dose of the drug is not given in the methods section.",
+             "2) The statistics of the second figure must be corrected.")  # fmt: skip
+    said = [f"<italic>Our answer to comment {n} is written here in full</italic>."
+            for n in (1, 2)]  # fmt: skip
+    told = p(asked[0], said[0], asked[1], said[1])
+    letter = "decision-letter", "", p("First reviewer:", *asked)
+    file = pr.parse_jats(article(letter, ("reply", "", told)))
+    assert [(q.reviewer, len(q.links)) for q in file.points] == [(1, 1), (1, 1)]
+    assert file.quote(file.points[1].links[0].reply).startswith(
+        "Our answer to comment 2"
+    )
+
+
 PAGES = "".join(
     f"Journal of Effects {n}\n{body}\n{n}\n\f"
     for n, body in (

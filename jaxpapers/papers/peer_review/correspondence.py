@@ -155,7 +155,8 @@ def _units_of(text: str, block: Block, at: _Context) -> list[Unit]:
         unit(start, end, joined=block.joined)
         return found
     if units.NOTE.match(part):
-        if units.AGAIN.search(part):
+        first = at.round == 1 and units.FIRST.search(part)
+        if units.AGAIN.search(part) and not first:
             at.again()
         cut = _note_end(part)
         unit(start, start + cut, "note")

@@ -159,8 +159,11 @@ def link(
     """
     links: dict[int, list[Link]] = {}
     alone: list[tuple[Any, tuple[Span, ...], tuple[Link, ...]]] = []
+    # Authors may set their own words in italics, and the reviewers' plain.
+    told = [answers[j].styled > 0.5 for j in found]
+    reversed_ = bool(told) and sum(told) < 0.5 * len(told)
     markers = sum(bool(units.REPLY.match(text[u.start : u.end])) for u in answers)
-    turns = _turns(text, letters, answers, found, markers >= 2)
+    turns = _turns(text, letters, answers, found, markers >= 2, reversed_)
     _by_order(text, turns, points, links, letters, found)
     for quoted, said in turns:
         spans = tuple(
@@ -171,6 +174,10 @@ def link(
             for i in found[j].letters if j in found else ():
                 if letters[i].group >= 0:
                     targets.setdefault(letters[i].group, []).append(j)
+        for n, js in _elided(text, letters, answers, quoted, found).items():
+            if n not in targets:
+                quote = tuple(Span(answers[j].start, answers[j].end) for j in js)
+                links.setdefault(n, []).append(Link(quote, spans, "ellipsis", 1.0))
         for n, js in targets.items():
             js = list(dict.fromkeys(js))
             best = max(js, key=lambda j: found[j].score)
@@ -197,7 +204,26 @@ def link(
     return Linked(links, alone)
 
 
-def _turns(text, letters, answers, found, marked) -> list[tuple[list[int], list[Any]]]:
+def _elided(text, letters, answers, quoted, found) -> dict[int, list[int]]:
+    """Points that stand between two quotes where the authors wrote an ellipsis."""
+    between: dict[int, list[int]] = {}
+    for a, j, b in zip(quoted, quoted[1:], quoted[2:]):
+        part = text[answers[j].start : answers[j].end]
+        if not units.ELLIPSIS.match(part) or a not in found or b not in found:
+            continue
+        first, last = max(found[a].letters), min(found[b].letters)
+        for i in range(first + 1, last):
+            same = (letters[i].round, letters[i].reviewer) == (
+                letters[first].round, letters[first].reviewer
+            )  # fmt: skip
+            if same and letters[i].group >= 0:
+                between.setdefault(letters[i].group, []).append(j)
+    return between
+
+
+def _turns(
+    text, letters, answers, found, marked, reversed_
+) -> list[tuple[list[int], list[Any]]]:
     """Runs of quotes, each with the paragraphs that follow it; the first may quote
     nothing."""
     turns: list[tuple[list[int], list[Any]]] = [([], [])]
@@ -218,7 +244,7 @@ def _turns(text, letters, answers, found, marked) -> list[tuple[list[int], list[
             or ellipsis
             and bool(turns[-1][0])
             and not turns[-1][1]
-            or _unmatched(text, answers, j, found, marked, letters, turns[-1])
+            or _unmatched(text, answers, j, marked, letters, turns[-1], reversed_)
         )
         if quote:
             if turns[-1][1]:
@@ -229,13 +255,13 @@ def _turns(text, letters, answers, found, marked) -> list[tuple[list[int], list[
     return [t for t in turns if t[0] or t[1]]
 
 
-def _unmatched(text, answers, j, found, marked, letters, turn) -> bool:
+def _unmatched(text, answers, j, marked, letters, turn, reversed_) -> bool:
     """Whether a paragraph repeats something that the letters do not show."""
     u = answers[j]
     part = text[u.start : u.end].strip()
     if u.figure or len(units.words(part)) < 4:
         return False
-    if u.styled > 0.9:
+    if u.styled > 0.9 and not reversed_:
         heads = part.endswith(":") and len(part.split()) < 10
         return not heads and len(units.words(part)) >= 8
     if not marked:

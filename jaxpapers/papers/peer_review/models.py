@@ -16,7 +16,8 @@ from jaxtyping import Array, Key
 
 from jaxpapers.ops import agreement, hypothesis
 from jaxpapers.ops import regression as fits
-from jaxpapers.ops.regression import linear, poisson
+from jaxpapers.ops.regression import linear, poisson, resampling
+from jaxpapers.ops.regression.covariance import dot
 from jaxpapers.papers.peer_review import world as worlds
 from jaxpapers.papers.peer_review.measuring import outcomes
 
@@ -159,46 +160,59 @@ NOTE = (
 
 def deciles(
     key: Key[Array, ""],
-    x: Any,
+    x: Mapping[str, Any],
     y: Any,
     replicates: int = 10_000,
     bins: int = 10,
     mesh: Any = None,
-) -> dict[str, np.ndarray]:
-    """Mean of y by tenths of x, with 95 % percentile intervals of the bootstrap.
+) -> dict[str, dict[str, np.ndarray]]:
+    """Mean of y by tenths of each column, with 95 % percentile intervals.
 
     Args:
-      key: of the resamples.
-      x, y: (n,).
-      replicates: number of resamples, of rows within all bins together.
+      key: of the resamples, the same for all columns.
+      x: name -> (n,).
+      y: (n,).
+      replicates: number of resamples, of rows of all bins together.
       bins: number of them, of equal counts.
       mesh: see ``regression.bootstrap``.
 
     Returns:
-      ``mean``, ``low``, ``high``, ``x`` (bins,): of y, and the mean of x.
+      Name -> ``mean``, ``low``, ``high``, ``x`` (bins,): of y, and the mean of x.
 
     Raises:
       ValueError: fewer rows than bins.
     """
-    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-    if len(x) < bins:
-        raise ValueError(f"{len(x)} rows are fewer than {bins} bins")
-    place = np.argsort(np.argsort(x, kind="stable"), kind="stable")
-    code = (place * bins // len(x)).astype(np.int32)
+    y = np.asarray(y, np.float64)
+    if len(y) < bins:
+        raise ValueError(f"{len(y)} rows are fewer than {bins} bins")
+    columns = {k: np.asarray(v, np.float64) for k, v in x.items()}
+    hot = np.concatenate([np.eye(bins)[_bin_of(v, bins)] for v in columns.values()], 1)
 
-    def statistic(data):
-        y, code = data
-        one = jnp.ones_like(y)
-        total = jax.ops.segment_sum(y, code, bins)
-        return total / jax.ops.segment_sum(one, code, bins)
+    def sums(keys, table):
+        return dot(resampling.resample_counts(keys, len(table)).T, table)
 
-    draws = fits.bootstrap(key, statistic, (y, code), replicates, mesh=mesh)
-    low, high = np.nanquantile(draws, [0.025, 0.975], axis=0)
-    counts = np.bincount(code, minlength=bins)
-    return {
-        "mean": np.bincount(code, y) / counts, "low": low, "high": high,
-        "x": np.bincount(code, x) / counts,
-    }  # fmt: skip
+    table = np.concatenate([hot, hot * y[:, None]], 1)
+    drawn = resampling.spread(
+        key, sums, table, replicates, mesh=mesh, chunk=256, together=True
+    )
+    count, total = np.split(drawn, 2, axis=1)
+    means = np.where(count > 0, total / np.maximum(count, 1), np.nan)
+    low, high = np.nanquantile(means, [0.025, 0.975], axis=0)
+    made = {}
+    for i, (name, v) in enumerate(columns.items()):
+        part = slice(i * bins, (i + 1) * bins)
+        own = hot[:, part]
+        made[name] = {
+            "mean": own.T @ y / own.sum(0), "low": low[part], "high": high[part],
+            "x": own.T @ v / own.sum(0),
+        }  # fmt: skip
+    return made
+
+
+def _bin_of(v: np.ndarray, bins: int) -> np.ndarray:
+    """Bins of equal counts; of equal values the earlier row is in the lower one."""
+    place = np.argsort(np.argsort(v, kind="stable"), kind="stable")
+    return place * bins // len(v)
 
 
 class Field(NamedTuple):

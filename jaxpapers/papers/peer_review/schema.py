@@ -61,7 +61,8 @@ class Link(NamedTuple):
     Attributes:
       quote: spans in which the authors repeat the point.
       reply: spans of the answer; () where the point is repeated without one.
-      by: how it was found: quote, number, interleaved, order.
+      by: how it was found: quote, number, ellipsis (between two quotes of the
+        same answer), interleaved, order.
       score: share of the quote that is the point's words; 1 for the others.
     """
 

@@ -23,6 +23,12 @@ REVIEWER = re.compile(
     r"recommendations?\s+for\s+the\s+authors?))?\s*[:.\-–—]*\s*",
     re.IGNORECASE,
 )
+ORDINALS = ("first", "second", "third", "fourth")
+ORDINAL = re.compile(
+    rf"^\W{{0,3}}(?:the\s+)?({'|'.join(ORDINALS)})\s+{_WHO}(?:['’]s)?"
+    r"(?:\s+(?:comments?|report|review))?\s*[:.]\s*$",
+    re.IGNORECASE,
+)
 EDITOR = re.compile(
     r"^\W{0,3}(?:(?:reviewing|senior|handling|academic|associate)\s+)?editor"
     r"(?:['’]?s)?(?:\s+(?:comments?|summary|remarks))?\s*(?:\([^)]*\))?\s*:\s*$",
@@ -39,6 +45,8 @@ AGAIN = re.compile(
     r"for revisions)",
     re.IGNORECASE,
 )
+# A note about the round that it stands in.
+FIRST = re.compile(r"first (?:round|decision|review)|initial", re.IGNORECASE)
 RESUBMITTED = re.compile(
     r"^\W{0,3}thank you for (?:re-?submitting|submitting the revised|"
     r"sending the revised|"
@@ -193,6 +201,9 @@ def reviewer_heading(text: str) -> tuple[int, int] | None:
     """
     found = REVIEWER.match(text)
     if not found:
+        named = ORDINAL.match(text)
+        if named:
+            return ORDINALS.index(named[1].lower()) + 1, named.end()
         return None
     rest = text[found.end() :]
     if rest.strip() and not re.search(r"[:\-–—)\n]\s*$", found[0]):
