@@ -15,11 +15,11 @@ from jaxpapers.ops.regression.resampling import (
     bootstrap_ppml,
     permutation_test,
 )
-from jaxpapers.ops.regression.result import Result
+from jaxpapers.ops.regression.result import Result, critical
 from jaxpapers.ops.regression.wild import Wild, wild_bootstrap
 
 __all__ = [
     "Design", "Result", "Wild", "bootstrap", "bootstrap_ols", "bootstrap_ppml",
-    "demean", "design", "dummies", "logit", "negbin", "ols", "permutation_test", "ppml",
+    "critical", "demean", "design", "dummies", "logit", "negbin", "ols", "permutation_test", "ppml",
     "vif", "wild_bootstrap",
 ]  # fmt: skip

@@ -83,14 +83,20 @@ def finish(
     with np.errstate(divide="ignore", invalid="ignore"):
         t = np.where(se > 0, coef / se, np.nan)
     tail = stats.norm.sf if np.isinf(df) else lambda v: stats.t.sf(v, df)
-    point = stats.norm.ppf if np.isinf(df) else lambda q: stats.t.ppf(q, df)
-    half = float(point((1 + level) / 2)) * se
+    half = critical(df, level) * se
     return Result(
         tuple(names), coef, se, t, 2 * tail(np.abs(t)),
         np.stack([coef - half, coef + half], 1), vcov, n, float(df), kind,
         {k: float(v) for k, v in numbers.items()}, dict(dropped),
         np.asarray(residuals),
     )  # fmt: skip
+
+
+def critical(df: float | int, level: float = 0.95) -> float:
+    """Half-width of a confidence interval in standard errors; infinite df: normal."""
+    if np.isinf(df):
+        return float(stats.norm.ppf((1 + level) / 2))
+    return float(stats.t.ppf((1 + level) / 2, df))
 
 
 def in_float64(function, *args, **kwargs):

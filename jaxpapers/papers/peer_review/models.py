@@ -302,11 +302,9 @@ def coverage(
     clustered = cells / (cells - 1) * (n - 1) / (n - k - 1)
     scale = {"OLS, HC1": n / (n - k - cells), "OLS, CRV1": clustered,
              "PPML, CRV1": clustered}  # fmt: skip
-    from scipy import stats
-
-    points = {"OLS, HC1": stats.t.ppf(0.975, n - k - cells),
-              "OLS, CRV1": stats.t.ppf(0.975, cells - 1),
-              "PPML, CRV1": stats.norm.ppf(0.975)}  # fmt: skip
+    points = {"OLS, HC1": fits.critical(n - k - cells),
+              "OLS, CRV1": fits.critical(cells - 1),
+              "PPML, CRV1": fits.critical(np.inf)}  # fmt: skip
     mean, deviation, covered, rejected = {}, {}, {}, {}
     for name, (beta, variance) in found.items():
         half = points[name] * np.sqrt(scale[name] * variance)
