@@ -20,6 +20,6 @@ from jaxpapers.ops.regression.wild import Wild, wild_bootstrap
 
 __all__ = [
     "Design", "Result", "Wild", "bootstrap", "bootstrap_ols", "bootstrap_ppml",
-    "critical", "demean", "design", "dummies", "logit", "negbin", "ols", "permutation_test", "ppml",
-    "vif", "wild_bootstrap",
+    "critical", "demean", "design", "dummies", "logit", "negbin", "ols",
+    "permutation_test", "ppml", "vif", "wild_bootstrap",
 ]  # fmt: skip

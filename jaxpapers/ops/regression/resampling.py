@@ -14,8 +14,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Key
 
-from jaxpapers.ops.regression.covariance import dot
+from jaxpapers.ops.regression.covariance import HIGHEST, dot
 from jaxpapers.ops.regression.result import in_float64
+from jaxpapers.ops.regression.systems import solve, symmetric
 
 CHUNK = 64
 STEPS = 30
@@ -199,8 +200,8 @@ def bootstrap_ols(
 
     def many(keys, products):
         sums = dot(resample_counts(keys, n).T, products)
-        gram = _symmetric(sums, upper, k + 1)
-        return _solve(gram[:, :k, :k], gram[:, :k, k])
+        gram = symmetric(sums, upper, k + 1)
+        return solve(gram[:, :k, :k], gram[:, :k, k])
 
     return spread(
         key, many, products, replicates, mesh=mesh, chunk=chunk, together=True
@@ -216,7 +217,7 @@ def bootstrap_ppml(
     *,
     mesh: Any = None,
     chunk: int = 128,
-    tol: float = 1e-9,
+    tol: float = 1e-8,
 ) -> np.ndarray:
     """Coefficients of Poisson pseudo-likelihood with fixed effects on resampled pairs.
 
@@ -250,21 +251,17 @@ def bootstrap_ppml(
     scale = np.maximum((x - centre).std(0), 1e-12) if hot else np.ones(x.shape[1])
     z = np.concatenate([(x - centre) / scale, *hot], 1)
     k, width = x.shape[1], z.shape[1]
-    upper = np.array(
-        [(i, j) for i in range(width) for j in range(i, width)
-         if np.any(z[:, i] * z[:, j])]
-    ).T  # fmt: skip
-    products = z[:, upper[0]] * z[:, upper[1]]
-    first = _newton(
-        *(z, products, y, np.ones((len(y), 1)), np.zeros((1, width))), upper, k, tol, 60
-    )[0]
+    data = (z, y, *_blocks(z[:, :k], effects, hot))
+    given = np.ones((len(y), 1)), np.zeros((1, width))
+    fit = jax.jit(lambda data, c, t: _steps(data, c, t, k, tol, 60))
+    first = in_float64(fit, data, *given)
     if not np.isfinite(first).all():
         raise ValueError(
             "the Poisson fit of all rows did not converge; look for separated columns"
         )
 
     def many(keys, args):
-        z, products, y = args
+        z, y, *_ = args
         counts = resample_counts(keys, len(y))
         # A level without a positive outcome has no estimate: its rows leave.
         for _ in range(2 if hot else 0):
@@ -272,10 +269,9 @@ def bootstrap_ppml(
                 some = dot(z[:, part].T, counts * y[:, None]) > 0
                 counts = counts * some[effects[i]]
         start = jnp.broadcast_to(jnp.asarray(first[0]), (len(keys), width))
-        theta = _steps(z, products, y, counts, start, upper, k, tol, STEPS)
+        theta = _steps(args, counts, start, k, tol, STEPS)
         return theta[:, :k] / scale[None]
 
-    data = (z, products, y)
     return spread(key, many, data, replicates, mesh=mesh, chunk=chunk, together=True)
 
 
@@ -286,75 +282,82 @@ def _parts(width: int, k: int, hot: list[np.ndarray]) -> list[slice]:
     return [slice(a, b) for a, b in zip(ends, ends[1:])]
 
 
-def _newton(z, products, y, counts, start, upper, k, tol, steps):
-    def run(z, products, y, counts, start):
-        return _steps(z, products, y, counts, start, upper, k, tol, steps)
+def _blocks(x, effects, hot):
+    """What the Gram matrix is made of: products of x, and rows by level of each effect.
 
-    return in_float64(jax.jit(run), z, products, y, counts, start), None
+    A dummy is 0 on all rows but its level's: rows are sorted by level and padded, so that
+    its products are small matrix products; see ``_curvature``.
+    """
+    upper = np.triu_indices(x.shape[1])
+    blocks = []
+    for a, codes in enumerate(effects):
+        counts = np.bincount(codes)
+        index = np.full((len(counts), counts.max()), len(codes))
+        order = np.argsort(codes, kind="stable")
+        place = np.arange(len(codes)) - np.repeat(np.cumsum(counts) - counts, counts)
+        index[codes[order], place] = order
+        columns = np.concatenate([x, *hot[a + 1 :], np.ones((len(codes), 1))], 1)
+        padded = np.concatenate([columns, np.zeros((1, columns.shape[1]))])
+        blocks.append((index, padded[index]))
+    return x[:, upper[0]] * x[:, upper[1]], blocks
 
 
-def _steps(z, products, y, counts, theta, upper, k, tol, steps):
-    """Newton steps (B, width) of the weighted Poisson likelihoods; NaN if unfinished."""
+def _curvature(mu, squares, blocks, k, width):
+    """Gram matrices (B, width, width) with weights mu (n, B)."""
+    gram = jnp.zeros((mu.shape[1], width, width), mu.dtype)
+    upper = np.triu_indices(k)
+    gram = gram.at[:, upper[0], upper[1]].set(dot(mu.T, squares))
+    padded = jnp.concatenate([mu, jnp.zeros((1, mu.shape[1]), mu.dtype)])
+    at = k
+    for index, table in blocks:
+        sums = jnp.einsum("lmb,lmc->blc", padded[index], table, precision=HIGHEST)
+        rows = np.arange(at, at + len(index))
+        gram = gram.at[:, :k, rows].set(jnp.swapaxes(sums[:, :, :k], 1, 2))
+        gram = gram.at[:, rows, rows[-1] + 1 :].set(sums[:, :, k:-1])
+        gram = gram.at[:, rows, rows].set(sums[:, :, -1])
+        at += len(index)
+    diagonal = np.eye(width, dtype=bool)[None]
+    return jnp.where(diagonal, gram, gram + jnp.swapaxes(gram, 1, 2))
+
+
+def _steps(data, counts, theta, k, tol, steps):
+    """Newton steps (B, width) of the weighted Poisson likelihoods; NaN if unfinished.
+
+    The curvature is computed in the first two steps and kept after: near the estimate it
+    hardly moves, and a gradient costs a tenth of it. Where that does not converge, every
+    step computes it again.
+    """
+    z, y, squares, blocks = data
     width = z.shape[1]
     total = counts.sum(0)
     ridge = 1e-9 * total[:, None, None] * jnp.eye(width)[None]
     target = dot((counts * y[:, None]).T, z)
 
+    def curvature(mu):
+        return _curvature(mu, squares, blocks, k, width) + ridge
+
     def body(carry):
-        theta, _, i = carry
+        theta, gram, moved, i = carry
         # An outcome far above its mean must not overflow the first steps.
         mu = counts * jnp.exp(jnp.clip(dot(z, theta.T), -40, 40))
-        gram = _symmetric(dot(mu.T, products), upper, width)
-        slope = target - dot(mu.T, z)
-        step = _solve(gram + ridge, slope)
+        fresh = (i < 2) | (i > 8)
+        gram = lax.cond(fresh, lambda: curvature(mu), lambda: gram)
+        step = solve(gram, target - dot(mu.T, z))
         step = step * jnp.minimum(1, 4 / jnp.abs(step).max(1, keepdims=True))
-        return theta + step, jnp.abs(step[:, :k]).max(1), i + 1
+        # A replicate that is done stays: what others of its chunk need is not its own.
+        open_ = moved > tol
+        step = jnp.where(open_[:, None], step, 0)
+        moved = jnp.where(open_, jnp.abs(step[:, :k]).max(1), moved)
+        return theta + step, gram, moved, i + 1
 
     def unfinished(carry):
-        _, moved, i = carry
+        _, _, moved, i = carry
         return (moved.max() > tol) & (i < steps)
 
     inf = jnp.full(len(theta), jnp.inf, theta.dtype)
-    theta, moved, _ = lax.while_loop(unfinished, body, (theta, inf, 0))
+    start = (theta, jnp.zeros_like(ridge), inf, 0)
+    theta, _, moved, _ = lax.while_loop(unfinished, body, start)
     return jnp.where(moved[:, None] > tol, jnp.nan, theta)
-
-
-def _solve(a: Float[Array, "B k k"], b: Float[Array, "B k"]) -> Float[Array, "B k"]:
-    """Solutions of many small positive definite systems; NaN where one is singular.
-
-    Cholesky in plain loops over columns, all systems at a time: batched LAPACK calls of
-    jaxlib on CPUs are slow and can hang.
-    """
-    k = a.shape[-1]
-    lower = jnp.moveaxis(a, 0, -1)  # (k, k, B)
-    floor = 1e-13 * jnp.moveaxis(jnp.diagonal(a, axis1=1, axis2=2), 0, -1)
-    x = b.T
-
-    def eliminate(j, carry):
-        m, x = carry
-        pivot = m[j, j]
-        pivot = jnp.where(pivot > floor[j], pivot, jnp.nan)
-        ratio = m[:, j] / pivot[None]
-        below = (jnp.arange(k) > j)[:, None]
-        ratio = jnp.where(below, ratio, 0.0)
-        return m - ratio[:, None] * m[j][None], x - ratio * x[j][None]
-
-    m, x = lax.fori_loop(0, k, eliminate, (lower, x))
-
-    def back(i, x):
-        j = k - 1 - i
-        later = (jnp.arange(k) > j)[:, None]
-        value = (x[j] - jnp.sum(jnp.where(later, m[j] * x, 0.0), 0)) / m[j, j]
-        return x.at[j].set(value)
-
-    return lax.fori_loop(0, k, back, x).T
-
-
-def _symmetric(values, upper, k):
-    """Matrices (B, k, k) from some of their entries (B, m) in the upper triangle."""
-    out = jnp.zeros((len(values), k, k), values.dtype)
-    out = out.at[:, upper[0], upper[1]].set(values)
-    return out.at[:, upper[1], upper[0]].set(values)
 
 
 def _matrix(y: Any, x: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -33,6 +33,11 @@ RESPONSE = re.compile(
     re.IGNORECASE,
 )
 COVER = re.compile(r"^\W{0,3}(?:transparent\s+)?peer\s*review\s*file\b", re.IGNORECASE)
+OPEN_END = re.compile(
+    r"\b(?:fig(?:ure|s|ures)?|tables?|sections?|lines?|panels?|parts?|equations?|eqs?|"
+    r"refs?|pages?|of|the|in|and|or|to|than|at|by|with)\.?\Z",
+    re.IGNORECASE,
+)
 PAGE_NUMBER = re.compile(
     r"^\s*(?:page\s+)?[-–—]?\s*\d{1,4}\s*[-–—]?(?:\s*(?:/|of)\s*\d{1,4})?\s*$",
     re.IGNORECASE,
@@ -180,7 +185,11 @@ def _paragraphs(text, lines, noise):
 
 def _goes_on(text: str, before: Block, start: int, side: str) -> bool:
     """Whether what follows page noise belongs to the paragraph before it."""
-    if before.side != side or before.round and units.LABEL.match(text[start:]):
+    if before.side != side:
+        return False
+    if OPEN_END.search(text, before.start, before.end):
+        return True  # "See Figure" and a number that is no label.
+    if units.LABEL.match(text[start : start + 200]):
         return False
     if units.REPLY.match(text[start : start + 200]):
         return False
