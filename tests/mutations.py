@@ -725,7 +725,7 @@ VERSAPRM = [
 LANGUAGE_MODELS = [
     # Rows of queries and keys, ordered for halves of a head.
     (
-        "jaxpapers/data/weights.py",
+        "jaxpapers/data/tensors.py",
         "return pairs.swapaxes(1, 2).reshape(rows.shape)",
         "return pairs.reshape(rows.shape)",
         ["tests/data/test_weights.py::test_gguf_is_the_same_model"],

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from jaxpapers import extras
-from jaxpapers.data import files, weights
+from jaxpapers.data import files, tensors
 from jaxpapers.data.gguf import Gguf
 
 _MOST_BYTES = 1 << 27
@@ -138,7 +138,7 @@ def load(path: str | Path) -> Tokenizer:
     path = Path(path).expanduser()
     if files.is_folder(path):
         file = path / "tokenizer.json"
-        gguf = None if file.is_file() else weights.find_gguf(path)
+        gguf = None if file.is_file() else tensors.find_gguf(path)
         path = gguf or file
     if path.suffix == ".gguf":
         return from_gguf(Gguf(path))
@@ -292,7 +292,7 @@ def _special(folder: Path, inner: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
     config: Mapping[str, Any] = {}
     if (folder / "tokenizer_config.json").is_file():
-        config = weights.read_json(folder / "tokenizer_config.json")
+        config = tensors.read_json(folder / "tokenizer_config.json")
     for name in ("bos", "eos"):
         token = config.get(f"{name}_token")
         token = token.get("content") if isinstance(token, dict) else token

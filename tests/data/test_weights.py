@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jaxpapers.data import decoders, weights
+from jaxpapers.data import decoders, tensors, weights
 from jaxpapers.data.gguf import Gguf
 from jaxpapers.nets.rope import Scaling, frequencies
 from jaxpapers.nets.transformer import Transformer
@@ -88,17 +88,17 @@ def change(path, **entries):
 
 def test_tensors_that_do_not_fit_are_named(folder):
     path = folder / "model-00003-of-00003.safetensors"
-    tensors = load_file(path)
-    tensors["model.norm.weight"] = np.ones(5, np.float32)
-    tensors["model.extra"] = np.ones(3, np.float32)
-    save_file(tensors, path)
-    index = json.loads((folder / weights.INDEX).read_text())["weight_map"]
+    stored = load_file(path)
+    stored["model.norm.weight"] = np.ones(5, np.float32)
+    stored["model.extra"] = np.ones(3, np.float32)
+    save_file(stored, path)
+    index = json.loads((folder / tensors.INDEX).read_text())["weight_map"]
     del index["lm_head.weight"]
-    change(folder / weights.INDEX, weight_map=index)
+    change(folder / tensors.INDEX, weight_map=index)
     # What a file holds besides its index counts too.
-    assert "lm_head.weight" in weights.Folder(folder).shapes()
-    del tensors["lm_head.weight"]
-    save_file(tensors, path)
+    assert "lm_head.weight" in tensors.Folder(folder).shapes()
+    del stored["lm_head.weight"]
+    save_file(stored, path)
     with pytest.raises(ValueError) as error:
         weights.load(folder)
     for part in (
@@ -113,7 +113,7 @@ def test_tensors_that_do_not_fit_are_named(folder):
     "file", ["../x.safetensors", "/etc/passwd", "..", "a/b.safetensors", 3]
 )
 def test_an_index_stays_in_its_folder(folder, file):
-    change(folder / weights.INDEX, weight_map={"model.norm.weight": file})
+    change(folder / tensors.INDEX, weight_map={"model.norm.weight": file})
     with pytest.raises(ValueError, match="expected the name of a file beside it"):
         weights.load(folder)
 
@@ -128,10 +128,10 @@ def test_damaged_folders(folder, tmp_path):
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(ValueError, match="00001.*: not a safetensors file"):
         weights.load(folder)
-    (folder / weights.INDEX).write_text("[1]")
+    (folder / tensors.INDEX).write_text("[1]")
     with pytest.raises(ValueError, match="expected a JSON object, got list"):
         weights.load(folder)
-    (folder / weights.INDEX).unlink()
+    (folder / tensors.INDEX).unlink()
     with pytest.raises(FileNotFoundError, match="has neither model.safetensors nor"):
         weights.load(folder)
     with pytest.raises(FileNotFoundError, match="no file"):
@@ -139,9 +139,9 @@ def test_damaged_folders(folder, tmp_path):
 
 
 def test_a_tensor_that_the_index_promises(folder):
-    index = json.loads((folder / weights.INDEX).read_text())["weight_map"]
+    index = json.loads((folder / tensors.INDEX).read_text())["weight_map"]
     first = "model-00001-of-00003.safetensors"
-    change(folder / weights.INDEX, weight_map={**index, "model.norm.weight": first})
+    change(folder / tensors.INDEX, weight_map={**index, "model.norm.weight": first})
     with pytest.raises(ValueError, match="not in the files that it names: model.norm"):
         weights.load(folder)
 
