@@ -32,7 +32,7 @@ from timing import header, measure  # noqa: E402
 from jaxpapers.papers import rejump  # noqa: E402
 
 OUT = Path(__file__).parent / "results" / "reasoning_traces.json"
-TRACES, PLAIN, PAIRS, SLOW_PAIRS, REPETITIONS = 16384, 512, 256, 8, 7
+TRACES, PLAIN, PAIRS, SLOW_PAIRS, REPETITIONS = 1024, 512, 256, 8, 7
 KINDS = rejump.CATEGORIES
 
 
@@ -57,7 +57,7 @@ def drawn(rng, nodes: int, steps: int) -> rejump.Trace:
 
 
 def plain_metrics(trace: dict) -> tuple:
-    """The six metrics of a trace of dictionaries."""
+    """The six metrics of a trace of dictionaries, and whether an edge is not derived."""
     tree, walk = trace["tree"], trace["walk"]
     parent = {name: node["parent"] for name, node in tree.items()}
     below: dict[str, list[str]] = {name: [] for name in tree}
@@ -97,6 +97,9 @@ def plain_metrics(trace: dict) -> tuple:
     jumps = [distance(a, b) for a, b in zip(kept, kept[1:])]
     count = {kind: sum(step["category"] == kind for step in walk) for kind in KINDS}
     right = [bool(tree[name].get("match_corr")) for name in kept]
+    derived = {(s["from"], s["to"]) for s in walk if s["category"] == KINDS[0]}
+    missing = any((above, name) not in derived for name, above in parent.items()
+                  if above != "none")  # fmt: skip
     m = len(kept)
     return (
         len(leaves),
@@ -105,6 +108,7 @@ def plain_metrics(trace: dict) -> tuple:
         count[KINDS[1]] / sum(count.values()),
         (m - 1 - right.index(True)) / m if True in right else 0.0,
         int(count[KINDS[0]] >= len(tree)),
+        int(missing),
     )
 
 
@@ -152,8 +156,9 @@ def metrics_and_walks(rng) -> dict:
 
     metrics, compile_metrics = seconds_to_compile(rejump.metrics, batch)
     walks, compile_walks = seconds_to_compile(similar, batch.category, other)
+    names = (*rejump.NAMES, "no_calculation_edge")
     found, near = metrics(batch), np.asarray(walks(batch.category, other))
-    ours = np.stack([np.asarray(getattr(found, n)) for n in rejump.NAMES], 1)[:PLAIN]
+    ours = np.stack([np.asarray(getattr(found, n)) for n in names], 1)[:PLAIN]
     pairs = [(dicts[i]["walk"], dicts[i - 1]["walk"]) for i in range(PLAIN)]
     theirs = np.array([plain_metrics(d) for d in dicts])
     errors = {

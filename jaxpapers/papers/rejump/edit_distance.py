@@ -112,8 +112,18 @@ def distances(
         inside = (i >= start) & (j >= left)
         # Nodes of the other forest, where one has none.
         nodes = jnp.maximum(i - start + 1, 0) + jnp.maximum(j - left + 1, 0)
-        rest = table[jnp.where(inside, i * width + j, 0), lane].astype(jnp.int32)
-        within = table[jnp.where(trees, 0, own * width + mine), lane].astype(jnp.int32)
+        places = jnp.stack(
+            [
+                jnp.where(inside, i * width + j, 0),
+                jnp.where(trees, 0, own * width + mine),
+            ]
+        )
+        # Both are in the table by construction; checks cost more than the reading.
+        rest, within = (
+            table.at[places, lane[None]]
+            .get(mode="promise_in_bounds", wrap_negative_indices=False)
+            .astype(jnp.int32)
+        )
         match = jnp.where(inside, rest, nodes)
         match += jnp.where(trees, blank | empty, within)
         value = jnp.minimum(jnp.minimum(delete, insert), match).astype(table.dtype)

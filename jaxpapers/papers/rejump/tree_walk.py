@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int, Shaped, UInt32
 
 from jaxpapers.papers.rejump.arrays import TraceBatch
 
@@ -75,8 +75,8 @@ def tree_info(parent: Int[Any, "B N"]) -> Tree:
 
     def double(carry):
         i, ancestors, pointer, _ = carry
-        above = jnp.take_along_axis(ancestors, pointer[..., None], axis=1)
-        further = jnp.take_along_axis(pointer, pointer, axis=1)
+        above = _at(ancestors, pointer[..., None])
+        further = _at(pointer, pointer)
         return i + 1, ancestors | above, further, jnp.any(further != pointer)
 
     rounds = max(1, math.ceil(math.log2(n)) + 1)
@@ -138,7 +138,7 @@ def _follow(batch: TraceBatch, tree: Tree) -> tuple[_Walk, Bool[Array, "V B"]]:
     known = (seen >= 0) & (place <= n_steps) & (n_steps > 0)
     node = jnp.where(known, seen, 0)
     right = _bits_of(jnp.asarray(batch.correct) & tree.is_leaf)
-    paths = jnp.take_along_axis(tree.ancestors, node[..., None], axis=1)
+    paths = _at(tree.ancestors, node[..., None])
     free = jnp.asarray(batch.category) != 1
     free = jnp.concatenate([jnp.zeros_like(free[:, :1]), free], axis=1)
     is_leaf = known & _has(tree.leaves, node, n)
@@ -228,12 +228,17 @@ def _uncalculated(batch: TraceBatch) -> Int[Array, " B"]:
     """Whether some edge of the tree is never walked as a calculation."""
     parent, target = jnp.asarray(batch.parent), jnp.asarray(batch.target)
     n = parent.shape[1]
-    above = jnp.take_along_axis(parent, jnp.maximum(target, 0), axis=1)
+    above = _at(parent, jnp.maximum(target, 0))
     walked = (jnp.asarray(batch.category) == 0) & (target >= 0) & (above >= 0)
     walked &= above == jnp.asarray(batch.source)
     reached = _any(_bit(jnp.where(walked, target, -1), n))
     needed = _bits_of(parent >= 0)
     return jnp.any((needed & ~reached) != 0, axis=-1).astype(jnp.int32)
+
+
+def _at(x: Shaped[Array, "B N *W"], index: Int[Array, "B K *I"]) -> Any:
+    """Rows of x; indices are in its range, and checks cost more than the reading."""
+    return jnp.take_along_axis(x, index, axis=1, mode="promise_in_bounds")
 
 
 def _bit(index: Any, n: int) -> UInt32[Array, "*S W"]:
