@@ -2,7 +2,8 @@
 
     pip install scikit-learn
     python benchmarks/semantic_ids.py            minutes on two cores
-    python benchmarks/semantic_ids.py --quick    a tenth of the points
+    python benchmarks/semantic_ids.py --once     one repetition, clustered points only
+    python benchmarks/semantic_ids.py --quick    a tenth of the points, nothing written
 
 100,000 points of 384 features and 256 clusters, one thread each, the same process, in
 turn: k-means++ and 25 iterations of Lloyd at most, no tolerance. ``clustered`` points lie
@@ -54,7 +55,7 @@ def points(n: int, kind: str) -> np.ndarray:
     return x.astype(np.float32)
 
 
-def clustering(n: int, kind: str) -> dict:
+def clustering(n: int, kind: str, repetitions: int) -> dict:
     """Times and objectives of ours and of scikit-learn's."""
     x = points(n, kind)
     on_device, key = jnp.asarray(x), jax.random.key(0)
@@ -72,10 +73,11 @@ def clustering(n: int, kind: str) -> dict:
     began = time.perf_counter()
     ours()
     first = time.perf_counter() - began
-    times = measure({"jaxpapers": ours, "scikit-learn": theirs}, REPETITIONS)
+    times = measure({"jaxpapers": ours, "scikit-learn": theirs}, repetitions)
     ratio = times["scikit-learn"]["cpu_ms"] / times["jaxpapers"]["cpu_ms"]
     return {
         "points": n,
+        "repetitions": repetitions,
         "times": times,
         "first_call_s": first,
         "objective": found,
@@ -118,15 +120,16 @@ def search() -> dict:
 
 def main() -> None:
     """Measures, prints and writes."""
-    quick = "--quick" in sys.argv
+    quick, once = ("--quick" in sys.argv), ("--once" in sys.argv)
     n = 10_000 if quick else 100_000
-    result = header("python benchmarks/semantic_ids.py", "jax", "jaxlib", "scikit-learn",
+    command = " ".join(["python benchmarks/semantic_ids.py", *sys.argv[1:]])
+    result = header(command, "jax", "jaxlib", "scikit-learn",
                     "numpy")  # fmt: skip
     result["threads"] = 1
     result["search"] = search()
     print(json.dumps(result["search"], indent=1), flush=True)
-    for kind in ("clustered", "spread"):
-        result[kind] = clustering(n, kind)
+    for kind in ("clustered",) if once else ("clustered", "spread"):
+        result[kind] = clustering(n, kind, 1 if once else REPETITIONS)
         print(kind, json.dumps(result[kind], indent=1), flush=True)
     if not quick:
         OUT.write_text(json.dumps(result, indent=1) + "\n")

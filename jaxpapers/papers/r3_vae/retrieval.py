@@ -65,7 +65,7 @@ def tokens_of(
 ) -> Int[Array, "B TP"]:
     """Codes of items as tokens; those of ``NONE`` are any."""
     offsets = jnp.asarray(np.cumsum((0, *sizes[:-1])), jnp.int32)
-    codes = table[jnp.maximum(items, 0)] + offsets[None, None]
+    codes = jnp.asarray(table)[jnp.maximum(items, 0)] + offsets[None, None]
     return codes.reshape(len(items), -1)
 
 
@@ -131,7 +131,7 @@ def log_probs(
         {"params": params}, tokens, positions=positions, mask=mask
     )
     logits = logits.reshape(len(items), items.shape[1], places, -1)
-    codes = table[jnp.maximum(items, 0)]
+    codes = jnp.asarray(table)[jnp.maximum(items, 0)]
     each = [
         jnp.take_along_axis(
             _of_place(logits[:, :, place], place, sizes), codes[..., place, None], -1
