@@ -94,14 +94,15 @@ def _repeated(own, u, letters, tokens, grams, where, last) -> Quote | None:
     best = max(counts.values())
     top = _nearest([i for i, n in counts.items() if n == best], letters, u, last)
     chosen = {top[0]}
-    # A paragraph may repeat several of the letter's, each of them whole.
+    # A paragraph may repeat several of the letter's, each with words of its own.
     same = (letters[top[0]].round, letters[top[0]].reviewer)
-    chosen |= {
-        i for i, n in counts.items()
-        if n >= 0.6 * len(grams[i]) and n >= 4
-        and (letters[i].round, letters[i].reviewer) == same
-    }  # fmt: skip
-    covered = set().union(*(mine & grams[i] for i in chosen))
+    covered = mine & grams[top[0]]
+    for i in sorted(counts, key=lambda i: -counts[i]):
+        new = (mine & grams[i]) - covered
+        here = (letters[i].round, letters[i].reviewer) == same
+        if here and len(new) >= max(0.6 * len(grams[i]), 4):
+            chosen.add(i)
+            covered |= new
     score = len(covered) / len(mine)
     least = STYLED if u.styled >= 0.5 else PLAIN
     return Quote(tuple(sorted(chosen)), score, "quote") if score >= least else None
