@@ -74,7 +74,7 @@ def test_solvable_puzzles():
     assert len(rejump.puzzles()) == 1362
     rng = random.Random(0)
     every = list(itertools.combinations_with_replacement(range(1, 14), 4))
-    for numbers in rng.sample(every, 4) + [PUZZLE, (1, 1, 1, 1)]:
+    for numbers in rng.sample(every, 1) + [PUZZLE, (1, 1, 1, 1)]:
         expected = 24 in set(solutions([Fraction(x) for x in numbers]))
         assert game24.is_solvable(numbers) == expected
         assert (numbers in rejump.puzzles()) == expected
