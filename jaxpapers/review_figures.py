@@ -35,7 +35,9 @@ def coefficients(results: Sequence[Any], out: str | Path) -> None:
             xerr=[middle - arrays["low"][i], arrays["high"][i] - middle],
         )  # fmt: skip
     if np.isfinite(arrays["truth"]).all():
-        axes.plot(arrays["truth"], place, "|", color="black", ms=34, label="truth")
+        axes.vlines(
+            arrays["truth"], place - 0.35, place + 0.35, color="black", label="truth"
+        )
     axes.axvline(0, color="grey", lw=0.8)
     axes.set_yticks(place, [str(x).replace("_", " ") for x in names])
     axes.invert_yaxis()

@@ -5,6 +5,7 @@ from typing import Any
 
 from jaxpapers.data import chat
 from jaxpapers.papers.peer_review import extraction
+from jaxpapers.tasks import local_model
 
 
 class Coder:
@@ -19,6 +20,8 @@ class Coder:
         options: the config's group ``extract``.
         provider: a ``chat.Provider`` instead of the endpoint: a local model.
         """
+        if provider is None and options.model == local_model.NAME:
+            provider = local_model.provider(1024)
         if provider is None:
             url = {"url": options.url} if options.url else {}
             provider = chat.Endpoint(

@@ -14,9 +14,9 @@ from jaxpapers.papers.peer_review.schema import (
     Point,
     Report,
     ReviewFile,
-    Segment,
     Span,
 )
+from jaxpapers.papers.peer_review.tiling import tile
 from jaxpapers.papers.peer_review.units import Block
 
 
@@ -87,7 +87,7 @@ def parse(
     reports, notes = _reports(text, found)
     said = [*warnings, *notes]
     return ReviewFile(
-        text, _segments(text, found), reports, tuple(points), dict(paper), layout,
+        text, tile(text, found), reports, tuple(points), dict(paper), layout,
         tuple(said),
     )  # fmt: skip
 
@@ -383,27 +383,3 @@ def _reports(text: str, found: Sequence[Unit]) -> tuple[tuple[Report, ...], list
             warnings.append(f"reviewer {reviewer} of round {round_} has no report")
         reports.append(Report(round_, reviewer, tuple(own), note))
     return tuple(reports), warnings
-
-
-def _segments(text: str, found: Sequence[Unit]) -> tuple[Segment, ...]:
-    """Segments that tile the text; white space goes to the one before it."""
-    segments: list[Segment] = []
-    place = 0
-    for u in sorted(found, key=lambda u: u.start):
-        if u.start > place and text[place : u.start].strip():
-            segments.append(Segment(place, u.start, "other"))
-        elif u.start > place:
-            if segments:
-                segments[-1] = segments[-1]._replace(end=u.start)
-            else:
-                u.start = place
-        segments.append(
-            Segment(u.start, u.end, u.kind or "other", u.round, u.reviewer, u.group)
-        )
-        place = u.end
-    if place < len(text):
-        if text[place:].strip() or not segments:
-            segments.append(Segment(place, len(text), "other"))
-        else:
-            segments[-1] = segments[-1]._replace(end=len(text))
-    return tuple(segments)
