@@ -51,7 +51,7 @@ def get_config(preset: str | None = None) -> ConfigDict:
                 "noise": 0.6,  # of a rater, for the attenuation
             },
             "extract": {
-                "model": "",  # at an endpoint, or smollm2-135m on this machine; "": rules only
+                "model": "",  # at an endpoint, or smollm2-135m here; "": rules
                 "url": "",  # of the endpoint; "": the client's default
                 "key": "OPENAI_API_KEY",  # environment variable with the key
                 "cache": "",  # folder of replies; "": replies in the user's cache
