@@ -44,7 +44,7 @@ def get_config(preset: str | None = None) -> ConfigDict:
                 "task": "process_rewards",
                 "path": "",  # none: solutions are generated
                 "domains": DOMAINS,  # of the training
-                "test_domains": tuple(reasoning.DOMAINS),
+                "test_domains": tuple(reasoning.DOMAINS),  # of the test
                 "steps": (2, 4),  # operations of a problem, fewest and most
                 "below": 20,  # bound of operands and of right numbers
                 "options": 4,  # of a question
@@ -55,7 +55,7 @@ def get_config(preset: str | None = None) -> ConfigDict:
                 "length": 64,  # tokens of a row, in which several solutions are
                 "batch": 16,  # rows
                 "examples": 30,  # solutions that are put into them
-                "eval_length": 128,
+                "eval_length": 128,  # tokens of a row of the test, at least the longest solution
                 "eval_batch": 64,
                 "questions": 100,  # of each test domain
                 "solutions": 16,  # N
