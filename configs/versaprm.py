@@ -55,7 +55,7 @@ def get_config(preset: str | None = None) -> ConfigDict:
                 "length": 64,  # tokens of a row, in which several solutions are
                 "batch": 16,  # rows
                 "examples": 30,  # solutions that are put into them
-                "eval_length": 128,  # tokens of a row of the test, at least the longest solution
+                "eval_length": 128,  # tokens of a row of the test
                 "eval_batch": 64,
                 "questions": 100,  # of each test domain
                 "solutions": 16,  # N
