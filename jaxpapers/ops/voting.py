@@ -74,8 +74,9 @@ def majority(
       ValueError: answers out of range, where they are known (outside of ``jit``).
 
     Example:
-      >>> answers = jnp.array([[2, 1, 1, 2], [0, 3, 3, -1]])
-      >>> majority(answers, answers >= 0, 4).tolist()
+      >>> answers = np.array([[2, 1, 1, 2], [0, 3, 3, -1]])
+      >>> vote = jax.jit(majority, static_argnums=2)
+      >>> vote(answers, answers >= 0, 4).tolist()
       [2, 3]
     """
     return weighted_majority(
