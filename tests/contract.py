@@ -61,21 +61,31 @@ class Case:
         arguments = [f"--config.{k}={v}" for k, v in fields.items()]
         own = run.load_config(f"{name}:smoke", arguments)
         self.own = own
-        self.study = tasks.study(name, own, tasks.read(own), grid("1x1"))
-        self.config = self.row("1x1").stage.config
+        self.study, row = self.studied("1x1")
+        self.config = row.stage.config
         self.data = tasks.read(self.config)
         self.traces = 0
         self.falling = contract.falling[0] if not stage else "loss"
         self.method = self.make(self.config)
         self._programs: dict[Any, Any] = {}
 
-    def row(self, mesh: str) -> Any:
-        """The row of the case's stage, measured on a mesh."""
-        study = tasks.study(self.name, self.own, tasks.read(self.own), grid(mesh))
+    def studied(self, mesh: str) -> tuple[Any, Any]:
+        """A study and the row in it of the case's stage, measured on a mesh."""
+
+        def of(config):
+            return tasks.study(self.name, config, tasks.read(config), grid(mesh))
+
+        study = of(self.own)
         first, *others = study.rows(0)
         if not self.stage:
-            return first
-        return next(r for r in others if same(r.stage, first.stage.after))
+            return study, first
+        before = first.stage.after
+        for row in others:
+            if row.stage and same(row.stage, before):
+                return study, row
+        # No row of the same study: it is one of its own.
+        study = of(before.config)
+        return study, study.rows(0)[0]
 
     def make(self, config: Any) -> Method:
         method = papers.load(self.name).make(config, **self.data.facts)

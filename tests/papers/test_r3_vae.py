@@ -16,7 +16,8 @@ from tests.programs import KEY, params_like, together
 CONTRACT = Contract(
     small={
         "data.batch": 8, "data.eval_batch": 8, "data.count": 40, "tokenizer.codes": 8,
-        "tokenizer.features": 8, "net.width": 16, "net.history": 4, "optim.name": "sgd",
+        "tokenizer.features": 8, "tokenizer.sc": 0.0, "tokenizer.pd": 0.0,
+        "net.width": 16, "net.history": 4, "optim.name": "sgd",
         "optim.lr": 0.3, "optim.weight_decay": 0.0, "optim.schedule": "constant",
         "pretrain.optim.name": "sgd", "pretrain.optim.weight_decay": 0.0,
         "pretrain.optim.lr": 0.1, "pretrain.batch": 16,

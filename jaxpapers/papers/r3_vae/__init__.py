@@ -89,9 +89,10 @@ def tokenizer_config(config: Any) -> Any:
     for group in [name for name in stage if name not in TOKENIZER_GROUPS]:
         del stage[group]
     # What only retrieval reads: equal tokenizers are one run.
-    for field in ("eval_batch", "split", "rows"):
+    for field in ("eval_batch", "split"):
         if field in stage.data:
             del stage.data[field]
+    stage.data.rows = ()
     return stage.lock()
 
 
