@@ -4,8 +4,9 @@ A problem is a start and a program of operations; a solution writes one step for
 names one of the options. A stochastic solver makes typed errors and goes on from where
 they lead; the verifier reads the words of a solution and finds its first wrong step.
 
-All of it is host code on words; ``VOCABULARY`` numbers them. A number below 100 is one
-word, and so are a set, three truth values and a day.
+All of it is host code on words; ``VOCABULARY`` numbers them. A digit is a word, and so
+are a truth value, a letter of a set and a day: a small model learns rules of digits,
+where it would have to learn a sum of two-digit words by heart.
 """
 
 from jaxpapers.ops.reasoning.domains import DOMAINS, MATH, Domain

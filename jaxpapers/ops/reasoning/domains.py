@@ -1,7 +1,5 @@
 """Eight domains: their states, operations, and how both are written in words."""
 
-import functools
-import itertools
 import random
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -11,10 +9,9 @@ Operation = tuple[str, Any]
 
 DAYS = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
 LETTERS = ("a", "b", "c", "d")
-SETS = tuple(
-    "".join(x) or "empty" for n in range(5) for x in itertools.combinations(LETTERS, n)
-)
-BITS = tuple(map("".join, itertools.product("TF", repeat=3)))
+ABSENT = "."  # In the place of a letter that a set does not have.
+BITS = ("F", "T")
+DIGITS = tuple(map(str, range(10)))
 NODES = ("p", "q", "r", "s", "t")
 # Each chain: units from large to small, and how many of the next one each has.
 UNITS = (
@@ -51,19 +48,16 @@ class Domain(NamedTuple):
 
 
 def write_number(n: int) -> Words:
-    """Words of an integer; one below 100: ``neg``, ``3 hundred 12``."""
-    if n < 0:
-        return ["neg", *write_number(-n)]
-    return [str(n)] if n < 100 else [*write_number(n // 100), "hundred", str(n % 100)]
+    """Digits of an integer, at least two: ``0 7``, ``3 1 2``, ``neg 1 0``."""
+    return [*["neg"] * (n < 0), *f"{abs(n):02d}"]
 
 
 def read_number(words: Sequence[str]) -> int:
     """The number that ``write_number`` wrote; ValueError for anything else."""
     negative = words[:1] == ["neg"]
-    parts = " ".join(words[negative:]).split(" hundred ")
-    if all(len(x) < 3 and x.isascii() and x.isdigit() for x in parts):
-        n = functools.reduce(lambda total, x: 100 * total + int(x), parts, 0)
-        n = -n if negative else n
+    digits = words[negative:]
+    if digits and all(w in DIGITS for w in digits):
+        n = int("".join(digits)) * (-1 if negative else 1)
         if write_number(n) == list(words):
             return n
     raise ValueError(f"not a number: {' '.join(words)}")
@@ -220,13 +214,13 @@ def _connect(op, state, operand):
 
 
 def _write_bits(bits) -> Words:
-    return ["".join("T" if x else "F" for x in bits)]
+    return [BITS[x] for x in bits]
 
 
 def _read_bits(words):
-    if len(words) != 1 or words[0] not in BITS:
+    if len(words) != 3 or not all(w in BITS for w in words):
         raise ValueError(f"expected three truth values, got {' '.join(words)}")
-    return tuple(x == "T" for x in words[0])
+    return tuple(w == "T" for w in words)
 
 
 def _other_bits(rng, bits):
@@ -286,14 +280,16 @@ def _divide(op, state, operand):
 
 
 def _write_rests(state) -> Words:
-    return [*write_number(state[0]), "rest", *(str(r) for r in state[1])]
+    return [*write_number(state[0]), "rest", *(DIGITS[r] for r in state[1])]
 
 
 def _read_rests(words):
     if words.count("rest") != 1:
         raise ValueError(f"expected a number and its rests, got {' '.join(words)}")
     i = words.index("rest")
-    return read_number(words[:i]), tuple(int(read_number([w])) for w in words[i + 1 :])
+    if not all(w in DIGITS for w in words[i + 1 :]):
+        raise ValueError(f"rests are digits, got {' '.join(words[i + 1 :])}")
+    return read_number(words[:i]), tuple(map(int, words[i + 1 :]))
 
 
 def _other_rests(rng, state):
@@ -332,13 +328,15 @@ def _combine(op, state, operand):
 
 
 def _write_set(state) -> Words:
-    return ["".join(sorted(state)) or "empty"]
+    """Every letter has its place, as truth values have: an operation is one for each."""
+    return [x if x in state else ABSENT for x in LETTERS]
 
 
 def _read_set(words):
-    if len(words) != 1 or words[0] not in SETS:
+    state = frozenset(words) - {ABSENT}
+    if _write_set(state) != list(words):
         raise ValueError(f"expected a set of letters, got {' '.join(words)}")
-    return frozenset("" if words[0] == "empty" else words[0])
+    return state
 
 
 def _other_set(rng, state):

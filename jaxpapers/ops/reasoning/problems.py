@@ -1,5 +1,6 @@
 """A problem with its options, as words and as numbers of words."""
 
+import itertools
 import random
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -7,11 +8,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxpapers.ops.reasoning.domains import (
+    ABSENT,
     BITS,
     DAYS,
+    DIGITS,
     DOMAINS,
+    LETTERS,
     NODES,
-    SETS,
     UNITS,
     Operation,
 )
@@ -24,10 +27,10 @@ VOCABULARY: dict[str, int] = {
     for i, word in enumerate(
         dict.fromkeys(
             [
-                PAD, QUESTION, STEP, "+", "-", *map(str, range(100)), *DOMAINS,
+                PAD, QUESTION, STEP, "+", "-", *DIGITS, *DOMAINS,
                 *(op for domain in DOMAINS.values() for op in domain.ops),
-                "from", "x", "is", "neg", "hundred", "base", "rest", "=", "answer",
-                "options", *DAYS, *SETS, *BITS, *NODES,
+                "from", "x", "is", "neg", "base", "rest", "=", "answer",
+                "options", *DAYS, *LETTERS, ABSENT, *BITS, *NODES,
                 *(unit for chain in UNITS for unit, _ in chain), *OPTIONS,
             ]
         )
@@ -143,10 +146,16 @@ def ids(words: Iterable[str]) -> np.ndarray:
 
 
 def text(words: Iterable[str]) -> str:
-    """Words as text for a language model, without the tokens that end steps.
+    """Words as text for a language model: numbers whole, without the marks of steps.
 
     Example:
-      >>> text(["34", "plus", "5", "=", "39", "<step>"])
+      >>> text(["3", "4", "plus", "0", "5", "=", "3", "9", "<step>"])
       '34 plus 5 = 39'
     """
-    return " ".join(w for w in words if w not in (QUESTION, STEP, PAD))
+    told: list[str] = []
+    for is_digit, group in itertools.groupby(words, key=DIGITS.__contains__):
+        run = [w for w in group if w not in (QUESTION, STEP, PAD)]
+        # Rests are digits of their own.
+        whole = is_digit and told[-1:] != ["rest"]
+        told += [str(int("".join(run)))] if whole else run
+    return " ".join(told)

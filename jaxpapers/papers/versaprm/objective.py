@@ -74,8 +74,7 @@ def loss(
     value, metrics = two_way_loss(two_logits(params, decoder, hidden, net), labels)
     if not language:
         return value, metrics
-    right = (labels < 0) | (labels > 0.5)
-    nats, _ = _next_token(net.logits(decoder, hidden), batch, right)
+    nats, _ = _next_token(net.logits(decoder, hidden), batch, labels > 0.5)
     return value + language * nats, {**metrics, "process": value, "language": nats}
 
 
@@ -94,7 +93,7 @@ def language_loss(
     del key
     ids = batch["ids"]
     logits = all_logits(params, ids, batch["segments"], net)
-    return _next_token(logits, batch, jnp.ones(ids.shape, bool))
+    return _next_token(logits, batch, batch["labels"] > 0.5)
 
 
 def _next_token(logits, batch, counted):
