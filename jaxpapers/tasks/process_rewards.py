@@ -155,8 +155,8 @@ def _stage(name: str, config: Any, whole: Any) -> Stage:
         return Stage(name, own)
     fields = {
         "method.objective": "language", "net.head": "tokens", "net.lora_rank": 0,
-        "data.domains": tuple(whole.data.test_domains), "train.steps": base.steps,
-        "optim.lr": base.lr,
+        "data.domains": tuple(whole.data.test_domains), "data.label_last_n": 0,
+        "train.steps": base.steps, "optim.lr": base.lr,
     }  # fmt: skip
     return Stage(name, own, after=Stage(name, with_fields(own, fields)))
 

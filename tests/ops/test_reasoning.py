@@ -31,7 +31,9 @@ def test_verifier_finds_the_solvers_first_error(domain):
         assert trace.labels == [1] * good + [-1] * (len(trace.steps) - good)
         if trace.first_error < 0:
             assert trace.correct
-        reasoning.ids([*problem.question(), *sum(map(list, trace.steps), [])])
+        for words in (problem.question(), *trace.steps):
+            reasoning.ids(words)
+            assert reasoning.words(reasoning.text(words)) == list(words[:-1])
     assert wrong > 20
     most = {"slip", "operand", "premise", "non_sequitur"}
     assert most < set(kinds) <= {"", *ERRORS}

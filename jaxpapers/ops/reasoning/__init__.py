@@ -19,6 +19,7 @@ from jaxpapers.ops.reasoning.problems import (
     ids,
     problem,
     text,
+    words,
 )
 from jaxpapers.ops.reasoning.solver import (
     ERRORS,
@@ -34,5 +35,5 @@ from jaxpapers.ops.reasoning.verifier import first_error, parse_step
 __all__ = [
     "DOMAINS", "ERRORS", "MATH", "PAD", "QUESTION", "STEP", "VOCABULARY", "Domain",
     "Position", "Problem", "Trace", "advance", "corrupt", "first_error", "ids",
-    "parse_step", "problem", "solve", "start", "text",
+    "parse_step", "problem", "solve", "start", "text", "words",
 ]  # fmt: skip

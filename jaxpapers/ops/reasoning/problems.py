@@ -159,3 +159,21 @@ def text(words: Iterable[str]) -> str:
         whole = is_digit and told[-1:] != ["rest"]
         told += [str(int("".join(run)))] if whole else run
     return " ".join(told)
+
+
+def words(told: str) -> list[str]:
+    """Words of a text, the inverse of ``text``; numbers have at least two digits.
+
+    Words that are not in the vocabulary stay as they are.
+
+    Example:
+      >>> words("34 plus 5 = 39")
+      ['3', '4', 'plus', '0', '5', '=', '3', '9']
+    """
+    made: list[str] = []
+    rest = False
+    for word in told.split():
+        number = word.isascii() and word.isdigit()
+        made += f"{int(word):02d}" if number and not rest else [word]
+        rest = word == "rest" or rest and number
+    return made

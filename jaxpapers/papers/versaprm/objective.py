@@ -65,8 +65,8 @@ def loss(
         (B, L); see ``encoding.pack``.
       key: unused, the model has no noise.
       net: the network.
-      language: weight of the next token's cross-entropy beside it, over tokens that no
-        label calls wrong. 0, the paper's: no logits of the vocabulary are formed.
+      language: weight of the next token's cross-entropy beside it, over tokens that a
+        label calls right. 0, the paper's: no logits of the vocabulary are formed.
     """
     del key
     hidden, decoder = states(params, batch["ids"], batch["segments"], net)
@@ -85,7 +85,9 @@ def language_loss(
     *,
     net: Net,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """Mean cross-entropy of the next token: how the base model is trained.
+    """Mean cross-entropy of the next token, over those of right steps.
+
+    How the base model is trained: questions are given, and not to be predicted.
 
     Raises:
       ValueError: a net without logits of all tokens.
