@@ -24,6 +24,10 @@ DEFINING = {
 }  # fmt: skip
 
 
+ONCE = 2**31 - 1
+"""Steps between refreshes that happen before the first step only."""
+
+
 class Data(NamedTuple):
     """What a training run reads: ``tasks/<t>.read(config)``.
 

@@ -1,11 +1,13 @@
 """Generated solutions as sequences with a label at every step: streams and test sets."""
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
+from jaxpapers import mesh as meshes
 from jaxpapers.ops import reasoning
 from jaxpapers.papers.versaprm import encoding
 
@@ -103,3 +105,75 @@ def test_set(c: Any) -> Mapping[str, list[Solved]]:
             ]
             sets[domain].append(Solved(problem, traces))
     return sets
+
+
+def scores(
+    c: Any,
+    mesh: jax.sharding.Mesh,
+    sequences: Sequence[encoding.Encoded],
+    run: Callable,
+    params: Any,
+    extra: Any,
+) -> list[np.ndarray]:
+    """Scores at the labels of every sequence, float64; none of an empty one.
+
+    Args:
+      c: ``eval_length`` and ``eval_batch``.
+      mesh: that batches are laid out on.
+      sequences: with a label, whatever it is, at the end of every step.
+      run: (params, extra, batch) -> scores of every position.
+      params, extra: of the model.
+
+    Raises:
+      ValueError: a sequence longer than ``data.eval_length``.
+    """
+    sizes = [len(x.ids) for x in sequences]
+    if max(sizes) > c.eval_length:
+        raise ValueError(
+            f"data.eval_length={c.eval_length}: a solution has {max(sizes)} tokens"
+        )
+    places = encoding.bins(sizes, c.eval_length)
+    rows = meshes.batch_rows(mesh, c.eval_batch, name="data.eval_batch")
+    found: list[Any] = [None] * len(sequences)
+    with jax.set_mesh(mesh):
+        for at in range(0, len(places), c.eval_batch):
+            part = places[at : at + c.eval_batch]
+            empty: list[list[int]] = [[]] * (c.eval_batch - len(part))
+            batch = encoding.fill(sequences, [*part, *empty], c.eval_length)
+            placed = meshes.put_batch(
+                {k: v[rows] for k, v in batch.items()}, mesh, c.eval_batch
+            )
+            values = np.asarray(run(params, extra, placed), np.float64)
+            ends = batch["labels"] >= 0
+            for i, numbers in enumerate(part):
+                for j, number in enumerate(numbers):
+                    mine = ends[i] & (batch["segments"][i] == j + 1)
+                    found[number] = values[i][mine]
+    return found
+
+
+def check(c: Any) -> None:
+    """Refuses fields of generated problems that are out of range.
+
+    Raises:
+      ValueError: unknown domains, numbers out of range.
+    """
+    for name in ("domains", "test_domains"):
+        unknown = sorted(set(c[name]) - set(reasoning.DOMAINS))
+        if unknown or not c[name]:
+            raise ValueError(
+                f"data.{name} must be among {tuple(reasoning.DOMAINS)}, got "
+                f"{tuple(c[name])}"
+            )
+    check_least(c, questions=1, solutions=1, length=8, label_last_n=0)
+    if not 0 <= c.error <= 1 or not 0 <= c.habit <= 1:
+        raise ValueError(
+            f"data.error and data.habit are shares, got {c.error} and {c.habit}"
+        )
+
+
+def check_least(c: Any, **least: int) -> None:
+    """Refuses fields below a number; ValueError with both."""
+    for name, low in least.items():
+        if c[name] < low:
+            raise ValueError(f"data.{name} must be >= {low}, got {c[name]}")

@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxpapers import mesh as meshes
 from jaxpapers.ops import reasoning, voting
+from jaxpapers.papers import versaprm
 from jaxpapers.papers.versaprm import metrics
 from jaxpapers.study import (
     Data,
@@ -68,22 +69,8 @@ def _check(c: Any) -> None:
         raise ValueError(
             f"data.path: solutions are generated, not read; got {c.path!r}"
         )
-    for name in ("domains", "test_domains"):
-        unknown = sorted(set(c[name]) - set(reasoning.DOMAINS))
-        if unknown or not c[name]:
-            raise ValueError(
-                f"data.{name} must be among {tuple(reasoning.DOMAINS)}, got "
-                f"{tuple(c[name])}"
-            )
-    least = {"examples": 1, "questions": 1, "solutions": 1, "search_questions": 0,
-             "length": 8, "label_last_n": 0}  # fmt: skip
-    for name, low in least.items():
-        if c[name] < low:
-            raise ValueError(f"data.{name} must be >= {low}, got {c[name]}")
-    if not 0 <= c.error <= 1 or not 0 <= c.habit <= 1:
-        raise ValueError(
-            f"data.error and data.habit are shares, got {c.error} and {c.habit}"
-        )
+    examples.check(c)
+    examples.check_least(c, examples=1, search_questions=0)
 
 
 class Scored(NamedTuple):
@@ -223,7 +210,19 @@ def _measure(config, mesh, solved, vocab_size, method, state) -> Finding:
         )
     ]  # fmt: skip
     if c.search_questions:
-        table, extra = process_search.compare(config, solved, vocab_size, method, state)
+        scores = functools.partial(
+            process_search.scorer(
+                versaprm.net_of(config, vocab_size), max(c.steps) + 2
+            ),
+            state.params,
+        )
+        problems = {
+            d: [s.problem for s in some[: c.search_questions]]
+            for d, some in solved.items()
+        }
+        table, extra = process_search.compare(
+            problems, lambda p: process_search.Solver(c, p, scores, c.seed)
+        )
         tables.append(table)
         numbers |= extra
     return Finding(numbers, tables, lines)
@@ -335,29 +334,8 @@ def score(
         for s in solved
         for t in s.traces
     ]
-    longest = max(len(x.ids) for x in sequences)
-    if longest > c.eval_length:
-        raise ValueError(
-            f"data.eval_length={c.eval_length}: a solution has {longest} tokens"
-        )
-    places = examples.encoding.bins([len(x.ids) for x in sequences], c.eval_length)
-    rows = meshes.batch_rows(mesh, c.eval_batch, name="data.eval_batch")
     run = scorer(method.predict, mesh)
-    found: list[Any] = [None] * len(sequences)
-    with jax.set_mesh(mesh):
-        for at in range(0, len(places), c.eval_batch):
-            part = places[at : at + c.eval_batch]
-            empty: list[list[int]] = [[]] * (c.eval_batch - len(part))
-            batch = examples.encoding.fill(sequences, [*part, *empty], c.eval_length)
-            placed = meshes.put_batch(
-                {k: v[rows] for k, v in batch.items()}, mesh, c.eval_batch
-            )
-            values = np.asarray(run(state.params, state.extra, placed), np.float64)
-            ends = batch["labels"] >= 0
-            for i, numbers in enumerate(part):
-                for j, number in enumerate(numbers):
-                    mine = ends[i] & (batch["segments"][i] == j + 1)
-                    found[number] = values[i][mine]
+    found = examples.scores(c, mesh, sequences, run, state.params, state.extra)
     every = iter(found)
     return [[next(every) for _ in s.traces] for s in solved]
 

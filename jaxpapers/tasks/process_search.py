@@ -2,7 +2,7 @@
 
 import functools
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -58,61 +58,75 @@ class Solver:
     def score(
         self, paths: Sequence[search.Path], active: Sequence[bool]
     ) -> list[list[float]]:
-        """Scores of the steps of all paths, in one call of one shape."""
+        """Scores of the steps of all paths."""
         question = self.problem.question()
         rows = [
             examples.sequence(question, [s.words for s in path])
-            if is_active
-            else encoding.Encoded(np.zeros(0, np.int32), np.zeros(0, np.float32))
-            for path, is_active in zip(paths, active)
+            if on
+            else encoding.NONE
+            for path, on in zip(paths, active)
         ]
-        places = [[i] for i in range(len(rows))]
-        batch = encoding.fill(rows, places, self.c.eval_length)
-        found = jax.device_get(self.scores(batch["ids"], batch["segments"]))
-        return [x[v].tolist() for x, v in zip(found.scores, found.valid)]
+        return step_scores(rows, self.c.eval_length, self.scores)
+
+    def right(self, best: search.Found) -> bool:
+        """Whether a search ended with the right option."""
+        return best.done and best.path[-1].position.answer == self.problem.answer
+
+
+def step_scores(
+    rows: Sequence[encoding.Encoded], length: int, scores: Callable
+) -> list[list[float]]:
+    """Scores of the steps of sequences, in one call of one shape."""
+    batch = encoding.fill(rows, [[i] for i in range(len(rows))], length)
+    found = jax.device_get(scores(batch["ids"], batch["segments"]))
+    return [x[v].tolist() for x, v in zip(found.scores, found.valid)]
 
 
 METHODS = {
-    "beam search": lambda s: search.beam_search(s.extend, s.score),
-    "beam search, legacy order": lambda s: search.beam_search(
-        s.extend, s.score, search.Beam(legacy_sort=True)
+    "beam search": search.beam_search,
+    "beam search, legacy order": functools.partial(
+        search.beam_search, options=search.Beam(legacy_sort=True)
     ),
-    "DVTS": lambda s: search.dvts(s.extend, s.score),
-    "MCTS": lambda s: search.mcts(s.extend, s.score),
+    "DVTS": search.dvts,
+    "MCTS": search.mcts,
 }
 
 
 def compare(
-    config: Any, solved: Mapping[str, Any], vocab_size: int, method: Any, state: Any
+    problems: Mapping[str, Sequence[reasoning.Problem]],
+    solver: Callable[[reasoning.Problem], Any],
+    methods: Mapping[str, Callable] = METHODS,
 ) -> tuple[Table, dict[str, float]]:
-    """Accuracy of each search on the first problems of each domain.
+    """Accuracy of each search.
+
+    Args:
+      problems: of each domain.
+      solver: problem -> object with ``extend`` and ``score`` for ``versaprm.search``,
+        ``right`` (best ``Found`` -> bool) and ``drawn``, how many steps were drawn.
+      methods: name -> (extend, score) -> list of ``Found``.
 
     Returns:
       A table of methods by domains, and the means as numbers ``search_<method>``.
     """
-    del method
-    c = config.data
-    net = versaprm.net_of(config, vocab_size)
-    scores = functools.partial(_scorer(net, max(c.steps) + 2), state.params)
     rows, numbers = [], {}
-    for name, run in METHODS.items():
+    for name, run in methods.items():
         means, drawn = [], []
-        for problems in solved.values():
+        for some in problems.values():
             right = []
-            for s in problems[: c.search_questions]:
-                solver = Solver(c, s.problem, scores, c.seed)
-                best = run(solver)[0]
-                answer = best.path[-1].position.answer
-                right.append(best.done and answer == s.problem.answer)
-                drawn.append(solver.drawn)
+            for problem in some:
+                own = solver(problem)
+                right.append(own.right(run(own.extend, own.score)[0]))
+                drawn.append(own.drawn)
             means.append(float(np.mean(right)))
         key = name.lower().replace(",", "").replace(" ", "_")
         numbers[f"search_{key}"] = float(np.mean(means))
         rows.append((name, *means, float(np.mean(means)), float(np.mean(drawn))))
-    title = f"search, accuracy on {c.search_questions} questions a domain"
-    return Table(title, ("method", *solved, "mean", "steps drawn"), rows), numbers
+    count = max(map(len, problems.values()))
+    title = f"search, accuracy on {count} questions a domain"
+    return Table(title, ("method", *problems, "mean", "steps drawn"), rows), numbers
 
 
 @functools.lru_cache(maxsize=8)
-def _scorer(net: versaprm.Net, steps: int):
+def scorer(net: versaprm.Net, steps: int):
+    """The program (params, ids, segments) -> ``versaprm.step_scores``."""
     return jax.jit(functools.partial(versaprm.step_scores, net=net, steps=steps))

@@ -17,13 +17,20 @@ from jaxpapers.data import arrays, catalogue, fetch, sequences
 from jaxpapers.ops import trie as tries
 from jaxpapers.papers import r3_vae
 from jaxpapers.papers.r3_vae import starts
-from jaxpapers.study import Data, Finding, Row, Stage, Study, with_fields, with_seed
+from jaxpapers.study import (
+    ONCE,
+    Data,
+    Finding,
+    Row,
+    Stage,
+    Study,
+    with_fields,
+    with_seed,
+)
 from jaxpapers.tasks import item_vectors, tokenizers
 from jaxpapers.tasks.scores import all_finite
 
 CUTOFFS = (5, 10)
-ONCE = 2**31 - 1
-"""Steps between refreshes that happen before the first step only."""
 
 
 def abstract(config: Any) -> Data:

@@ -18,6 +18,7 @@ from jaxpapers.ops.reasoning.problems import (
     Problem,
     ids,
     problem,
+    result,
     text,
     words,
 )
@@ -35,5 +36,5 @@ from jaxpapers.ops.reasoning.verifier import first_error, parse_step
 __all__ = [
     "DOMAINS", "ERRORS", "MATH", "PAD", "QUESTION", "STEP", "VOCABULARY", "Domain",
     "Position", "Problem", "Trace", "advance", "corrupt", "first_error", "ids",
-    "parse_step", "problem", "solve", "start", "text", "words",
+    "parse_step", "problem", "result", "solve", "start", "text", "words",
 ]  # fmt: skip

@@ -27,6 +27,10 @@ class Encoded(NamedTuple):
     labels: np.ndarray
 
 
+NONE = Encoded(np.zeros(0, np.int32), np.zeros(0, np.float32))
+"""An empty sequence."""
+
+
 class Counts(NamedTuple):
     """What ``encode_all`` made, and what it left out."""
 
