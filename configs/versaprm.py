@@ -95,6 +95,7 @@ def get_config(preset: str | None = None) -> ConfigDict:
             lora_rank=16, lora_alpha=32.0,
         )  # fmt: skip
         config.method.language = 0.0
+        config.base.steps = 0
         config.optim.update(
             name="adamw",
             lr=1e-4,
@@ -113,6 +114,7 @@ def get_config(preset: str | None = None) -> ConfigDict:
             search_questions=1,
         )  # fmt: skip
         config.net.update(width=32, heads=2, layers=2, unroll=2)
+        config.base.steps = 0
         config.train.update(steps=20, alone=True)
     return config.lock()
 
@@ -155,5 +157,5 @@ def _smollm2(config: ConfigDict) -> None:
     )  # fmt: skip
     config.method.language = 0.0
     del config.base
-    config.optim.update(name="adamw", lr=1e-3, b2=0.999, weight_decay=0.0)
+    config.optim.update(name="adamw", lr=3e-4, weight_decay=0.0, warmup=0.1)
     config.train.update(steps=60)

@@ -124,7 +124,8 @@ class Writer:
         self.model, self.batch, self.stop = model, batch, stop
         self.table = tokenizer.stop_table(model.tokens.token_bytes, [stop])
         options = decoding.Options(
-            length=length, temperature=temperature, pad=self._pad,
+            # Prompts have several lengths, and an unrolled program takes a minute.
+            length=length, temperature=temperature, pad=self._pad, unstack=False,
             stop=() if model.tokens.eos is None else (model.tokens.eos,),
         )  # fmt: skip
         net = Transformer(**model.net)
