@@ -232,6 +232,33 @@ def test_two_columns_are_the_whole_vocabulary():
     assert np.abs(a[1]["decoder"]["head"]["kernel"][:, 7]).max() == 0
 
 
+def test_next_tokens_of_right_steps_are_learned():
+    """Neither the question nor a wrong step is, nor what follows another sequence."""
+    rows = some_rows(4)
+    batch = encoding.fill(rows, [[0, 1], [2, 3]], 32)
+
+    def compute(params):
+        b = jax.tree.map(jnp.asarray, batch)
+        logits = objective.all_logits(params, b["ids"], b["segments"], NET)
+        both, told = versaprm.loss(params, b, net=NET, language=0.5)
+        return (
+            objective.language_loss(params, b, net=NET)[0], logits, both,
+            told["process"], told["language"],
+        )  # fmt: skip
+
+    value, logits, both, process, language = together(compute, params_of(NET))
+    logits = np.float64(logits)
+    expected = []
+    for i, t in np.argwhere(batch["labels"] > 0.5):
+        if t and batch["segments"][i, t - 1] == batch["segments"][i, t]:
+            row = logits[i, t - 1]
+            expected.append(np.log(np.exp(row).sum()) - row[batch["ids"][i, t]])
+    assert len(expected) > 3
+    assert value == pytest.approx(np.mean(expected), rel=1e-5)
+    assert language == pytest.approx(value, rel=1e-6)
+    assert both == pytest.approx(float(process + 0.5 * language), rel=1e-6)
+
+
 def test_packed_sequences_do_not_see_each_other():
     """Scores and loss of several sequences in a row are those of a row each."""
     rows = some_rows(6)
