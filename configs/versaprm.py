@@ -127,7 +127,7 @@ def _smollm2(config: ConfigDict) -> None:
         "model": "smollm2-135m",  # or a folder, or a GGUF file
         "vocab_size": 49152,
         "path": "",  # file of labelled solutions to train on too
-        "kind": "nested",  # of the file: prm800k, shepherd, trl, process_bench
+        "kind": "nested",  # of the file: prm800k, math-shepherd, trl, processbench
         "domains": DOMAINS,
         "test_domains": (*DOMAINS, "equations", "units"),
         "write_domain": "arithmetic",  # of the solutions that the model writes

@@ -53,7 +53,9 @@ def one(c: Any, rng: random.Random, domain: str, kind: str) -> encoding.Encoded:
     trace = reasoning.solve(
         problem, rng, error=error, habit=c.habit, errors=tuple(c.errors)
     )
-    return sequence(problem.question(), trace.steps, trace.labels, c.label_last_n)
+    return sequence(
+        problem.question(), trace.steps, trace.labels, c.label_last_n, trace.first_word
+    )
 
 
 def draw(c: Any, domain: str, number: int, part: int) -> reasoning.Problem:
@@ -69,6 +71,7 @@ def sequence(
     steps: Sequence[Sequence[str]],
     labels: Sequence[int] | None = None,
     label_last_n: int = 1,
+    first_word: int = 0,
 ) -> encoding.Encoded:
     """Ids and labels of words; without labels of all steps, which are then 1.
 
@@ -76,7 +79,9 @@ def sequence(
       question: its words.
       steps: words of each.
       labels: 1 and -1; what follows the first -1 is left out.
-      label_last_n: labelled words of a step, its last ones; 0: all.
+      label_last_n: labelled words of a step, its last ones; 0: all, those of the wrong
+        step by whether the step is right so far.
+      first_word: of the wrong step, from which on it is not.
     """
     labels = [1] * len(steps) if labels is None else list(labels)
     count = labels.index(-1) + 1 if -1 in labels else len(steps)
@@ -85,7 +90,10 @@ def sequence(
     for step, y in zip(steps[:count], labels):
         end = at + len(step)
         first = max(at, end - label_last_n) if label_last_n else at
-        targets[first:end], at = max(y, 0), end
+        targets[first:end] = max(y, 0)
+        if y < 0 and not label_last_n:
+            targets[at : at + first_word] = 1
+        at = end
     return encoding.Encoded(ids, targets)
 
 

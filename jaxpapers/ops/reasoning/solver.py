@@ -37,6 +37,8 @@ class Trace(NamedTuple):
       error: its type, "" if there is none.
       answer: letter.
       correct: whether it is the right one.
+      first_word: index in the first wrong step of its first word that is not that of the
+        right step; -1: none.
     """
 
     steps: Sequence[Sequence[str]]
@@ -44,6 +46,7 @@ class Trace(NamedTuple):
     error: str
     answer: str
     correct: bool
+    first_word: int = -1
 
     @property
     def labels(self) -> list[int]:
@@ -112,17 +115,25 @@ def solve(
     errors: Sequence[str] = ERRORS,
 ) -> Trace:
     """A whole solution; see ``advance``."""
-    position, steps, first, kind = start(problem), [], -1, ""
+    position, steps, first, kind, word = start(problem), [], -1, "", -1
     while position.step >= 0:
-        before = position.wrong
+        before = position
         words, position, made = advance(
             problem, position, rng, error=error, habit=habit, errors=errors
         )
-        if position.wrong and not before:
-            first, kind = len(steps), made
+        if position.wrong and not before.wrong:
+            first, kind, word = len(steps), made, _first_word(problem, before, words)
         steps.append(words)
     correct = position.answer == problem.answer
-    return Trace(steps, first, kind, position.answer, correct)
+    return Trace(steps, first, kind, position.answer, correct, word)
+
+
+def _first_word(problem, position, words) -> int:
+    """Index of the first word that is not that of the right step."""
+    if position.step == len(problem.program):
+        return 1  # The letter.
+    right, _ = _right(problem, position)
+    return next(i for i, (x, y) in enumerate(zip(words, right)) if x != y)
 
 
 def corrupt(
