@@ -100,22 +100,25 @@ class Endpoint:
             import openai
 
         client, problem = self._client, ""
-        for attempt in range(self.retries + 1):
-            if attempt:
-                time.sleep(min(self.wait * 2.0 ** (attempt - 1), MAX_WAIT))
+        failures = refused = 0
+        while failures <= self.retries:
+            if failures and problem:
+                time.sleep(min(self.wait * 2.0 ** (failures - 1), MAX_WAIT))
+            request = self._request(messages, schema)
             try:
-                done = client.chat.completions.create(**self._request(messages, schema))
-                return _reply(done)._replace(tries=attempt + 1)
+                done = client.chat.completions.create(**request)
+                return _reply(done)._replace(tries=failures + refused + 1)
             except openai.APIStatusError as e:
                 status = e.status_code
                 if status in TRANSIENT or status >= 500:
-                    problem = f"status {status}"
-                elif schema and not self._plain and _is_about_format(e):
-                    self.__dict__["_plain"] = True
+                    problem, failures = f"status {status}", failures + 1
+                elif "response_format" in request and _is_about_format(e):
+                    # No failure: the same request without a schema is still to be sent.
+                    self.__dict__["_plain"], problem, refused = True, "", refused + 1
                 else:
                     raise ValueError(self._refusal(status, e)) from None
             except openai.APIConnectionError as e:
-                problem = type(e).__name__
+                problem, failures = type(e).__name__, failures + 1
         raise Unreachable(
             f"{self.url} does not answer ({problem}) after {self.retries} retries; what "
             "was answered is in the cache, the same command continues"

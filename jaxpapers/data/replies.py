@@ -10,12 +10,25 @@ _FENCE = re.compile(r"```(?:json|JSON)?[ \t]*\r?\n(.*?)```", re.DOTALL)
 _LONELY = re.compile(
     r'\\(?:(?=[bfrt][A-Za-z])|(?!["\\/bfnrtu]))|\\(?=u(?![0-9a-fA-F]{4}))'
 )
+# Commands of TeX that JSON reads as an escape and letters. Nobody means \b, \f or \r
+# before a letter; \n and \t begin many lines, so theirs are named.
+_COMMAND = re.compile(
+    r"\\(?=[bfr][A-Za-z]|(?:"
+    r"t(?:ag|an|anh|au|binom|ext(?:bf|it|rm|sf|tt|style|normal)?|frac|heta|"
+    r"hickapprox|hicksim|herefore|ilde|imes|o|op|riangle(?:left|right|leq|geq)?|"
+    r"woheadrightarrow)|"
+    r"n(?:abla|atural|cong|e|earrow|eg|eq|ewline|geq|gtr|leftarrow|leq|olimits|onumber|"
+    r"ot|otin|rightarrow|subseteq|u|warrow)"
+    r")(?![A-Za-z]))"
+)
 
 
 def parse(text: str) -> Any:
     r"""The JSON value of a reply: the text itself, or its last fenced block.
 
-    A block whose strings have single backslashes (LaTeX) is read as if they were doubled.
+    Single backslashes of LaTeX's commands are read as if they were doubled, also where
+    JSON knows the escape ("\frac", "\theta"); so is every single backslash of a block
+    that is no JSON.
 
     Args:
       text: the reply.
@@ -36,13 +49,12 @@ def parse(text: str) -> Any:
     source = (blocks[-1] if blocks else text).strip()
     if not source:
         raise ValueError("the reply is empty, expected JSON")
+    pairs = _COMMAND.sub("\0", source.replace("\\\\", "\0"))
     try:
-        return loads(source)
+        return loads(pairs.replace("\0", "\\\\"))
     except json.JSONDecodeError as first:
-        pairs = source.replace("\\\\", "\0")
-        repaired = _LONELY.sub(r"\\\\", pairs).replace("\0", "\\\\")
         try:
-            return loads(repaired)
+            return loads(_LONELY.sub("\0", pairs).replace("\0", "\\\\"))
         except json.JSONDecodeError:
             raise ValueError(
                 f"the reply is no JSON: {first.msg} at line {first.lineno}, column "

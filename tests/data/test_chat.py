@@ -40,6 +40,12 @@ def positive(value):
         (r'{"x": "\(a\) \frac{1}{2} \\beta \times"}',
          {"x": r"\(a\) \frac{1}{2} \beta \times"}),
         (r'{"x": "\u0041\n\"q\""}', {"x": 'A\n"q"'}),
+        # JSON as it stands, of form feeds and tabs.
+        (r'{"a": "\frac{1}{2} \theta"}', {"a": r"\frac{1}{2} \theta"}),
+        (r'{"a": "\nu \neq \\nu, \rho\beta\n\n\nabla f"}',
+         {"a": "\\nu \\neq \\nu, \\rho\\beta\n\n\\nabla f"}),
+        (r'{"a": "One\nless\tthan\nTwo\r\n\there\f"}',
+         {"a": "One\nless\tthan\nTwo\r\n\there\f"}),
     ],
 )  # fmt: skip
 def test_json_of_a_reply(text, value):
@@ -210,6 +216,19 @@ def test_an_endpoint(tmp_path, monkeypatch, caplog):
         chat.Chat(endpoint(url)).reply(ASK)
     everything = caplog.text + "".join(f.read_text() for f in tmp_path.iterdir())
     assert "s3cret" not in everything
+
+
+def test_a_refused_schema_is_no_failure(monkeypatch):
+    """Without retries the plain request is still sent."""
+    monkeypatch.setenv("TEST_CHAT_KEY", "x")
+    refusal = 400, {"error": {"message": "response_format is not supported"}}
+    with server(refusal, completion('{"x": 2}'), refusal) as (url, sent):
+        options = {"model": "m", "url": url, "key": "TEST_CHAT_KEY", "wait": 0.0}
+        ask = chat.Chat(chat.Endpoint(**options, retries=0))
+        assert ask.structured(ASK, SCHEMA) == {"x": 2} and ask.usage.retries == 1
+        assert "response_format" in sent[0] and "response_format" not in sent[1]
+        with pytest.raises(ValueError, match="refuses the request"):
+            ask.reply(ASK)  # It had none.
 
 
 def test_a_reply_that_was_cut():
