@@ -320,6 +320,8 @@ def token_log_probs(
         A token that is padding, or follows padding, has log-probability 0.
       chunk: positions, of all rows.
     """
+    if tokens.shape[0] == 0 or tokens.shape[1] < 2:
+        return jnp.zeros((tokens.shape[0], max(tokens.shape[1] - 1, 0)))
     positions = keys = None
     if mask is not None:
         positions = jnp.maximum(jnp.cumsum(mask, 1) - 1, 0).astype(jnp.int32)[:, :-1]

@@ -196,9 +196,11 @@ def test_token_log_probs():
             run(text, chunk=7),
             decoding.token_log_probs(net, each, text),
             run(ids, mask),
+            run(text[:, :1]),
         )
 
-    full, chunked, whole, masked = together(values, params)
+    full, chunked, whole, masked, none = together(values, params)
+    assert none.shape == (len(PROMPT), 0)
     expected = np.take_along_axis(full, PROMPT[:, 1:, None], 2)[..., 0]
     np.testing.assert_allclose(chunked, expected, rtol=0, atol=2e-5)
     np.testing.assert_allclose(whole, expected, rtol=0, atol=2e-5)
