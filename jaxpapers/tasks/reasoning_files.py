@@ -133,8 +133,13 @@ def _labelled(trace: Any) -> Any:
 
 def _text(label: str, value: Mapping, path: str) -> Item:
     fields = [value.get(k) for k in ("text", "problem", "answer")]
-    if not all(isinstance(x, str | None) for x in fields) or not fields[0]:
-        raise ValueError(f"{path}: {label}: text, problem and answer must be texts")
+    if (
+        not all(isinstance(x, str | None) for x in fields)
+        or not (fields[0] or "").strip()
+    ):
+        raise ValueError(
+            f"{path}: {label}: text, problem, answer must be texts, the text not blank"
+        )
     text, problem, answer = fields
     assert text is not None
     if rejump.is_search_text(text):
@@ -142,6 +147,11 @@ def _text(label: str, value: Mapping, path: str) -> Item:
             return Item(label, rejump.read(text))
         except ValueError as e:
             raise ValueError(f"{path}: {label}: {e}") from None
+    if len(text) > extraction.MAX_CHARACTERS:
+        raise ValueError(
+            f"{path}: {label}: the text has {len(text):,} characters, expected at most "
+            f"{extraction.MAX_CHARACTERS:,}"
+        )
     return Item(label, None, text, problem or "", answer)
 
 
@@ -255,9 +265,9 @@ def _tables(items, found, labels, measures, mesh) -> list[Table]:
     if len(few) > 1:
         pairs = [(a, b) for i, a in enumerate(few) for b in few[i + 1 :]]
         a, b = ([found.traces[p[k]] for p in pairs] for k in (0, 1))
-        trees, walks = rejump.similarities(a, b, mesh)
+        trees, walks = rejump.similarities(a, b, mesh, strict=False)
         rows = [
-            (a, b, float(t), float(w))
+            (a, b, "too large" if np.isnan(t) else float(t), float(w))
             for (a, b), t, w in zip(pairs, np.asarray(trees), walks)
         ]
         title = "similarities" + (f" of the first {COMPARED}" if few != labels else "")

@@ -141,6 +141,11 @@ def test_order_of_leaves_in_the_reference():
     walked = rejump.measure([star, alone])
     assert walked.of(0)["overthinking_rate"] == 0
     assert walked.of(1)["success_rate"] == 0
+    # Nobody said whether the only leaf of a trace is right.
+    alone = alone._replace(correct=None)
+    unknown = rejump.measure([star, alone], order="reference_math")
+    assert unknown.of(1)["success_rate"] is None
+    assert unknown.whole.tolist() == [True, False]
     with pytest.raises(ValueError, match="order must be one of"):
         rejump.metrics(rejump.to_arrays([star]), order="names")
 
@@ -268,6 +273,31 @@ def test_same_numbers_on_every_mesh(mesh):
         rejump.tree_edit_distances(traces, others),
         rejump.tree_edit_distances(traces, others, grid),
     )
+
+
+def test_large_trees_are_compared_few_at_a_time(monkeypatch):
+    """As many as the table has room for; what has none is refused, or -1."""
+    rng, lanes, chunk = np.random.default_rng(3), [], edit_distance._chunk
+    large = [drawn(rng, 40) for _ in range(5)]
+    others = large[1:] + large[:1]
+
+    def counted(pairs, count, *args):
+        lanes.append(count)
+        return chunk(pairs, count, *args)
+
+    monkeypatch.setattr(edit_distance, "_chunk", counted)
+    expected = rejump.tree_edit_distances(large, others)
+    monkeypatch.setattr(edit_distance, "MAX_TABLE", 4 * 128 * 128)
+    np.testing.assert_array_equal(rejump.tree_edit_distances(large, others), expected)
+    assert lanes == [8, 4, 4]
+    monkeypatch.setattr(edit_distance, "MAX_TABLE", 64 * 64)
+    some = [large[0], by_hand((0, 1))]
+    found = rejump.tree_edit_distances(some, some, strict=False)
+    assert found.tolist() == [-1, 0]
+    trees, walks = rejump.similarities(some, some, strict=False)
+    assert np.isnan(trees[0]) and trees[1] == 1 and np.isfinite(walks).all()
+    with pytest.raises(ValueError, match="at most 4,096: compare smaller trees"):
+        rejump.tree_edit_distances(some, some)
 
 
 def test_too_large_trees_are_refused():

@@ -71,12 +71,32 @@ def test_extraction_of_mathematics(tmp_path):
     "reply",
     ["I cannot.", "{}", '{"nodes": 3}', '{"nodes": []}',
      '{"nodes": [{"id": "a", "parent": null, "problem": "x", "result": null}]}',
-     '{"nodes": [{"id": 1, "parent": null, "problem": "x", "result": null}]}'],
+     '{"nodes": [{"id": 1, "parent": null, "problem": "x", "result": null}]}',
+     '{"nodes": [{"id": "a", "parent": ["a"], "problem": "x", "result": null}]}',
+     '{"nodes": [{"id": "node1", "parent": null, "problem": "x", "result": {}}]}'],
 )  # fmt: skip
 def test_extraction_gives_up(reply):
     ask = chat.Chat(Script(reply, reply), repairs=1).structured
     with pytest.raises(chat.BadReply, match="after 1 repairs"):
         rejump.extract(ask, "?", "text")
+
+
+def test_the_root_of_a_puzzle_is_its_numbers():
+    t = rejump.run("beam", (4, 5, 6, 10), 0)
+    tree, walk = as_value(t)
+    words = json.loads(json.dumps(tree))
+    words["nodes"][0]["problem"] = "the numbers 4, 5, 6 and 10"
+    del words["nodes"][1]["result"]
+    script = Script(words, tree, walk)
+    ask = chat.Chat(script).structured
+    assert rejump.extract(ask, "4 5 6 10", "text", "game24") == t
+    assert 'four numbers, "a,b,c,d"' in script.sent[1][0][-1]["content"]
+    # A result may be left out: the walk is asked about all the same.
+    nodes = {"nodes": [{"id": "node1", "parent": "none", "problem": "p"},
+                       {"id": "node2", "parent": "node1", "problem": "q"}]}  # fmt: skip
+    steps = as_value(by_hand((0, 1), "1c2"))[1]
+    found = rejump.extract(chat.Chat(Script(nodes, steps)).structured, "?", "text")
+    assert [node.result for node in found.nodes] == [None, None]
 
 
 def test_what_is_not_extracted():
@@ -134,6 +154,9 @@ def test_exports():
         pattern = r'  n\d+(\[".*"\]| --> n\d+| -\. "\d+ \w+" \.-> n\d+)'
         assert all(re.fullmatch(pattern, line) for line in mermaid[1:])
     alone = by_hand((0,))
+    signs = alone._replace(nodes=(alone.nodes[0]._replace(problem='a && b < "#1"'),))
+    line = rejump.to_mermaid(signs).splitlines()[1]
+    assert line == '  n0["a #amp;#amp; b #lt; #quot;#35;1#quot;"]'
     assert xml.fromstring(rejump.to_svg(alone)) is not None
 
 
@@ -160,6 +183,14 @@ def test_prompts():
     assert rejump.select_prompt(means, metric=0) == 1
     assert rejump.select_prompt(means, metric=1, direction=-1) == 1
     assert rejump.select_prompt(means, target=np.array([1.5, 0.1, 0.0])) == 2
+    # A prompt without a mean is not the best one.
+    holes = means.copy()
+    holes[0, 0] = holes[2, 2] = np.nan
+    assert rejump.select_prompt(holes, metric=0, direction=-1) == 2
+    assert rejump.select_prompt(holes, metric=0) == 1
+    assert rejump.select_prompt(holes, target=np.array([1.0, 0.1, 0.0])) == 2
+    with pytest.raises(ValueError, match="no prompt has these means"):
+        rejump.select_prompt(np.full((2, 3), np.nan), metric=0)
     with pytest.raises(ValueError, match="a metric or a target"):
         rejump.select_prompt(means)
 

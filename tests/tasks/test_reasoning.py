@@ -10,9 +10,10 @@ import pytest
 from jaxpapers import run, tasks
 from jaxpapers.data import chat
 from jaxpapers.papers import rejump
+from jaxpapers.papers.rejump import edit_distance
 from jaxpapers.tasks import local_model, reasoning, reasoning_files
 from tests.contract import grid
-from tests.papers.rejump_traces import as_value, by_hand
+from tests.papers.rejump_traces import as_value, by_hand, drawn
 
 
 def load(*fields, preset="smoke", files=()):
@@ -146,6 +147,20 @@ def test_traces_of_the_user(tmp_path):
     assert study.metric == "jump_distance" and not found["game"].tables
 
 
+# Metrics of two shapes, edit distances, similarities.
+@pytest.mark.programs(8)
+def test_pairs_that_are_too_large_are_named(tmp_path, monkeypatch):
+    """Two traces of 300 nodes are compared; what is too large is said in the table."""
+    rng = np.random.default_rng(0)
+    traces = [drawn(rng, 300, 3) for _ in range(2)] + [SOUND]
+    files = [write(tmp_path, f"{n}.json", rejump.to_dict(t))
+             for n, t in zip("abc", traces)]  # fmt: skip
+    monkeypatch.setattr(edit_distance, "MAX_TABLE", 2048 * 64)
+    _, found = findings(load(files=files))
+    rows = {tuple(row[:2]): row[2] for row in found["a"].tables[1].rows}
+    assert rows["a", "b"] == "too large" and 0 < rows["a", "c"] < 1
+
+
 def test_traces_that_are_not_sound(tmp_path):
     broken = rejump.to_dict(SOUND)
     broken["walk"][1]["from"] = "node3"
@@ -169,6 +184,9 @@ def test_traces_that_are_not_sound(tmp_path):
         ("x.json", {"tree": {}, "walk": []}, "x.json: trace x: empty tree"),
         ("x.json", {"text": 3}, "must be texts"),
         ("x.txt", "Let x be 3.", "needs a language model"),
+        ("x.txt", " \n\t", "x.txt: x: .*not blank"),
+        ("x.json", [{"text": "x"}, {"text": "  "}], "x.json: x 2: .*not blank"),
+        ("x.txt", "Let x be 3." * 20_000, "x.txt: x: the text has 220,000 characters"),
         ("x.txt", "Make 24 from 1,2,3,4.\nHm.", "x.txt: x: line 2: cannot read"),
         ("x.json", '{"a": 1, "a": 2}', "'a' occurs twice"),
     ],

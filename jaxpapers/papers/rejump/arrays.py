@@ -21,6 +21,7 @@ class TraceBatch(NamedTuple):
       judged: bool (B,): whether that is known of all leaves.
       name_rank: int32 (B, N), place of a node's name among the sorted names.
       corr: bool (B,): whether the trace's answer is right.
+      corr_known: bool (B,): whether that is known.
     """
 
     parent: Any
@@ -33,6 +34,7 @@ class TraceBatch(NamedTuple):
     judged: Any
     name_rank: Any
     corr: Any
+    corr_known: Any
 
 
 def to_arrays(
@@ -69,6 +71,7 @@ def to_arrays(
         judged=np.zeros(count, bool),
         name_rank=np.zeros((count, n), np.int32),
         corr=np.array([bool(t.correct) for t in traces]),
+        corr_known=np.array([t.correct is not None for t in traces]),
     )
     kinds = {name: i for i, name in enumerate(CATEGORIES)}
     for b, trace in enumerate(traces):

@@ -22,7 +22,7 @@ from jaxtyping import Array, Int
 
 from jaxpapers.papers.rejump.trace import Trace, children, depths
 
-# Pairs of one call and device, and most numbers of its table.
+# Most pairs of one call and device, and most numbers of its table.
 LANES, MAX_TABLE = 128, 1 << 27
 
 
@@ -142,13 +142,14 @@ def distances(
 
 
 def tree_edit_distances(
-    a: Sequence[Trace], b: Sequence[Trace], mesh: Any = None
+    a: Sequence[Trace], b: Sequence[Trace], mesh: Any = None, *, strict: bool = True
 ) -> np.ndarray:
     """Edit distances (P,) of the trees of pairs of traces.
 
     Args:
       a, b: the traces of each pair.
       mesh: pairs are split over its axis ``data``.
+      strict: refuse pairs of trees that are too large; otherwise they have -1.
 
     Raises:
       ValueError: another number of traces, or a pair of trees that is too large.
@@ -166,13 +167,28 @@ def tree_edit_distances(
     for x, y in zip(a, b):
         plain, mirrored = zip(both(x), both(y))
         pairs.append(min(plain, mirrored, key=_cost))
-    result = np.zeros(len(pairs), np.int32)
+    result = np.full(len(pairs), -1, np.int32)
     parts = mesh.shape.get("data", 1) if mesh is not None else 1
     order = sorted(range(len(pairs)), key=lambda i: _cost(pairs[i]))
-    step = LANES * parts
-    for k in range(0, len(order), step):
-        chosen = order[k : k + step]
-        result[chosen] = _chunk([pairs[i] for i in chosen], step, mesh)[: len(chosen)]
+    # Powers of two, so that few programs are compiled.
+    step = parts * min(LANES, 1 << (-(-len(pairs) // parts) - 1).bit_length())
+    while order:
+        chosen, lanes = order[:step], -(-step // parts)
+        shape = _shape([pairs[i] for i in chosen])
+        if shape[0] * shape[1] * lanes <= MAX_TABLE:
+            made = _chunk([pairs[i] for i in chosen], lanes * parts, shape, mesh)
+            result[chosen] = made[: len(chosen)]
+            order = order[len(chosen) :]
+        elif step > 1:
+            step //= 2
+        elif strict:
+            raise ValueError(
+                f"two trees have {shape[0]:,} and {shape[1]:,} subforests, a table of "
+                f"{shape[0] * shape[1]:,} numbers; expected at most {MAX_TABLE:,}: "
+                "compare smaller trees"
+            )
+        else:
+            order = order[1:]
     return result
 
 
@@ -180,21 +196,21 @@ def _cost(pair: Sequence[Forest]) -> int:
     return len(pair[0].start) * len(pair[1].start)
 
 
-def _chunk(pairs: Sequence[Sequence[Forest]], lanes: int, mesh: Any) -> np.ndarray:
+def _shape(pairs: Sequence[Sequence[Forest]]) -> tuple[int, int]:
+    """Rows and columns of the table of some pairs, as multiples of 64."""
+    most = [max(len(pair[side].start) for pair in pairs) for side in (0, 1)]
+    return -(-most[0] // 64) * 64, -(-most[1] // 64) * 64
+
+
+def _chunk(
+    pairs: Sequence[Sequence[Forest]], lanes: int, shape: tuple[int, int], mesh: Any
+) -> np.ndarray:
     """Distances of at most ``lanes`` pairs, padded with their last one."""
     padded = [*pairs, *[pairs[-1]] * (lanes - len(pairs))]
     sides = [[pair[side] for pair in padded] for side in (0, 1)]
     rows = np.array([[len(f.start) for f in side] for side in sides], np.int32)
-    limit = rows.max(1)
-    shape = [-(-int(x) // 64) * 64 for x in limit]
-    if shape[0] * shape[1] * LANES > MAX_TABLE:
-        raise ValueError(
-            f"two trees have {limit[0]} and {limit[1]} subforests, a table of "
-            f"{shape[0] * shape[1] * LANES:,} numbers; expected at most {MAX_TABLE:,}: "
-            "compare smaller trees"
-        )
     a, b = (_stacked(side, height) for side, height in zip(sides, shape))
-    return np.asarray(_program(mesh)(a, b, rows, limit))
+    return np.asarray(_program(mesh)(a, b, rows, rows.max(1)))
 
 
 def _stacked(forests: Sequence[Forest], height: int) -> Forest:

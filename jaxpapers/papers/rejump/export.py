@@ -18,6 +18,10 @@ COLOURS = {CALCULATION: "#1f77b4", BACKTRACKING: "#d95f02", VERIFICATION: "#7b3f
 RIGHT, WRONG, INNER = "#2a9d4a", "#c43c3c", "#9aa0a6"
 ROW, INDENT, FONT = 18, 16, 12
 MAX_LABEL = 44
+# Mermaid's entities begin with # where HTML's have &.
+MERMAID = str.maketrans(
+    {"&": "#amp;", "<": "#lt;", ">": "#gt;", '"': "#quot;", "#": "#35;"}
+)
 
 
 def to_json(trace: Trace) -> str:
@@ -47,8 +51,7 @@ def to_mermaid(trace: Trace) -> str:
     ids = {node.name: f"n{i}" for i, node in enumerate(trace.nodes)}
     lines = ["flowchart TD"]
     for node in trace.nodes:
-        text = html.escape(_label(node, 200)).replace("&", "#").replace("#amp;#", "#")
-        text = " ".join(text.split())
+        text = " ".join(_label(node, 200).translate(MERMAID).split())
         lines.append(f'  {ids[node.name]}["{text}"]')
     for node in trace.nodes:
         if node.parent in ids:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
-from jaxpapers.papers.rejump.search import label
+from jaxpapers.papers.rejump.search import label, numbers_of
 from jaxpapers.papers.rejump.trace import (
     CATEGORIES,
     ROOT,
@@ -140,7 +140,8 @@ def extract(
         raise ValueError(
             f"the text has {len(text):,} characters, expected at most {MAX_CHARACTERS:,}"
         )
-    nodes = ask(tree_request(problem, text, task), TREE_SCHEMA, check_tree)
+    messages = tree_request(problem, text, task)
+    nodes = ask(messages, TREE_SCHEMA, lambda value: check_tree(value, task))
     tree = _tree(nodes)
     messages = walk_request(problem, text, nodes)
     walk = ask(messages, WALK_SCHEMA, lambda value: check_walk(tree, value))
@@ -170,13 +171,13 @@ def _messages(task: str, **parts: str) -> list[dict[str, str]]:
 
 def _table(value: Any) -> str:
     return "\n".join(
-        f"{n['id']} (parent {n['parent']}): {n['problem']} -> {n['result']}"
+        f"{n['id']} (parent {n['parent']}): {n['problem']} -> {n.get('result')}"
         for n in value["nodes"]
     )
 
 
-def check_tree(value: Any) -> list[str]:
-    """What is wrong with a reply's tree."""
+def check_tree(value: Any, task: str = "math") -> list[str]:
+    """What is wrong with a reply's tree; its root has the numbers of a game24."""
     try:
         tree = _tree(value)
     except (KeyError, TypeError, AttributeError, ValueError):
@@ -185,6 +186,12 @@ def check_tree(value: Any) -> list[str]:
     roots = [node.name for node in tree.nodes if node.parent is None]
     if not problems and roots != [ROOT]:
         problems.append(f"the root must be called {ROOT}, got {roots[0]}")
+    if not problems and task == "game24":
+        root = next(node for node in tree.nodes if node.parent is None)
+        try:
+            numbers_of(root.problem)
+        except ValueError as e:
+            problems.append(f'{e}; expected the four numbers, "a,b,c,d"')
     return problems
 
 
@@ -207,7 +214,11 @@ def _tree(value: Any) -> Trace:
         parent, result = n["parent"], n.get("result")
         if not isinstance(n["id"], str) or not isinstance(n["problem"], str):
             raise ValueError("texts are expected")
-        if isinstance(parent, str) and parent.lower() in ("none", "null", ""):
+        if not isinstance(parent, str | None):
+            raise ValueError("an id or null is expected")
+        if not isinstance(result, str | int | float | None):
+            raise ValueError("a text or null is expected")
+        if parent is not None and parent.lower() in ("none", "null", ""):
             parent = None
         result = None if result is None else str(result)
         nodes.append(Node(n["id"], n["problem"], parent, result))

@@ -88,19 +88,21 @@ def _program(mesh: Any, order: str) -> Any:
 
 
 def similarities(
-    a: Sequence[Trace], b: Sequence[Trace], mesh: Any = None
+    a: Sequence[Trace], b: Sequence[Trace], mesh: Any = None, *, strict: bool = True
 ) -> tuple[np.ndarray, np.ndarray]:
     """(tree similarity, walk similarity) of pairs of traces, (P,) each.
 
     Args:
       a, b: the traces of each pair.
       mesh: see ``measure``.
+      strict: refuse trees that are too large; otherwise their similarity is NaN.
 
     Raises:
       ValueError: another number of traces, or trees that are too large.
     """
-    edits = tree_edit_distances(a, b, mesh)
+    edits = tree_edit_distances(a, b, mesh, strict=strict)
     trees = tree_similarity(edits, [size(x) for x in a], [size(x) for x in b])
+    trees = np.where(edits < 0, np.nan, trees)
     matrices = measure([*a, *b], mesh).transitions
     return trees, similar_walks(matrices[: len(a)], matrices[len(a) :])
 

@@ -139,6 +139,18 @@ class _Walker:
         return label(trace)
 
 
+def numbers_of(problem: str) -> list[int]:
+    """The numbers of a puzzle that is written as "a,b,c,d".
+
+    Raises:
+      ValueError: no list of whole numbers.
+    """
+    parts = [part.strip() for part in problem.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise ValueError(f"the root must list whole numbers, got {problem[:50]!r}")
+    return [int(part) for part in parts]
+
+
 def label(trace: Trace) -> Trace:
     """A Game-of-24 trace with the correctness of its leaves and its answer.
 
@@ -148,10 +160,7 @@ def label(trace: Trace) -> Trace:
       ValueError: the root's text is no list of whole numbers.
     """
     root = next(node for node in trace.nodes if node.parent is None)
-    parts = [part.strip() for part in root.problem.split(",")]
-    if not all(part.isdecimal() for part in parts):
-        raise ValueError(f"the root must list whole numbers, got {root.problem[:50]!r}")
-    numbers = [int(part) for part in parts]
+    numbers = numbers_of(root.problem)
     inner = {node.parent for node in trace.nodes}
     nodes = tuple(
         node

@@ -39,23 +39,31 @@ def select_prompt(
     """The prompt to use on the rest, from mean metrics of K prompts on a small set.
 
     Args:
-      means: mean metrics of each prompt.
+      means: mean metrics of each prompt; NaN where it has none: such a prompt is not
+        chosen by that metric.
       metric: index of the one to maximise, or minimise with ``direction=-1``.
       direction: see ``best_of_n``.
       target: instead, metrics to be closest to, each metric in units of its spread over
         the prompts; those that do not differ count nothing.
 
     Raises:
-      ValueError: neither or both of metric and target.
+      ValueError: neither or both of metric and target; no prompt has the means.
     """
-    means = np.asarray(means)
+    means = np.asarray(means, float)
     if (metric is None) == (target is None):
         raise ValueError("expected a metric or a target, and not both")
     if metric is not None:
-        return int((direction * means[:, metric]).argmax())
-    spread = means.std(0)
-    apart = (means - np.asarray(target)) / np.where(spread > 0, spread, np.inf)
-    return int(np.square(apart).sum(1).argmin())
+        loss = -direction * means[:, metric]
+    else:
+        known = np.isfinite(means)
+        spread = np.array(
+            [x[ok].std() if ok.any() else 0 for x, ok in zip(means.T, known.T)]
+        )
+        apart = (means - np.asarray(target)) / np.where(spread > 0, spread, 1)
+        loss = np.square(apart[:, spread > 0]).sum(1)
+    if np.isnan(loss).all():
+        raise ValueError("no prompt has these means: all are NaN")
+    return int(np.nanargmin(loss))
 
 
 class Interval(NamedTuple):

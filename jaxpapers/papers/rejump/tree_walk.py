@@ -221,7 +221,8 @@ def _by_name(batch: TraceBatch, tree: Tree, solutions: Any):
     rank, n = jnp.asarray(batch.name_rank), tree.depth.shape[1]
     first = jnp.where(correct, rank, n).min(1)
     before = (tree.is_leaf & (rank < first[:, None])).sum(1)
-    return solutions, correct.sum(1), before, alone | jnp.asarray(batch.judged)
+    judged = jnp.where(alone, jnp.asarray(batch.corr_known), jnp.asarray(batch.judged))
+    return solutions, correct.sum(1), before, judged
 
 
 def _uncalculated(batch: TraceBatch) -> Int[Array, " B"]:
