@@ -163,7 +163,15 @@ def rotten_reviews(path: str | Path, text: str = "", prefix: str = "") -> Corpus
 
 
 class Citation(NamedTuple):
-    """Metadata of one paper; None where the source does not say."""
+    """Metadata of one paper; None where the source does not say.
+
+    Attributes:
+      doi, year, field: of the paper.
+      by_year: year -> citations; of OpenAlex about the last ten years.
+      total: citations of all years.
+      authors: their number.
+      as_of: year of the data.
+    """
 
     doi: str
     year: int | None
@@ -171,17 +179,46 @@ class Citation(NamedTuple):
     by_year: Mapping[int, int]
     total: int | None
     authors: int | None
+    as_of: int | None = None
 
     def within(self, years: int) -> int | None:
-        """Citations from the year of publication to ``years`` later; None: not known."""
-        if self.year is None or not self.by_year:
+        """Citations from the year of publication to ``years`` later; None: not known.
+
+        They are not where the window has not ended by the year of the data, or begins
+        before the first year that is listed while the years do not add up to the total.
+        """
+        if self.year is None:
             return None
         last = self.year + years
+        if self.as_of is not None and last >= self.as_of:
+            return None
+        if not self.by_year:
+            return 0 if self.total == 0 else None
+        listed = sum(self.by_year.values())
+        if self.year < min(self.by_year) and (
+            self.total is None or listed < self.total
+        ):
+            return None
         return sum(n for y, n in self.by_year.items() if self.year <= y <= last)
 
 
-def citations(path: str | Path) -> dict[str, Citation]:
-    """DOI in lower case -> metadata, of saved JSON of OpenAlex or Crossref, or of a CSV.
+class Citations(dict[str, Citation]):
+    """DOI in lower case -> metadata; ``skipped``: reason -> number of rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.skipped: dict[str, int] = {}
+
+    def put(self, c: Citation) -> None:
+        """Adds a row; one without a DOI is of no letter."""
+        if c.doi:
+            self[c.doi] = c
+        else:
+            _count(self.skipped, "rows without a DOI")
+
+
+def citations(path: str | Path) -> Citations:
+    """Metadata by DOI, of saved JSON of OpenAlex or Crossref, or of a CSV.
 
     Args:
       path: JSON or JSON lines of OpenAlex works or Crossref messages; or a CSV with
@@ -193,14 +230,13 @@ def citations(path: str | Path) -> dict[str, Citation]:
     path = Path(path)
     if path.suffix == ".csv":
         return _citations_of_csv(path)
-    found = {}
+    found = Citations()
     for row in _rows(path):
         for item in _works(row):
             c = _openalex(item) if "counts_by_year" in item or "doi" in item else (
                 _crossref(item)
             )  # fmt: skip
-            if c.doi:
-                found[c.doi] = c
+            found.put(c)
     if not found:
         raise ValueError(
             f"{path}: no work with a DOI; expected OpenAlex or Crossref JSON"
@@ -232,21 +268,30 @@ def _openalex(item: Mapping) -> Citation:
         bare_doi(item.get("doi")), _int(item.get("publication_year")),
         str((part or {}).get("display_name") or ""), counts,
         _int(item.get("cited_by_count")), len(item.get("authorships") or []) or None,
+        _year(str(item.get("updated_date") or "")[:4], counts),
     )  # fmt: skip
 
 
 def _crossref(item: Mapping) -> Citation:
     issued = (item.get("issued") or {}).get("date-parts") or [[None]]
+    indexed = (item.get("indexed") or {}).get("date-parts") or [[None]]
     subject = item.get("subject") or [""]
     return Citation(
         bare_doi(item.get("DOI")), _int(issued[0][0] if issued[0] else None),
         str(subject[0]), {}, _int(item.get("is-referenced-by-count")),
         len(item.get("author") or []) or None,
+        _year(indexed[0][0] if indexed[0] else None, {}),
     )  # fmt: skip
 
 
-def _citations_of_csv(path: Path) -> dict[str, Citation]:
-    found = {}
+def _year(stated: Any, counts: Mapping[int, int]) -> int | None:
+    """The year of the data: that of its date, or of a later count; None: no date."""
+    year = _int(stated)
+    return None if year is None else max((year, *counts))
+
+
+def _citations_of_csv(path: Path) -> Citations:
+    found = Citations()
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file)
         missing = {"doi", "year", "field", "cites"} - set(reader.fieldnames or ())
@@ -259,10 +304,11 @@ def _citations_of_csv(path: Path) -> dict[str, Citation]:
                     f"{path}, line {reader.line_num}: year and cites must be whole "
                     f"numbers, got {row['year']!r} and {row['cites']!r}"
                 )
+            authors = _int(row.get("authors"))
             doi = bare_doi(row["doi"])
-            found[doi] = Citation(
-                doi, year, row["field"], {}, total, _int(row.get("authors"))
-            )
+            found.put(Citation(doi, year, row["field"], {}, total, authors))
+    if not found:
+        raise ValueError(f"{path}: no row has a DOI ({found.skipped})")
     return found
 
 

@@ -75,6 +75,48 @@ def test_citations(tmp_path):
         reviews.citations(table)
 
 
+def test_windows_that_are_not_known(tmp_path):
+    """OpenAlex lists some ten years; the year of the data is not over."""
+
+    def within(year, counts, total, updated=None, years=2):
+        work = {
+            "doi": "10.1/a", "publication_year": year, "cited_by_count": total,
+            "counts_by_year": [{"year": y, "cited_by_count": n}
+                               for y, n in counts.items()],
+            **({"updated_date": f"{updated}-03-01T00:00:00"} if updated else {}),
+        }  # fmt: skip
+        path = tmp_path / "works.json"
+        path.write_text(json.dumps(work))
+        return reviews.citations(path)["10.1/a"].within(years)
+
+    later = {2017: 10, 2018: 20}
+    assert within(2012, later, 150) is None
+    assert within(2012, later, 30) == 0  # All are listed.
+    assert within(2012, later, None) is None
+    assert within(2017, later, 150) == 30
+    assert within(2017, later, 30, 2019) is None
+    assert within(2017, later, 30, 2020) == 30
+    assert within(2018, {2019: 1, 2021: 1}, 2, 2020) == 1  # 2021 has begun.
+    assert within(2015, {}, 0, 2018) == 0 and within(2015, {}, 3) is None
+
+
+def test_rows_without_a_doi_are_of_no_letter(tmp_path):
+    table = tmp_path / "t.csv"
+    table.write_text(
+        "doi,year,field,cites\n,2017,Art,3\n10.1/C,2017,Art,4\n , 2016,A,1\n"
+    )
+    found = reviews.citations(table)
+    assert list(found) == ["10.1/c"] and found.skipped == {"rows without a DOI": 2}
+    table.write_text("doi,year,field,cites\n,2017,Art,3\n")
+    with pytest.raises(ValueError, match="no row has a DOI"):
+        reviews.citations(table)
+    works = tmp_path / "w.json"
+    works.write_text(
+        json.dumps([{"doi": None, "publication_year": 2000}, {"DOI": "10.1/b"}])
+    )
+    assert reviews.citations(works).skipped == {"rows without a DOI": 1}
+
+
 def test_files_are_bounded(tmp_path, monkeypatch):
     path = tmp_path / "x.xml"
     path.write_bytes(b"")
