@@ -73,6 +73,8 @@ def kappa(a: Any, b: Any, weights: str = "none", categories: Any = None) -> floa
 def icc(scores: Any, kind: str = "2,1") -> float:
     """Intraclass correlation of scores (items, raters); Shrout and Fleiss, 1979.
 
+    -inf or NaN where its denominator is 0 (items that do not differ).
+
     Args:
       scores: (n, k) of n items by k raters, none missing.
       kind: model (1 one-way, 2 two-way random, 3 two-way mixed) and one or k ratings.
@@ -95,16 +97,14 @@ def icc(scores: Any, kind: str = "2,1") -> float:
     raters = n * np.square(columns - grand).sum() / (k - 1)
     rest = np.square(x - rows[:, None] - columns + grand).sum() / ((n - 1) * (k - 1))
     within = np.square(x - rows[:, None]).sum() / (n * (k - 1))
-    value = {
-        "1,1": (between - within) / (between + (k - 1) * within),
-        "2,1": (between - rest)
-        / (between + (k - 1) * rest + k * (raters - rest) / n),
-        "3,1": (between - rest) / (between + (k - 1) * rest),
-        "1,k": (between - within) / between if between else -np.inf,
-        "2,k": (between - rest) / (between + (raters - rest) / n),
-        "3,k": (between - rest) / between if between else -np.inf,
-    }[kind]  # fmt: skip
-    return float(value)
+    model, single = kind[0], kind[2] == "1"
+    error = within if model == "1" else rest
+    above, below = between - error, between + single * (k - 1) * error
+    if model == "2":
+        below += (k if single else 1) * (raters - rest) / n
+    if below == 0:
+        return -np.inf if above < 0 else np.nan
+    return float(above / below)
 
 
 def iou(a: tuple[int, int], b: tuple[int, int]) -> float:

@@ -4,12 +4,13 @@
 answer, ``<letter>.json`` the whole parse.
 """
 
+import collections
 import csv
 import functools
 import io
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,17 +28,40 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def read(paths: list[str]) -> Data:
+ALL = "all letters"  # The first row.
+MOST_ROWS = 50  # Of a table of what failed.
+
+
+class Coded(NamedTuple):
+    """Opinions of each letter, and how a language model came to them.
+
+    Attributes:
+      opinions: of each letter.
+      lost: (letter, what, why) of reports that failed and opinions that were dropped.
+      usage: what was asked and spent; "": the rules coded.
+    """
+
+    opinions: list[list[pr.Opinion]]
+    lost: list[tuple[str, str, str]]
+    usage: str
+
+
+def read(paths: list[str], extract: Any = None) -> Data:
     """Parses files and the files of folders; those that cannot be are named.
+
+    Args:
+      paths: of letters.
+      extract: the config's group; where it names a model, the summary says what coding
+        is going to cost.
 
     Raises:
       ValueError: none can be parsed; a single file that cannot be.
     """
     files, skipped = {}, {}
     found = corpora.letters(paths)
-    for path in found:
+    for label, path in zip(labels_of(found), found):
         try:
-            files[_name(path, files)] = pr.parse_bytes(corpora.read_file(path))
+            files[label] = pr.parse_bytes(corpora.read_file(path))
         except (ValueError, OSError) as e:
             if len(found) == 1:
                 raise ValueError(f"{path}: {e}") from e
@@ -49,12 +73,43 @@ def read(paths: list[str]) -> Data:
         )
     points = sum(len(f.points) for f in files.values())
     summary = f"{len(files)} letters, {points} points, {len(skipped)} files skipped"
-    return Data(None, {}, facts={"files": files, "skipped": skipped}, summary=summary)
+    facts: dict[str, Any] = {"files": files, "skipped": skipped}
+    if extract is not None and extract.model:
+        facts["coder"] = model_coder.Coder(extract)
+        cost = facts["coder"].estimate(files.values())
+        summary += (
+            f"; {extract.model} codes them, at first {cost} (an estimate; linking the "
+            "answers costs as much again)"
+        )
+    return Data(None, {}, facts=facts, summary=summary)
 
 
-def _name(path: Path, known: dict) -> str:
-    """A label for a file: its name, with its folder where names repeat."""
-    return path.stem if path.stem not in known else f"{path.parent.name}/{path.stem}"
+def labels_of(paths: list[Path]) -> list[str]:
+    """A label for each file, no two alike: its name, with as much of its folders, or its
+    suffix, as no other file has; the same file again is numbered.
+
+    Example:
+      >>> labels_of([Path(x) for x in ("/a/x.txt", "/b/x.txt", "/b/y.txt", "/b/y.xml")])
+      ['a/x', 'b/x', 'y.txt', 'y.xml']
+    """
+    choices = []
+    for path in paths:
+        folders = path.absolute().parts[1:-1]
+        starts = ["/".join((*folders[len(folders) - n :], "")).lstrip("/")
+                  for n in range(len(folders) + 1)]  # fmt: skip
+        choices.append([s + end for end in (path.stem, path.name) for s in starts])
+    count = collections.Counter(x for own in choices for x in set(own))
+    count[ALL] += 1
+    made: list[str] = []
+    for path, own in zip(paths, choices):
+        label = next((x for x in own if count[x] == 1), None)
+        number = 1
+        while label is None or label in made:
+            label = f"{path.name} ({number})"
+            label = None if count[label] else label
+            number += 1
+        made.append(label)
+    return made
 
 
 def study(config: Any, data: Data, mesh: Any) -> Study:
@@ -64,8 +119,8 @@ def study(config: Any, data: Data, mesh: Any) -> Study:
 
     @functools.cache
     def measured():
-        coded = _coded(config, files)
-        return coded, numbers_of(list(files.values()), coded)
+        coded = _coded(data.facts.get("coder"), files)
+        return coded, numbers_of(list(files.values()), coded.opinions)
 
     def measure(i: int) -> Finding:
         numbers = measured()[1]
@@ -74,12 +129,16 @@ def study(config: Any, data: Data, mesh: Any) -> Study:
         )
 
     def measure_all() -> Finding:
-        coded, numbers = measured()
+        given, numbers = measured()
+        coded = given.opinions
         own = {k: float(numbers[k].sum()) for k in SUMS}
         kept: dict[str, Any] = {}
         for label, file in files.items():
             parse = json.dumps(pr.to_dict(file), ensure_ascii=False, indent=1)
-            kept[f"{label.replace('/', '-')}.json"] = parse + "\n"
+            name = label.replace("/", "-")
+            while f"{name}.json" in (*kept, "comparison.json"):
+                name += "-"
+            kept[f"{name}.json"] = parse + "\n"
         kept["letters.csv"] = _letters_csv(files, numbers)
         kept["points.csv"] = _points_csv(files, coded)
         tables = [_points_table(files, coded)]
@@ -87,6 +146,7 @@ def study(config: Any, data: Data, mesh: Any) -> Study:
             tables.append(
                 Table("files skipped", ("file", "why"), list(skipped.items()))
             )
+        tables += _model_tables(given)
         if config.data.citations:
             extra, more = _regressions(config, files, numbers)
             tables += extra
@@ -99,7 +159,7 @@ def study(config: Any, data: Data, mesh: Any) -> Study:
             Row(label, None, functools.partial(measure, i))
             for i, label in enumerate(files)
         ]
-        return [Row("all letters", None, measure_all), *each]
+        return [Row(ALL, None, measure_all), *each]
 
     return Study(
         title="pressure (summed strength of critical opinions)",
@@ -110,19 +170,38 @@ def study(config: Any, data: Data, mesh: Any) -> Study:
     )
 
 
-def _coded(config: Any, files: dict) -> list[list[pr.Opinion]]:
-    """Opinions of each file: of the rules, or of a language model where one is named."""
-    if not config.extract.model:
-        return [pr.rule_extract(f) for f in files.values()]
-    coder = model_coder.Coder(config.extract)
-    return [coder(f).opinions for f in files.values()]
+def _coded(coder: Any, files: dict) -> Coded:
+    """Opinions of each file: of the rules, or of a language model where there is one."""
+    if coder is None:
+        return Coded([pr.rule_extract(f) for f in files.values()], [], "")
+    opinions, lost = [], []
+    for label, file in files.items():
+        made = coder(file)
+        opinions.append(made.opinions)
+        for n, reviewer, why in made.failed:
+            who = f"reviewer {reviewer}" if reviewer else "the editor"
+            lost.append((label, f"round {n}, {who}", why))
+        lost += [(label, f"opinion {quote[:60]!r}", why) for quote, why in made.dropped]
+    return Coded(opinions, lost, coder.usage())
+
+
+def _model_tables(coded: Coded) -> list[Table]:
+    """What a language model left out, and what it took."""
+    if not coded.usage:
+        return []
+    tables = [Table("language model", ("usage",), [(coded.usage,)])]
+    if coded.lost:
+        title = f"{len(coded.lost)} reports failed or opinions dropped"
+        heads = ("letter", "what", "why")
+        tables.append(Table(title, heads, coded.lost[:MOST_ROWS]))
+    return tables
 
 
 def numbers_of(files: list[pr.ReviewFile], coded: list[list[pr.Opinion]]) -> dict:
     """Measures of letters by name, (n,) each; NaN where one is not defined."""
     rounds = max(max((f.rounds for f in files), default=1), 1)
     seats = max((max((*f.reviewers, 0)) for f in files), default=0) + 1
-    found = pr.measures(pr.opinions(coded), len(files), rounds, seats)
+    found = pr.measures(pr.opinions(coded), len(files), rounds, seats, editor=True)
     share = found.pop("share")
     return {
         **found,
@@ -190,14 +269,24 @@ def _points_csv(files: dict, coded: list) -> str:
 
 
 def _regressions(config: Any, files: dict, numbers: dict) -> tuple[list, dict]:
-    """Regressions of the letters' citations, where enough of them have some."""
+    """Regressions of the letters' citations, where enough of them have some.
+
+    Citations of a window of years where any letter has yearly counts, else of all years:
+    never some of both.
+    """
     known = corpora.citations(config.data.citations)
     years = config.method.window
+    every = [known.get(corpora.bare_doi(f.paper.get("doi"))) for f in files.values()]
+    yearly = any(c is not None and c.by_year for c in every)
+    names = ("strength", "quality", "burden")
     rows, cites, field, year = [], [], [], []
-    for i, file in enumerate(files.values()):
-        c = known.get(corpora.bare_doi(file.paper.get("doi")))
-        count = None if c is None else (c.within(years) if c.by_year else c.total)
-        if c is None or count is None or c.year is None:
+    unknown = unmeasured = 0
+    for i, (file, c) in enumerate(zip(files.values(), every)):
+        if c is None:
+            continue
+        count = c.within(years) if yearly else c.total
+        if count is None or c.year is None:
+            unknown += 1
             continue
         stated = file.paper.get("year")
         if stated and abs(int(stated) - c.year) > 1:
@@ -205,15 +294,24 @@ def _regressions(config: Any, files: dict, numbers: dict) -> tuple[list, dict]:
                 f"{file.paper['doi']} is of {stated} by its letter and of {c.year} by "
                 f"{config.data.citations}; correct one of them"
             )
+        if not all(np.isfinite(numbers[k][i]) for k in names):
+            unmeasured += 1
+            continue
         rows.append(i)
         cites.append(float(count))
         field.append(c.field)
         year.append(c.year)
-    note = f"{len(rows)} of {len(files)} letters have citations"
+    kind = f"within {years} years" if yearly else "of all years"
+    note = f"{len(rows)} of {len(files)} letters have citations {kind}"
+    if unknown:
+        note += f", of {unknown} they are not known"
+    if unmeasured:
+        note += f", {unmeasured} have no reviewer's opinion"
+    if known.skipped:
+        note += "".join(f", {n} {why}" for why, n in known.skipped.items())
     if len(rows) < LEAST_PAPERS:
         text = f"{note}; regressions need {LEAST_PAPERS}"
         return [Table("regressions of citations", ("",), [(text,)])], {}
-    names = ("strength", "quality", "burden")
     x = pr.standardise({k: numbers[k][rows] for k in names})
     fitted = models.fit(np.array(cites), x, field, year, missing="drop")
     heads, cells = models.columns(fitted), models.regression_rows(fitted, list(x))

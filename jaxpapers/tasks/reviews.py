@@ -35,7 +35,7 @@ def read(config: Any) -> Data:
     """
     paths = [p for p in config.data.path if p]
     if paths:
-        return letters.read(paths)
+        return letters.read(paths, config.extract)
     options = _options(config)
     world = worlds.simulate(options)
     m = config.method

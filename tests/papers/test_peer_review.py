@@ -62,6 +62,22 @@ def test_measures_by_hand():
     assert np.isnan(made["disagreement"][1])
 
 
+@pytest.mark.programs(4)  # With an editor, and without.
+def test_the_editor_is_no_reviewer():
+    """Counted in sums, and in no mean over reviewers."""
+    two = [opinion(strength=0.25), opinion(reviewer=2, strength=0.75)]
+    editor = opinion(reviewer=0, strength=1.0, opinion_type="literature", quality=1.0)
+    made = pr.measures(
+        pr.opinions([[*two, editor], two, [editor]]), 3, 1, 3, editor=True
+    )
+    for name in ("strength", "quality", "constructiveness", "disagreement", "spread",
+                 "types_apart"):  # fmt: skip
+        assert made[name][0] == made[name][1], name
+        assert np.isnan(made[name][2]), name
+    assert made["pressure"].tolist() == [2, 1, 1]
+    assert made["strength_pooled"].tolist() == pytest.approx([2 / 3, 0.5, 1])
+
+
 def test_refused_codes():
     for fields, words in (
         ({"strength": 1.5}, "strength must be in"),
@@ -186,6 +202,11 @@ def test_kappa_icc_and_overlap():
                 "3,k": 0.91}  # fmt: skip
     for kind, value in expected.items():
         assert agreement.icc(scores, kind) == pytest.approx(value, abs=0.006)
+    # Kinds that were not asked for have no say: these two divide by zero.
+    with np.errstate(all="raise"):
+        assert agreement.icc([[1, 2], [2, 1]], "1,1") == -1
+        assert agreement.icc([[1, 2], [2, 1]], "2,1") == -np.inf
+        assert np.isnan(agreement.icc([[1, 2], [1, 2]], "3,1"))
     assert agreement.iou((0, 10), (5, 15)) == pytest.approx(1 / 3)
     matched = agreement.match_spans([(0, 10), (20, 30)], [(1, 10), (50, 60)])
     assert matched.pairs == ((0, 0),) and matched.precision == matched.recall == 0.5
@@ -242,12 +263,77 @@ def test_extraction_grounds_quotes_and_lists_what_fails():
     assert found.strength == 0.75 and found.point == 0
     assert file.text[slice(*found.span)] == "The sample is far too small"
     assert found.response_quote == "We have doubled it"
+    # Settled in the next round, as by the rules.
+    kind = found.response_type
+    assert found.resolved_round == 2 == rules.resolved(file, file.points[0], kind)
+    assert made.failed[0][2] == "no valid reply"
+    numbers = pr.measures(pr.opinions([made.opinions]), 1, 1, 3)
+    assert numbers["resolved_2"] == 1
     assert pr.validate(made.opinions, file) == []
     problems = pr.validate(
         [opinion(quote="Not there at all, not a word.", reviewer=5)], file
     )
     assert len(problems) == 2
     assert made.provenance["prompts"] == extraction.prompt_hash()
+
+
+def test_long_letters_are_asked_about_in_pieces(monkeypatch):
+    """Every word is asked about; of a response, too; a part may fail."""
+    monkeypatch.setattr(extraction, "MOST_CHARACTERS", 200)
+    points = [
+        f"{n}. The {w} of the sample must be explained in the text. Why so {w}?"
+        for n, w in enumerate(("size", "age", "colour", "weight", "place"), 1)
+    ]
+    answers = [f"{x}\nResponse: We explain it at some length in section {n}."
+               for n, x in enumerate(points, 1)]  # fmt: skip
+    text = "\n\n".join(
+        ["REVIEWER COMMENTS", "Reviewer #1 (Remarks to the Author):", *points,
+         "Response to reviewers", "Reviewer #1", *answers]
+    )  # fmt: skip
+    file = pr.parse_review_file(text)
+    asked = {"opinions": [], "links": []}
+
+    def ask(messages, made, check):
+        (name,) = made["properties"]
+        part = messages[1]["content"].rpartition("<<<\n")[2].rpartition("\n>>>")[0]
+        assert 0 < len(part) <= 200
+        asked[name].append(part)
+        if name == "opinions":
+            if "colour" in part:
+                raise ValueError("no valid reply")
+            quotes = [x for x in points if x in part]
+            value = {"opinions": [reply_of(x) for x in quotes]}
+        else:
+            last = part.rpartition("section ")[2][0]
+            value = {"links": [
+                {"number": 1, "response_type": "clarify",
+                 "response_quote": f"We explain it at some length in section {last}"},
+                {"number": 2, "response_type": "rebut", "response_quote": None},
+            ]}  # fmt: skip
+            lists = {"links": [{**value["links"][0], "response_quote": ["no"]}]}
+            assert check(lists) == ["links[0].response_quote must be a text or null"]
+        assert check(value) == []
+        return value
+
+    made = pr.extract(ask, file)
+    assert len(asked["opinions"]) == 3 and len(asked["links"]) > 1
+    words = " ".join(asked["opinions"]).split()
+    assert words == " ".join(points).split()
+    said = " ".join(asked["links"])
+    assert all(
+        f"We explain it at some length in section {n}." in said for n in range(1, 6)
+    )
+    assert made.failed == [(1, 1, "part 2 of 3: no valid reply")]
+    assert [o.id for o in made.opinions] == ["1.1.1", "1.1.2", "1.1.3"]
+    first, second = made.opinions[:2]
+    assert first.response_type == "clarify" and second.response_type == "no_response"
+    assert len(extraction.requests(file)) == 3
+    # A paragraph without an end is cut between words.
+    plain = pr.parse_review_file(
+        "Reviewer #1 (Remarks to the Author):\n\n" + "word " * 99
+    )
+    cut = extraction.pieces(plain, plain.reports[0].spans)
+    assert " ".join(cut).split() == ["word"] * 99 and max(map(len, cut)) <= 200
 
 
 def test_checks_of_replies():

@@ -203,6 +203,15 @@ def test_pages_of_the_journal():
     assert [r.note for r in file.reports if r.note] == ["None"]
 
 
+def test_a_quote_of_several_paragraphs_is_all_of_it():
+    data = article(("decision-letter", "", LETTER), ("reply", "", REPLY))
+    file = pr.parse_jats(data)
+    for o in pr.rule_extract(file):
+        assert o.span == (file.points[o.point].spans[0].start,
+                          file.points[o.point].spans[-1].end)  # fmt: skip
+        assert file.text[slice(*o.span)].split() == o.quote.split()
+
+
 def test_interleaved_answers_and_a_response_alone():
     text = (
         "Reviewer #1 (Remarks to the Author):\n\nThe sample is small.\n\nResponse: It is "
@@ -302,6 +311,10 @@ def test_headings_and_labels():
              "Reviewer two:")  # fmt: skip
     numbers = [units.reviewer_heading(h)[0] for h in heads]
     assert numbers == [1, 2, 3, 2, 1, 2, 2]
+    roman = "I II III IV V VI VII VIII IX X".split()
+    numbers = [units.reviewer_heading(f"Reviewer {x}:")[0] for x in roman]
+    assert numbers == [*range(1, 11)]
+    assert units.reviewer_heading("Reviewer VX:") is None
     for text in ("Reviewer 2 suggests that we add a control.", "Reviewer comments"):
         assert units.reviewer_heading(text) is None
     assert units.reviewer_heading("Reviewer #2: None")[1] == len("Reviewer #2: ")
@@ -309,6 +322,7 @@ def test_headings_and_labels():
         ("1) Anatomy is hard.", "1"), ("2. More data.", "2"), ("1 )The authors", "1"),
         ("(3) x is y", "3"), ("Major point 2: the claim", "major point 2"),
         ("a) first of all", "a"), ("*The original images", "*"), ("• First", "*"),
+        ("100) Anatomy is hard.", "100"), ("2014) showed that", ""),
         ("2.5 mM was used", ""), ("In 2014 we", ""), ("I. e. nothing", ""),
     ):  # fmt: skip
         assert units.label_of(text)[0] == label, text

@@ -4,21 +4,23 @@ The model is any function that asks for a JSON value of a schema and repeats the
 with what is wrong (``Ask``); the package's chat client and a local model are such.
 """
 
+import dataclasses
 import difflib
+import functools
 import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from jaxpapers.papers.peer_review import schema, units
-from jaxpapers.papers.peer_review.schema import Opinion, ReviewFile, Span
+from jaxpapers.papers.peer_review import rules, schema, units
+from jaxpapers.papers.peer_review.schema import Opinion, Point, ReviewFile, Span
 
 Ask = Callable[[list[dict[str, str]], dict[str, Any], Callable[[Any], list[str]]], Any]
 """(messages, JSON schema, value -> what is wrong with it) -> value."""
 
 LEAST_MATCH = 0.9
-MOST_CHARACTERS = 24_000
+MOST_CHARACTERS = 24_000  # Of a report or response in one request.
 ANCHORS = {
     "strength": "1 a remark of taste; 2 a wish; 3 a doubt that needs an answer; 4 a "
     "serious concern; 5 the paper cannot stand as it is",
@@ -108,11 +110,37 @@ def _listed(name: str, fields: dict) -> dict[str, Any]:
 
 
 def requests(file: ReviewFile) -> list[tuple[list[dict[str, str]], dict[str, Any]]]:
-    """Messages and schema of every report's first prompt: for an estimate of the cost."""
+    """Messages and schema of what is asked of every report, its answers aside: for an
+    estimate of the cost."""
     return [
-        (_messages(_opinion_prompt(file.quote(r.spans))), opinion_schema())
+        (_messages(_opinion_prompt(part)), opinion_schema())
         for r in file.reports if r.spans and not r.note
+        for part in pieces(file, r.spans)
     ]  # fmt: skip
+
+
+def pieces(file: ReviewFile, spans: Sequence[Span]) -> list[str]:
+    """The text of spans in pieces of at most ``MOST_CHARACTERS``, for a request each.
+
+    Cut between spans and paragraphs, else after a sentence, else between words.
+    """
+    parts: list[str] = []
+    for span in spans:
+        rest = file.quote([span])
+        while len(rest) > MOST_CHARACTERS:
+            head = rest[:MOST_CHARACTERS]
+            ends = [head.rfind(x) + len(x) - 1 for x in ("\n\n", "\n", ". ", " ")]
+            cut = next((e for e in ends if e > MOST_CHARACTERS // 2), MOST_CHARACTERS)
+            parts.append(rest[:cut].strip())
+            rest = rest[cut:].strip()
+        parts.append(rest)
+    joined: list[str] = []
+    for part in filter(None, parts):
+        if joined and len(joined[-1]) + 1 + len(part) <= MOST_CHARACTERS:
+            joined[-1] += f" {part}"
+        else:
+            joined.append(part)
+    return joined
 
 
 def extract(
@@ -122,6 +150,7 @@ def extract(
 
     A report without a valid reply after the repairs of ``ask`` is listed as failed, an
     opinion whose quote is not in the report as dropped; nothing is left out silently.
+    Long reports and responses are asked about in ``pieces``, of which each may fail.
 
     Args:
       ask: see ``Ask``; raises one of ``failures`` when it gives up.
@@ -134,23 +163,24 @@ def extract(
     for report in file.reports:
         if report.note or not report.spans:
             continue
-        text = file.quote(report.spans)
         place = Span(report.spans[0].start, report.spans[-1].end)
 
         def check(value, place=place):
             return check_opinions(value, file.text[place.start : place.end])
 
-        try:
-            value = ask(_messages(_opinion_prompt(text)), opinion_schema(), check)
-        except failures as e:
-            failed.append((report.round, report.reviewer, str(e)))
-            continue
-        own, out = _opinions(file, report, value["opinions"], place)
+        items = []
+        parts = pieces(file, report.spans)
+        for i, part in enumerate(parts, 1):
+            which = f"part {i} of {len(parts)}: " if len(parts) > 1 else ""
+            try:
+                value = ask(_messages(_opinion_prompt(part)), opinion_schema(), check)
+                items += value["opinions"]
+            except failures as e:
+                failed.append((report.round, report.reviewer, f"{which}{e}"))
+        own, out = _opinions(file, report, items, place)
         dropped += out
-        try:
-            own = _linked(ask, file, report, own)
-        except failures as e:
-            failed.append((report.round, report.reviewer, f"linking: {e}"))
+        own, lost = _linked(ask, file, report, own, failures)
+        failed += [(report.round, report.reviewer, why) for why in lost]
         kept += own
     provenance = {"prompts": prompt_hash(), "schema": schema.VERSION}
     return Extraction(kept, failed, dropped, provenance)
@@ -196,6 +226,8 @@ def _check_list(value: Any, name: str, made: dict) -> list[str]:
                 isinstance(got, str) and got.strip()
             ):
                 problems.append(f"{where}.{field} must be a text")
+            elif "null" in rule["type"] and not isinstance(got, str | None):
+                problems.append(f"{where}.{field} must be a text or null")
     return problems
 
 
@@ -229,22 +261,19 @@ def _opinions(file, report, items, place):
     return kept, dropped
 
 
-def _linked(ask, file, report, own):
-    """The opinions with what the authors answered in the same round."""
+def _linked(ask, file, report, own, failures):
+    """The opinions with what the authors answered in the same round; why parts of the
+    response failed. Of several answers to an opinion the first counts."""
     spans = [
         Span(s.start, s.end) for s in file.segments
         if s.kind in ("reply", "response") and s.round == report.round
         and s.reviewer in (report.reviewer, 0)
     ]  # fmt: skip
     if not own or not spans:
-        return own
-    text = file.quote(spans)[:MOST_CHARACTERS]
+        return own, []
     listed = "\n".join(f"{i}. {o.summary}" for i, o in enumerate(own, 1))
-    prompt = LINKING.format(
-        responses=", ".join(schema.RESPONSES), opinions=listed, text=text
-    )
 
-    def check(value):
+    def check(value, text):
         problems = _check_list(value, "links", link_schema())
         for i, x in enumerate(value["links"] if not problems else ()):
             if not 1 <= x["number"] <= len(own):
@@ -254,22 +283,41 @@ def _linked(ask, file, report, own):
                 problems.append(f"links[{i}].response_quote is not in the response")
         return problems
 
-    value = ask(_messages(prompt), link_schema(), check)
-    import dataclasses
+    made, lost = list(own), []
+    parts = pieces(file, spans)
+    for i, text in enumerate(parts, 1):
+        which = f"part {i} of {len(parts)}: " if len(parts) > 1 else ""
+        prompt = LINKING.format(
+            responses=", ".join(schema.RESPONSES), opinions=listed, text=text
+        )
+        checked = functools.partial(check, text=text)
+        try:
+            value = ask(_messages(prompt), link_schema(), checked)
+        except failures as e:
+            lost.append(f"linking: {which}{e}")
+            continue
+        for x in value["links"]:
+            n, said, kind = x["number"] - 1, x["response_quote"], x["response_type"]
+            if said and made[n].response_quote is None:
+                made[n] = _answered(file, made[n], kind, said)
+    return made, lost
 
-    made = list(own)
-    for x in value["links"]:
-        i, said = x["number"] - 1, x["response_quote"]
-        kind = x["response_type"] if said else "no_response"
-        made[i] = dataclasses.replace(own[i], response_type=kind, response_quote=said)
-    return made
+
+def _answered(file: ReviewFile, o: Opinion, kind: str, said: str) -> Opinion:
+    """An opinion with its answer, and the round in which that settled it."""
+    assert o.span is not None
+    point = Point(o.round, o.reviewer, "", 0, (o.span,))
+    return dataclasses.replace(
+        o, response_type=kind, response_quote=said,
+        resolved_round=rules.resolved(file, point, kind),
+    )  # fmt: skip
 
 
 def _opinion_prompt(text: str) -> str:
     anchors = "\n".join(f"  {name}: {words}" for name, words in ANCHORS.items())
     return OPINIONS.format(
         types=", ".join(schema.TYPES), polarities=", ".join(schema.POLARITIES),
-        anchors=anchors, text=text[:MOST_CHARACTERS],
+        anchors=anchors, text=text,
     )  # fmt: skip
 
 

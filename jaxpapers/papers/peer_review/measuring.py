@@ -66,7 +66,9 @@ def opinions(papers: Sequence[Sequence[Opinion]]) -> Opinions:
     )
 
 
-def measures(given: Opinions, papers: int, rounds: int, reviewers: int) -> dict:
+def measures(
+    given: Opinions, papers: int, rounds: int, reviewers: int, *, editor: bool = False
+) -> dict:
     """Measures of every paper; NaN where one is not defined (no opinions, one reviewer).
 
     With critical opinions those that are no praise: ``pressure`` is the sum of their
@@ -82,6 +84,8 @@ def measures(given: Opinions, papers: int, rounds: int, reviewers: int) -> dict:
       given: opinions.
       papers: number of papers.
       rounds, reviewers: the most of any paper.
+      editor: reviewer 0 is the editor, as in parsed letters: counted in sums, and no
+        reviewer in means over reviewers and in their disagreement.
 
     Returns:
       Name -> (papers,) float64 NumPy; ``share`` (papers, rounds).
@@ -99,11 +103,13 @@ def measures(given: Opinions, papers: int, rounds: int, reviewers: int) -> dict:
                 f"{name} must be in [{low}, {high}], got {values.min()} to {values.max()}"
             )
     with jax.enable_x64(True):
-        return jax.device_get(_measures(given, papers, rounds, reviewers))
+        return jax.device_get(_measures(given, papers, rounds, reviewers, editor))
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _measures(given: Opinions, papers: int, rounds: int, reviewers: int) -> dict:
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _measures(
+    given: Opinions, papers: int, rounds: int, reviewers: int, editor: bool
+) -> dict:
     paper = jnp.asarray(given.paper)
     scores = jnp.asarray(given.scores, jnp.float64)
     kind, target, polarity, response = jnp.asarray(given.codes).T
@@ -125,13 +131,15 @@ def _measures(given: Opinions, papers: int, rounds: int, reviewers: int) -> dict
     by_round = per(critical * strength, (given.round - 1, rounds))
     pressure = by_round.sum(1)
     seats = (given.reviewer, reviewers)
-    n = per(one, seats)
+    # Those that a reviewer wrote.
+    theirs = (jnp.asarray(given.reviewer) > 0) * 1.0 if editor else one
+    n = per(theirs, seats)
     means = {
-        name: _mean(_ratio(per(v, seats), n))
+        name: _mean(_ratio(per(theirs * v, seats), n))
         for name, v in (("strength", strength), ("quality", quality),
                         ("constructiveness", helpful))
     }  # fmt: skip
-    first = (given.round == 1) * 1.0
+    first = (given.round == 1) * theirs
     in_first = per(first, seats)
     reviewer_means = _ratio(per(first * strength, seats), in_first)
     used = per(first, seats, (kind, len(schema.TYPES))) > 0

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from jaxpapers.papers.peer_review import units
-from jaxpapers.papers.peer_review.schema import Opinion, Point, ReviewFile
+from jaxpapers.papers.peer_review.schema import Opinion, Point, ReviewFile, Span
 
 
 class Cue(NamedTuple):
@@ -238,13 +238,19 @@ def _opinions(file: ReviewFile) -> Iterator[Opinion]:
             summary=_first_sentence(text[label:]),
             opinion_type=opinion_type(text), target=target(text, point.section),
             polarity=polarity(text), **score(text), response_type=kind,
-            response_quote=reply, resolved_round=_resolved(file, point, kind),
-            span=point.spans[0], point=n,
+            response_quote=reply, resolved_round=resolved(file, point, kind),
+            span=Span(point.spans[0].start, point.spans[-1].end), point=n,
         )  # fmt: skip
 
 
-def _resolved(file: ReviewFile, point: Point, kind: str) -> int | None:
-    """The round after an agreement, unless the reviewer repeats the point."""
+def resolved(file: ReviewFile, point: Point, kind: str) -> int | None:
+    """The round after an agreement, unless the reviewer repeats the point.
+
+    Args:
+      file: of a parser.
+      point: what was asked, or an opinion's round, reviewer and spans.
+      kind: of the answer, see ``schema.RESPONSES``.
+    """
     if kind not in ("agree_and_revise", "agree_partial"):
         return None
     mine = units.trigrams(units.words(file.quote(point.spans)))

@@ -5,11 +5,12 @@ import unicodedata
 from collections.abc import Iterator
 from typing import NamedTuple
 
+ROMAN = ("I", "II", "III", "IV", "V", "VI", "VII", "VIII", "IX", "X")
 NUMBER_WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight")
 
 _WHO = r"(?:reviewer|referee)"
 _ID = (
-    r"(?:#|no\.?|number|n°)?\s*#?\s*(\d{1,2}|[A-H]|[IV]{1,3}|"
+    r"(?:#|no\.?|number|n°)?\s*#?\s*(\d{1,2}|[A-H]|I{1,3}|I?V|VI{1,3}|I?X|"
     + "|".join(NUMBER_WORDS)
     + r")"
 )
@@ -69,7 +70,7 @@ SET_PHRASES = re.compile(
 LABEL = re.compile(
     r"^\W{0,2}?(?P<label>(?:(?:major|minor|specific|general|essential)\s+)?"
     r"(?:(?:point|comment|concern|issue|question|revision|remark|query|"
-    r"weakness|[RQC])\s*)?[#(]?\s?(?:\d{1,2}(?:\.\d{1,2}){0,2}|[a-hA-H](?=[).])(?!\.\s?[a-z]\.)|"
+    r"weakness|[RQC])\s*)?[#(]?\s?(?:\d{1,3}(?:\.\d{1,2}){0,2}|[a-hA-H](?=[).])(?!\.\s?[a-z]\.)|"
     r"[ivx]{1,4}(?=[).])(?!\.\s?[a-z]\.)))\s?(?:[).:]{1,2}|[-–—]\s)(?!\d)\s*",
     re.IGNORECASE,
 )
@@ -185,13 +186,14 @@ def trigrams(tokens: list[str]) -> set[tuple[str, ...]]:
 
 
 def number_of(name: str) -> int:
-    """A reviewer's number of "2", "B", "II" or "two"."""
+    """A reviewer's number of "2", "B", "VI" or "two"."""
     if name.isdecimal():
         return int(name)
     if name.lower() in NUMBER_WORDS:
         return NUMBER_WORDS.index(name.lower()) + 1
-    roman = {"I": 1, "II": 2, "III": 3, "IV": 4}
-    return roman.get(name.upper()) or ord(name.upper()) - ord("A") + 1
+    if name.upper() in ROMAN:
+        return ROMAN.index(name.upper()) + 1
+    return ord(name.upper()) - ord("A") + 1
 
 
 def reviewer_heading(text: str) -> tuple[int, int] | None:
