@@ -89,11 +89,15 @@ def check(kind: str, rule: str, design: Design) -> None:
 
 
 def absorbed(design: Design, kind: str) -> int:
-    """Fixed effects that count as coefficients under the rule ``fixest``."""
-    if kind != "CRV1":
+    """Fixed effects that count as coefficients under the rule ``fixest``.
+
+    An effect nested in the clusters counts one in place of its levels; one is taken off
+    for every effect after the first.
+    """
+    if kind not in ("CRV1", "CRV3"):
         return design.fixed
     nested = [n for n, inside in zip(design.levels, design.nested()) if inside]
-    return design.fixed - sum(nested) + (len(nested) and 1)
+    return design.fixed - sum(nested) + len(nested)
 
 
 def correction(design: Design, kind: str, rule: str) -> float:
