@@ -423,7 +423,7 @@ PEER_REVIEW = [
         "jaxpapers/ops/regression/covariance.py",
         "kept = (cluster != g).astype(x.dtype)",
         "kept = (cluster == g).astype(x.dtype)",
-        ["tests/ops/test_regression.py"],
+        ["tests/ops/test_regression_errors.py"],
     ),
     # Praise presses nobody.
     (

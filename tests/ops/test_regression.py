@@ -10,20 +10,12 @@ from jaxpapers.ops import hypothesis
 from jaxpapers.ops import regression as fits
 from jaxpapers.ops.regression import linear, systems
 from tests.contract import grid
-
-N = 120
+from tests.regression_table import N, drawn
 
 
 @pytest.fixture(scope="module")
 def table():
-    rng = np.random.default_rng(3)
-    f, g = rng.integers(0, 5, N), rng.integers(0, 4, N)
-    x = {"a": rng.normal(size=N) + 0.3 * f, "b": rng.normal(size=N)}
-    eta = 0.5 * x["a"] - 0.3 * x["b"] + 0.2 * f - 0.3 * g
-    return {
-        "x": x, "f": f, "g": g, "y": eta + rng.normal(size=N),
-        "count": rng.poisson(np.exp(eta)).astype(float), "cell": f * 4 + g,
-    }  # fmt: skip
+    return drawn()
 
 
 @pytest.mark.programs(20)  # Six fits of five kinds.
@@ -48,20 +40,19 @@ def test_identities_of_least_squares(table):
     assert within.stats["r2"] > within.stats["r2_within"] > 0
 
 
-@pytest.mark.programs(20)  # Three fits of other shapes.
-def test_jackknife_is_refitting_without_each_cluster(table):
+def test_arguments_that_no_fit_takes_are_refused(table):
     y, x, f = table["y"], table["x"], table["f"]
-    design = np.stack([np.ones(N), *x.values()], 1)
-    beta = np.linalg.lstsq(design, y, rcond=None)[0]
-    apart = [
-        np.linalg.lstsq(design[f != g], y[f != g], rcond=None)[0] - beta
-        for g in range(5)
-    ]
-    total = np.transpose(apart) @ apart
-    fit = fits.ols(y, x, vcov="jackknife", cluster=f)
-    np.testing.assert_allclose(fit.vcov, total * 4 / 5, rtol=1e-9)
-    fit = fits.ols(y, x, vcov="CRV3", cluster=f, df_rule="statsmodels")
-    np.testing.assert_allclose(fit.vcov, total * 5 / 4, rtol=1e-9)
+    for call in (
+        lambda: fits.ols(y, x, weights=np.ones(N)),
+        lambda: fits.ppml(y, x, weights=np.ones(N)),
+        lambda: fits.logit((y > 0) * 1.0, x, fe={"f": f}),
+        lambda: fits.negbin(table["count"], x, fe={"f": f}),
+        lambda: fits.negbin(table["count"], x, cluster=f),
+        lambda: fits.wild_bootstrap(None, y, x, "a", cluster=f, level=0.9),
+        lambda: fits.design(y, x, weights=np.ones(N)),
+    ):
+        with pytest.raises(TypeError, match="unexpected keyword"):
+            call()
 
 
 @pytest.mark.programs(30)  # Poisson, logit, NB2 and their likelihoods.
@@ -88,6 +79,9 @@ def test_counts_that_are_not_overdispersed_fall_back_to_poisson(table):
         fit = fits.negbin(mean, x)
     assert fit["alpha"]["coef"] == 0
     np.testing.assert_allclose(fit.coef[:2], fits.ppml(mean, x).coef, rtol=1e-6)
+    with pytest.warns(UserWarning, match="not overdispersed"):
+        narrow = fits.negbin(mean, x, level=0.5)
+    assert np.ptp(narrow.ci[0]) < 0.4 * np.ptp(fit.ci[0])
 
 
 def test_levels_without_a_positive_outcome_leave(table):
@@ -95,6 +89,68 @@ def test_levels_without_a_positive_outcome_leave(table):
     fit = fits.ppml(y, table["x"], fe={"f": table["f"]})
     kept = table["f"] != 2
     assert fit.dropped["separated"] == (~kept).sum() and fit.n == kept.sum()
+
+
+@pytest.mark.programs(20)  # Poisson with other columns, with effects, and logit.
+def test_regressors_that_separate_zeros_are_named(table):
+    count, x = table["count"], table["x"]
+    zero = np.flatnonzero(count == 0)
+    d = np.isin(np.arange(N), zero[:4]) * 1.0
+    for call in (
+        lambda d: fits.ppml(count, {**x, "d": d}),
+        lambda d: fits.ppml(count, {**x, "d": 1 - d}),
+        lambda d: fits.ppml(count, {**x, "d": d}, tol=1e-8, last_step=True),
+        lambda d: fits.ppml(count, {**x, "d": d}, fe={"g": table["g"]}),
+        lambda d: fits.negbin(count, {**x, "d": d}),
+    ):
+        with pytest.raises(ValueError, match="^d: separates 4 rows of outcome 0"):
+            call(d)
+    # Of both signs nothing is separated; nor is a mean that is merely small.
+    both = d - np.isin(np.arange(N), zero[4:8])
+    assert abs(fits.ppml(count, {**x, "d": both})["d"]["coef"]) < 3
+    far = {"a": np.where(d > 0, -60, x["a"]), "b": x["b"]}
+    assert fits.ppml(count, far)["a"]["coef"] > 0.3
+
+
+def test_levels_are_judged_by_the_rows_that_are_left(table):
+    """A level whose positive outcomes are all in rows with a missing regressor."""
+    f, count = table["f"], table["count"]
+    gone = (f == 2) & (count > 0)
+    x = {**table["x"], "b": np.where(gone, np.nan, table["x"]["b"])}
+    fit = fits.ppml(count, x, fe={"f": f}, missing="drop")
+    kept = f != 2
+    assert fit.dropped["missing"] == gone.sum() and fit.n == kept.sum()
+    assert fit.dropped["separated"] == ((f == 2) & ~gone).sum()
+    part = {k: v[kept] for k, v in table["x"].items()}
+    same = fits.ppml(count[kept], part, fe={"f": f[kept]})
+    np.testing.assert_allclose(fit.coef, same.coef, rtol=1e-8)
+
+
+@pytest.mark.programs(20)  # Least squares and Poisson with two numbers of rows.
+@pytest.mark.parametrize("none", [None, float("nan")])
+@pytest.mark.parametrize("kind", [list, lambda v: np.array(v, object)])
+def test_labels_that_are_missing(table, none, kind):
+    x, f = table["x"], [f"level {k}" for k in table["f"]]
+    f[3] = f[70] = none
+    f = kind(f)
+    for fit, y in ((fits.ols, table["y"]), (fits.ppml, table["count"])):
+        with pytest.raises(ValueError, match=r"2 of 120 rows .*\(f 2\)"):
+            fit(y, x, fe={"f": f})
+        made = fit(y, x, fe={"f": f}, missing="drop")
+        rows = np.delete(np.arange(N), [3, 70])
+        part = {k: v[rows] for k, v in x.items()}
+        same = fit(y[rows], part, fe={"f": table["f"][rows]})
+        np.testing.assert_array_equal(made.coef, same.coef)
+        assert made.n == N - 2 and made.dropped["missing_by_column"] == {"f": 2}
+    made = fits.ols(table["y"], x, vcov="CRV1", cluster=f, missing="drop")
+    assert made.dropped["missing_by_column"] == {"the cluster": 2}
+    columns = fits.dummies("f", f)
+    assert len(columns) == 4
+    assert all(
+        np.flatnonzero(np.isnan(v)).tolist() == [3, 70] for v in columns.values()
+    )
+    mixed = np.array([k if k else "none" for k in table["f"]], object)
+    assert fits.design(table["y"], x, fe={"f": mixed}).levels == (5,)
 
 
 @pytest.mark.parametrize(
@@ -143,29 +199,6 @@ def test_what_is_left_out_is_named_and_counted(table):
         with pytest.raises(ValueError, match=words), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             call()
-
-
-def test_wild_bootstrap_enumerates_signs(table, key):
-    """By hand: the t of y* = restricted fit + signs times its residuals."""
-    y, x, g = table["y"], table["x"], table["f"]
-    wild = fits.wild_bootstrap(key, y, x, "b", cluster=g, replicates=32)
-    assert wild.replicates == 32
-    z = np.stack([np.ones(N), x["a"], x["b"]], 1)
-    rest = z[:, :2]
-    fitted = rest @ np.linalg.lstsq(rest, y, rcond=None)[0]
-    bread = np.linalg.inv(z.T @ z)
-
-    def t_of(v):
-        beta = bread @ z.T @ v
-        s = np.stack([z[g == k].T @ (v - z @ beta)[g == k] for k in range(5)])
-        return beta[2] / np.sqrt((bread @ s.T @ s @ bread)[2, 2])
-
-    signs = [[1 - 2 * (i >> (4 - k) & 1) for k in range(5)] for i in range(32)]
-    draws = [t_of(fitted + (y - fitted) * np.array(s)[g]) for s in signs]
-    scale = np.sqrt(5 / 4 * (N - 1) / (N - 3))
-    np.testing.assert_allclose(wild.draws, np.array(draws) / scale, rtol=1e-8)
-    far = np.abs(draws) >= abs(t_of(y)) * (1 - 1e-9)
-    assert wild.p == far.mean()
 
 
 @pytest.mark.programs(40)  # Bootstraps on three meshes, and refits.
@@ -226,3 +259,7 @@ def test_vif_by_hand(table):
     x = table["x"]
     r = np.corrcoef(x["a"], x["b"])[0, 1]
     assert linear.vif(x)["a"] == pytest.approx(1 / (1 - r**2), rel=1e-10)
+    more = {k: np.append(v, np.nan) for k, v in x.items()}
+    with pytest.raises(ValueError, match="missing='drop'"):
+        linear.vif(more)
+    assert linear.vif(more, missing="drop") == linear.vif(x)

@@ -46,10 +46,19 @@ def sandwich(
 
 
 def leverage(
-    bread: Float[Array, "k k"], x: Float[Array, "n k"], w: Float[Array, " n"]
+    q: Float[Array, "n k"], fe: Int[Array, "D n"], levels: tuple[int, ...]
 ) -> Float[Array, " n"]:
-    """Diagonal of the hat matrix."""
-    return jnp.einsum("ni,ij,nj->n", x, bread, x, precision=HIGHEST) * w
+    """Diagonal of the hat matrix of columns and at most one fixed effect.
+
+    Args:
+      q: orthonormal basis of the columns, demeaned where there is an effect.
+      fe, levels: codes and numbers of levels. The effect's own part, orthogonal to q, is
+        1 / (rows of the level).
+    """
+    h = jnp.square(q).sum(1)
+    for f, n in zip(fe, levels):
+        h = h + 1 / jax.ops.segment_sum(jnp.ones_like(h), f, n)[f]
+    return h
 
 
 def left_out(
@@ -74,7 +83,7 @@ def left_out(
 
 
 def check(kind: str, rule: str, design: Design) -> None:
-    """Refuses unknown words, and clustered kinds without clusters.
+    """Refuses unknown words, clustered kinds without clusters, leverage of many effects.
 
     Raises:
       ValueError.
@@ -86,6 +95,12 @@ def check(kind: str, rule: str, design: Design) -> None:
     clustered = kind in ("CRV1", "CRV3", "jackknife")
     if clustered and design.cluster is None:
         raise ValueError(f"vcov={kind!r} needs cluster=, got none")
+    if kind in ("HC2", "HC3") and len(design.levels) > 1:
+        raise ValueError(
+            f"vcov={kind!r} takes one fixed effect, got {len(design.levels)} "
+            f"({', '.join(design.fe_names)}): the leverage of several is not computed; "
+            "write all but one as regressors by dummies, or take HC1 or CRV1"
+        )
 
 
 def absorbed(design: Design, kind: str) -> int:

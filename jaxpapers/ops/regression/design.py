@@ -59,7 +59,7 @@ def design(
     missing: str = "raise",
     collinear: str = "raise",
     singletons: str = "keep",
-    weights: Any = None,
+    zeros: str = "keep",
 ) -> Design:
     """Checks and encodes the columns of a regression.
 
@@ -69,38 +69,33 @@ def design(
       fe: name -> (n,) labels of a fixed effect; they absorb the intercept.
       cluster: (n,) labels.
       intercept: adds a column ``Intercept`` where there are no fixed effects.
-      missing: raise, or drop: rows with a value that is not finite.
+      missing: raise, or drop: rows with a value that is not finite or a missing label.
       collinear: raise, or drop: columns that others (or the fixed effects) span.
       singletons: keep, or drop: rows alone in a level of a fixed effect, repeatedly.
-      weights: unused rows have 0; None: all count.
+      zeros: keep, or drop: rows of levels whose outcome is 0 throughout, repeatedly.
 
     Raises:
       ValueError: other lengths, no rows, values that are no numbers, a constant outcome,
         a single cluster, collinear columns (named), too few rows.
     """
-    _check_words(missing=missing, collinear=collinear, singletons=singletons)
+    _check_words(
+        missing=missing, collinear=collinear, singletons=singletons, zeros=zeros
+    )
     fe = dict(fe or {})
     y = numbers("the outcome", y)
     columns = {name: numbers(name, v) for name, v in x.items()}
     if not columns and not intercept:
         raise ValueError("a regression needs at least one regressor, got none")
     groups = {**fe, **({} if cluster is None else {"the cluster": cluster})}
-    codes = {name: np.asarray(v) for name, v in groups.items()}
-    for name, v in {**columns, **codes}.items():
-        if v.shape != y.shape:
-            raise ValueError(
-                f"{name} must have one value per row, {y.shape}, got shape {v.shape}"
-            )
-    keep, dropped = _finite_rows(y, columns, codes, missing)
-    if weights is not None:
-        keep = keep & (np.asarray(weights) != 0)
-    if fe and singletons == "drop":
-        before = int(keep.sum())
-        keep = _without_singletons(keep, [codes[f] for f in fe])
-        dropped["singletons"] = before - int(keep.sum())
+    given = {name: labels(v) for name, v in groups.items()}
+    keep, dropped = complete_rows({"the outcome": y, **columns}, given, missing)
+    if not keep.any():
+        raise ValueError("no rows are left: every row has a missing value")
+    codes = {name: encode(v, keep) for name, v in given.items()}
+    keep = _estimable(keep, y, [codes[f] for f in fe], singletons, zeros, dropped)
     rows = np.flatnonzero(keep)
     if not len(rows):
-        raise ValueError("no rows are left: every row has a missing value")
+        raise ValueError("no rows are left: each is alone in a level of a fixed effect")
     y = y[rows]
     if np.ptp(y) == 0:
         raise ValueError(
@@ -144,16 +139,58 @@ def design(
         dropped["collinear"] = [names[i] for i in spanned]
         left = [i for i in range(len(names)) if i not in spanned]
         matrix, names = matrix[:, left], [names[i] for i in left]
-    free = sum(levels) - max(len(levels) - 1, 0)
-    if len(rows) <= matrix.shape[1] + free:
-        raise ValueError(
-            f"{len(rows)} rows cannot determine {matrix.shape[1]} coefficients and "
-            f"{free} fixed effects; expected more rows"
-        )
-    return Design(
+    made = Design(
         y, matrix, tuple(names), fe_codes, levels, tuple(fe), cluster_codes, clusters,
         rows, dropped,
     )  # fmt: skip
+    if len(rows) <= matrix.shape[1] + made.fixed:
+        raise ValueError(
+            f"{len(rows)} rows cannot determine {matrix.shape[1]} coefficients and "
+            f"{made.fixed} fixed effects; expected more rows"
+        )
+    return made
+
+
+def labels(values: Any) -> np.ndarray:
+    """Labels as an array in which missing ones (None, NaN) stay what they are."""
+    if isinstance(values, np.ndarray):
+        return values
+    made = np.asarray(values)
+    if made.dtype.kind in "US":
+        # NumPy makes the text "nan" of a missing value in a list of texts.
+        each = np.asarray(values, object)
+        return each if missing_labels(each).any() else made
+    return made
+
+
+def missing_labels(values: np.ndarray) -> np.ndarray:
+    """Mask of labels that are None, NaN or not finite."""
+    if values.dtype.kind == "f":
+        return ~np.isfinite(values)
+    if values.dtype.kind in "mM":
+        return np.isnat(values)
+    if values.dtype != object:
+        return np.zeros(len(values), bool)
+    return np.array([_is_missing(v) for v in values], bool)
+
+
+def _is_missing(value: Any) -> bool:
+    try:
+        return value is None or bool(value != value)
+    except (TypeError, ValueError):  # The missing value of pandas cannot be compared.
+        return True
+
+
+def encode(values: np.ndarray, keep: np.ndarray) -> np.ndarray:
+    """Codes 0, 1, ... of the labels of the rows that are kept; -1 elsewhere."""
+    codes = np.full(len(values), -1)
+    kept = values[keep]
+    try:
+        codes[keep] = np.unique(kept, return_inverse=True)[1]
+    except TypeError:  # Numbers and texts have no common order.
+        known: dict[Any, int] = {}
+        codes[keep] = [known.setdefault(v, len(known)) for v in kept]
+    return codes
 
 
 def numbers(name: str, values: Any) -> np.ndarray:
@@ -177,19 +214,34 @@ def numbers(name: str, values: Any) -> np.ndarray:
 
 def _check_words(**words: str) -> None:
     for name, value in words.items():
-        known = ("keep", "drop") if name == "singletons" else ("raise", "drop")
+        known = (
+            ("keep", "drop") if name in ("singletons", "zeros") else ("raise", "drop")
+        )
         if value not in known:
             raise ValueError(f"{name} must be one of {known}, got {value!r}")
 
 
-def _finite_rows(y, columns, codes, missing) -> tuple[np.ndarray, dict[str, Any]]:
-    """Mask of rows without a missing value, and how many are left out."""
-    bad = {name: ~np.isfinite(v) for name, v in {"the outcome": y, **columns}.items()}
-    bad |= {
-        name: ~np.isfinite(v) if v.dtype.kind == "f" else np.array([x is None for x in v])
-        if v.dtype == object else np.zeros(len(v), bool)
-        for name, v in codes.items()
-    }  # fmt: skip
+def complete_rows(
+    columns: Mapping[str, np.ndarray], groups: Mapping[str, np.ndarray], missing: str
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """Mask of rows without a missing value, and how many are left out by column.
+
+    Args:
+      columns: name -> (n,) numbers.
+      groups: name -> (n,) ``labels``.
+      missing: raise or drop.
+
+    Raises:
+      ValueError: columns of other lengths; missing values unless they are dropped.
+    """
+    shape = next(iter(columns.values())).shape
+    for name, v in {**columns, **groups}.items():
+        if v.shape != shape:
+            raise ValueError(
+                f"{name} must have one value per row, {shape}, got shape {v.shape}"
+            )
+    bad = {name: ~np.isfinite(v) for name, v in columns.items()}
+    bad |= {name: missing_labels(v) for name, v in groups.items()}
     every = np.any(list(bad.values()), 0)
     if not every.any():
         return ~every, {}
@@ -197,26 +249,58 @@ def _finite_rows(y, columns, codes, missing) -> tuple[np.ndarray, dict[str, Any]
     if missing == "raise":
         listed = ", ".join(f"{name} {n}" for name, n in counts.items())
         raise ValueError(
-            f"{int(every.sum())} of {len(y)} rows have a value that is missing or not "
-            f"finite ({listed}); fill them, or pass missing='drop'"
+            f"{int(every.sum())} of {len(every)} rows have a value that is missing or "
+            f"not finite ({listed}); fill them, or pass missing='drop'"
         )
     return ~every, {"missing": int(every.sum()), "missing_by_column": counts}
+
+
+def _estimable(keep, y, effects, singletons, zeros, dropped) -> np.ndarray:
+    """Leaves out zero levels and singletons until there is neither; counts them."""
+    counts = {"separated": 0} if zeros == "drop" else {}
+    counts |= {"singletons": 0} if effects and singletons == "drop" else {}
+    before = -1
+    while effects and before != keep.sum():
+        before = last = int(keep.sum())
+        if "separated" in counts:
+            keep = positive_levels(y, effects, keep)
+            if not keep.any():
+                raise ValueError("every level of a fixed effect has outcome 0 only")
+            counts["separated"] += last - int(keep.sum())
+            last = int(keep.sum())
+        if "singletons" in counts:
+            keep = _without_singletons(keep, effects)
+            counts["singletons"] += last - int(keep.sum())
+    dropped.update(counts)
+    return keep
+
+
+def positive_levels(
+    y: np.ndarray, effects: Sequence[np.ndarray], keep: np.ndarray
+) -> np.ndarray:
+    """Rows of ``keep`` whose levels (codes of each effect) all have a positive outcome.
+
+    Rows that leave may take the last positive outcome of another level with them: until
+    nothing changes.
+    """
+    while True:
+        before = keep
+        for codes in effects:
+            total = np.bincount(codes[keep], y[keep], codes.max(initial=0) + 1)
+            keep = keep & (total[codes] > 0)
+        if keep.sum() == before.sum():
+            return keep
 
 
 def _without_singletons(keep: np.ndarray, effects: Sequence[np.ndarray]) -> np.ndarray:
     """Drops rows that are alone in a level until none is."""
     while True:
-        rows = np.flatnonzero(keep)
-        alone = np.zeros(len(rows), bool)
+        before = keep
         for codes in effects:
-            _, inverse, count = np.unique(
-                codes[rows], return_inverse=True, return_counts=True
-            )
-            alone |= count[inverse] == 1
-        if not alone.any():
+            count = np.bincount(codes[keep], minlength=codes.max(initial=0) + 1)
+            keep = keep & (count[codes] > 1)
+        if keep.sum() == before.sum():
             return keep
-        keep = keep.copy()
-        keep[rows[alone]] = False
 
 
 def _collinear(x: np.ndarray, fe: np.ndarray, levels: Sequence[int]) -> list[int]:

@@ -12,14 +12,20 @@ from jax.scipy.special import gammaln
 
 from jaxpapers.ops.regression.covariance import dot
 from jaxpapers.ops.regression.design import design
-from jaxpapers.ops.regression.poisson import _check_counts, _check_done, ppml
+from jaxpapers.ops.regression.poisson import check_counts, check_done, ppml
 from jaxpapers.ops.regression.result import Result, finish, in_float64
 
 STEPS = 100
 
 
 def negbin(
-    y: Any, x: Mapping[str, Any], *, level: float = 0.95, **checks: Any
+    y: Any,
+    x: Mapping[str, Any],
+    *,
+    level: float = 0.95,
+    intercept: bool = True,
+    missing: str = "raise",
+    collinear: str = "raise",
 ) -> Result:
     r"""Maximum likelihood of NB2 by Newton's method on (b, log alpha).
 
@@ -34,26 +40,28 @@ def negbin(
       y: (n,) counts.
       x: name -> (n,) regressor; fixed effects as ``dummies``.
       level: of the confidence intervals.
-      **checks: see ``design.design``.
+      intercept, missing, collinear: see ``design``.
 
     Raises:
-      ValueError: negative counts, no convergence, and of ``design.design``.
+      ValueError: negative counts, regressors that separate zeros (see ``ppml``), no
+        convergence, and of ``design``.
 
     Reference: Cameron and Trivedi, "Regression analysis of count data", 3.3.
     """
-    _check_counts(y)
+    check_counts(y)
+    checks = {"intercept": intercept, "missing": missing, "collinear": collinear}
     d = design(y, x, **checks)
-    start = ppml(y, x, vcov="iid", **checks)
+    start = ppml(y, x, vcov="iid", level=level, **checks)
     mu = d.y - start.residuals
     excess = float(np.sum(np.square(d.y - mu) - d.y) / np.sum(np.square(mu)))
     if excess <= 0:
-        return _poisson(start, d)
+        return _poisson(start, level)
     theta = np.append(start.coef, np.log(excess))
     theta, hessian, llf, moved = in_float64(_fit, d.x, d.y, theta)
     alpha = np.exp(theta[-1])
     if alpha < 1e-7:
-        return _poisson(start, d)
-    _check_done(moved, "negative binomial")
+        return _poisson(start, level)
+    check_done(moved, "negative binomial")
     scale = np.append(np.ones(len(theta) - 1), alpha)  # From log alpha to alpha.
     v = np.linalg.inv(-hessian) * scale[:, None] * scale
     mu = np.exp(d.x @ theta[:-1])
@@ -117,14 +125,14 @@ def _hessian(theta, x, y):
     return jax.jacfwd(jax.grad(log_likelihood))(theta, x, y)
 
 
-def _poisson(start: Result, d: Any) -> Result:
+def _poisson(start: Result, level: float) -> Result:
     warnings.warn(
         "the counts are not overdispersed: alpha is 0 and the fit is Poisson's",
         stacklevel=3,
     )
     v = np.pad(start.vcov, ((0, 1), (0, 1)))
     return finish(
-        (*d.names, "alpha"), np.append(start.coef, 0.0), v, n=start.n, df=np.inf,
-        kind="observed", numbers={**start.stats, "alpha": 0.0}, dropped=d.dropped,
-        residuals=start.residuals,
+        (*start.names, "alpha"), np.append(start.coef, 0.0), v, n=start.n, df=np.inf,
+        kind="observed", numbers={**start.stats, "alpha": 0.0}, dropped=start.dropped,
+        residuals=start.residuals, level=level,
     )  # fmt: skip

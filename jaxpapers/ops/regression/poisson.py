@@ -10,10 +10,11 @@ import numpy as np
 from jax import lax
 from jax.scipy.special import gammaln, xlogy
 
-from jaxpapers.ops.regression import covariance
+from jaxpapers.ops.regression import covariance, separation
 from jaxpapers.ops.regression.covariance import dot
 from jaxpapers.ops.regression.demean import demean
-from jaxpapers.ops.regression.design import Design, design, numbers
+from jaxpapers.ops.regression.design import Design, design, missing_labels, numbers
+from jaxpapers.ops.regression.design import labels as as_labels
 from jaxpapers.ops.regression.result import Result, finish, in_float64
 
 KINDS = ("iid", "HC0", "HC1", "CRV1")
@@ -31,12 +32,16 @@ def ppml(
     level: float = 0.95,
     tol: float = 1e-10,
     last_step: bool = False,
-    **checks: Any,
+    intercept: bool = True,
+    missing: str = "raise",
+    collinear: str = "raise",
+    singletons: str = "keep",
 ) -> Result:
     r"""Poisson pseudo-maximum likelihood: $E[y|x] = \exp(x^\top b + a)$, by IRLS.
 
     Levels of fixed effects whose outcome is 0 throughout have no estimate: their rows are
-    dropped and counted (``separated``). Only the mean is assumed: use robust errors.
+    dropped and counted (``separated``). Regressors that set rows of outcome 0 apart have
+    none either and are refused by name. Only the mean is assumed: use robust errors.
 
     Args:
       y: (n,) counts, or any numbers >= 0.
@@ -50,23 +55,29 @@ def ppml(
       last_step: standard errors of the weights that the last step started from, as
         fixest has them, which with its ``tol`` of 1e-8 are off by some 1e-5; else of
         those at the estimate.
-      **checks: see ``design.design``.
+      intercept, missing, collinear, singletons: see ``design``.
 
     Raises:
-      ValueError: negative outcomes, no convergence, and of ``design.design``.
+      ValueError: negative outcomes, regressors that separate zeros, no convergence, and
+        of ``design``.
 
     Reference: Santos Silva and Tenreyro, "The log of gravity", 2006; Correia, Guimaraes,
     Zylkin, "Fast Poisson estimation with high-dimensional fixed effects", 2020.
     """
-    _check_counts(y)
-    weights, separated = _not_separated(np.asarray(y, np.float64), fe or {})
-    d = design(y, x, fe=fe, cluster=cluster, weights=weights, **checks)
-    d.dropped["separated"] = separated
+    check_counts(y)
+    d = design(
+        y, x, fe=fe, cluster=cluster, intercept=intercept, missing=missing,
+        collinear=collinear, singletons=singletons, zeros="drop",
+    )  # fmt: skip
     _check_kind(vcov, df_rule, d)
-    beta, bread, x, score, mu, eta, deviance, done = in_float64(
-        _ppml, d.x, d.y, d.fe, levels=d.levels, tol=tol, last=last_step
+    beta, bread, x, score, mu, deviance, done = in_float64(
+        irls, d.x, d.y, d.fe, levels=d.levels, tol=tol, last=last_step
     )
-    _check_done(done, "Poisson")
+    # The iteration ends once the means of separated rows are of the size of its tol.
+    small = max(1e-8 * d.y.mean(), 10 * tol * (0.1 + abs(deviance))) if done else np.inf
+    if np.any((d.y == 0) & ~(mu > small)):
+        separation.refuse(d)
+    check_done(done, "Poisson")
     v = _robust(d, vcov, df_rule, bread, x, score)
     llf = float(np.sum(xlogy_host(d.y, mu) - mu - _log_factorial(d.y)))
     return finish(
@@ -84,7 +95,9 @@ def logit(
     cluster: Any = None,
     df_rule: str = "statsmodels",
     level: float = 0.95,
-    **checks: Any,
+    intercept: bool = True,
+    missing: str = "raise",
+    collinear: str = "raise",
 ) -> Result:
     """Logistic regression by Newton's method; iid is the inverse observed information.
 
@@ -95,17 +108,18 @@ def logit(
       cluster: (n,) labels, for CRV1.
       df_rule: fixest or statsmodels.
       level: of the confidence intervals.
-      **checks: see ``design.design``.
+      intercept, missing, collinear: see ``design``.
 
     Raises:
-      ValueError: other outcomes, classes that the regressors separate, and of
-        ``design.design``.
+      ValueError: other outcomes, classes that the regressors separate, and of ``design``.
     """
     values = numbers("the outcome", y)
     bad = values[np.isfinite(values) & (values != 0) & (values != 1)]
     if len(bad):
         raise ValueError(f"logit takes outcomes 0 and 1, got {bad[:3].tolist()}")
-    d = design(y, x, cluster=cluster, **checks)
+    d = design(
+        y, x, cluster=cluster, intercept=intercept, missing=missing, collinear=collinear
+    )
     _check_kind(vcov, df_rule, d)
     beta, bread, score, llf, done = in_float64(_logit, d.x, d.y)
     if not done or not np.isfinite(llf) or llf > -1e-6 * len(d.y):
@@ -123,16 +137,29 @@ def logit(
 def dummies(name: str, labels: Any) -> dict[str, np.ndarray]:
     """Columns of a fixed effect but its first level, named "C(name)[T.level]".
 
+    Missing labels are NaN in all columns.
+
     Example:
       >>> list(dummies("field", ["a", "b", "a", "c"]))
       ['C(field)[T.b]', 'C(field)[T.c]']
     """
-    labels = np.asarray(labels)
-    return {f"C({name})[T.{v}]": (labels == v) * 1.0 for v in np.unique(labels)[1:]}
+    given = as_labels(labels)
+    none = missing_labels(given)
+    return {
+        f"C({name})[T.{v}]": np.where(none, np.nan, (given == v) * 1.0)
+        for v in np.unique(given[~none])[1:]
+    }
 
 
 @functools.partial(jax.jit, static_argnames=("levels", "tol", "last"))
-def _ppml(x, y, fe, *, levels, tol, last):
+def irls(x, y, fe, *, levels, tol, last):
+    """One Poisson fit of checked columns; the arguments are those of a ``Design``.
+
+    Returns:
+      Coefficients (k,), bread, the weighted demeaned columns and residuals that make the
+      scores, means, deviance, and whether the iteration ended by ``tol``.
+    """
+
     def working(eta, mu):
         """Weighted demeaned columns and the next coefficients."""
         z = eta + (y - mu) / mu
@@ -164,7 +191,7 @@ def _ppml(x, y, fe, *, levels, tol, last):
     _, z_, x_, gram, new = working(at, jnp.exp(at))
     bread = jnp.linalg.inv(gram)
     score = jnp.exp(at) * (z_ - dot(x_, beta)) if last else y - mu
-    return beta if last else new, bread, x_, score, mu, eta, deviance, i < STEPS
+    return beta if last else new, bread, x_, score, mu, deviance, i < STEPS
 
 
 def poisson_deviance(y, eta):
@@ -211,7 +238,8 @@ def _check_kind(kind: str, rule: str, d: Design) -> None:
         raise ValueError(f"vcov must be one of {KINDS} here, got {kind!r}")
 
 
-def _check_counts(y: Any) -> None:
+def check_counts(y: Any) -> None:
+    """Refuses negative outcomes."""
     values = numbers("the outcome", y)
     if (values < 0).any():
         raise ValueError(
@@ -220,32 +248,13 @@ def _check_counts(y: Any) -> None:
         )
 
 
-def _check_done(done: Any, what: str) -> None:
+def check_done(done: Any, what: str) -> None:
+    """Refuses a fit that did not converge."""
     if not done:
         raise ValueError(
             f"the {what} fit did not converge; look for regressors that separate zeros "
             "from the rest, or for badly scaled columns"
         )
-
-
-def _not_separated(y: np.ndarray, fe: Mapping[str, Any]) -> tuple[Any, int]:
-    """Weight 0 for rows in levels whose outcome is 0 throughout, and their number."""
-    keep = np.ones(len(y), bool)
-    for _ in range(len(y) if fe else 0):
-        before = keep.sum()
-        for labels in fe.values():
-            labels = np.asarray(labels)
-            if labels.shape != y.shape:
-                break  # ``design`` says so.
-            _, code = np.unique(labels, return_inverse=True)
-            total = np.bincount(code, np.where(keep, np.nan_to_num(y), 0))
-            some_missing = np.bincount(code, np.isnan(y))  # Not known to be 0.
-            keep &= (total[code] > 0) | (some_missing[code] > 0)
-        if keep.sum() == before:
-            break
-    if not keep.any():
-        raise ValueError("every level of a fixed effect has outcome 0 only")
-    return (keep if not keep.all() else None), int((~keep).sum())
 
 
 def _pseudo_r2(d: Design, llf: float) -> dict[str, float]:

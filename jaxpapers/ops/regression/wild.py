@@ -49,7 +49,10 @@ def wild_bootstrap(
     weights: str = "rademacher",
     null: float = 0.0,
     impose_null: bool = True,
-    **checks: Any,
+    intercept: bool = True,
+    missing: str = "raise",
+    collinear: str = "raise",
+    singletons: str = "keep",
 ) -> Wild:
     """p-value of a coefficient from residuals that change sign cluster by cluster.
 
@@ -62,10 +65,10 @@ def wild_bootstrap(
       null: value that is tested.
       impose_null: residuals of the restricted model (WCR), which is the more reliable;
         else of the free one (WCU).
-      **checks: see ``design.design``.
+      intercept, missing, collinear, singletons: see ``design``.
 
     Raises:
-      ValueError: no such coefficient, unknown weights, and of ``design.design``.
+      ValueError: no such coefficient, unknown weights, and of ``design``.
 
     Reference: Cameron, Gelbach, Miller, "Bootstrap-based improvements for inference with
     clustered errors", 2008; Roodman et al., "Fast and wild", 2019.
@@ -74,7 +77,10 @@ def wild_bootstrap(
         raise ValueError(f"weights must be one of {WEIGHTS}, got {weights!r}")
     if replicates < 1:
         raise ValueError(f"replicates must be >= 1, got {replicates}")
-    d = design(y, x, fe=fe, cluster=cluster, **checks)
+    d = design(
+        y, x, fe=fe, cluster=cluster, intercept=intercept, missing=missing,
+        collinear=collinear, singletons=singletons,
+    )  # fmt: skip
     if name not in d.names:
         raise ValueError(f"no coefficient {name!r}; the model has {d.names}")
     j = d.names.index(name)

@@ -16,7 +16,7 @@ from jaxtyping import Array, Key
 
 from jaxpapers.ops import agreement, hypothesis
 from jaxpapers.ops import regression as fits
-from jaxpapers.ops.regression import linear, poisson, resampling
+from jaxpapers.ops.regression import covariance, linear, poisson, resampling
 from jaxpapers.ops.regression.covariance import dot
 from jaxpapers.papers.peer_review import world as worlds
 from jaxpapers.papers.peer_review.measuring import outcomes
@@ -295,19 +295,19 @@ def coverage(
     counts = np.stack(
         [worlds.draw_counts(rng, world.eta, options.alpha) for _ in range(replications)]
     )
-    cells = int(world.cell.max()) + 1
+    d = fits.design(
+        world.eta, dict(zip(worlds.REGRESSORS, world.x.T)), fe={"cell": world.cell},
+        cluster=world.cell,
+    )  # fmt: skip
     with jax.enable_x64(True):
-        found = jax.device_get(_refits(world.x, world.cell, linear_y, counts, cells))
-    n, k = world.x.shape
-    clustered = cells / (cells - 1) * (n - 1) / (n - k - 1)
-    scale = {"OLS, HC1": n / (n - k - cells), "OLS, CRV1": clustered,
-             "PPML, CRV1": clustered}  # fmt: skip
-    points = {"OLS, HC1": fits.critical(n - k - cells),
-              "OLS, CRV1": fits.critical(cells - 1),
-              "PPML, CRV1": fits.critical(np.inf)}  # fmt: skip
+        found = jax.device_get(_refits(d.x, d.fe, linear_y, counts, d.levels))
     mean, deviation, covered, rejected = {}, {}, {}, {}
     for name, (beta, variance) in found.items():
-        half = points[name] * np.sqrt(scale[name] * variance)
+        kind = name.split(", ")[1]
+        normal = name.startswith("PPML")  # As ``ppml``.
+        df = np.inf if normal else covariance.degrees(d, kind, "fixest")
+        scale = covariance.correction(d, kind, "fixest")
+        half = fits.critical(df) * np.sqrt(scale * variance)
         mean[name], deviation[name] = beta.mean(0), beta.std(0, ddof=1)
         covered[name] = (np.abs(beta - truth) <= half).mean(0)
         rejected[name] = (np.abs(beta) > half).mean(0)
@@ -317,21 +317,23 @@ def coverage(
 
 
 @functools.partial(jax.jit, static_argnums=4)
-def _refits(x, cell, linear_y, counts, cells):
+def _refits(x, fe, linear_y, counts, levels):
     """Estimates and variances (replications, k) without their small-sample factors."""
-    fe = cell[None].astype(jnp.int32)
-    shared = {"levels": (cells,), "fixed": cells, "tol": 1e-10}
+    shared = {"levels": levels, "fixed": sum(levels), "tol": 1e-10}
+    by_cell = {"cluster": fe[0], "clusters": levels[0]}
 
     def one(y_and_count):
         y, count = y_and_count
-        beta, v, *_ = linear._ols(x, y, fe, None, kind="HC1", clusters=0, **shared)
-        by_cell = linear._ols(x, y, fe, fe[0], kind="CRV1", clusters=cells, **shared)[1]
-        b, bread, x_, score, *_ = poisson._ppml(
-            x, count, fe, levels=(cells,), tol=1e-9, last=False
+        beta, v, *_ = linear.least_squares(
+            x, y, fe, None, kind="HC1", clusters=0, **shared
         )
-        counted = poisson._sandwich(bread, x_, score, fe[0], clusters=cells)
+        clustered = linear.least_squares(x, y, fe, kind="CRV1", **by_cell, **shared)[1]
+        b, bread, x_, score, *_ = poisson.irls(
+            x, count, fe, levels=levels, tol=1e-9, last=False
+        )
+        counted = covariance.sandwich(bread, x_, score, **by_cell)
         return {
-            "OLS, HC1": (beta, jnp.diag(v)), "OLS, CRV1": (beta, jnp.diag(by_cell)),
+            "OLS, HC1": (beta, jnp.diag(v)), "OLS, CRV1": (beta, jnp.diag(clustered)),
             "PPML, CRV1": (b, jnp.diag(counted)),
         }  # fmt: skip
 
