@@ -241,22 +241,20 @@ def disagreement_null(
 
 
 def outcomes(cites: Any, cell: Any) -> dict[str, np.ndarray]:
-    """Citations within cells of field and year.
+    """Citations within cells of field and year: those of ``ranked``, and normalised.
 
     Args:
       cites: (n,) counts.
       cell: (n,) labels.
 
     Returns:
-      ``norm``: count / mean of the cell; ``log``: log(1 + count); ``percentile``: average
-      rank / n of the cell; ``top``: 1 in the top tenth by percentile.
+      ``norm``: count / mean of the cell; and of ``ranked``.
 
     Raises:
       ValueError: negative counts, a cell whose counts are all 0.
     """
+    made = ranked(cites, cell)
     cites = np.asarray(cites, np.float64)
-    if not (cites >= 0).all():
-        raise ValueError(f"counts must be >= 0, got {cites.min()}")
     labels, code = np.unique(np.asarray(cell), return_inverse=True)
     mean = np.bincount(code, cites) / np.bincount(code)
     if (mean == 0).any():
@@ -264,16 +262,35 @@ def outcomes(cites: Any, cell: Any) -> dict[str, np.ndarray]:
         raise ValueError(
             f"cells without any citation have no normalised count: {empty}"
         )
-    percentile = np.empty(len(cites))
+    return {"norm": cites / mean[code], **made}
+
+
+def ranked(cites: Any, cell: Any) -> dict[str, np.ndarray]:
+    """Citations within cells, which may have none.
+
+    Args:
+      cites: (n,) counts.
+      cell: (n,) labels.
+
+    Returns:
+      ``log``: log(1 + count); ``percentile``: average rank / n of the cell; ``top``: 1
+      in the top tenth by percentile, with at least one citation.
+
+    Raises:
+      ValueError: negative counts.
+    """
     from jaxpapers.ops.hypothesis import average_ranks
 
+    cites = np.asarray(cites, np.float64)
+    if not (cites >= 0).all():
+        raise ValueError(f"counts must be >= 0, got {cites.min()}")
+    labels, code = np.unique(np.asarray(cell), return_inverse=True)
+    percentile = np.empty(len(cites))
     for i in range(len(labels)):
         rows = code == i
         percentile[rows] = average_ranks(cites[rows]) / rows.sum()
-    return {
-        "norm": cites / mean[code], "log": np.log1p(cites), "percentile": percentile,
-        "top": (percentile > 0.9) * 1.0,
-    }  # fmt: skip
+    top = (percentile > 0.9) & (cites > 0)
+    return {"log": np.log1p(cites), "percentile": percentile, "top": top * 1.0}
 
 
 def standardise(table: Mapping[str, Any]) -> dict[str, np.ndarray]:

@@ -18,8 +18,15 @@ from jaxpapers.ops import agreement, hypothesis
 from jaxpapers.ops import regression as fits
 from jaxpapers.ops.regression import covariance, linear, poisson, resampling
 from jaxpapers.ops.regression.covariance import dot
+from jaxpapers.ops.regression.design import (
+    complete_rows,
+    encode,
+    labels,
+    numbers,
+    positive_levels,
+)
 from jaxpapers.papers.peer_review import world as worlds
-from jaxpapers.papers.peer_review.measuring import outcomes
+from jaxpapers.papers.peer_review.measuring import ranked
 
 
 class Models(NamedTuple):
@@ -67,30 +74,50 @@ class Coverage(NamedTuple):
 def fit(
     cites: Any, x: Mapping[str, Any], field: Any, year: Any, missing: str = "raise"
 ) -> Models:
-    """All models of one table of papers.
+    """All models of one table of papers, on the same rows.
+
+    Cells without a citation leave PPML, fields and years without one NB2: they have no
+    estimate there.
 
     Args:
       cites: (n,) citation counts.
       x: name -> (n,) regressors, z-scores.
       field, year: (n,) labels.
-      missing: see ``regression.design``.
+      missing: raise, or drop: rows with any missing value. The top tenth is one of all
+        papers whose citations, field and year are known.
 
     Raises:
       ValueError: see the models.
     """
-    cites, field, year = map(np.asarray, (cites, field, year))
-    cell = np.array([f"{f}_{y}" for f, y in zip(field, year)])
-    made = outcomes(cites, cell)
-    within = {"fe": {"cell": cell}, "missing": missing}
-    effects = fits.dummies("field", field) | fits.dummies("year", year)
+    cites = numbers("the citations", cites)
+    x = {k: numbers(k, v) for k, v in x.items()}
+    groups = {"field": labels(field), "year": labels(year)}
+    counts = {"the citations": cites}
+    keep, _ = complete_rows({**counts, **x}, groups, missing)
+    known, _ = complete_rows(counts, groups, "drop")
+    cell = np.array([f"{f}_{y}" for f, y in zip(*groups.values())])
+    top = np.zeros(len(cell))
+    top[known] = ranked(cites[known], cell[known])["top"]
+    top, cell = top[keep], cell[keep]
+    x, cites = {k: v[keep] for k, v in x.items()}, cites[keep]
+    log, groups = np.log1p(cites), {k: v[keep] for k, v in groups.items()}
+    every = np.ones(len(cites), bool)
+    codes = [encode(v, every) for v in groups.values()]
+    some = positive_levels(cites, codes, every)
+    effects: dict[str, Any] = {}
+    for name, v in groups.items():
+        effects |= fits.dummies(name, v[some])
+    counted = {k: v[some] for k, v in x.items()}
+    within = {"fe": {"cell": cell}}
+    clustered = {"vcov": "CRV1", "cluster": cell, **within}
     joint = {
-        "OLS, HC1": fits.ols(made["log"], x, **within),
-        "OLS, CRV1": fits.ols(made["log"], x, vcov="CRV1", cluster=cell, **within),
-        "PPML, CRV1": fits.ppml(cites, x, vcov="CRV1", cluster=cell, **within),
-        "NB2": fits.negbin(cites, {**x, **effects}, missing=missing),
-        "logit, top 10 %": fits.logit(made["top"], dict(x), missing=missing),
+        "OLS, HC1": fits.ols(log, x, **within),
+        "OLS, CRV1": fits.ols(log, x, **clustered),
+        "PPML, CRV1": fits.ppml(cites, x, **clustered),
+        "NB2": fits.negbin(cites[some], {**counted, **effects}),
+        "logit, top 10 %": fits.logit(top, x),
     }
-    alone = {k: fits.ols(made["log"], {k: v}, **within) for k, v in x.items()}
+    alone = {k: fits.ols(log, {k: v}, **within) for k, v in x.items()}
     adjusted = hypothesis.benjamini_hochberg([r.p[0] for r in alone.values()])
     factors = fits.vif(x) if len(x) > 1 else dict.fromkeys(x, 1.0)
     return Models(joint, alone, dict(zip(x, adjusted.tolist())), factors)
