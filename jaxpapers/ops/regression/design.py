@@ -212,6 +212,23 @@ def numbers(name: str, values: Any) -> np.ndarray:
     return result
 
 
+def group_codes(name: str, values: Any) -> np.ndarray:
+    """Codes 0, 1, ... of labels none of which is missing.
+
+    Raises:
+      ValueError: missing labels, or not one per row.
+    """
+    given = labels(values)
+    if given.ndim != 1:
+        raise ValueError(f"{name} must have one label per row, got shape {given.shape}")
+    bad = int(missing_labels(given).sum())
+    if bad:
+        raise ValueError(
+            f"{name} has {bad} missing labels of {len(given)}; leave out these rows"
+        )
+    return encode(given, np.ones(len(given), bool))
+
+
 def _check_words(**words: str) -> None:
     for name, value in words.items():
         known = (

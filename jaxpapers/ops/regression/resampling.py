@@ -15,6 +15,7 @@ from jax import lax
 from jaxtyping import Array, Float, Key
 
 from jaxpapers.ops.regression.covariance import HIGHEST, dot
+from jaxpapers.ops.regression.design import group_codes
 from jaxpapers.ops.regression.result import in_float64
 from jaxpapers.ops.regression.systems import solve, symmetric
 
@@ -89,13 +90,13 @@ def permutation_test(
       the (replicates,) values under the null.
 
     Raises:
-      ValueError: labels of another length, no replicates.
+      ValueError: labels of another length, missing labels, no replicates.
     """
     x = np.asarray(x)
-    groups = np.zeros(len(x)) if within is None else np.asarray(within)
-    if groups.shape != x.shape[:1]:
-        raise ValueError(f"within must have {len(x)} labels, got {groups.shape}")
-    codes = np.unique(groups, return_inverse=True)[1].astype(np.int32)
+    codes = group_codes("within", np.zeros(len(x)) if within is None else within)
+    if codes.shape != x.shape[:1]:
+        raise ValueError(f"within must have {len(x)} labels, got {codes.shape}")
+    codes = codes.astype(np.int32)
     place = np.argsort(codes, kind="stable")
 
     def one(key, args):
@@ -242,7 +243,7 @@ def bootstrap_ppml(
     y, x = _matrix(y, x)
     if (y < 0).any():
         raise ValueError(f"counts must be >= 0, got {y.min():g}")
-    effects = [np.unique(np.asarray(f), return_inverse=True)[1] for f in fe]
+    effects = [group_codes("a fixed effect", f) for f in fe]
     if any(f.shape != y.shape for f in effects):
         raise ValueError(f"fixed effects must have {len(y)} labels each")
     hot = [np.eye(int(f.max()) + 1)[f] for f in effects]
