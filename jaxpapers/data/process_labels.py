@@ -145,7 +145,8 @@ def _nested(row, names, skip):
 def _prm800k(row, names, skip):
     """Chosen completions are the steps, the others augmentations with their rating.
 
-    Ratings 0 and 1 count as good.
+    Ratings 0 and 1 count as good. Where none was chosen the solution ends: phase 2 stops
+    at the first error, whose first rated completion is the last step.
     """
     question = row.get(names["question"]) or {}
     text = question.get("problem") if isinstance(question, dict) else question
@@ -158,44 +159,44 @@ def _prm800k(row, names, skip):
         return None
     steps, labels, augs = [], [], []
     for i, step in enumerate(label.get("steps") or []):
-        completions = step.get("completions") or []
-        chosen = step.get("chosen_completion")
-        human = step.get("human_completion")
-        for j, completion in enumerate(completions):
-            if j == chosen:
-                continue
-            rating = completion.get("rating")
-            if rating is None or not str(completion.get("text", "")).strip():
-                skip("completions without a rating or a text")
-                continue
-            augs.append(
-                {"aug_step": completion["text"], "aug_idx": i, "aug_type": rating}
-            )
-        if chosen is not None and chosen < len(completions):
-            best = completions[chosen]
-            text_, rating = best.get("text", ""), best.get("rating")
-        elif isinstance(human, dict) and str(human.get("text", "")).strip():
-            text_, rating = human["text"], 1
-        else:
-            break
-        if not str(text_).strip() or rating is None:
+        rated = [c for c in step.get("completions") or [] if _rated(c)]
+        for _ in range(len(step.get("completions") or []) - len(rated)):
+            skip("completions without a rating or a text")
+        chosen, human = step.get("chosen_completion"), step.get("human_completion")
+        given = step.get("completions") or []
+        best = given[chosen] if chosen is not None and chosen < len(given) else None
+        if best is not None and not _rated(best):
             skip("chosen steps without a rating or a text")
             break
-        steps.append(text_)
-        labels.append(1 if rating >= 0 else -1)
-    # An augmentation of the step after the last one stands in that step's place.
+        if best is None and isinstance(human, dict) and str(human.get("text", "")).strip():
+            best = {"text": human["text"], "rating": 1}
+        # None was chosen: the solution ends with its first error, whose ratings are here.
+        last = best is None
+        if last and not rated:
+            break
+        best = rated[0] if last else best
+        steps.append(best["text"])
+        labels.append(1 if best["rating"] >= 0 else -1)
+        augs += [
+            {"aug_step": c["text"], "aug_idx": i, "aug_type": c["rating"]}
+            for c in rated
+            if c is not best
+        ]
+        if last:
+            break
     if not steps:
-        skip("solutions without a chosen step")
+        skip("solutions without a rated step")
         return None
-    late = [a for a in augs if a["aug_idx"] >= len(steps)]
-    for _ in late:
-        skip("completions after the last chosen step")
-    augs = [a for a in augs if a["aug_idx"] < len(steps)]
     return {
         "question": text,
         "answer": question.get("ground_truth_answer") if _is_dict(question) else None,
         "chain_of_thoughts": [{"steps": steps, "labels": labels, "augs": augs}],
     }
+
+
+def _rated(completion) -> bool:
+    text = str(completion.get("text", "")).strip()
+    return bool(text) and completion.get("rating") is not None
 
 
 def _shepherd(row, names, skip):
@@ -206,8 +207,10 @@ def _shepherd(row, names, skip):
         skip(f"rows without the tag {SHEPHERD_TAG}")
         return None
     head, found = parts[0], [p.strip() for p in parts[1:-1]]
+    if parts[-1].strip():
+        skip(f"texts after the last tag {SHEPHERD_TAG}")
     # The question ends where the first step begins.
-    at = head.find("Step 1")
+    at = head.rfind("Step 1")
     question, first = (head[:at], head[at:]) if at > 0 else _last_line(head)
     steps = [first.strip(), *found]
     marks, place = [], 0
@@ -301,7 +304,11 @@ def _rows(path: str | Path) -> Iterator[tuple[int, dict]]:
         text = files.read(path)
         with files.parsing(path, "not JSON"):
             rows = json.loads(text)
-        yield from enumerate(map(_object, rows))
+        for number, row in enumerate(rows):
+            try:
+                yield number, _object(row)
+            except ValueError as error:
+                raise ValueError(f"{path}, row {number}: {error}") from None
         return
     yield from enumerate(lines.records(path, lambda x: _object(_parse(x))))
 

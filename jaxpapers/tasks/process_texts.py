@@ -247,7 +247,9 @@ def study(name: str, config: Any, data: Data, mesh: Any) -> Study:
     tests = functools.cache(lambda: _tests(config))
 
     def untuned():
-        net = dataclasses.replace(versaprm.net_of(config, c.vocab_size), lora_rank=0)
+        net = dataclasses.replace(
+            versaprm.net_of(config, c.vocab_size), lora_rank=0, head="tokens"
+        )
         predict = functools.partial(versaprm.token_scores, net=net)
         params = {"decoder": writer.load(c.model).params}
         return _measure(config, mesh, tests(), predict, params, (), net)

@@ -5,6 +5,7 @@ reads. These are real errors, not drawn ones.
 """
 
 import functools
+import itertools
 import random
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -63,7 +64,7 @@ def load(name: str) -> Model:
       ModuleNotFoundError: the extra ``language`` is not installed.
     """
     path = fetch.get(name) if name in fetch.NAMES else name
-    loaded = weights.load(path)
+    loaded = weights.load(path, place=lambda _, x: jax.device_put(x))
     return Model(loaded.net, loaded.params, tokenizer.load(path))
 
 
@@ -79,8 +80,8 @@ def told(problem: reasoning.Problem, trace: reasoning.Trace) -> Written:
 
 def read(problem: reasoning.Problem, answer: str) -> Written:
     """The solution in a text: its lines up to an empty one, at most those needed."""
-    lines = tokenizer.cut(answer.strip(), [END]).splitlines()
-    lines = [line.strip() for line in lines[: len(problem.program)]]
+    stripped = (line.strip() for line in answer.strip().splitlines())
+    lines = list(itertools.takewhile(bool, stripped))[: len(problem.program)]
     steps = [[*reasoning.words(line), reasoning.STEP] for line in lines]
     wrong = reasoning.first_error(problem, steps)
     whole = len(lines) == len(problem.program)

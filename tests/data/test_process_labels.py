@@ -91,15 +91,20 @@ def test_prm800k(tmp_path):
     assert record["answer"] == "4"
     assert record["chain_of_thoughts"] == [
         {
-            "steps": ["a", "b"], "labels": [1, 1],
-            "augs": [{"aug_step": "x", "aug_idx": 0, "aug_type": -1}],
+            # The first error, at which phase 2 stops, is the last step.
+            "steps": ["a", "b", "c"], "labels": [1, 1, -1],
+            "augs": [{"aug_step": "x", "aug_idx": 0, "aug_type": -1},
+                     {"aug_step": "z", "aug_idx": 2, "aug_type": 0}],
         }
     ]  # fmt: skip
     assert loaded.skipped == {
         "completions without a rating or a text": 1,
-        "completions after the last chosen step": 2,
         "problems given up (give_up)": 1,
     }
+    wrong = {"steps": [steps[2]], "finish_reason": "found_error"}
+    rows = [{"question": question, "label": wrong}]
+    [record] = read(write(tmp_path, rows), "prm800k").records
+    assert record["chain_of_thoughts"][0]["labels"] == [-1]
 
 
 def test_math_shepherd(tmp_path):
@@ -113,6 +118,13 @@ def test_math_shepherd(tmp_path):
     [solution] = record["chain_of_thoughts"]
     assert solution == {"steps": ["Step 1: two.", "Step 2: four."], "labels": [1, -1]}
     assert loaded.skipped == {"rows without the tag ки": 1}
+    # A question may speak of steps, too; what has no tag is counted.
+    rows = [{"input": x.replace("How many?", "In Step 1 of a game, how many?") + " Done."}
+            | {"label": y.replace("How many?", "In Step 1 of a game, how many?") + " Done."}
+            for x, y in [(given, label)]]  # fmt: skip
+    loaded = read(write(tmp_path, rows), "math-shepherd")
+    assert loaded.records[0]["question"] == "In Step 1 of a game, how many?"
+    assert loaded.skipped == {"texts after the last tag ки": 1}
     bad = [{"input": given, "label": label.replace("two", "six"), "task": "x"}]
     with pytest.raises(ValueError, match="not the input with"):
         read(write(tmp_path, bad), "math-shepherd")
@@ -173,6 +185,9 @@ def test_broken_files(tmp_path):
         path.write_text(text)
         with pytest.raises(ValueError, match="x.jsonl"):
             read(path)
+    path.write_text('[{"question": "q", "steps": ["a"], "labels": [1]}, 3]')
+    with pytest.raises(ValueError, match="x.jsonl, row 1: expected an object"):
+        read(path)
     with pytest.raises(FileNotFoundError):
         read(tmp_path / "none.jsonl")
 

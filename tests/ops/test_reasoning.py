@@ -142,6 +142,14 @@ def test_problems_are_functions_of_their_arguments():
     assert min(letters[x] for x in "ABCDE") > 30  # The answer is anywhere.
 
 
+def test_digits_in_another_base_take_the_steps_that_fit():
+    for number in range(40):
+        assert len(reasoning.problem("bases", number, steps=(6, 6)).program) == 6
+        # 8 and 9 have four digits in base 2, and no number below 10 has five.
+        few = reasoning.problem("bases", number, steps=(5, 5), below=10)
+        assert len(few.program) == 4
+
+
 def test_refused():
     problem = reasoning.problem("dates", 0)
     ended = reasoning.Position(-1, 0, "A")
@@ -151,6 +159,7 @@ def test_refused():
         "steps must be": lambda: reasoning.problem("dates", 0, steps=(0, 2)),
         "below in 10 to": lambda: reasoning.problem("dates", 0, below=5),
         "options must be in": lambda: reasoning.problem("dates", 0, options=1),
+        "lead to 7 results": lambda: reasoning.problem("dates", 0, options=8),
         "has ended": lambda: reasoning.advance(problem, ended, rng, error=0.0),
         "errors must be among": lambda: reasoning.solve(
             problem, rng, error=0.1, errors=("typo",)

@@ -76,6 +76,7 @@ def tiny(monkeypatch):
         (" 34 plus 57 = 91\n91 times 2 = 183", (1, "183", False)),
         ("35 plus 57 = 92\n92 times 2 = 182", (0, "182", True)),  # Right by chance.
         ("34 plus 57 = 91", (-1, "", False)),
+        ("34 plus 57 = 91\n \n91 times 2 = 182", (-1, "", False)),
         ("so it is\n91 times 2 = 182\nand more", (0, "182", True)),
         ("", (-1, "", False)),
     ],
@@ -83,7 +84,9 @@ def tiny(monkeypatch):
 def test_answers_are_read(answer, expected):
     found = step_writer.read(PROBLEM, answer)
     assert (found.first_error, found.answer, found.correct) == expected
-    assert len(found.steps) == min(len(answer.strip().split("\n\n")[0].splitlines()), 2)
+    assert found.steps == tuple(
+        line.strip() for line in answer.split("\n\n")[0].split("\n \n")[0].splitlines()
+    )[:2]  # fmt: skip
     good = len(found.steps) if found.first_error < 0 else found.first_error
     assert found.labels == [1] * good + [-1] * (len(found.steps) - good)
 

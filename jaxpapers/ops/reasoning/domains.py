@@ -266,8 +266,7 @@ def _draw_base(rng, steps, below):
     base = rng.randrange(2, 8)
     low, high = base ** (steps - 1), min(base**steps, max(below, 2))
     while low >= high:  # A number below the bound has fewer digits in this base.
-        base = max(base - 1, 2)
-        steps = steps - 1 if base == 2 else steps
+        steps, base = (steps - 1, 2) if base == 2 else (steps, base - 1)
         low, high = base ** max(steps - 1, 0), min(base**steps, max(below, 2))
     n = rng.randrange(low, high)
     program = [("divide", base)] * steps

@@ -20,6 +20,7 @@ from jaxpapers.ops.reasoning.domains import (
 )
 
 PAD, QUESTION, STEP = "<pad>", "<question>", "<step>"
+MOST_TRIES = 1000  # States that are drawn for the options of a problem.
 OPTIONS = ("A", "B", "C", "D", "E", "F", "G", "H", "I", "J")
 
 VOCABULARY: dict[str, int] = {
@@ -90,7 +91,8 @@ def problem(
       seed: of all problems.
 
     Raises:
-      ValueError: an unknown domain, or arguments out of range.
+      ValueError: an unknown domain, arguments out of range, more options than the domain
+        has results.
     """
     if domain not in DOMAINS:
         raise ValueError(f"domain must be one of {tuple(DOMAINS)}, got {domain!r}")
@@ -106,10 +108,17 @@ def problem(
     new = Problem(domain, start, tuple(program), tuple(told), (), number)
     right = result(new)
     wrong: list[Any] = []
-    while len(wrong) < options - 1:
+    for _ in range(MOST_TRIES):
         state = _mistaken(rng, new)
         if state != right and state not in wrong:
             wrong.append(state)
+        if len(wrong) == options - 1:
+            break
+    else:
+        raise ValueError(
+            f"errors in {domain} lead to {len(wrong) + 1} results, and options={options} "
+            "were asked for; take fewer"
+        )
     wrong.insert(rng.randrange(options), right)
     return new._replace(options=tuple(wrong))
 
