@@ -168,7 +168,11 @@ def _prm800k(row, names, skip):
         if best is not None and not _rated(best):
             skip("chosen steps without a rating or a text")
             break
-        if best is None and isinstance(human, dict) and str(human.get("text", "")).strip():
+        if (
+            best is None
+            and isinstance(human, dict)
+            and str(human.get("text", "")).strip()
+        ):
             best = {"text": human["text"], "rating": 1}
         # None was chosen: the solution ends with its first error, whose ratings are here.
         last = best is None

@@ -47,7 +47,8 @@ class Options:
       sinkhorn: its iterations.
       sample: k-means++ draws from about this many points for each centre, chosen at
         random; 0: from all.
-      chunk: points whose distances to all centres are in memory at once.
+      chunk: points whose distances to all centres are in memory at once; of balanced
+        clusters those of all points are.
 
     Raises:
       ValueError: values out of range.

@@ -14,6 +14,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Key
 
 EPS = 1e-12
+LEAST_COUNT = 1e-6
 HIGHEST = lax.Precision.HIGHEST
 
 
@@ -145,8 +146,8 @@ def rotate(e: Float[Array, "B D"], q: Float[Array, "B D"]) -> Float[Array, "B D"
     $$ q = \lambda R e, \quad R = I - 2 v v^\top + 2 \hat q \hat e^\top, \quad
        \lambda = \|q\| / \|e\| $$
 
-    R and lambda are constants to the gradient. Where e and q are opposite, R is not
-    defined and the gradient is that of the scale alone.
+    R and lambda are constants to the gradient. Where e and q are opposite no rotation is
+    singled out; v is 0 then, and R the reflection that takes e to q.
     """
     a, b = lax.stop_gradient(unit(e)), lax.stop_gradient(unit(q))
     v = unit(a + b)
@@ -181,7 +182,7 @@ def ema_start(codes: Float[Array, "*L K D"]) -> EMA:
 
 def ema_codes(ema: EMA) -> Float[Array, "*L K D"]:
     """The mean of each cluster; codes that are never chosen stay."""
-    return ema.sums / jnp.maximum(ema.counts, 1e-6)[..., None]
+    return ema.sums / ema.counts[..., None]
 
 
 def ema_update(
@@ -191,12 +192,17 @@ def ema_update(
 
     $$ n \leftarrow \gamma n + (1-\gamma) n_{batch}, \quad
        m \leftarrow \gamma m + (1-\gamma) \sum e $$
+
+    Counts that come down to ``LEAST_COUNT`` decay no further, nor do their sums: their
+    ratio, the code, would be lost to rounding.
     """
     member = jax.nn.one_hot(code, len(ema.counts), dtype=e.dtype)
     sums = jnp.matmul(member.T, e, precision=HIGHEST)
+    counts = decay * ema.counts + (1 - decay) * member.sum(0)
+    stay = counts < LEAST_COUNT
     return EMA(
-        decay * ema.counts + (1 - decay) * member.sum(0),
-        decay * ema.sums + (1 - decay) * sums,
+        jnp.where(stay, ema.counts, counts),
+        jnp.where(stay[:, None], ema.sums, decay * ema.sums + (1 - decay) * sums),
     )
 
 
@@ -231,9 +237,10 @@ def fsq(
 
 
 def unit(x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-    """Vectors of length 1; the zero vector stays, with gradient zero."""
+    """Vectors of length 1; shorter ones than ``EPS`` become 0, with gradient zero."""
     square = jnp.square(x).sum(-1, keepdims=True)
-    return x * lax.rsqrt(jnp.maximum(square, EPS**2))
+    some = square > EPS**2
+    return jnp.where(some, x * lax.rsqrt(jnp.where(some, square, 1)), 0)
 
 
 def _norm(x):

@@ -45,6 +45,8 @@ def aggregate(
     """
     check_how(how)
     some = valid.any(-1)
+    if not valid.shape[-1]:
+        return jnp.zeros(valid.shape[:-1], scores.dtype)
     if how == "last":
         place = jnp.arange(1, valid.shape[-1] + 1, dtype=jnp.int32)
         last = jnp.where(valid, jnp.broadcast_to(place, valid.shape), 0).max(-1)
@@ -172,7 +174,7 @@ class Solution(NamedTuple):
     Attributes:
       answer: anything that can be compared.
       correct: whether it is the question's answer.
-      rewards: of its steps, or one number that stands for all.
+      rewards: of its steps; one that stands for all is a list of one.
     """
 
     answer: Hashable

@@ -1,6 +1,7 @@
 """Vectors of items' texts by all-MiniLM-L6-v2, computed once and cached."""
 
 import hashlib
+import json
 import os
 import tempfile
 from collections.abc import Sequence
@@ -31,7 +32,7 @@ def of_texts(texts: Sequence[str], names: Sequence[str]) -> np.ndarray:
             f"{len(empty)} of {len(texts)} items have no text to make a vector of: "
             f"{', '.join(empty[:10])}; give vectors.npy or drop them"
         )
-    digest = hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()[:16]
     folder = fetch.cache_folder() / "vectors"
     path = folder / f"minilm-l6-{digest}.npy"
     if path.exists():

@@ -5,13 +5,26 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxpapers import mesh as meshes
 from jaxpapers.ops import reasoning
-from jaxpapers.papers.versaprm import encoding
+from jaxpapers.papers.versaprm import encoding, metrics
+from jaxpapers.study import Data
 
 TEST, TRAIN = 0, 1  # Seeds of problems: no test problem is trained on.
+
+
+def abstract(c: Any, vocab_size: int) -> Data:
+    """Shapes of a global training batch."""
+    shape = (c.batch, c.length)
+    shapes = {
+        "ids": jax.ShapeDtypeStruct(shape, jnp.int32),
+        "labels": jax.ShapeDtypeStruct(shape, jnp.float32),
+        "segments": jax.ShapeDtypeStruct(shape, jnp.int32),
+    }
+    return Data(None, shapes, {"vocab_size": vocab_size}, unit="rows")
 
 
 class Solved(NamedTuple):
@@ -35,15 +48,32 @@ class Stream:
 
     def batch(self, start: int, size: int, rows: slice | None = None) -> dict:
         """Rows ``start`` .. ``start + size - 1`` of the stream."""
+        made = [x for x in self.made(start, size) if len(x.ids) <= self.c.length]
+        batch = encoding.pack(made, self.c.length, count=size)
+        return {name: array[rows or slice(None)] for name, array in batch.items()}
+
+    def made(self, start: int, size: int) -> list[encoding.Encoded]:
+        """The solutions of these rows, those too long for one among them."""
         c = self.c
         count = max(round(c.examples * size / c.batch), size)
         rng = random.Random(f"{c.seed}/{self.kind}/{start}")
-        made = [
-            one(c, rng, rng.choice(tuple(c.domains)), self.kind) for _ in range(count)
-        ]
-        made = [x for x in made if len(x.ids) <= c.length]
-        batch = encoding.pack(made, c.length, count=size)
-        return {name: array[rows or slice(None)] for name, array in batch.items()}
+        domains = tuple(c.domains)
+        return [one(c, rng, rng.choice(domains), self.kind) for _ in range(count)]
+
+    def too_long(self, count: int = 200) -> float:
+        """Share of the first solutions that are longer than a row, and left out.
+
+        Raises:
+          ValueError: all are.
+        """
+        sizes = [len(x.ids) for x in self.made(0, count)]
+        share = float(np.mean(np.array(sizes) > self.c.length))
+        if share == 1:
+            raise ValueError(
+                f"data.length={self.c.length}: solutions have {min(sizes)} to "
+                f"{max(sizes)} tokens"
+            )
+        return share
 
 
 def one(c: Any, rng: random.Random, domain: str, kind: str) -> encoding.Encoded:
@@ -158,6 +188,38 @@ def scores(
                     mine = ends[i] & (batch["segments"][i] == j + 1)
                     found[number] = values[i][mine]
     return found
+
+
+def step_metrics(
+    first_errors: Sequence[int], scores: Sequence[np.ndarray]
+) -> dict[str, float]:
+    """Metrics of the steps up to the first error of each solution, and of its index.
+
+    Args:
+      first_errors: index of each solution's first wrong step; -1: none.
+      scores: of its steps; a solution without any is left out.
+
+    Returns:
+      ``auc``, ``f1_wrong``, ``f1_index``; ``steps``, how many there are, and ``right``,
+      their share of right ones.
+    """
+    labels, flat, first, whole = [], [], [], []
+    for error, p in zip(first_errors, scores):
+        if not len(p):
+            continue
+        last = len(p) if error < 0 else error + 1
+        labels += [int(error < 0 or i < error) for i in range(last)]
+        flat += list(p[:last])
+        first.append(error)
+        whole.append([float(v) for v in p])
+    told = metrics.step_metrics(labels, flat)
+    return {
+        "auc": told["auc"],
+        "f1_wrong": told["f1_wrong"],
+        "f1_index": metrics.error_index_f1(first, whole)["f1"],
+        "steps": len(labels),
+        "right": float(np.mean(labels)),
+    }
 
 
 def check(c: Any) -> None:

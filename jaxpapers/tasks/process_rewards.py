@@ -16,7 +16,6 @@ import numpy as np
 from jaxpapers import mesh as meshes
 from jaxpapers.ops import reasoning, voting
 from jaxpapers.papers import versaprm
-from jaxpapers.papers.versaprm import metrics
 from jaxpapers.study import (
     Data,
     Finding,
@@ -36,15 +35,8 @@ HOW = ("min", "mean", "last")  # Aggregations that are compared.
 
 def abstract(config: Any) -> Data:
     """Shapes of a global training batch."""
-    c = config.data
-    shape = (c.batch, c.length)
-    shapes = {
-        "ids": jax.ShapeDtypeStruct(shape, jnp.int32),
-        "labels": jax.ShapeDtypeStruct(shape, jnp.float32),
-        "segments": jax.ShapeDtypeStruct(shape, jnp.int32),
-    }
     size = -(-len(reasoning.VOCABULARY) // 8) * 8
-    return Data(None, shapes, {"vocab_size": size}, unit="rows")
+    return examples.abstract(config.data, size)
 
 
 def read(config: Any) -> Data:
@@ -56,11 +48,14 @@ def read(config: Any) -> Data:
     c = config.data
     _check(c)
     kind = config.method.objective
+    stream = examples.Stream(c, kind)
+    long = stream.too_long()
+    left = f"; {long:.1%} of them longer than a row, left out" if long else ""
     return abstract(config)._replace(
-        examples=examples.Stream(c, kind),
+        examples=stream,
         work=round(c.examples / c.batch),
         unit="solutions",
-        summary=f"generated solutions of {', '.join(c.domains)}",
+        summary=f"generated solutions of {', '.join(c.domains)}{left}",
     )
 
 
@@ -246,22 +241,14 @@ def _domain(c, problems, scores) -> dict[str, Any]:
     )
     right = {k: (v == truth).astype(float) for k, v in chosen.items()}
     gains = right["accuracy"] - right["majority"]
-    labels, flat, first, firsts = [], [], [], []
-    for s, question in zip(problems, scores):
-        for trace, x in zip(s.traces, question):
-            good = len(x) if trace.first_error < 0 else trace.first_error + 1
-            labels += [max(y, 0) for y in trace.labels[:good]]
-            flat += list(x[:good])
-            first.append(trace.first_error)
-            firsts.append([float(v) for v in x])
-    told = metrics.step_metrics(labels, flat)
-    index = metrics.error_index_f1(first, firsts)
+    told = examples.step_metrics(
+        [t.first_error for s in problems for t in s.traces],
+        [x for question in scores for x in question],
+    )
     numbers = {
         **{k: float(v.mean()) for k, v in right.items()},
         "gain": float(gains.mean()),
-        "auc": told["auc"],
-        "f1_wrong": told["f1_wrong"],
-        "f1_index": index["f1"],
+        **{k: told[k] for k in ("auc", "f1_wrong", "f1_index")},
     }
     questions = [_solutions(s, q, c.how) for s, q in zip(problems, scores)]
     counts = _counts(c.solutions)

@@ -21,7 +21,7 @@ from jaxpapers.data import arrays, process_labels
 from jaxpapers.method import State
 from jaxpapers.ops import reasoning, voting
 from jaxpapers.papers import versaprm
-from jaxpapers.papers.versaprm import encoding, metrics, search
+from jaxpapers.papers.versaprm import encoding, search
 from jaxpapers.study import (
     ONCE,
     Data,
@@ -52,14 +52,7 @@ class Solved(NamedTuple):
 
 def abstract(config: Any) -> Data:
     """Shapes of a global training batch."""
-    c = config.data
-    shape = (c.batch, c.length)
-    shapes = {
-        "ids": jax.ShapeDtypeStruct(shape, jnp.int32),
-        "labels": jax.ShapeDtypeStruct(shape, jnp.float32),
-        "segments": jax.ShapeDtypeStruct(shape, jnp.int32),
-    }
-    return Data(None, shapes, {"vocab_size": c.vocab_size}, unit="rows")
+    return examples.abstract(config.data, config.data.vocab_size)
 
 
 def read(config: Any) -> Data:
@@ -299,22 +292,15 @@ def _measure(config, mesh, tests, predict, params, extra, net) -> Finding:
         flat = np.concatenate([x for q in scores for x in q])
         if not all_finite(flat, "scores of test steps"):
             return Finding({"auc": float("nan")})
-        labels, kept, first, firsts = [], [], [], []
-        for s, question in zip(solved, scores):
-            for x, p in zip(s.solutions, question):
-                good = len(p) if x.first_error < 0 else x.first_error + 1
-                labels += [max(y, 0) for y in x.labels[:good]]
-                kept += list(p[:good])
-                if len(p):
-                    first.append(x.first_error)
-                    firsts.append([float(v) for v in p])
-        told = metrics.step_metrics(labels, kept)
-        index = metrics.error_index_f1(first, firsts)
-        numbers |= {f"auc_{name}": told["auc"], f"f1_index_{name}": index["f1"]}
+        told = examples.step_metrics(
+            [x.first_error for s in solved for x in s.solutions],
+            [x for question in scores for x in question],
+        )
+        numbers |= {f"{k}_{name}": told[k] for k in ("auc", "f1_index")}
         votes = _votes(solved, scores)
         numbers |= {f"{k}_{name}": v for k, v in votes.items()}
         rows.append(
-            (name, len(labels), float(np.mean(labels)), told["auc"], index["f1"],
+            (name, told["steps"], told["right"], told["auc"], told["f1_index"],
              votes["majority"], votes["accuracy"], votes["best_of_n"])
         )  # fmt: skip
     generated = [n for n in tests if n != WRITTEN]

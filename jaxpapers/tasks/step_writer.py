@@ -50,9 +50,8 @@ class Written(NamedTuple):
 
     @property
     def labels(self) -> list[int]:
-        """1 for the steps before the first error, -1 from it on."""
-        good = len(self.steps) if self.first_error < 0 else self.first_error
-        return [1] * good + [-1] * (len(self.steps) - good)
+        """Of the steps, see ``reasoning.labels_of``."""
+        return reasoning.labels_of(self.first_error, len(self.steps))
 
 
 @functools.lru_cache(maxsize=1)

@@ -119,9 +119,12 @@ def test_math_shepherd(tmp_path):
     assert solution == {"steps": ["Step 1: two.", "Step 2: four."], "labels": [1, -1]}
     assert loaded.skipped == {"rows without the tag ки": 1}
     # A question may speak of steps, too; what has no tag is counted.
-    rows = [{"input": x.replace("How many?", "In Step 1 of a game, how many?") + " Done."}
-            | {"label": y.replace("How many?", "In Step 1 of a game, how many?") + " Done."}
-            for x, y in [(given, label)]]  # fmt: skip
+    longer = ("How many?", "In Step 1 of a game, how many?")
+    row = {
+        "input": given.replace(*longer) + " x",
+        "label": label.replace(*longer) + " x",
+    }
+    rows = [row]
     loaded = read(write(tmp_path, rows), "math-shepherd")
     assert loaded.records[0]["question"] == "In Step 1 of a game, how many?"
     assert loaded.skipped == {"texts after the last tag ки": 1}

@@ -90,6 +90,32 @@ def test_gradients_past_a_choice():
     np.testing.assert_allclose(turned @ e, q, atol=1e-5)
 
 
+def test_codes_that_are_never_chosen_stay():
+    def values(e, c):
+        def update(ema, _):
+            return vq.ema_update(ema, e, jnp.zeros(len(e), jnp.int32), 0.5), ()
+
+        return vq.ema_codes(jax.lax.scan(update, vq.ema_start(c), None, 400)[0])
+
+    codes = together(values, X, C)
+    np.testing.assert_allclose(codes[0], X.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(codes[1:], C[1:], rtol=1e-5)
+
+
+def test_the_zero_vector_has_no_direction_and_no_gradient():
+    def values(x):
+        return vq.unit(x), jax.jacobian(lambda y: vq.unit(y)[0])(x)
+
+    value, gradient = together(values, jnp.zeros((1, 3)))
+    assert not np.any(value) and not np.any(gradient)
+    value, gradient = together(values, jnp.array([[3.0, 0.0, 4.0]]))
+    np.testing.assert_allclose(value, [[0.6, 0, 0.8]], rtol=1e-6)
+    u = np.array([0.6, 0, 0.8])
+    np.testing.assert_allclose(
+        gradient[:, 0], (np.eye(3) - np.outer(u, u)) / 5, atol=1e-7
+    )
+
+
 def test_moving_means_of_codes():
     def values(e, c):
         code, _ = vq.nearest(e, c)

@@ -30,6 +30,13 @@ def test_recorded_curves(case):
         assert found == {int(n): x for n, x in curve.items()}, (rule, how)
 
 
+def test_no_step_at_all():
+    scores = jnp.zeros((2, 3, 0))
+    for how in voting.HOW:
+        value = voting.aggregate(scores, jnp.zeros(scores.shape, bool), how)
+        assert value.shape == (2, 3) and not value.any()
+
+
 def test_aggregates_by_hand():
     scores = np.float32([[0.9, 0.2, 0.5, np.nan], [0.3, np.nan, np.nan, np.nan]])
     scores = np.concatenate([scores, np.full((1, 4), np.nan, np.float32)])

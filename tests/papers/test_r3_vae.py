@@ -126,6 +126,82 @@ def test_the_loss_as_in_numpy_and_its_gradient_by_differences():
         )
 
 
+def test_nearest_codes_are_pulled_by_their_residuals_alone():
+    """Codebook and commitment losses, and whose gradient each is (straight-through)."""
+    options = dataclasses.replace(
+        SMALL, quantizer="ste", beta=0.3, sc=0.0, pd=0.0, reference=False
+    )
+    params = drawn(options)
+
+    def values(params, x):
+        def of(params, x):
+            return tokenizer.loss(
+                params, (), {"x": x}, jax.random.key(0), options=options
+            )[0]
+
+        found = tokenizer.quantize(params, (), x, options)
+        return of(params, x), jax.grad(of, (0, 1))(params, x), found
+
+    loss, (grads, of_x), found = together(values, params, X)
+    books, e = params["codebook"].astype(float), X.astype(float)
+    expected, slopes, rest = 0.0, np.zeros_like(books), 0.0
+    for level, book in enumerate(books):
+        code = np.square(e[:, None] - book[None]).sum(-1).argmin(1)
+        np.testing.assert_array_equal(found.sid[:, level], code)
+        gap = e - book[code]
+        expected += 1.3 * np.square(gap).sum(1).mean()
+        np.add.at(slopes[level], code, -2 * gap / len(X))
+        rest = rest + 0.3 * 2 * gap / len(X)
+        e = gap
+    assert loss == pytest.approx(expected + np.square(e).sum(1).mean(), rel=1e-5)
+    np.testing.assert_allclose(grads["codebook"], slopes, atol=1e-5)
+    # The reconstruction is x itself to the gradient, the commitment is not.
+    np.testing.assert_allclose(of_x, rest, atol=1e-5)
+
+
+def test_the_public_implementations_objective():
+    """Cosine loss, cohesion of levels with the first residual, soft centres apart."""
+    options = dataclasses.replace(
+        SMALL, quantizer="top1", loss="cosine", sc_form="levels", pd_form="soft", sc=0.1,
+        pd=0.05,
+    )  # fmt: skip
+    params = drawn(options)
+
+    def values(params, x):
+        loss, (metrics, _) = tokenizer.loss(
+            params, (), {"x": x}, jax.random.key(0), options=options
+        )
+        found = tokenizer.quantize(params, (), x, options)
+        one = tokenizer.loss(
+            params, (), {"x": x[:1]}, jax.random.key(0), options=options
+        )[0]
+        return loss, metrics, found, tokenizer.decode(params, *found[:2], options), one
+
+    loss, metrics, found, y, one = together(values, params, X)
+
+    def cosine(a, b):
+        norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
+        return (a * b).sum(-1) / norms
+
+    error = np.mean(1 - cosine(X, y))
+    parts = np.cumsum(found.parts, 1)
+    sc = np.mean(cosine(found.residuals[:, :1], parts))
+    weights = np.float64(found.weights[:, 0])
+    centres = weights.T @ found.q / np.maximum(weights.sum(0), 1e-12)[:, None]
+    centres = centres[weights.sum(0) > 1e-6]
+    pairs = [
+        np.exp(-options.t * (1 - cosine(a, b)))
+        for i, a in enumerate(centres)
+        for j, b in enumerate(centres)
+        if i != j
+    ]
+    pd = np.log(np.mean(pairs))
+    assert metrics["sc"] == pytest.approx(sc, rel=1e-4)
+    assert metrics["pd"] == pytest.approx(pd, rel=1e-4)
+    assert loss == pytest.approx(error - 0.1 * sc + 0.05 * pd, rel=1e-4)
+    assert np.isfinite(one)  # One first code: no pair of centres.
+
+
 NAMES = ["soft", "top1", "mp", "ste", "rotation", "gumbel", "ema", "simvq", "fsq"]
 
 
@@ -262,6 +338,12 @@ def test_files_and_report(tmp_path):
     (tmp_path / "bad.json").write_text('{"sizes": [2], "table": [[0], [5]]}')
     with pytest.raises(ValueError, match=r"rows \[1\]"):
         sids.SIDs.load(tmp_path / "bad.json")
+    for bad in ('{"sizes": [2.5], "table": [[0]]}', '{"sizes": [2], "table": [[0.9]]}'):
+        (tmp_path / "bad.json").write_text(bad)
+        with pytest.raises(ValueError, match="expected whole numbers"):
+            sids.SIDs.load(tmp_path / "bad.json")
+    with pytest.raises(ValueError, match="expected SIDs"):
+        sids.resolve([0, 1], 4)
     numbers = r3_vae.diagnose(sid, 4, RNG.normal(size=(20, 3)), np.eye(4)[sid[:, 0]])
     # Vectors of the first code alone: groups by it are one direction.
     assert numbers["sc_1"] == pytest.approx(1) and numbers["sc"] == pytest.approx(1)

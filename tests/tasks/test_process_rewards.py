@@ -86,3 +86,30 @@ def test_untrained_numbers_by_counting():
 def test_refused(field, value, message):
     with pytest.raises(ValueError, match=message):
         tasks.read(smoke(**{field: value}))
+
+
+def test_solutions_longer_than_a_row_are_counted_or_refused():
+    assert "left out" not in tasks.read(smoke()).summary
+    assert (
+        "% of them longer than a row, left out"
+        in tasks.read(smoke(data__length=60)).summary
+    )
+    with pytest.raises(ValueError, match="data.length=8: solutions have"):
+        tasks.read(smoke(data__length=8))
+
+
+def test_words_are_labelled_by_whether_the_step_is_right_so_far():
+    words = [["1", "plus", "2", reasoning.STEP]]
+    row = process_examples.sequence(["x"], words, [-1], 0, 2)
+    assert row.labels.tolist() == [-100, 1, 1, 0, 0]
+    row = process_examples.sequence(["x"], words, [-1], 1, 2)
+    assert row.labels.tolist() == [-100, -100, -100, -100, 0]
+
+
+def test_metrics_stop_at_the_first_error():
+    told = process_examples.step_metrics(
+        [1, -1, 0],
+        [np.array([0.9, 0.2, 0.9]), np.array([0.8, 0.7]), np.zeros(0)],
+    )
+    assert told["steps"] == 4 and told["right"] == 0.75
+    assert told["auc"] == 1 and told["f1_index"] == 1

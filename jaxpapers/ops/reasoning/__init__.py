@@ -28,6 +28,7 @@ from jaxpapers.ops.reasoning.solver import (
     Trace,
     advance,
     corrupt,
+    labels_of,
     solve,
     start,
 )
@@ -36,5 +37,5 @@ from jaxpapers.ops.reasoning.verifier import first_error, parse_step
 __all__ = [
     "DOMAINS", "ERRORS", "MATH", "PAD", "QUESTION", "STEP", "VOCABULARY", "Domain",
     "Position", "Problem", "Trace", "advance", "corrupt", "first_error", "ids",
-    "parse_step", "problem", "result", "solve", "start", "text", "words",
+    "labels_of", "parse_step", "problem", "result", "solve", "start", "text", "words",
 ]  # fmt: skip

@@ -50,9 +50,14 @@ class Trace(NamedTuple):
 
     @property
     def labels(self) -> list[int]:
-        """1 for the steps before the first error, -1 from it on, as the paper has it."""
-        good = len(self.steps) if self.first_error < 0 else self.first_error
-        return [1] * good + [-1] * (len(self.steps) - good)
+        """Of the steps, see ``labels_of``."""
+        return labels_of(self.first_error, len(self.steps))
+
+
+def labels_of(first_error: int, count: int) -> list[int]:
+    """1 for the steps before the first error, -1 from it on, as the paper has it."""
+    good = count if first_error < 0 else first_error
+    return [1] * good + [-1] * (count - good)
 
 
 def start(problem: Problem) -> Position:

@@ -131,7 +131,7 @@ class Retrieval:
       collision_codes: items of one SID at most, with ``token``.
       restarts: of k-means.
       beam: SIDs kept by the search.
-      top: items that are recommended.
+      top: items that every search has to find; the beam holds at least as many.
       exclude_seen: whether items that a user has had are never found.
 
     Raises:

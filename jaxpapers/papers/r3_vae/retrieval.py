@@ -152,7 +152,7 @@ def loss(
 ) -> tuple[Float[Array, ""], tuple[dict[str, Array], dict]]:
     """Mean cross-entropy of the codes of all items of a batch, each given those before.
 
-    The weight of a step is the number of its codes.
+    The weight of a step is the number of its items.
 
     Args:
       params: of ``init``.
@@ -163,7 +163,7 @@ def loss(
       sizes: codes of each place.
 
     Returns:
-      Nats per code; ``accuracy_free`` metrics: ``nats_per_item``, ``weight``; extra.
+      Nats per code; metrics ``nats_per_item`` and ``weight``; extra.
     """
     del key
     items = batch["items"]

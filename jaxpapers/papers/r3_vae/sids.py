@@ -73,11 +73,14 @@ class SIDs(NamedTuple):
         if not isinstance(content, dict) or set(content) != {"sizes", "table"}:
             raise ValueError(f"{path}: expected JSON with sizes and table")
         try:
-            table = np.array(content["table"], np.int32)
-            sizes = tuple(int(x) for x in content["sizes"])
+            table, sizes = _whole(content["table"]), _whole(content["sizes"])
         except (TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"{path}: expected whole numbers: {error}") from None
-        sids = cls(table, sizes)
+        if sizes.ndim != 1:
+            raise ValueError(
+                f"{path}: expected a list of sizes, got {content['sizes']}"
+            )
+        sids = cls(table, tuple(sizes.tolist()))
         sids.check()
         return sids
 
@@ -91,6 +94,15 @@ class SIDs(NamedTuple):
         if not self.table.size or bad.any():
             rows = np.flatnonzero(bad.any(1))[:10].tolist()
             raise ValueError(f"codes out of {self.sizes} in rows {rows}")
+
+
+def _whole(values: Any) -> np.ndarray:
+    """Whole numbers as int32; ValueError for others."""
+    given = np.asarray(values)
+    whole = given.astype(np.int32)
+    if (whole != given).any():
+        raise ValueError(f"got {given[whole != given][:4].tolist()}")
+    return whole
 
 
 def resolve(
@@ -118,7 +130,9 @@ def resolve(
       ValueError: an unknown policy; a group above ``limit``; a prefix without free codes;
         codes out of range.
     """
-    sid = np.asarray(sid, np.int32)
+    sid = _whole(sid)
+    if sid.ndim != 2:
+        raise ValueError(f"expected SIDs (N, L), got {sid.shape}")
     sizes = (codes,) * sid.shape[1]
     SIDs(sid, sizes).check()
     if policy not in POLICIES:

@@ -111,7 +111,9 @@ def revive(state: State, x: Any, options: Tokenizer, key: Any) -> tuple[State, i
     for level in range(options.levels):
         counts = np.bincount(found.sid[:, level], minlength=options.codes)
         dead[level] = counts == 0
-        rows = rng.choice(len(found.sid), dead[level].sum(), replace=True)
+        # Two codes of one place would tie, and the second stay dead.
+        count, n = int(dead[level].sum()), len(found.sid)
+        rows = rng.choice(n, count, replace=count > n)
         codes[level, dead[level]] = found.residuals[rows, level]
     params, extra = dict(state.params), state.extra
     if options.quantizer == "ema":

@@ -313,7 +313,10 @@ def _discrimination(params, extra, quantized, options):
         first = quantized.weights[:, 0]
         centres = measures.soft_centres(quantized.q, first)
         present = lax.stop_gradient(first.sum(0)) > 1e-6
-        return measures.discrimination(centres, options.t, present=present)
+        # Of one centre there is no pair: every code counts, and the result does not.
+        some = present.sum() > 1
+        pd = measures.discrimination(centres, options.t, present=present | ~some)
+        return jnp.where(some, pd, 0)
     books = codebooks(params, extra, options)
     each = [measures.discrimination(book, options.t) for book in books]
     return jnp.stack(each).mean()

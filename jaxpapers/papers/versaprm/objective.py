@@ -102,6 +102,7 @@ def _next_token(logits, batch, counted):
     """Cross-entropy of the tokens that count, each from the one before it."""
     ids, segments = batch["ids"], batch["segments"]
     logits, following = logits[:, :-1], ids[:, 1:]
+    # Not by index: a head that is split over the vocabulary stays so.
     targets = jax.nn.one_hot(following, logits.shape[-1], dtype=logits.dtype)
     nats = optax.softmax_cross_entropy(logits, targets)
     within = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
