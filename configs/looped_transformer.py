@@ -83,8 +83,11 @@ def get_config(preset: str | None = None) -> ConfigDict:
         }
     )
     if preset == "copy":
-        config.data.update(problem="copy", length=8)
+        # A length of 5 is not learned at once, unlike parity's, and needs a lower rate.
+        config.data.update(problem="copy", length=8, first=1)
         config.net.layers = 2
+        config.optim.update(lr=5e-4, hold=3000)
+        config.train.update(steps=4000, eval_every=1000)
     elif preset in SCALED:
         problem = preset.removesuffix("-20")
         layers = algorithmic.DEPTHS[problem]
