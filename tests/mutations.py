@@ -652,6 +652,15 @@ GPPSTD = [
 ]
 
 R3_VAE = [
+    # Commitment moves the residual, not the code.
+    (
+        "jaxpapers/papers/r3_vae/tokenizer.py",
+        'penalty = options.beta * commit + (0 if options.quantizer == "ema" else book)',
+        'penalty = commit + (0 if options.quantizer == "ema" else options.beta * book)',
+        [
+            "tests/papers/test_r3_vae.py::test_nearest_codes_are_pulled_by_their_residuals_alone"
+        ],
+    ),
     # What is left is orthogonal to the reference.
     (
         "jaxpapers/ops/vector_quantization.py",
@@ -719,6 +728,22 @@ VERSAPRM = [
         "_sorted([next(every) for _ in range(width)], options)[0]",
         "_sorted([next(every) for _ in range(width)], options)[-1]",
         ["tests/papers/test_versaprm_search.py::test_trees_of_dvts_do_not_compete"],
+    ),
+    # The bound of tree search has a root.
+    (
+        "jaxpapers/papers/versaprm/search.py",
+        "options.explore * math.sqrt(log / c.visits)",
+        "options.explore * (log / c.visits)",
+        [
+            "tests/papers/test_versaprm_search.py::test_the_bound_weighs_value_against_visits"
+        ],
+    ),
+    # The next token is learned of right steps alone.
+    (
+        "jaxpapers/papers/versaprm/objective.py",
+        "net.logits(decoder, hidden), batch, labels > 0.5)",
+        "net.logits(decoder, hidden), batch, labels > -0.5)",
+        ["tests/papers/test_versaprm.py::test_next_tokens_of_right_steps_are_learned"],
     ),
 ]
 

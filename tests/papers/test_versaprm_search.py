@@ -115,19 +115,33 @@ def test_mcts_by_hand():
     assert script.drawn == 6 and script.sizes == {(2, 2)}
 
 
-def test_mcts_explores_as_the_bound_says():
-    """Visits pull the search away from the best value."""
-    values = {(1,): 0.5, (2,): 0.45}
+def leaf(value, visits, parent=None):
+    node = search._Node((0,), (value,), parent)
+    node.visits = visits
+    return node
 
-    def value(path):
-        return values.get(path[:1], 0.5) if len(path) == 1 else 0.1
 
-    for explore, expected in ((0.0, (2,)), (2**0.5, (2,)), (0.02, (2,))):
-        script = Script([1, 2], 3, value)
-        options = Tree(iterations=2, depth=3, explore=explore)
-        found = search.mcts(script.extend, script.score, options)
-        # After a rollout below 1 its value is 0.1: 2, with 0.45, is next in all cases.
-        assert expected in {x.path[:1] for x in found}
+@pytest.mark.parametrize(
+    # log 9 = 2.20: the better child of 4 visits against the one of 2 visits, by
+    # 0.6 + 0.741 c and 0.5 + 1.048 c: they are equal at c = 0.326.
+    ("explore", "expected"),
+    [(0.0, 0), (0.25, 0), (0.4, 1), (2**0.5, 1)],
+)
+def test_the_bound_weighs_value_against_visits(explore, expected):
+    root = search._Node((), (), None)
+    root.visits = 9
+    root.children = [leaf(0.6, 4, root), leaf(0.5, 2, root)]
+    found = search._select(root, Tree(depth=3, explore=explore))
+    assert found is root.children[expected]
+
+
+def test_ancestors_have_the_visits_and_the_best_value_of_what_is_below():
+    root = search._Node((), (), None)
+    node = leaf(0.5, 1, root)
+    root.children, node.children = [node, leaf(0.4, 1)], [leaf(0.2, 1), leaf(0.3, 1)]
+    search._back_up(node, 2)
+    assert (node.visits, node.value) == (3, 0.3)
+    assert (root.visits, root.value) == (3, 0.4)
 
 
 def test_exhaustive_tree_finds_the_best_path():
