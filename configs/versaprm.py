@@ -86,25 +86,20 @@ def get_config(preset: str | None = None) -> ConfigDict:
     )
     if preset == "paper":
         config.data.update(
-            batch=32, length=750, examples=64, solutions=128, label_last_n=1,
+            batch=32, length=750, examples=32, solutions=128, label_last_n=1,
             domains=tuple(reasoning.DOMAINS),
         )  # fmt: skip
         config.net.update(
             width=4096, layers=32, heads=32, kv_heads=8, hidden=14336, unroll=1,
             rope_theta=500_000.0, epsilon=1e-5, dtype="bfloat16", remat=True,
-            lora_rank=16, lora_alpha=32.0,
+            lora_rank=16, lora_alpha=32.0, lora_dropout=0.1,
         )  # fmt: skip
         config.method.language = 0.0
         config.base.steps = 0
         config.optim.update(
-            name="adamw",
-            lr=1e-4,
-            b2=0.999,
-            schedule="trapezoid",
-            warmup=0.1,
-            cooldown=0.9,
+            name="adamw", lr=1e-4, b2=0.999, schedule="cosine", warmup=0.1, cooldown=0.0
         )
-        config.train.update(steps=2628)  # An epoch of 84,100 solutions.
+        config.train.update(steps=2628)  # 84,096 solutions, an epoch of the paper's.
     elif preset == "smollm2":
         _smollm2(config)
     elif preset == "smoke":

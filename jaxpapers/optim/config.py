@@ -34,7 +34,7 @@ class Options:
       weight_decay: decoupled for adamw and the matrix optimizers; for the others added
         to the (clipped) gradient, as PyTorch does.
       schedule: one of ``SCHEDULES``, see ``schedule``.
-      warmup: trapezoid: share of the run.
+      warmup: trapezoid, cosine: share of the run in which the rate rises.
       cooldown: trapezoid: share of the run.
       hold: cosine: steps at the full rate before the cosine begins.
       drop_at: drop: steps after which the rate is multiplied by ``drop_by``.
@@ -199,9 +199,9 @@ def unclipped(
 def schedule(o: Options, steps: int, lr: float | None = None) -> optax.ScalarOrSchedule:
     """Learning rate of the options.
 
-    constant; cosine: half a cosine to 0 over the run, or over what ``hold`` steps leave
-    of it; drop: multiplied by ``drop_by`` at ``drop_at``, at ``milestones`` or every
-    ``drop_every`` steps; trapezoid: see ``trapezoid``.
+    constant; cosine: half a cosine to 0 over the run, or over what ``warmup`` and
+    ``hold`` leave of it; drop: multiplied by ``drop_by`` at ``drop_at``, at
+    ``milestones`` or every ``drop_every`` steps; trapezoid: see ``trapezoid``.
 
     Args:
       o: see ``Options``.
@@ -209,12 +209,12 @@ def schedule(o: Options, steps: int, lr: float | None = None) -> optax.ScalarOrS
       lr: instead of ``o.lr``.
 
     Raises:
-      ValueError: ``hold`` leaves no step for the cosine, or two milestones of a short
+      ValueError: no step is left for the cosine, or two milestones of a short
         run are the same step.
     """
     lr = o.lr if lr is None else lr
     if o.schedule == "cosine":
-        return hold_cosine(lr, steps, o.hold)
+        return hold_cosine(lr, steps, o.hold, o.warmup)
     if o.schedule == "trapezoid":
         return trapezoid(lr, steps, o.warmup, o.cooldown)
     if o.schedule == "drop" and o.drop_every:
@@ -230,29 +230,35 @@ def schedule(o: Options, steps: int, lr: float | None = None) -> optax.ScalarOrS
     return lr
 
 
-def hold_cosine(peak: float, steps: int, hold: int = 0) -> optax.Schedule:
-    """Constant rate, then half a cosine to 0.
+def hold_cosine(
+    peak: float, steps: int, hold: int = 0, warmup: float = 0.0
+) -> optax.Schedule:
+    """Linear warm-up, constant rate, then half a cosine to 0.
 
     Args:
-      peak: learning rate of the first ``hold`` steps.
+      peak: learning rate between the two.
       steps: of the run.
-      hold: steps before the cosine begins, such as those of a curriculum.
+      hold: steps at that rate before the cosine begins, such as those of a curriculum.
+      warmup: share of the steps.
 
     Raises:
-      ValueError: ``hold`` leaves no step for the cosine.
+      ValueError: no step is left for the cosine.
     """
-    if not hold:
+    rise = int(warmup * steps)
+    if not hold + rise:
         return optax.cosine_decay_schedule(peak, steps)
-    if hold >= steps:
+    if hold + rise >= steps:
         raise ValueError(
-            f"optim.hold must be less than the steps of the run, got {hold} of {steps}"
+            "optim.hold and optim.warmup must leave a step for the cosine, got "
+            f"{hold} + {rise} of {steps}"
         )
     return optax.join_schedules(
         [
+            optax.linear_schedule(peak / max(rise, 1), peak, max(rise - 1, 1)),
             optax.constant_schedule(peak),
-            optax.cosine_decay_schedule(peak, steps - hold),
+            optax.cosine_decay_schedule(peak, steps - hold - rise),
         ],
-        [hold],
+        [rise, rise + hold],
     )
 
 

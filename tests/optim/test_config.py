@@ -141,12 +141,17 @@ def test_schedules():
     np.testing.assert_allclose(
         held[5:], (1 + np.cos(np.pi * steps[:15] / 15)) / 2, atol=1e-6
     )
+    rising = rates(schedule="cosine", warmup=0.2, hold=1, lr=1.0)
+    np.testing.assert_allclose(rising[:5], [0.25, 0.5, 0.75, 1, 1], atol=1e-6)
+    np.testing.assert_allclose(
+        rising[5:], (1 + np.cos(np.pi * steps[:15] / 15)) / 2, atol=1e-6
+    )
     assert schedule(read(config()), 20) == 0.1
 
 
 def test_schedules_that_do_not_fit_the_run():
     with pytest.raises(
-        ValueError, match="less than the steps of the run, got 20 of 20"
+        ValueError, match=r"leave a step for the cosine, got 20 \+ 0 of 20"
     ):
         rates(schedule="cosine", hold=20)
     with pytest.raises(ValueError, match="the rate drops once at a step"):

@@ -259,6 +259,22 @@ def test_next_tokens_of_right_steps_are_learned():
     assert both == pytest.approx(float(process + 0.5 * language), rel=1e-6)
 
 
+def test_adapters_drop_inputs_in_training_alone():
+    net = dataclasses.replace(NET, lora_rank=2, lora_dropout=0.5)
+    batch = encoding.fill(some_rows(4), [[0, 1], [2, 3]], 32)
+
+    def compute(params):
+        b = jax.tree.map(jnp.asarray, batch)
+        keys = [None, jax.random.key(1), jax.random.key(1), jax.random.key(2)]
+        return [versaprm.loss(params, b, key, net=net)[0] for key in keys]
+
+    plain, one, again, other = together(compute, params_of(net))
+    assert one == again and len({float(plain), float(one), float(other)}) == 3
+    for fields in ({"lora_dropout": 0.1}, {"lora_rank": 2, "lora_dropout": 1.0}):
+        with pytest.raises(ValueError, match="net.lora_dropout is a share below 1"):
+            dataclasses.replace(NET, **fields)
+
+
 def test_packed_sequences_do_not_see_each_other():
     """Scores and loss of several sequences in a row are those of a row each."""
     rows = some_rows(6)

@@ -44,6 +44,7 @@ class Net:
       dtype: of activations: ``float32`` or ``bfloat16``; losses are float32.
       lora_rank: of adapters on all linear layers, all else frozen; 0: none.
       lora_alpha: adapters are scaled by this over the rank.
+      lora_dropout: share of the adapters' inputs that a training step drops.
     """
 
     vocab_size: int
@@ -65,6 +66,7 @@ class Net:
     dtype: str = "float32"
     lora_rank: int = 0
     lora_alpha: float = 32.0
+    lora_dropout: float = 0.0
 
     def __post_init__(self):
         options.check_choices(
@@ -75,6 +77,11 @@ class Net:
             lora_rank=0, plus=0, minus=0, separator=0,
         )  # fmt: skip
         options.check_positive(self, "net", "lora_alpha")
+        if not 0 <= self.lora_dropout < 1 or self.lora_dropout and not self.lora_rank:
+            raise ValueError(
+                "net.lora_dropout is a share below 1 of the inputs of adapters, which "
+                f"net.lora_rank has; got {self.lora_dropout} and {self.lora_rank}"
+            )
         tokens = {"plus": self.plus, "minus": self.minus, "separator": self.separator}
         for name, token in tokens.items():
             if token >= self.vocab_size:

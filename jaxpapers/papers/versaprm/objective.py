@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
+from jaxpapers.nets.lora import lora_dropout
 from jaxpapers.ops.means import weighted_mean
 from jaxpapers.papers.versaprm.network import Net, all_logits, states, two_logits
 
@@ -63,12 +64,14 @@ def loss(
       params: of ``init``.
       batch: ``ids`` int32, ``labels`` float32 or int32 and ``segments`` int32, each
         (B, L); see ``encoding.pack``.
-      key: unused, the model has no noise.
+      key: of the adapters' dropout; None: none.
       net: the network.
       language: weight of the next token's cross-entropy beside it, over tokens that a
         label calls right. 0, the paper's: no logits of the vocabulary are formed.
     """
-    del key
+    if key is not None and net.lora_dropout:
+        dropped = lora_dropout(key, params["lora"], net.lora_dropout)
+        params = {**params, "lora": dropped}
     hidden, decoder = states(params, batch["ids"], batch["segments"], net)
     labels = batch["labels"]
     value, metrics = two_way_loss(two_logits(params, decoder, hidden, net), labels)
