@@ -4,6 +4,8 @@
     python benchmarks/semantic_ids.py            minutes on two cores
     python benchmarks/semantic_ids.py --once     one repetition, clustered points only
     python benchmarks/semantic_ids.py --quick    a tenth of the points, nothing written
+    python benchmarks/semantic_ids.py --correlate FILE    rank correlations with recall,
+        over the tokenizers and seeds of a comparison.json, or of results/r3_vae.json
 
 100,000 points of 384 features and 256 clusters, one thread each, the same process, in
 turn: k-means++ and 25 iterations of Lloyd at most, no tolerance. ``clustered`` points lie
@@ -32,6 +34,7 @@ for name in ("OMP", "OPENBLAS", "MKL"):
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
+from scipy import stats  # noqa: E402
 from sklearn.cluster import KMeans  # noqa: E402
 from timing import header, measure  # noqa: E402
 
@@ -118,8 +121,22 @@ def search() -> dict:
     }
 
 
+def correlate(path: str) -> None:
+    """Prints Spearman's correlation of the metrics of SIDs with recall@10."""
+    rows = json.loads(Path(path).read_text())["rows"]
+    points = [x for r in rows for x in r["numbers"] if "sc_x_1" in x]
+    recall = [x["recall_10"] for x in points]
+    told = {}
+    for name in ("sc_x_1", "pd", "unique"):
+        rho, p = stats.spearmanr([x[name] for x in points], recall)
+        told[name] = {"spearman": round(float(rho), 3), "p": round(float(p), 4)}
+    print(json.dumps({"points": len(points), **told}, indent=1))
+
+
 def main() -> None:
     """Measures, prints and writes."""
+    if "--correlate" in sys.argv:
+        return correlate(sys.argv[sys.argv.index("--correlate") + 1])
     quick, once = ("--quick" in sys.argv), ("--once" in sys.argv)
     n = 10_000 if quick else 100_000
     command = " ".join(["python benchmarks/semantic_ids.py", *sys.argv[1:]])
