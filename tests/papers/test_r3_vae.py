@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxpapers import mesh as meshes
+from jaxpapers import run, tasks
 from jaxpapers.ops import trie as tries
 from jaxpapers.papers import r3_vae
 from jaxpapers.papers.r3_vae import retrieval, sids, starts, tokenizer
@@ -445,3 +447,18 @@ def test_what_is_refused():
         )  # fmt: skip
     with pytest.raises(ValueError, match="needs a trained tokenizer"):
         starts.assign(None, X, SMALL, r3_vae.Retrieval())
+
+
+@pytest.mark.parametrize("source", ["item", "random"])
+def test_rows_that_train_no_tokenizer_are_laid_out_on_a_mesh(source):
+    """Every sharding rule has a leaf, with a head of its own and without."""
+    arguments = [
+        f"--config.method.source={source}",
+        f"--config.net.tied={source == 'item'}",
+    ]
+    config = run.load_config("r3_vae:smoke", arguments)
+    data = tasks.abstract(config)
+    method = r3_vae.make(config, **data.facts)
+    with jax.set_mesh(grid("4x2")):
+        shapes = jax.eval_shape(method.init, jax.random.key(0), data.shapes)
+        meshes.state_shardings(shapes, method.rules, grid("4x2"))

@@ -139,7 +139,7 @@ def make(config: Any, *, items: int, features: int) -> Method:
         functools.partial(retrieval.loss, **bound),
         tx,
         predict=functools.partial(retrieval.predict, **bound),
-        rules=retrieval.RULES,
+        rules=retrieval.rules(net),
         accumulate=config.train.accumulate,
         init_extra=init_extra,
     )._replace(

@@ -19,8 +19,12 @@ from jaxpapers.nets import transformer
 from jaxpapers.ops import trie as tries
 from jaxpapers.papers.r3_vae.options import Net
 
-RULES = (*transformer.RULES,)
 NONE = -1
+
+
+def rules(net: Net) -> list[tuple[str, Any]]:
+    """Sharding rules of the network's parameters."""
+    return [r for r in transformer.RULES if not (net.tied and r[0].startswith("head"))]
 
 
 def network(net: Net, sizes: Sequence[int]) -> transformer.Transformer:
