@@ -162,18 +162,17 @@ def study(name: str, config: Any, data: Data, mesh: Any) -> Study:
 
 def _variants(config: Any) -> dict[str, dict]:
     """Label -> fields of the other trained rows."""
-    rated = {"tokenizer.quantizer": "soft", "tokenizer.tau": 0.05}
-    width = min(32, config.tokenizer.features)
-    between = 4 * width
-    rq_vae = {
-        "tokenizer.quantizer": "ste", "tokenizer.reference": False,
-        "tokenizer.encoder": (between, width), "tokenizer.decoder": (between,),
-        "tokenizer.sc": 0.0, "tokenizer.pd": 0.0,
-        "pretrain.optim.lr": 1e-3,
-    }  # fmt: skip
+    # Tokenizers are trained by the group ``pretrain`` here.
+    alone = {
+        label: {
+            f"pretrain.{k}" if k.startswith("optim.") else k: v
+            for k, v in fields.items()
+        }
+        for label, fields in tokenizers.variants(config).items()
+    }
     known = {
-        "R3-VAE, soft tau .05": rated,
-        "RQ-VAE": rq_vae,
+        "R3-VAE, soft tau .05": alone["R3-VAE soft tau .05"],
+        "RQ-VAE": alone["RQ-VAE"],
         "RQ-KMeans": {"method.source": "rq_kmeans"},
         "RQ-KMeans, balanced": {"method.source": "rq_kmeans_balanced"},
         "PQ-KMeans": {"method.source": "pq_kmeans"},
