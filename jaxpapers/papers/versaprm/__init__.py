@@ -21,8 +21,10 @@ Departures. Steps are stripped in training too: the authors' code strips them in
 evaluation only, where a step that ends in a space then has no score. Beam search ranks
 by the aggregate, theirs by the list of step scores (``legacy_sort``). AUC is that of
 probabilities; theirs takes a softmax over all logits of the file. Added: soft labels, a
-head of two classes, labels of the last step only, DVTS, the first wrong step as a metric,
-and the next token's loss beside the process loss, for small models without pretraining.
+head of two classes, labels of the last step only, DVTS, the first wrong step as a metric.
+For small models without pretraining: the next token's loss beside the process loss, and
+labels of all words of a generated step, whether it is right up to there (the paper labels
+the separator alone).
 """
 
 import functools
