@@ -54,7 +54,8 @@ def get_config(preset: str | None = None) -> ConfigDict:
                 "error": 0.34,  # chance that the solver errs in a step
                 "habit": 0.5,  # share of errors that a problem always provokes
                 "errors": reasoning.ERRORS,  # their types
-                "label_last_n": 0,  # labelled words of a step; 0: each, if right so far; paper: 1
+                "label_last_n": 0,  # labelled words of a step; the paper: 1
+                # 0: all words, each by whether the step is right up to there
                 "length": 128,  # tokens of a row, in which several solutions are
                 "batch": 16,  # rows
                 "examples": 34,  # solutions that are put into them
