@@ -1,6 +1,6 @@
 """Process reward models of several domains on solutions with exact labels.
 
-    jaxpapers run versaprm           multi-domain and math-only models, seconds of search
+    jaxpapers run versaprm           multi-domain and math-only models, 20 minutes each
     jaxpapers run versaprm:smollm2   SmolLM2-135M (fetched once, 98 MB) tuned by adapters
         on generated solutions in text and on its own; --config.data.path=FILE adds those
         of a file, of the form --config.data.kind (pip install 'jaxpapers[language]')
@@ -72,17 +72,17 @@ def get_config(preset: str | None = None) -> ConfigDict:
                 "objective": "process",  # language: the base model
                 "language": 1.0,  # weight of the next token's loss; the paper: 0
             },
-            "base": {"steps": 1500, "lr": 0.02},  # language model that both start from
+            "base": {"steps": 0, "lr": 0.02},  # language model that both start from
             "optim": {
                 "name": "muon",  # of AdamW's steps it takes half as many
-                "lr": 0.01,
+                "lr": 0.02,
                 "weight_decay": 0.01,
                 "clip": 1.0,
                 "schedule": "trapezoid",
                 "warmup": 0.05,
                 "cooldown": 0.5,
             },
-            "train": blocks.train(500),
+            "train": blocks.train(4000),
         }
     )
     if preset == "paper":
@@ -96,7 +96,6 @@ def get_config(preset: str | None = None) -> ConfigDict:
             lora_rank=16, lora_alpha=32.0, lora_dropout=0.1,
         )  # fmt: skip
         config.method.language = 0.0
-        config.base.steps = 0
         config.optim.update(
             name="adamw", lr=1e-4, b2=0.999, schedule="cosine", warmup=0.1, cooldown=0.0
         )
@@ -110,7 +109,6 @@ def get_config(preset: str | None = None) -> ConfigDict:
             search_questions=1,
         )  # fmt: skip
         config.net.update(width=32, heads=2, layers=2, unroll=2)
-        config.base.steps = 0
         config.train.update(steps=20, alone=True)
     return config.lock()
 
