@@ -38,7 +38,7 @@ OUT = Path(__file__).parent / "results" / "process_rewards.json"
 LR, DECAY = 1e-4, 0.01
 # Name -> width, layers, heads, hidden, vocabulary, rows, length, repetitions.
 SIZES = {
-    "default preset": (64, 3, 4, 192, 200, 32, 80, 9),
+    "width 64, 200 words": (64, 3, 4, 192, 200, 32, 80, 9),
     "width 256, 32k words": (256, 4, 8, 704, 32_000, 4, 128, 5),
 }
 
