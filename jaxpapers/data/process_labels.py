@@ -90,7 +90,14 @@ def read(
             record = parse(row, names, skip)
         except ValueError as error:
             raise ValueError(f"{path}, row {number}: {error}") from None
-        if record is not None:
+        if record is None:
+            continue
+        solutions = record["chain_of_thoughts"]
+        whole = [x for x in solutions if all(step.strip() for step in x["steps"])]
+        for _ in range(len(solutions) - len(whole)):
+            skip("solutions with an empty step")
+        if whole:
+            record["chain_of_thoughts"] = whole
             records.append({"id": str(number), "category": "", **record})
     if not records:
         raise ValueError(

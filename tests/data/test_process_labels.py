@@ -182,6 +182,23 @@ def test_refused(tmp_path, kind, row, message):
         read(write(tmp_path, [row]), kind)
 
 
+@pytest.mark.parametrize(
+    ("kind", "row"),
+    [
+        ("nested", {"question": "q", "steps": ["a", " "], "labels": [1, -1]}),
+        ("trl", {"prompt": "q", "completions": ["a", ""], "labels": [True, False]}),
+        ("processbench", {"problem": "q", "steps": ["", "b"], "label": -1}),
+    ],
+)
+def test_solutions_with_an_empty_step_are_left_out(tmp_path, kind, row):
+    """They have no place for a label, and would end a run."""
+    steps = "completions" if kind == "trl" else "steps"
+    good = {**row, steps: [x.strip() or "c" for x in row[steps]]}
+    loaded = read(write(tmp_path, [row, good]), kind)
+    assert len(loaded.records) == 1
+    assert loaded.skipped == {"solutions with an empty step": 1}
+
+
 def test_broken_files(tmp_path):
     path = tmp_path / "x.jsonl"
     for text in ('{"question": ', "[" * 100_000, '[{"question"', "nonsense"):
