@@ -228,6 +228,47 @@ def gguf_config(metadata: Mapping[str, Any], shapes: Mapping[str, Any]) -> dict:
     }
 
 
+ROPE_FACTORS = "rope_freqs.weight"
+"""What GGUF files of Llama 3.1 and later divide the rotary frequencies by."""
+_LLAMA3 = Scaling(kind="llama3", factor=1.0)
+
+
+def gguf_scaling(factors: np.ndarray, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The ``rope_scaling`` of a config that these factors amount to.
+
+    The file has the factors alone. They are Llama 3's if its interpolation, between the
+    wavelengths that all of its models have, gives them.
+
+    Args:
+      factors: (head_dim / 2,).
+      config: with ``head_dim`` and ``rope_theta``.
+
+    Raises:
+      ValueError: another number of factors, or those of another scaling.
+    """
+    half = (config.get("head_dim") or 0) // 2
+    own, factor = _LLAMA3, float(np.max(factors, initial=0.0))
+    frequency = config["rope_theta"] ** (-np.arange(half) / max(half, 1))
+    waves = own.trained * frequency / (2 * np.pi)
+    kept = np.clip((waves - own.low) / (own.high - own.low), 0, 1)
+    if (
+        factors.shape != (half,)
+        or factor <= 0
+        or not np.allclose(factors, 1 / (kept + (1 - kept) / factor), rtol=1e-3)
+    ):
+        raise ValueError(
+            f"{ROPE_FACTORS}: expected {half} factors of Llama 3's scaling, a context "
+            f"of {own.trained}; got {factors.shape} from {factors[:3]} to {factors[-3:]}"
+        )
+    return {
+        "rope_type": own.kind,
+        "factor": factor,
+        "low_freq_factor": own.low,
+        "high_freq_factor": own.high,
+        "original_max_position_embeddings": own.trained,
+    }
+
+
 def gguf_name(name: str) -> str:
     """The name in a GGUF file of a tensor of transformers.
 

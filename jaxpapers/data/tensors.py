@@ -131,6 +131,10 @@ class GgufModel:
         shapes = self._gguf.shapes()
         with about(self.path):
             self.config = decoders.gguf_config(self._gguf.metadata, shapes)
+            if decoders.ROPE_FACTORS in shapes:
+                factors = self._gguf.read(decoders.ROPE_FACTORS).ravel()
+                scaling = decoders.gguf_scaling(factors, self.config)
+                self.config["rope_scaling"] = scaling
             net = decoders.fields(self.config)
         ours = {
             leaf.name.format(i=i)
@@ -144,10 +148,14 @@ class GgufModel:
             self._heads = {}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of each tensor; those that transformers lacks keep their names."""
+        """Shape of each tensor; those that transformers lacks keep their names.
+
+        The factors of frequencies are none: they are in ``config``.
+        """
         return {
             self._names.get(name, name): shape
             for name, shape in self._gguf.shapes().items()
+            if name != decoders.ROPE_FACTORS
         }
 
     def read(self, name: str) -> np.ndarray:

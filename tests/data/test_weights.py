@@ -1,5 +1,6 @@
 """Language models from files: recorded logits, damaged and hostile files, round trips."""
 
+import dataclasses
 import functools
 import json
 import shutil
@@ -290,9 +291,27 @@ def test_gguf_is_the_same_model(tmp_path):
         weights.load(tmp_path / "y.gguf")
 
 
+def test_frequencies_of_llama_3(tmp_path):
+    """The file has what they are divided by, transformers' configs the rule."""
+    scaling = Scaling(kind="llama3", factor=32.0)
+    theta = 500_000.0
+    factors = np.array(frequencies(8, theta) / frequencies(8, theta, scaling))
+    assert 1 == factors[0] < factors[4] < factors[-1]
+    tensors = {
+        **gguf_tensors(drawn()),
+        "rope_freqs.weight": (0, (8,), factors.tobytes()),
+    }
+    metadata = {**METADATA, "llama.rope.freq_base": theta}
+    model = weights.load(write_gguf(tmp_path / "x.gguf", metadata, tensors))
+    found = model.net["rope_scaling"]
+    assert found == dataclasses.replace(scaling, factor=found.factor)
+    assert found.factor == pytest.approx(32, rel=1e-6)
+
+
 def test_gguf_of_another_form(tmp_path):
     tensors = gguf_tensors(drawn())
     path = tmp_path / "x.gguf"
+    factors = (0, (8,), np.arange(1, 9, dtype="f4").tobytes())
     for metadata, tensors_, message in [
         ({"general.architecture": "mamba"}, tensors, "must be one of .*got 'mamba'"),
         ({"llama.block_count": 3}, tensors, "9 missing: model.layers.2.self_attn.q"),
@@ -300,7 +319,11 @@ def test_gguf_of_another_form(tmp_path):
         ({"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 2.0}, tensors,
          "got 'yarn'"),
         ({}, {**tensors, "rope_freqs.weight": tensors["output_norm.weight"]},
-         "1 unexpected: rope_freqs.weight"),
+         "rope_freqs.weight: expected 8 factors of Llama 3's"),
+        ({}, {**tensors, "rope_freqs.weight": factors},
+         "rope_freqs.weight: expected 8 factors of Llama 3's"),
+        ({}, {**tensors, "output.scale": tensors["output_norm.weight"]},
+         "1 unexpected: output.scale"),
         ({}, {**tensors, "blk.0.attn_q.weight": (12, (64, 64), b"")}, "got Q4_K"),
         ({}, {**tensors, "blk.0.attn_q.weight": (0, (64, 32), b"")}, "misshapen"),
     ]:  # fmt: skip
