@@ -1,5 +1,6 @@
 """Generated solutions as sequences with a label at every step: streams and test sets."""
 
+import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -201,7 +202,7 @@ def step_metrics(
 
     Returns:
       ``auc``, ``f1_wrong``, ``f1_index``; ``steps``, how many there are, and ``right``,
-      their share of right ones.
+      their share of right ones. NaN without any step.
     """
     labels, flat, first, whole = [], [], [], []
     for error, p in zip(first_errors, scores):
@@ -212,6 +213,9 @@ def step_metrics(
         flat += list(p[:last])
         first.append(error)
         whole.append([float(v) for v in p])
+    if not labels:
+        names = ("auc", "f1_wrong", "f1_index", "right")
+        return {**dict.fromkeys(names, math.nan), "steps": 0}
     told = metrics.step_metrics(labels, flat)
     return {
         "auc": told["auc"],

@@ -113,3 +113,5 @@ def test_metrics_stop_at_the_first_error():
     )
     assert told["steps"] == 4 and told["right"] == 0.75
     assert told["auc"] == 1 and told["f1_index"] == 1
+    none = process_examples.step_metrics([-1], [np.zeros(0)])
+    assert none["steps"] == 0 and np.isnan(none["auc"])
