@@ -149,10 +149,10 @@ def test_labels_that_are_missing(table, none, kind):
     assert all(
         np.flatnonzero(np.isnan(v)).tolist() == [3, 70] for v in columns.values()
     )
-    z = np.stack([*x.values()], 1)
+    z, key = np.stack([*x.values()], 1), jax.random.key(0)
     for call in (
-        lambda: fits.bootstrap_ppml(None, table["count"], z, (f,), 4),
-        lambda: fits.permutation_test(None, None, z[:, 0], (), 4, within=f),
+        lambda: fits.bootstrap_ppml(key, table["count"], z, (f,), 4),
+        lambda: fits.permutation_test(key, max, z[:, 0], (), 4, within=f),
     ):
         with pytest.raises(ValueError, match="2 missing labels of 120"):
             call()
