@@ -142,6 +142,22 @@ def test_problems_are_functions_of_their_arguments():
     assert min(letters[x] for x in "ABCDE") > 30  # The answer is anywhere.
 
 
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_first_wrong_word_is_where_the_step_leaves_the_right_one(domain):
+    seen = 0
+    for problem, trace in traces(domain, 20):
+        if trace.first_error < 0:
+            assert trace.first_word == -1
+            continue
+        # The steps before are right, and so the right solution's own.
+        right = reasoning.solve(problem, random.Random(0), error=0.0)
+        words, expected = (x.steps[trace.first_error] for x in (trace, right))
+        at = trace.first_word
+        assert list(words[:at]) == list(expected[:at]) and words[at] != expected[at]
+        seen += 1
+    assert seen > 10
+
+
 def test_digits_in_another_base_take_the_steps_that_fit():
     for number in range(40):
         assert len(reasoning.problem("bases", number, steps=(6, 6)).program) == 6
