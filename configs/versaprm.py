@@ -57,8 +57,8 @@ def get_config(preset: str | None = None) -> ConfigDict:
                 "label_last_n": 0,  # labelled words of a step; the paper: 1
                 # 0: all words, each by whether the step is right up to there
                 "length": 128,  # tokens of a row, in which several solutions are
-                "batch": 16,  # rows
-                "examples": 34,  # solutions that are put into them
+                "batch": 8,  # rows
+                "examples": 17,  # solutions that are put into them
                 "eval_length": 128,  # tokens of a row of the test
                 "eval_batch": 64,
                 "questions": 100,  # of each test domain
@@ -72,17 +72,17 @@ def get_config(preset: str | None = None) -> ConfigDict:
                 "objective": "process",  # language: the base model
                 "language": 1.0,  # weight of the next token's loss; the paper: 0
             },
-            "base": {"steps": 0, "lr": 0.02},  # language model that both start from
+            "base": {"steps": 0, "lr": 0.01},  # language model that both start from
             "optim": {
                 "name": "muon",  # of AdamW's steps it takes half as many
-                "lr": 0.02,
+                "lr": 0.01,
                 "weight_decay": 0.01,
                 "clip": 1.0,
                 "schedule": "trapezoid",
                 "warmup": 0.05,
                 "cooldown": 0.5,
             },
-            "train": blocks.train(4000),
+            "train": blocks.train(12000),
         }
     )
     if preset == "paper":
