@@ -10,7 +10,7 @@ from jaxpapers.data import chat
 from jaxpapers.papers import peer_review as pr
 from jaxpapers.papers.peer_review import extraction
 from jaxpapers.tasks import letters, model_coder
-from tests.papers.test_peer_review import TEXT, reply_of
+from tests.papers.test_peer_review_extraction import TEXT, reply_of
 
 SMALL = [
     "--config.data.papers=90", "--config.data.texts=6", "--config.method.bootstrap=64",

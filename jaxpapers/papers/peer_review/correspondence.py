@@ -6,6 +6,7 @@ What is a point of a letter without labels is decided last, also by what is quot
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 
 from jaxpapers.papers.peer_review import linking, units
@@ -141,15 +142,7 @@ def _units_of(text: str, block: Block, at: _Context) -> list[Unit]:
     at.enter(block)
     side, start, end = block.side, block.start, block.end
     found: list[Unit] = []
-
-    def unit(a: int, b: int, kind: str = "", **more) -> Unit:
-        made = Unit(
-            a, b, side, kind, block.styled, block.figure, at.round, at.reviewer,
-            at.section, **more,
-        )  # fmt: skip
-        found.append(made)
-        return made
-
+    unit = functools.partial(_add, found, block, at)
     part = text[start:end]
     if block.figure or block.joined:
         unit(start, end, joined=block.joined)
@@ -193,6 +186,16 @@ def _units_of(text: str, block: Block, at: _Context) -> list[Unit]:
     if side == "letter" and units.asks(part):
         at.begun = at.begun or not units.SET_PHRASES.match(part)
     return found
+
+
+def _add(found, block, at, start, end, kind="", **more) -> None:
+    """Appends the part of a block between two offsets, in its context."""
+    found.append(
+        Unit(
+            start, end, block.side, kind, block.styled, block.figure, at.round,
+            at.reviewer, at.section, **more,
+        )
+    )  # fmt: skip
 
 
 def _note_end(part: str) -> int:

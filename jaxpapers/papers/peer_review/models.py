@@ -25,6 +25,7 @@ from jaxpapers.ops.regression.design import (
     numbers,
     positive_levels,
 )
+from jaxpapers.ops.regression.result import in_float64
 from jaxpapers.papers.peer_review import world as worlds
 from jaxpapers.papers.peer_review.measuring import ranked
 
@@ -271,32 +272,37 @@ def compare_fields(
     """
     field = np.unique(np.asarray(field), return_inverse=True)[1].astype(np.int32)
     n = int(field.max()) + 1
-    made = {}
-    for name, v in values.items():
-        v = np.asarray(v, np.float64)
-        kept = np.isfinite(v)
-        data = (v[kept], field[kept])
+    columns = {k: np.asarray(v, np.float64) for k, v in values.items()}
+    # Measures of the same rows share a program.
+    rows: dict[bytes, list[str]] = {}
+    for name, v in columns.items():
+        rows.setdefault(np.isfinite(v).tobytes(), []).append(name)
+    statistic = functools.partial(_eta2, n=n)
+    made: dict[str, Field] = {}
+    for names in rows.values():
+        kept = np.isfinite(columns[names[0]])
+        code = field[kept]
+        table = np.stack([columns[k][kept] for k in names], 1)
         draws = fits.bootstrap(
-            key, functools.partial(_eta2, n=n), data, replicates, chunk=250
+            key, statistic, (table, code), replicates, chunk=max(1, 250 // len(names))
         )
-        groups = [v[kept & (field == f)] for f in range(n)]
-        test = hypothesis.kruskal([g for g in groups if len(g)])
-        with jax.enable_x64(True):
-            own = float(_jitted_eta2(*map(jnp.asarray, data), n))
-        low, high = np.quantile(draws, [0.025, 0.975])
-        made[name] = Field(own, float(low), float(high), test.statistic, test.p)
-    return made
+        own = in_float64(jax.jit(statistic), (table, code))
+        low, high = np.quantile(draws, [0.025, 0.975], axis=0)
+        for i, name in enumerate(names):
+            test = hypothesis.kruskal([table[code == f, i] for f in np.unique(code)])
+            share, a, b = (float(v[i]) for v in (own, low, high))
+            made[name] = Field(share, a, b, test.statistic, test.p)
+    return {name: made[name] for name in columns}
 
 
 def _eta2(data, *, n):
-    v, code = data
-    count = jax.ops.segment_sum(jnp.ones_like(v), code, n)
-    mean = jax.ops.segment_sum(v, code, n) / jnp.maximum(count, 1)
-    centred = v - v.mean()
-    return (count * jnp.square(mean - v.mean())).sum() / jnp.square(centred).sum()
-
-
-_jitted_eta2 = jax.jit(lambda v, code, n: _eta2((v, code), n=n), static_argnums=2)
+    """Of the columns of a table; see ``Field``."""
+    table, code = data
+    count = jax.ops.segment_sum(jnp.ones(len(code)), code, n)[:, None]
+    sums = jax.ops.segment_sum(table, code, n)
+    centre = table.mean(0, keepdims=True)
+    between = count * jnp.square(sums / jnp.maximum(count, 1) - centre)
+    return between.sum(0) / jnp.square(table - centre).sum(0)
 
 
 def coverage(
