@@ -115,6 +115,35 @@ def test_reports_that_are_sub_articles():
     assert said == [(1, ["We have toned it down."]), (2, ["Twelve in each."])]
 
 
+@pytest.mark.parametrize(
+    "titles, numbers",
+    [
+        (("Reviewer III (Public Review)", "Review II", "Referee report: referee XIV"),
+         [2, 3, 14]),
+        (("Peer Review #2", "Review 1 | Reviewer IV"), [2, 4]),
+        # No number: in their order.
+        (("Preview III", "Review in depth", "Peer Review 2020"), [1, 2, 3]),
+        (("Review IIb", "Reviewer Information", "Reviews V"), [1, 2, 3]),
+    ],
+)  # fmt: skip
+def test_titles_that_name_a_reviewer(titles, numbers):
+    asked = "The dose of drug {} must be given in the methods section."
+    parts = [("referee-report", x, p(asked.format(n))) for n, x in enumerate(titles)]
+    file = pr.parse_jats(article(*parts))
+    assert sorted(q.reviewer for q in file.points) == numbers
+
+
+def test_letters_of_reviews_with_roman_numbers():
+    """As text: a heading alone in its line, and a response in the same way."""
+    file = pr.parse_review_file(
+        "Review I\n\n1. The sample is rather small here.\n\nReview II\n\n"
+        "1. The second figure should be redrawn.\n\nResponse to reviewers\n\n"
+        "Review II\n\n1. The second figure should be redrawn.\n\nWe have redrawn it."
+    )
+    said = [(q.reviewer, [file.quote(x.reply) for x in q.links]) for q in file.points]
+    assert said == [(1, []), (2, ["We have redrawn it."])]
+
+
 def test_rounds_of_numbered_decision_letters():
     def letter(n, ask):
         return (
@@ -311,10 +340,14 @@ def test_headings_and_labels():
              "Reviewer two:")  # fmt: skip
     numbers = [units.reviewer_heading(h)[0] for h in heads]
     assert numbers == [1, 2, 3, 2, 1, 2, 2]
-    roman = "I II III IV V VI VII VIII IX X".split()
-    numbers = [units.reviewer_heading(f"Reviewer {x}:")[0] for x in roman]
-    assert numbers == [*range(1, 11)]
-    assert units.reviewer_heading("Reviewer VX:") is None
+    roman = """I II III IV V VI VII VIII IX X XI XII XIII XIV XV XVI XVII XVIII XIX
+               XX""".split()
+    for who in ("Reviewer {}:", "Referee #{} (Remarks to the Author):", "Review {}"):
+        numbers = [units.reviewer_heading(who.format(x))[0] for x in roman]
+        assert numbers == [*range(1, 21)], who
+    for text in ("Reviewer VX:", "Reviewer XXI:", "Review II of the data shows this.",
+                 "Review in full", "Preview II", "Reviewer IIa:"):  # fmt: skip
+        assert units.reviewer_heading(text) is None, text
     for text in ("Reviewer 2 suggests that we add a control.", "Reviewer comments"):
         assert units.reviewer_heading(text) is None
     assert units.reviewer_heading("Reviewer #2: None")[1] == len("Reviewer #2: ")

@@ -9,7 +9,7 @@ import re
 from typing import Any, NamedTuple
 from xml.parsers import expat
 
-from jaxpapers.papers.peer_review.units import Block, number_of
+from jaxpapers.papers.peer_review.units import Block, reviewer_in
 
 LETTERS = (
     "decision-letter", "article-commentary", "editor-report", "referee-report",
@@ -227,13 +227,11 @@ class _Reader:
         parts = []
         for i, kind in enumerate(self.kinds):
             words = " | ".join(titles.get(i, []))
-            found = re.search(
-                r"(?:reviewer|referee)\s*#?\s*(\d{1,2}|[A-H]\b)", words, re.IGNORECASE
-            )
             reviewer = -1
             if kind in ("referee-report", "reviewer-report", "peer-review"):
                 before = sum(p.reviewer > 0 for p in parts)
-                reviewer = number_of(found[1]) if found else before + 1
+                named = reviewer_in(words)
+                reviewer = before + 1 if named is None else named
             elif kind == "editor-report":
                 reviewer = 0
             parts.append(Part(kind, words, reviewer))

@@ -5,13 +5,16 @@ import unicodedata
 from collections.abc import Iterator
 from typing import NamedTuple
 
-ROMAN = ("I", "II", "III", "IV", "V", "VI", "VII", "VIII", "IX", "X")
+ROMAN = (
+    "I", "II", "III", "IV", "V", "VI", "VII", "VIII", "IX", "X", "XI", "XII", "XIII",
+    "XIV", "XV", "XVI", "XVII", "XVIII", "XIX", "XX",
+)  # fmt: skip
 NUMBER_WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight")
 
 _WHO = r"(?:reviewer|referee)"
 _ID = (
-    r"(?:#|no\.?|number|n°)?\s*#?\s*(\d{1,2}|[A-H]|I{1,3}|I?V|VI{1,3}|I?X|"
-    + "|".join(NUMBER_WORDS)
+    r"(?:#|no\.?|number|n°)?\s*#?\s*(\d{1,2}|[A-H]|"
+    + "|".join((*ROMAN, *NUMBER_WORDS))
     + r")"
 )
 _PARENS = r"(?:\s*[(\[][^)\]\n]{0,120}[)\]]{1,2})?"
@@ -23,6 +26,18 @@ REVIEWER = re.compile(
     r"(?:\s*(?:comments?|remarks|report|review|public\s+review|"
     r"recommendations?\s+for\s+the\s+authors?))?\s*[:.\-–—]*\s*",
     re.IGNORECASE,
+)
+# "Review II", alone in its line.
+REVIEW = re.compile(
+    rf"^\W{{0,3}}review\s*(?:#|no\.?)?\s*(\d{{1,2}}|{'|'.join(ROMAN)})\s*[:.]?\s*$",
+    re.IGNORECASE,
+)
+# A reviewer's number in a title; of a review only digits and Roman ones.
+TITLED = (
+    re.compile(
+        rf"\b(?i:{_WHO})\s*#?\s*(\d{{1,2}}|(?i:[A-H]|{'|'.join(ROMAN)})\b)",
+    ),
+    re.compile(rf"\b(?i:review)\s*#?\s*(\d{{1,2}}\b|(?:{'|'.join(ROMAN)})\b)"),
 )
 ORDINALS = ("first", "second", "third", "fourth")
 ORDINAL = re.compile(
@@ -196,6 +211,12 @@ def number_of(name: str) -> int:
     return ord(name.upper()) - ord("A") + 1
 
 
+def reviewer_in(title: str) -> int | None:
+    """The reviewer that a title names: "Referee report (Reviewer III)", "Review II"."""
+    found = next(filter(None, (pattern.search(title) for pattern in TITLED)), None)
+    return number_of(found[1]) if found else None
+
+
 def reviewer_heading(text: str) -> tuple[int, int] | None:
     """(number, length of the heading) of text that opens a report; None: it does not.
 
@@ -203,6 +224,9 @@ def reviewer_heading(text: str) -> tuple[int, int] | None:
     """
     found = REVIEWER.match(text)
     if not found:
+        alone = REVIEW.match(text)
+        if alone:
+            return number_of(alone[1]), alone.end()
         named = ORDINAL.match(text)
         if named:
             return ORDINALS.index(named[1].lower()) + 1, named.end()
