@@ -1,17 +1,19 @@
 """Files of review corpora: letters, NLPeer v2, RottenReviews, citations.
 
-Sizes are bounded; what is skipped is counted.
+Sizes are bounded, gzipped files are read as they are; what is skipped is counted.
 """
 
 import csv
+import io
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-MOST_BYTES = 32 * 2**20
-MOST_CORPUS_BYTES = 2 * 2**30
+from jaxpapers.data import files, lines
+
+MOST_BYTES = 32 * 2**20  # Of a letter; a corpus may have ``files.MAX_BYTES``.
 # Fields of a row that hold a review's text, the first that it has.
 TEXTS = ("review", "review_text", "text", "comments", "comment", "main", "report")
 
@@ -43,18 +45,13 @@ def read_file(path: str | Path) -> bytes:
     """Bytes of one letter.
 
     Raises:
-      ValueError: a folder, empty, or too large.
+      ValueError: empty, too large, and of ``files.read``.
       FileNotFoundError: no such file.
     """
-    path = Path(path)
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder, expected a file of one correspondence")
-    size = path.stat().st_size
-    if size > MOST_BYTES:
-        raise ValueError(f"{path} has {size:,} bytes; at most {MOST_BYTES:,} are read")
-    if not size:
-        raise ValueError(f"{path} is empty")
-    return path.read_bytes()
+    data = files.read(path, most=MOST_BYTES)
+    if not data:
+        raise ValueError(f"{path}: is empty, expected one correspondence")
+    return data
 
 
 def letters(paths: Sequence[str]) -> list[Path]:
@@ -64,17 +61,22 @@ def letters(paths: Sequence[str]) -> list[Path]:
       ValueError: a folder without any.
     """
     found: list[Path] = []
-    for path in map(Path, paths):
+    for path in (Path(p).expanduser() for p in paths):
         if path.is_dir():
-            own = sorted(
-                x for x in path.iterdir() if x.suffix in (".xml", ".txt", ".json")
-            )
+            own = [
+                x for x in files.listing(path) if _kind(x) in (".xml", ".txt", ".json")
+            ]
             if not own:
                 raise ValueError(f"{path} has no .xml, .txt or .json file")
             found += own
         else:
             found.append(path)
     return found
+
+
+def _kind(path: Path) -> str:
+    """A file's suffix, that of its content where it is gzipped."""
+    return Path(path.name.removesuffix(".gz")).suffix
 
 
 def nlpeer(folder: str | Path) -> Corpus:
@@ -87,18 +89,17 @@ def nlpeer(folder: str | Path) -> Corpus:
     Raises:
       ValueError: no reviews.json below it, or none with a text.
     """
-    folder = Path(folder)
-    files = sorted(folder.glob("data/*/*/reviews.json")) or sorted(
-        folder.glob("*/*/reviews.json")
-    )
-    if not files:
+    folder = Path(folder).expanduser()
+    below = "*/*/reviews.json"
+    paths = sorted(folder.glob(f"data/{below}")) or sorted(folder.glob(below))
+    if not paths:
         raise ValueError(
             f"{folder} has no data/<paper>/<version>/reviews.json; expected a data set "
             "of NLPeer"
         )
     reviews, skipped = [], {}
-    for file in files:
-        items = _json(read_file(file), file)
+    for file in paths:
+        items = _json(_text(file, MOST_BYTES), file)
         if not isinstance(items, list):
             _count(skipped, "files that are no list")
             continue
@@ -228,15 +229,13 @@ def citations(path: str | Path) -> Citations:
       ValueError: no rows with a DOI; a column that is missing.
     """
     path = Path(path)
-    if path.suffix == ".csv":
+    if _kind(path) == ".csv":
         return _citations_of_csv(path)
     found = Citations()
     for row in _rows(path):
         for item in _works(row):
-            c = _openalex(item) if "counts_by_year" in item or "doi" in item else (
-                _crossref(item)
-            )  # fmt: skip
-            found.put(c)
+            openalex = "counts_by_year" in item or "doi" in item
+            found.put((_openalex if openalex else _crossref)(item))
     if not found:
         raise ValueError(
             f"{path}: no work with a DOI; expected OpenAlex or Crossref JSON"
@@ -292,21 +291,23 @@ def _year(stated: Any, counts: Mapping[int, int]) -> int | None:
 
 def _citations_of_csv(path: Path) -> Citations:
     found = Citations()
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
-        missing = {"doi", "year", "field", "cites"} - set(reader.fieldnames or ())
-        if missing:
-            raise ValueError(f"{path} lacks the columns {sorted(missing)}")
-        for row in reader:
-            year, total = _int(row["year"]), _int(row["cites"])
-            if year is None or total is None:
-                raise ValueError(
-                    f"{path}, line {reader.line_num}: year and cites must be whole "
-                    f"numbers, got {row['year']!r} and {row['cites']!r}"
-                )
-            authors = _int(row.get("authors"))
-            doi = bare_doi(row["doi"])
-            found.put(Citation(doi, year, row["field"], {}, total, authors))
+    reader = csv.DictReader(io.StringIO(_text(path), newline=""))
+    with files.parsing(path, "no CSV"):
+        rows = [(reader.line_num, row) for row in reader]
+    missing = {"doi", "year", "field", "cites"} - set(reader.fieldnames or ())
+    if missing:
+        raise ValueError(f"{path} lacks the columns {sorted(missing)}")
+    for number, row in rows:
+        year, total = _int(row["year"]), _int(row["cites"])
+        if year is None or total is None:
+            raise ValueError(
+                f"{path}, line {number}: year and cites must be whole numbers, got "
+                f"{row['year']!r} and {row['cites']!r}"
+            )
+        authors = _int(row.get("authors"))
+        found.put(
+            Citation(bare_doi(row["doi"]), year, row["field"], {}, total, authors)
+        )
     if not found:
         raise ValueError(f"{path}: no row has a DOI ({found.skipped})")
     return found
@@ -330,18 +331,11 @@ def _int(value: Any) -> int | None:
 
 def _rows(path: Path) -> Iterator[Mapping]:
     """Objects of JSON lines, or of one JSON document."""
-    size = path.stat().st_size
-    if size > MOST_CORPUS_BYTES:
-        raise ValueError(
-            f"{path} has {size:,} bytes; at most {MOST_CORPUS_BYTES:,} are read"
-        )
-    if path.suffix == ".jsonl":
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield _object(_json(line.encode(), f"{path}, line {number}"), path)
+    if _kind(path) == ".jsonl":
+        for number, line in lines.numbered(path):
+            yield _object(_json(line, f"{path}, line {number}"), path)
         return
-    value = _json(path.read_bytes(), path)
+    value = _json(_text(path), path)
     for item in value if isinstance(value, list) else [value]:
         yield _object(item, path)
 
@@ -352,9 +346,16 @@ def _object(value: Any, path: Path) -> Mapping:
     return value
 
 
-def _json(data: bytes, where: Any) -> Any:
+def _text(path: Path, most: int = files.MAX_BYTES) -> str:
     try:
-        return json.loads(data.decode("utf-8-sig"))
+        return files.read(path, most=most).decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path}: no UTF-8 at byte {e.start}") from None
+
+
+def _json(text: str, where: Any) -> Any:
+    try:
+        return json.loads(text)
     except (ValueError, RecursionError) as e:
         raise ValueError(f"{where}: no JSON: {e}") from None
 

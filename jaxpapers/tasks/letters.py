@@ -63,9 +63,10 @@ def read(paths: list[str], extract: Any = None) -> Data:
         try:
             files[label] = pr.parse_bytes(corpora.read_file(path))
         except (ValueError, OSError) as e:
+            reason = str(e).removeprefix(f"{path}: ")
             if len(found) == 1:
-                raise ValueError(f"{path}: {e}") from e
-            skipped[str(path)] = str(e)
+                raise ValueError(f"{path}: {reason}") from e
+            skipped[str(path)] = reason
     if not files:
         first = next(iter(skipped.items()))
         raise ValueError(

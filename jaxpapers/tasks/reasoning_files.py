@@ -78,14 +78,12 @@ def read(config: Any) -> Data:
 
 
 def _items(path: str, strict: bool) -> list[Item]:
-    file, size = files.check(path)
-    if size > MAX_BYTES:
-        raise ValueError(f"{path}: {size:,} bytes, expected at most {MAX_BYTES:,}")
     try:
-        content = file.read_text(encoding="utf-8")
+        content = files.read(path, most=MAX_BYTES).decode()
     except UnicodeDecodeError as e:
         raise ValueError(f"{path}: no UTF-8 at byte {e.start}") from None
-    name = Path(path).stem
+    file = Path(path)
+    name = file.stem
     if file.suffix.lower() in (".txt", ".md"):
         return [_text(name, {"text": content}, path)]
     try:

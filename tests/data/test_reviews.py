@@ -1,10 +1,12 @@
 """Review corpora and citation metadata in their documented forms."""
 
+import gzip
 import json
+import os
 
 import pytest
 
-from jaxpapers.data import reviews
+from jaxpapers.data import lines, reviews
 
 
 def test_nlpeer(tmp_path):
@@ -120,15 +122,48 @@ def test_rows_without_a_doi_are_of_no_letter(tmp_path):
 def test_files_are_bounded(tmp_path, monkeypatch):
     path = tmp_path / "x.xml"
     path.write_bytes(b"")
-    with pytest.raises(ValueError, match="is empty"):
+    with pytest.raises(ValueError, match="x.xml: is empty"):
         reviews.read_file(path)
+    path.write_bytes(gzip.compress(b"1234"))
+    assert reviews.read_file(path) == b"1234"
     monkeypatch.setattr(reviews, "MOST_BYTES", 3)
-    path.write_bytes(b"1234")
-    with pytest.raises(ValueError, match="at most 3 are read"):
-        reviews.read_file(path)
+    for data in (b"1234", gzip.compress(b"1234")):
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match="x.xml: more than the 3 bytes allowed"):
+            reviews.read_file(path)
     with pytest.raises(ValueError, match="is a folder"):
         reviews.read_file(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    for read in (reviews.read_file, reviews.citations, reviews.rotten_reviews):
+        with pytest.raises(ValueError, match="pipe: is a pipe"):
+            read(tmp_path / "pipe")
+    with pytest.raises(FileNotFoundError, match="no file"):
+        reviews.citations(tmp_path / "none.csv")
+    (tmp_path / "._x.xml").write_bytes(b"1")  # What macOS adds.
     assert reviews.letters([str(tmp_path)]) == [path]
     path.unlink()
     with pytest.raises(ValueError, match="has no .xml"):
         reviews.letters([str(tmp_path)])
+
+
+def test_corpora_are_gzipped_or_of_one_line(tmp_path):
+    """Names tell the format; a line is bounded, and so is a document."""
+    row = json.dumps({"DOI": "10.1/a", "is-referenced-by-count": 4})
+    texts = {"w.jsonl.gz": row, "w.json.gz": f"[{row}]",
+             "w.csv.gz": "doi,year,field,cites\n10.1/a,2017,A,4\n"}  # fmt: skip
+    for name, text in texts.items():
+        (tmp_path / name).write_bytes(gzip.compress(text.encode()))
+        assert reviews.citations(tmp_path / name)["10.1/a"].total == 4
+    path = tmp_path / "w.csv"
+    path.write_bytes(b"doi,year,field,cites\n10.1/a,2017,\xff,4\n")
+    with pytest.raises(ValueError, match="w.csv: no UTF-8 at byte 33"):
+        reviews.citations(path)
+    path.write_text('doi,year,field,cites\n10.1/a,2017,"A\nB",4\n')
+    assert reviews.citations(path)["10.1/a"].field == "A\nB"
+    path.write_text("doi,year,field,cites\n10.1/a,2017," + "A" * 200_000 + ",4\n")
+    with pytest.raises(ValueError, match="w.csv: no CSV .*field larger"):
+        reviews.citations(path)
+    path = tmp_path / "w.jsonl"
+    path.write_text(f'{row}\n{{"DOI": "{"x" * lines.MAX_LINE}"}}')
+    with pytest.raises(ValueError, match="w.jsonl, line 2: more than 16,777,216 bytes"):
+        reviews.citations(path)
