@@ -12,12 +12,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxpapers.papers import rejump
 from jaxpapers.study import Data, Finding, Row, Study, Table
 from jaxpapers.tasks import reasoning_files
+from jaxpapers.tasks.reasoning_choices import interval, programs_table, text
 
 SEPARATED = ("depth first", "breadth first", "random restart")
 # Metrics that need no checker of answers.
@@ -151,6 +151,7 @@ def _search(config: Any, puzzles: Sequence, seed: int, mesh: Any) -> _Result:
     tables = [
         _strategies_table(sets, intervals),
         _choices_table(picks, intervals),
+        programs_table(sets, samples, seed, m.replicates),
         _similarity_table(sets, mesh),
         *_classifier_tables(config, sets, samples, seed),
         _extraction_table(config, puzzles, options, seed, mesh),
@@ -210,7 +211,7 @@ def _numbers(config, sets, samples, picks, seed):
     chance = rows["a sample at random"][0]
     stacked = [x for own in rows.values() for x in own]
     stacked += [own[0] - chance for own in rows.values()]
-    found = _interval(np.stack(stacked), seed, config.method.replicates)
+    found = interval(np.stack(stacked), seed, config.method.replicates)
     keys = [(label, name) for label in rows for name in names]
     keys += [(label, "gain") for label in rows]
     intervals = dict(zip(keys, np.stack(found, 1).tolist()))
@@ -222,25 +223,10 @@ def _numbers(config, sets, samples, picks, seed):
     return numbers, intervals
 
 
-@functools.partial(jax.jit, static_argnums=2)
-def _bootstrap(values, key, replicates):
-    return rejump.bootstrap(values, key, replicates)
-
-
-def _interval(values, seed, replicates):
-    values = jnp.asarray(values, jnp.float32)
-    return jax.device_get(_bootstrap(values, jax.random.key(seed), replicates))
-
-
-def _text(interval: Any) -> str:
-    mean, low, high = interval
-    return f"{mean:.3f} [{low:.3f}, {high:.3f}]"
-
-
 def _strategies_table(sets, intervals) -> Table:
     names = ("solved", *rejump.NAMES)
     rows = [
-        (label, *(_text(intervals[label, name]) for name in names)) for label in sets
+        (label, *(text(intervals[label, name]) for name in names)) for label in sets
     ]
     title = "programs: means over puzzles, 95 % bootstrap intervals"
     return Table(title, ("program", *(n.replace("_", " ") for n in names)), rows)
@@ -248,7 +234,7 @@ def _strategies_table(sets, intervals) -> Table:
 
 def _choices_table(picks, intervals) -> Table:
     rows = [
-        (label, _text(intervals[label, "solved"]), _text(intervals[label, "gain"]))
+        (label, text(intervals[label, "solved"]), text(intervals[label, "gain"]))
         for label in picks
     ]
     columns = ("choice", "puzzles solved", "more than at random, paired")
@@ -309,14 +295,14 @@ def _classifier_tables(config, sets, samples, seed) -> list[Table]:
             low, high = model.interval
             names = [*rejump.NAMES, "intercept"]
             weights = [
-                (n.replace("_", " "), _text((w, a, b)))
+                (n.replace("_", " "), text((w, a, b)))
                 for n, w, a, b in zip(names, model.weights[0], low[0], high[0])
                 if n in (*LABEL_FREE, "intercept")
             ]
     accuracy = np.stack([hits.mean(1) for _, _, hits, _ in rows])
-    found = np.stack(_interval(accuracy, seed, replicates), 1)
+    found = np.stack(interval(accuracy, seed, replicates), 1)
     table = [
-        (title, metrics, _text(x), chance)
+        (title, metrics, text(x), chance)
         for (title, metrics, _, chance), x in zip(rows, found)
     ]
     return [
