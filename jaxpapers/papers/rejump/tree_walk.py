@@ -7,7 +7,6 @@ the distance of two nodes is $d(u, v) = |A(u) \triangle A(v)|$, the depth $|A(u)
 import math
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Shaped, UInt32
@@ -72,16 +71,22 @@ def tree_info(parent: Int[Any, "B N"]) -> Tree:
     index = jnp.arange(n, dtype=jnp.int32)[None]
     exists = parent > -2
     own = jnp.where(exists[..., None], _bit(index, n), jnp.uint32(0))
+    ends = _bits_of(parent < 0)
+
+    def moving(pointer):
+        return ~jnp.all(_has(ends, pointer, n))
 
     def double(carry):
         i, ancestors, pointer, _ = carry
-        above = _at(ancestors, pointer[..., None])
-        further = _at(pointer, pointer)
-        return i + 1, ancestors | above, further, jnp.any(further != pointer)
+        ancestors |= _at(ancestors, pointer[..., None])
+        pointer = _at(pointer, pointer)
+        return i + 1, ancestors, pointer, moving(pointer)
 
     rounds = max(1, math.ceil(math.log2(n)) + 1)
+    # Ancestors reach as far as the pointer, and have what it points at.
     pointer = jnp.where(parent >= 0, parent, index)
-    start = (0, own, pointer, jnp.any(pointer != index))
+    own_and_next = own | _bit(parent, n) & _bits_of(exists)[:, None]
+    start = (0, own_and_next, pointer, moving(pointer))
     # Pointers of a cycle never rest.
     ancestors = lax.while_loop(lambda c: c[3] & (c[0] < rounds), double, start)[1]
     root = _bits_of(parent == -1)
@@ -132,25 +137,24 @@ class _Walk(NamedTuple):
 def _follow(batch: TraceBatch, tree: Tree) -> tuple[_Walk, Bool[Array, "V B"]]:
     """The walk's leaf visits, counted; and which visits they are."""
     n = tree.depth.shape[1]
-    seen = visits(batch)
-    place = jnp.arange(seen.shape[1])[None]
-    n_steps = jnp.asarray(batch.n_steps)[:, None]
-    known = (seen >= 0) & (place <= n_steps) & (n_steps > 0)
-    node = jnp.where(known, seen, 0)
+    seen = visits(batch).T
+    n_steps = jnp.asarray(batch.n_steps)
     right = _bits_of(jnp.asarray(batch.correct) & tree.is_leaf)
-    paths = _at(tree.ancestors, node[..., None])
-    free = jnp.asarray(batch.category) != 1
-    free = jnp.concatenate([jnp.zeros_like(free[:, :1]), free], axis=1)
-    is_leaf = known & _has(tree.leaves, node, n)
-    rows = (node, paths, is_leaf, _has(right, node, n), free)
+    free = jnp.asarray(batch.category).T != 1
+    free = jnp.concatenate([jnp.zeros_like(free[:1]), free])
+    place = jnp.arange(len(seen), dtype=jnp.int32)
 
     def visit(walk: _Walk, row):
-        leaf, path, is_leaf, correct, free = row
+        node, free, place = row
+        known = (node >= 0) & (place <= n_steps) & (n_steps > 0)
+        leaf = jnp.where(known, node, 0)
+        path = _at(tree.ancestors, leaf[:, None, None])[:, 0]
+        is_leaf = known & _has(tree.leaves, leaf[:, None], n)[:, 0]
         moved = walk.moved | free
         kept = is_leaf & ((leaf != walk.leaf) | moved)
         apart = lax.population_count(path ^ walk.path).sum(-1).astype(jnp.int32)
         jumped = kept & (walk.leaf >= 0)
-        hit = kept & correct
+        hit = kept & _has(right, leaf[:, None], n)[:, 0]
         after = _Walk(
             jnp.where(kept, leaf, walk.leaf),
             jnp.where(kept[:, None], path, walk.path),
@@ -162,12 +166,11 @@ def _follow(batch: TraceBatch, tree: Tree) -> tuple[_Walk, Bool[Array, "V B"]]:
         )
         return after, kept
 
-    zero = 0 * n_steps[:, 0]  # Lies where the traces do.
+    zero = 0 * n_steps  # Lies where the traces do.
     start = _Walk(
         zero - 1, jnp.zeros_like(tree.leaves), zero > 0, zero, zero, zero, zero
     )
-    columns = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), rows)
-    return lax.scan(visit, start, columns)
+    return lax.scan(visit, start, (seen, free, place))
 
 
 def metrics(batch: TraceBatch, order: str = "walk") -> Metrics:
