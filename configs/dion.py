@@ -56,6 +56,9 @@ def get_config(preset: str | None = None) -> ConfigDict:
                 "mu": 0.95,
                 "orthogonalize": "scqr",
                 "right_factor": "colnorm",  # orth: Orth-Dion
+                "nesterov": False,  # of dion: the momentum one step ahead
+                "residual": 0.0,  # of dion: weight of what the rank leaves out; 0: none
+                "normalize_rows": False,  # of dion: equal steps for all outputs
                 "momentum_dtype": "",  # "": float32, as the parameters
                 "q_dtype": "",
                 "communication_dtype": "",  # of P between devices; "": float32

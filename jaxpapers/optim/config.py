@@ -42,7 +42,7 @@ class Options:
       drop_every: drop: the same every so many steps, instead of ``drop_at``.
       drop_by: drop: factor.
       momentum: of sgd; 0: none.
-      nesterov: of sgd: the gradient is taken ahead of the momentum, as in PyTorch.
+      nesterov: sgd, dion: the gradient is taken ahead of the momentum; sgd as in PyTorch.
       b1: of Adam, AdamW and Lion.
       b2: of Adam, AdamW and Lion.
       scalar: dion, dion2, muon and normuon: optimizer of all but the hidden matrices,
@@ -55,6 +55,8 @@ class Options:
       rank_multiple_of: dion.
       orthogonalize: dion.
       right_factor: dion.
+      residual: dion: weight of what the rank leaves out, see ``scale_by_dion``; 0: none.
+      normalize_rows: dion: equal steps for all outputs, see ``scale_by_dion``.
       q_dtype: dion; "": that of the parameters.
       communication_dtype: dion; "": float32.
 
@@ -86,6 +88,8 @@ class Options:
     rank_multiple_of: int = 1
     orthogonalize: str = "scqr"
     right_factor: str = "colnorm"
+    residual: float = 0.0
+    normalize_rows: bool = False
     q_dtype: str = ""
     communication_dtype: str = ""
 
@@ -94,7 +98,7 @@ class Options:
         options.check_positive(self, "optim", "lr")
         options.check_least(
             self, "optim", clip=0, weight_decay=0, warmup=0, cooldown=0, hold=0,
-            drop_every=0, drop_by=0, momentum=0, scalar_lr=0,
+            drop_every=0, drop_by=0, momentum=0, scalar_lr=0, residual=0,
         )  # fmt: skip
         if self.warmup + self.cooldown > 1:
             raise ValueError(
@@ -118,8 +122,11 @@ class Options:
                 f"optim.hold={self.hold} needs optim.schedule=cosine, got "
                 f"{self.schedule!r}"
             )
-        if self.nesterov and not self.momentum:
-            raise ValueError("optim.nesterov needs optim.momentum > 0, got 0")
+        if self.nesterov and self.name != "dion" and not self.momentum:
+            raise ValueError(
+                "optim.nesterov needs optim.momentum > 0 (sgd) or optim.name=dion, got "
+                f"0 and {self.name!r}"
+            )
 
 
 def from_config(
@@ -303,6 +310,9 @@ def _matrix_optimizer(o, steps, replicate_axis, **matrices):
             rank_multiple_of=o.rank_multiple_of,
             orthogonalize=o.orthogonalize,
             right_factor=o.right_factor,
+            nesterov=o.nesterov,
+            residual=o.residual or None,
+            normalize_rows=o.normalize_rows,
             q_dtype=o.q_dtype or None,
             communication_dtype=o.communication_dtype or None,
             replicate_axis=replicate_axis,

@@ -14,6 +14,9 @@ norms of R's columns        axes of s          2 (f-1)/f N (r + 1) e
 max |p|, and sum p^2 [#]_   axes of l [#]_     2 (t-1)/t N e each
 rcqr's sketch, k rows       axes of l [#]_     2 (t-1)/t N k r e
 qr's factors                axes of l          (t-1)/t N t min(l/t, r) r e
+residual's |N|^2            axes of l and s    2 (g-1)/g N e on g devices
+normalize_rows, m outputs   axes of inputs     2 (g-1)/g N (m / devices) e
+normalize_rows, two norms   axes of outputs    2 (g-1)/g N 2 e
 =========================== ================== =======================================
 
 .. [#] If P's rows are scattered, over those of l and s; if its matrices are, N / f.
@@ -36,6 +39,7 @@ from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from jaxpapers.optim.collectives import share_axes
+from jaxpapers.optim.dion_leaves import check_beyond_paper
 from jaxpapers.optim.layout import DimensionNumbers, axis_names, make_layout
 from jaxpapers.optim.options import (
     check_choice,
@@ -105,6 +109,9 @@ def plan_dion(
     p_side: str = "longer",
     split_p: str = "auto",
     communication_dtype: Any = None,
+    nesterov: bool = False,
+    residual: Any = None,
+    normalize_rows: bool = False,
     dtype: Any = jnp.float32,
     momentum_dtype: Any = None,
     q_dtype: Any = None,
@@ -126,6 +133,9 @@ def plan_dion(
       p_side: see ``scale_by_dion``.
       split_p: see ``power_iterate``.
       communication_dtype: see ``power_iterate``.
+      nesterov: see ``scale_by_dion``; costs nothing.
+      residual: see ``scale_by_dion``.
+      normalize_rows: see ``scale_by_dion``.
       dtype: of the gradient.
       momentum_dtype: default ``dtype``.
       q_dtype: default that of M.
@@ -144,6 +154,7 @@ def plan_dion(
     check_choice("split_p", split_p, SPLITS)
     check_range("power_iters", power_iters, 1)
     check_range("count", count, 1)
+    check_beyond_paper(nesterov, residual, normalize_rows, replicate_axis)
     if replicate_axis and replicate_axis not in sizes:
         raise ValueError(
             f"replicate_axis={replicate_axis!r} is no axis of the mesh {sizes}"
@@ -203,7 +214,8 @@ def plan_dion(
     # Between repeats R is scaled by its maximum.
     sent.add("all-reduce", q_axis, (power_iters - 1) * n, e)
     flops = power_iters * (flops + 4 * n * (l // t) * (s // f) * r)
-    flops += 4 * n * (l // t) * (s // f) * r
+    # P R^T for the momentum and P Q^T; with a residual both are one product.
+    flops += (4 if residual is None else 2) * n * (l // t) * (s // f) * r
 
     sent.add("all-reduce", q_axis, n * r, e)
     if right_factor == "colnorm":
@@ -212,9 +224,15 @@ def plan_dion(
         flops += _orthonormalize(sent, "scqr", q_axis, n, s // f, r, e)
         _gram_pass(further, q_axis, n, r, e, numbers=1)
         _rescue(rescue, q_axis, n, r, e)
+    if residual is not None and r < min(l, s):
+        sent.add("all-reduce", p_axis + q_axis, n, e)
+    transposed = layout.p_axes == layout.reduction
+    if normalize_rows:
+        inputs, outputs = (p_axis, q_axis) if transposed else (q_axis, p_axis)
+        sent.add("all-reduce", inputs, n * (s // f if transposed else l // t), e)
+        sent.add("all-reduce", outputs, 2 * n, e)
     q_item = jnp.dtype(q_dtype or m_dtype).itemsize
     state = n * (l // t) * (s // f) * m_dtype.itemsize + n * (s // f) * r * q_item
-    transposed = layout.p_axes == layout.reduction
     return DionPlan(
         r, transposed, p_axis, q_axis, compressed, split, sent.bytes, further.bytes,
         rescue.bytes, sent.largest, flops, state,

@@ -30,30 +30,24 @@ from jax.sharding import PartitionSpec as P
 from jaxpapers.optim.composite import with_scalars
 from jaxpapers.optim.dion_leaves import (
     DionState,
+    check_beyond_paper,
     check_options,
     dion_blocks,
     init_q,
     own_momentum,
+    read_layouts,
     with_replicas,
 )
-from jaxpapers.optim.layout import make_layout
 from jaxpapers.optim.matrices import check_shapes, step_leaves
 from jaxpapers.optim.options import (
     check_choice,
     check_dtype,
-    check_leaf,
     check_paths,
     check_range,
-    is_number,
-    is_traced,
     leaf_dtype,
-    static_fraction,
-    static_multiple,
 )
 from jaxpapers.optim.paths import (
-    dimension_numbers,
     named_leaves,
-    per_leaf,
     with_leaves,
 )
 from jaxpapers.optim.placement import Placement, constrain
@@ -79,6 +73,9 @@ def scale_by_dion(
     scale: str | None = "spectral",
     noise_guard: Any = None,
     *,
+    nesterov: bool = False,
+    residual: Any = None,
+    normalize_rows: bool = False,
     replicate_axis: str | None = None,
     p_side: Any = "longer",
     split_p: str = "auto",
@@ -123,6 +120,12 @@ def scale_by_dion(
         differs from mesh to mesh. None leaves them out (1024 unit round-offs, 1.2e-4 in
         float32), Q keeps the columns that it had, and the update is that of the signal;
         0 (the reference) makes unit columns of them.
+      nesterov: factorise mu B + G, the momentum one step ahead, in place of B.
+      residual: weight w of what the rank leaves out, see ``residual``; 1 gives the update
+        the root mean square of Muon's; None is error feedback. Not with
+        ``replicate_axis``.
+      normalize_rows: the update's rows of all outputs get equal norms, as NorMuon's
+        without a running mean (``neurons``).
       replicate_axis: mesh axis whose devices compute gradients of their own data. Call
         ``update`` inside ``jax.shard_map`` over this axis with the gradients that are
         not averaged: P and R are, where they are fewer numbers than the gradient,
@@ -149,6 +152,7 @@ def scale_by_dion(
       (8, 2)
     """
     check_options(mu, eps, power_iters, orthogonalize, right_factor, batch, scale)
+    check_beyond_paper(nesterov, residual, normalize_rows, replicate_axis)
     check_choice("split_p", split_p, SPLITS)
     for name, dtype in (
         ("momentum_dtype", momentum_dtype),
@@ -161,32 +165,13 @@ def scale_by_dion(
         check_range("noise_guard", noise_guard, 0, 1, open_right=True)
     placement = Placement(sharding, unknown_sharding)
 
-    def layouts_of(named, qs=None):
-        dimensions = dimension_numbers(weight_dimension_numbers, named)
-        sides = per_leaf(p_side, named, lambda x: isinstance(x, str), "p_side")
-        fractions = per_leaf(rank_fraction, named, is_number, "rank_fraction")
-        layouts = []
-        for i, (path, leaf) in enumerate(named):
-            check_leaf(path, leaf, "Dion")
-            rank = None if qs is None else qs[i].shape[-1]
-            layout = make_layout(
-                path,
-                leaf.shape,
-                dimensions[i],
-                rank_fraction=static_fraction(path, fractions[i], rank),
-                rank_multiple_of=static_multiple(rank_multiple_of, rank),
-                p_side=sides[i],
-                rank=rank if is_traced(fractions[i], rank_multiple_of) else None,
-            )
-            if qs is not None and qs[i].shape != layout.q_shape:
-                raise ValueError(
-                    f"{path}: Dion state has Q of shape {qs[i].shape}, expected "
-                    f"{layout.q_shape} for rank_fraction={fractions[i]}; the state was "
-                    "made with another rank or other dimension numbers: use "
-                    "rescale_rank, start from init, or use the options that made it"
-                )
-            layouts.append(layout)
-        return layouts
+    layouts_of = functools.partial(
+        read_layouts,
+        weight_dimension_numbers=weight_dimension_numbers,
+        rank_fraction=rank_fraction,
+        rank_multiple_of=rank_multiple_of,
+        p_side=p_side,
+    )
 
     def init(params):
         named, _ = named_leaves(params)
@@ -242,7 +227,8 @@ def scale_by_dion(
         ]
         options = StepOptions(
             mu, eps, noise_guard, power_iters, orthogonalize, right_factor, split_p,
-            communication_dtype and jnp.dtype(communication_dtype),
+            communication_dtype and jnp.dtype(communication_dtype), nesterov, residual,
+            normalize_rows,
         )  # fmt: skip
         directions, (momenta, qs) = step_leaves(
             dion_blocks,
@@ -285,6 +271,9 @@ def dion(
     scale: str | None = "spectral",
     noise_guard: Any = None,
     *,
+    nesterov: bool = False,
+    residual: Any = None,
+    normalize_rows: bool = False,
     replicate_axis: str | None = None,
     p_side: Any = "longer",
     split_p: str = "auto",
@@ -328,6 +317,9 @@ def dion(
       seed: see ``scale_by_dion``.
       scale: see ``scale_by_dion``.
       noise_guard: see ``scale_by_dion``.
+      nesterov: see ``scale_by_dion``.
+      residual: see ``scale_by_dion``.
+      normalize_rows: see ``scale_by_dion``.
       replicate_axis: see ``scale_by_dion``; gradients of the other leaves are averaged
         over it.
       p_side: see ``scale_by_dion``.
@@ -375,6 +367,9 @@ def dion(
         seed=seed,
         scale=scale,
         noise_guard=noise_guard,
+        nesterov=nesterov,
+        residual=residual,
+        normalize_rows=normalize_rows,
         replicate_axis=replicate_axis,
         p_side=p_side,
         split_p=split_p,

@@ -29,7 +29,8 @@ from jaxpapers.optim.composite import with_scalars
 from jaxpapers.optim.matrices import momentum_method
 from jaxpapers.optim.newton_schulz import COEFFICIENTS, newton_schulz
 from jaxpapers.optim.options import check_choice, check_range, is_traced
-from jaxpapers.optim.power_iteration import MeshAxes, saturated_sum
+from jaxpapers.optim.power_iteration import MeshAxes
+from jaxpapers.optim.saturation import saturated_sum
 
 
 class Dion2State(NamedTuple):

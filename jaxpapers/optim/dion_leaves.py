@@ -1,6 +1,7 @@
 """What ``scale_by_dion`` does with single leaves, and its state and options."""
 
 import zlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -8,9 +9,20 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxpapers.optim.layout import SCALES, Layout
-from jaxpapers.optim.options import check_choice, check_range
+from jaxpapers.optim.layout import SCALES, Layout, make_layout
+from jaxpapers.optim.neurons import divide_rows, row_mean_square
+from jaxpapers.optim.options import (
+    check_choice,
+    check_flag,
+    check_leaf,
+    check_range,
+    is_number,
+    is_traced,
+    static_fraction,
+    static_multiple,
+)
 from jaxpapers.optim.orthonormalize import METHODS
+from jaxpapers.optim.paths import dimension_numbers, per_leaf
 from jaxpapers.optim.placement import constrain
 from jaxpapers.optim.power_iteration import RIGHT_FACTORS, dion_step
 
@@ -28,6 +40,52 @@ class DionState(NamedTuple):
     count: jax.Array
     momentum: Any
     q: Any
+
+
+def read_layouts(
+    named: Sequence[tuple[str, Any]],
+    qs: Sequence[Any] | None = None,
+    *,
+    weight_dimension_numbers: Any,
+    rank_fraction: Any,
+    rank_multiple_of: Any,
+    p_side: Any,
+) -> list[Layout]:
+    """Layouts of leaves.
+
+    Args:
+      named: leaves with their paths.
+      qs: of a state, whose ranks stand for traced ones; the others must agree.
+      weight_dimension_numbers: see ``scale_by_dion``, as for the rest.
+      rank_fraction: see there.
+      rank_multiple_of: see there.
+      p_side: see there.
+    """
+    dimensions = dimension_numbers(weight_dimension_numbers, named)
+    sides = per_leaf(p_side, named, lambda x: isinstance(x, str), "p_side")
+    fractions = per_leaf(rank_fraction, named, is_number, "rank_fraction")
+    layouts = []
+    for i, (path, leaf) in enumerate(named):
+        check_leaf(path, leaf, "Dion")
+        rank = None if qs is None else qs[i].shape[-1]
+        layout = make_layout(
+            path,
+            leaf.shape,
+            dimensions[i],
+            rank_fraction=static_fraction(path, fractions[i], rank),
+            rank_multiple_of=static_multiple(rank_multiple_of, rank),
+            p_side=sides[i],
+            rank=rank if is_traced(fractions[i], rank_multiple_of) else None,
+        )
+        if qs is not None and qs[i].shape != layout.q_shape:
+            raise ValueError(
+                f"{path}: Dion state has Q of shape {qs[i].shape}, expected "
+                f"{layout.q_shape} for rank_fraction={fractions[i]}; the state was "
+                "made with another rank or other dimension numbers: use "
+                "rescale_rank, start from init, or use the options that made it"
+            )
+        layouts.append(layout)
+    return layouts
 
 
 def with_replicas(axis: str | None, spec: P) -> P:
@@ -65,17 +123,27 @@ def dion_blocks(options, axes, layouts, specs, grads, momenta, qs):
         ],
         orders=[x.order for x in layouts],
     )
+    directions = [
+        x.from_matrices(y, s, x.order) for x, y, s in zip(layouts, directions, shapes)
+    ]
+    if options.normalize_rows:
+        directions = [
+            _equal_rows(x, spec, y) for x, spec, y in zip(layouts, specs, directions)
+        ]
     return (
-        [
-            x.from_matrices(y, s, x.order)
-            for x, y, s in zip(layouts, directions, shapes)
-        ],
+        directions,
         [
             x.from_matrices(y, s, x.order)
             for x, y, s in zip(layouts, new_momenta, shapes)
         ],
         [y.reshape(q.shape) for y, q in zip(new_qs, qs)],
     )
+
+
+def _equal_rows(layout, spec, o):
+    """NorMuon's division of rows by their own mean squares."""
+    square = row_mean_square(layout, spec, o)
+    return divide_rows(layout, spec, o, square, square, 1e-8)
 
 
 def own_momentum(layout: Layout, m: jax.Array, replicated: bool) -> jax.Array:
@@ -92,6 +160,22 @@ def own_momentum(layout: Layout, m: jax.Array, replicated: bool) -> jax.Array:
             f"{(1, *layout.shape)}; split the state over replicas as replica_specs says"
         )
     return m[0] if replicated else m
+
+
+def check_beyond_paper(nesterov, residual, normalize_rows, replicate_axis):
+    """Raises TypeError or ValueError naming an option that the paper does not have."""
+    check_flag("nesterov", nesterov)
+    check_flag("normalize_rows", normalize_rows)
+    if residual is None:
+        return
+    check_range("residual", residual, 0)
+    if replicate_axis:
+        raise ValueError(
+            f"residual={residual} and replicate_axis={replicate_axis!r} do not go "
+            "together: replicas exchange P and R alone, and what these leave of the mean "
+            "momentum is known to none of them; average the gradients instead (no "
+            "replicate_axis), or use residual=None"
+        )
 
 
 def check_options(mu, eps, power_iters, orthogonalize, right_factor, batch, scale):

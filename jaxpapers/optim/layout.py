@@ -133,16 +133,21 @@ class Layout(NamedTuple):
         m, n = self.fan_out, self.fan_in
         return (m + n) * self.rank < m * n
 
-    def update_scale(self, scale: str | None) -> float:
-        """Factor of P Q^T in the update.
+    def update_scale(self, scale: str | None, residual: Any = None) -> Any:
+        """Factor of the direction in the update.
 
         ``spectral`` is the paper's sqrt(fan_out / fan_in); ``rms`` gives the update the
-        root mean square 0.2 that AdamW's has (|P Q^T|_F = sqrt(rank)).
+        root mean square 0.2 that AdamW's has: |P Q^T|_F^2 = rank, and a residual of
+        weight w adds w^2 for each further direction.
         """
         if scale == "spectral":
             return math.sqrt(self.fan_out / self.fan_in)
         if scale == "rms":
-            return 0.2 * math.sqrt(self.fan_in * self.fan_out / self.rank)
+            size = self.rank
+            if residual is not None:
+                left = min(self.fan_in, self.fan_out) - self.rank
+                size = self.rank + residual**2 * left
+            return 0.2 * (self.fan_in * self.fan_out / size) ** 0.5
         return 1.0
 
 

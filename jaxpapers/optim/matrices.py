@@ -20,7 +20,7 @@ from jaxpapers.optim.options import (
 )
 from jaxpapers.optim.paths import dimension_numbers, named_leaves, with_leaves
 from jaxpapers.optim.placement import Placement, placed
-from jaxpapers.optim.power_iteration import saturate
+from jaxpapers.optim.saturation import saturate
 from jaxpapers.optim.sharded import blockwise, group_key, leaf_spec
 
 
@@ -165,11 +165,12 @@ def step_leaves(
       replicas: of the leaves.
     """
     arrays = [grads, *states]
+    residual = getattr(options, "residual", None)
     outputs = in_groups(
         step, layouts, shardings, arrays, [leaf_spec, *specs], options, keys, replicas
     )
     directions = [
-        (layout.update_scale(scale) * output[0]).astype(g.dtype)
+        (layout.update_scale(scale, residual) * output[0]).astype(g.dtype)
         for layout, g, output in zip(layouts, grads, outputs)
     ]
     new = [

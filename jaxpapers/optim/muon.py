@@ -2,10 +2,9 @@ r"""Muon and NorMuon on sharded matrices, by the same dimension numbers as Dion.
 
 Muon (Jordan et al., 2024): M <- mu M + G, direction polar(M), or polar(G + mu M) with
 Nesterov's momentum. NorMuon (Li et al., arXiv 2510.05491) divides each output row of the
-direction O by the root of a running mean of its squares, and restores |O|_F:
+direction O by the root of a running mean of its squares (see ``neurons``):
 
-$$ v \leftarrow \beta_2 v + (1 - \beta_2)\,\mathrm{mean}_{in}(O^2), \quad
-   O' = O / (\sqrt v + \epsilon), \quad O \leftarrow O'\, |O|_F / |O'|_F $$
+$$ v \leftarrow \beta_2 v + (1 - \beta_2)\,\mathrm{mean}_{in}(O^2) $$
 
 Communication is described in ``newton_schulz``. The reference code is microsoft/dion,
 whose arithmetic is bfloat16; here it is float32, so numbers agree to bfloat16's rounding.
@@ -18,13 +17,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxpapers.optim.collectives import psum
 from jaxpapers.optim.composite import with_scalars
-from jaxpapers.optim.layout import SCALES, axis_names
+from jaxpapers.optim.layout import SCALES
 from jaxpapers.optim.matrices import momentum_method
+from jaxpapers.optim.neurons import divide_rows, row_mean_square
 from jaxpapers.optim.newton_schulz import COEFFICIENTS, newton_schulz
 from jaxpapers.optim.options import check_choice, check_range
-from jaxpapers.optim.power_iteration import saturated_sum
+from jaxpapers.optim.saturation import saturated_sum
 from jaxpapers.optim.sharded import row_spec
 
 
@@ -218,25 +217,10 @@ def _muon_blocks(options, axes, layouts, specs, grads, momenta, *rows):
 
 def _normalise_rows(options, layout, spec, o, v):
     """NorMuon's second moment: O and v."""
-    across = axis_names(layout.reduction, spec)
-    everything = across + axis_names(
-        [a for a in layout.p_axes + layout.q_axes if a not in layout.reduction], spec
-    )
-    square = psum(_row_sums(layout, jnp.square(o)), across) / layout.fan_in
+    square = row_mean_square(layout, spec, o)
     v = options.b2 * v + (1 - options.b2) * square
-    scaled = o / (jnp.sqrt(v) + options.eps)
-
-    def norm(x):
-        total = jnp.square(x).sum(layout.p_axes + layout.q_axes, keepdims=True)
-        return jnp.sqrt(psum(total, everything))
-
-    after = norm(scaled)
-    return scaled * (norm(o) / jnp.where(after == 0, 1, after)), v
+    return divide_rows(layout, spec, o, square, v, options.eps), v
 
 
 def _zero_rows(layout, x):
-    return jnp.zeros_like(_row_sums(layout, x), jnp.float32)
-
-
-def _row_sums(layout, x):
-    return x.sum(layout.reduction, keepdims=True)
+    return jnp.zeros_like(x.sum(layout.reduction, keepdims=True), jnp.float32)

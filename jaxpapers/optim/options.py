@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def check_choice(name: str, value: Any, choices: tuple) -> None:
@@ -34,6 +35,12 @@ def check_range(
     if not low <= value <= high or (open_right and value == high):
         bound = ")" if open_right or high == math.inf else "]"
         raise ValueError(f"{name} must be in [{low}, {high}{bound}, got {value}")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """TypeError unless ``value`` is True or False: it shapes the program."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
 def check_dtype(name: str, dtype: Any) -> None:

@@ -10,6 +10,12 @@ matrix with its P side first, B is (l, s), Q (s, r), P (l, r), R (s, r):
 6. Q <- R diag(1 / (|R_j| + eps))
 7. update direction P Q^T
 
+Not in the paper: with ``nesterov`` N = mu B + G, the momentum one step ahead, is what is
+factorised; with ``residual`` w the update also holds what the rank leaves out, and the
+whole momentum decays (``residual``):
+
+    update P Q^T + w sqrt(min(l, s) - r) (N - P R^T) / |N - P R^T|_F,    M <- mu B
+
 Where the rank of B is below r, the surplus columns of P are any directions and those of R
 are rounding error, which differs from mesh to mesh. The paper and its code scale it to
 unit columns: a gradient of rank one gives an update that is nearly all noise. Here such a
@@ -35,6 +41,7 @@ from jax import lax
 from jaxpapers.ops.linalg import HIGHEST
 from jaxpapers.optim.collectives import axis_size, pmax, psum
 from jaxpapers.optim.orthonormalize import _orthonormalize
+from jaxpapers.optim.residual import residual_scale
 
 RIGHT_FACTORS = ("colnorm", "orth")
 SPLITS = ("auto", "whole")
@@ -69,7 +76,7 @@ ONE_DEVICE = MeshAxes()
 class StepOptions(NamedTuple):
     """Hyper-parameters of one step.
 
-    ``mu``, ``eps`` and ``noise_guard`` may be traced; the rest is static.
+    ``mu``, ``eps``, ``noise_guard`` and ``residual`` may be traced; the rest is static.
     ``noise_guard`` None is the floor ``NOISE``.
     """
 
@@ -81,6 +88,9 @@ class StepOptions(NamedTuple):
     right_factor: str = "colnorm"
     split_p: str = "auto"
     communication_dtype: Any = None
+    nesterov: bool = False
+    residual: Any = None
+    normalize_rows: bool = False
 
 
 def power_iterate(
@@ -127,7 +137,7 @@ def power_iterate(
     """
 
     small = jax.tree.map(lambda b, q: _small(axes, b, q), b, q)
-    p, r = _power_iterate(
+    p, r, _ = _power_iterate(
         jax.tree.map(jnp.multiply, small, b),
         q, small, iters, orthogonalize, axes, rows, split_p, communication_dtype, order,
     )  # fmt: skip
@@ -137,7 +147,10 @@ def power_iterate(
 def _power_iterate(
     b, q, small, iters, orthogonalize, axes, rows, split_p, communication_dtype, order
 ):
-    """``power_iterate`` of B times ``small`` (see ``_small``), and R times it."""
+    """``power_iterate`` of B times ``small`` (see ``_small``), and R times it.
+
+    Also whether B Q is all zero, (..., 1, 1).
+    """
     order = jax.tree.map(lambda _: order, b) if isinstance(order, str) else order
     # P as it is sent must not leave the range of float16 at its lower end.
     narrow = communication_dtype and jnp.finfo(communication_dtype).max < 1e30
@@ -153,7 +166,7 @@ def _power_iterate(
         parts, treedef = jax.tree.flatten(jax.tree.map(product, b, q, small, order))
         bases = _basis(parts, orthogonalize, axes, rows, split_p, communication_dtype)
         p, zero = (treedef.unflatten(x) for x in bases)
-        return p, jax.tree.map(right_factor, b, p, q, zero, small, order)
+        return p, jax.tree.map(right_factor, b, p, q, zero, small, order), zero
 
     def again(q):
         # Each repeat multiplies by B twice: without scaling, 1e20 or 1e-20 are lost.
@@ -232,8 +245,11 @@ def dion_step(
         x * m.astype(dtype) + x * g.astype(dtype)
         for m, g, x in zip(momenta, grads, hidden)
     ]
-    ps, rs = _power_iterate(
-        b,
+    ns = b
+    if options.nesterov:
+        ns = [mu * b + x * g.astype(dtype) for b, g, x in zip(b, grads, hidden)]
+    ps, rs, zeros = _power_iterate(
+        ns,
         qs,
         small,
         options.power_iters,
@@ -244,16 +260,19 @@ def dion_step(
         options.communication_dtype,
         orders,
     )
+    plain = options.residual is None
     largest = float(jnp.finfo(dtype).max)
     new_momenta = [
         jnp.clip(
-            b - (1 - mu) * _dot(f"lr,sr->{o}", p, r), -x * largest, x * largest
+            b - (1 - mu) * (_dot(f"lr,sr->{o}", p, r) if plain else b),
+            -x * largest,
+            x * largest,
         ) / x
         for b, p, r, o, x in zip(b, ps, rs, orders, small)
     ]  # fmt: skip
     directions, new_qs = [], []
-    for p, r, old, rows, o, x in zip(
-        ps, rs, qs, q_rows or [None] * len(rs), orders, small
+    for n, p, r, zero, old, rows, o, x in zip(
+        ns, ps, rs, zeros, qs, q_rows or [None] * len(rs), orders, small
     ):
         norm = _column_norms(r, axes.q)
         if options.right_factor == "orth":
@@ -264,7 +283,13 @@ def dion_step(
             length = norm + x * eps
             q = r / jnp.where(length == 0, 1, length)
         noise, left_out = _without_signal(norm, options.noise_guard)
-        directions.append(_dot(f"lr,sr->{o}", p, jnp.where(left_out, 0, q)))
+        right = jnp.where(left_out, 0, q)
+        if plain:
+            directions.append(_dot(f"lr,sr->{o}", p, right))
+        else:
+            # P (Q - c R)^T + c N: one product for both parts.
+            c = options.residual * residual_scale(n, r, norm, zero, axes)
+            directions.append(_dot(f"lr,sr->{o}", p, right - c * r) + c * n)
         new_qs.append(jnp.where(noise, old, q))
     return directions, new_momenta, new_qs
 
@@ -284,23 +309,6 @@ def _small(axes: MeshAxes, b: jax.Array, q: jax.Array) -> float:
     l_local = b.shape[-1] * b.shape[-2] // s_local
     longest = max(l_local * axis_size(axes.p), s_local * axis_size(axes.q))
     return 2.0 ** -(math.ceil(math.log2(longest * axis_size(axes.replica))) + 2)
-
-
-def saturated_sum(x: jax.Array, y: jax.Array) -> jax.Array:
-    """x + y, where finite summands give the largest finite number, not infinity."""
-    total = x + y
-    over = jnp.isinf(total) & jnp.isfinite(x) & jnp.isfinite(y)
-    largest = jnp.asarray(jnp.finfo(total.dtype).max, total.dtype)
-    return jnp.where(over, jnp.copysign(largest, total), total)
-
-
-def saturate(x: jax.Array, dtype: Any) -> jax.Array:
-    """``x`` in a dtype; what is finite does not become infinite in a narrower one."""
-    largest = jnp.finfo(dtype).max
-    if largest >= jnp.finfo(x.dtype).max:
-        return x.astype(dtype)
-    bound = jnp.asarray(largest, x.dtype)
-    return jnp.where(jnp.isinf(x), x, jnp.clip(x, -bound, bound)).astype(dtype)
 
 
 def _without_signal(norm: jax.Array, guard: Any) -> tuple[jax.Array, jax.Array]:

@@ -162,11 +162,19 @@ def test_bytes_on_every_mesh(sizes):
         pytest.param({"orthogonalize": "qr"}, marks=pytest.mark.matrix),
         pytest.param({"right_factor": "orth"}, marks=pytest.mark.matrix),
         {"power_iters": 2, "split_p": "whole"},
+        {"nesterov": True, "normalize_rows": True},
     ],
     ids=str,
 )
 def test_bytes_of_other_options(options):
     check((2, 2, 2), **options)
+
+
+@pytest.mark.parametrize(
+    "sizes", [pytest.param((1, 2, 4), marks=pytest.mark.matrix), (1, 4, 2)], ids=str
+)
+def test_bytes_of_the_residual(sizes):
+    check(sizes, nesterov=True, residual=1.0, normalize_rows=True)
 
 
 @pytest.mark.matrix
