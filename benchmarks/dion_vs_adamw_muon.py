@@ -1,23 +1,29 @@
-"""Dion, AdamW and Muon on the standard library's text: equal steps, each well tuned.
+"""Dion, AdamW, Muon and relatives on the standard library's text, each well tuned.
 
-    python benchmarks/dion_vs_adamw_muon.py            all of it, about half an hour
-    python benchmarks/dion_vs_adamw_muon.py --quick    a few steps, to see that it works
+    python benchmarks/dion_vs_adamw_muon.py            the small model, 40 minutes
+    python benchmarks/dion_vs_adamw_muon.py --model default     that of jaxpapers run dion
+    ... --only muon,dion_4     these rows; the others of the JSON stay
+    ... --quick                a few steps, to see that it works
 
-One model (MODEL), one stream of batches per seed. For each optimizer the learning rate of
-the hidden matrices is chosen on GRID (factors of 2) by the loss on the first half of the
+One model, one stream of batches per seed. For each optimizer the learning rate of the
+hidden matrices is chosen on GRID (factors of 2) by the loss on the first half of the
 validation text with seed 0; everything that is no hidden matrix is trained by AdamW at
-SCALAR_LR in all three, except that AdamW's rows use one learning rate for all. If the
-best value lies on an edge of the grid, the grid is extended until it does not. Then
-three seeds are run at the chosen value and measured on the second half of the validation
-text, which chose nothing. Writes results/dion_vs_adamw_muon.json and .png beside this.
+SCALAR_LR in all, except that AdamW's rows use one learning rate for all. If the best
+value lies on an edge of the grid, the grid is extended until it does not. Then three
+seeds are run at the chosen value and measured on the second half of the validation text,
+which chose nothing. ``ahead`` is Dion with ``nesterov``, ``residual=1`` and
+``normalize_rows``; dion_4 has a rank of 1/4 of the shorter side. Writes
+results/dion_vs_adamw_muon.json (dion_default_model.json) and .png beside this.
 """
 
 import argparse
+import fcntl
 import json
 import math
 import os
 import platform
 import statistics
+import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -31,7 +37,7 @@ import numpy as np  # noqa: E402
 from jaxpapers import mesh, papers, run, train  # noqa: E402
 from jaxpapers.data import text  # noqa: E402
 
-MODEL = {
+SMALL = {
     "data.context": 128,
     "data.batch": 8,
     "net.width": 96,
@@ -41,19 +47,30 @@ MODEL = {
     "train.steps": 500,
     "optim.clip": 1.0,
 }
+MODELS: dict[str, dict] = {"small": SMALL, "default": {}}
+FILES = {"small": "dion_vs_adamw_muon", "default": "dion_default_model"}
 SCALAR_LR = 0.01
-GRID = {
-    "adamw": (0.002, 0.004, 0.008, 0.016),
-    "muon": (0.005, 0.01, 0.02, 0.04),
-    "dion": (0.005, 0.01, 0.02, 0.04),
-    "dion_full": (0.005, 0.01, 0.02, 0.04),
-}
+MATRICES = (0.005, 0.01, 0.02, 0.04)
+PLAIN = {"nesterov": False, "residual": 0.0, "normalize_rows": False}
+AHEAD = {"nesterov": True, "residual": 1.0, "normalize_rows": True}
+SHARES = (16, 4, 2, 1)
+
+
+def dion(share: int, **options) -> dict:
+    """Fields of Dion with a rank of 1 / share."""
+    return {"name": "dion", "rank_fraction": 1 / share, **options}
+
+
 OPTIMIZER = {
-    "adamw": {"optim.name": "adamw"},
-    "muon": {"optim.name": "optax_muon", "optim.scalar_lr": SCALAR_LR},
-    "dion": {"optim.rank_fraction": 0.25, "optim.scalar_lr": SCALAR_LR},
-    "dion_full": {"optim.rank_fraction": 1.0, "optim.scalar_lr": SCALAR_LR},
+    "adamw": {"name": "adamw", "scalar_lr": 0.0},
+    "muon": {"name": "optax_muon"},
+    "our_muon": {"name": "muon"},
+    "normuon": {"name": "normuon"},
+    "dion2_4": {"name": "dion2", "rank_fraction": 0.25},
+    **{f"dion_{n}": dion(n, **PLAIN) for n in SHARES},
+    **{f"ahead_{n}": dion(n, **AHEAD) for n in SHARES},
 }
+GRID = {n: MATRICES for n in OPTIMIZER} | {"adamw": (0.002, 0.004, 0.008, 0.016)}
 SEEDS = (0, 1, 2)
 OUT = Path(__file__).parent / "results"
 
@@ -76,9 +93,10 @@ class Curve:
         """Not used."""
 
 
-def one_run(name: str, lr: float, seed: int, steps: int | None, corpus) -> dict:
+def one_run(name: str, lr: float, seed: int, corpus, model: dict, steps=None) -> dict:
     """Trains once; returns bits per byte on both halves of validation, time, curve."""
-    values = {**MODEL, **OPTIMIZER[name], "optim.lr": lr}
+    values = {**model, "optim.scalar_lr": SCALAR_LR, "optim.lr": lr}
+    values |= {f"optim.{k}": v for k, v in OPTIMIZER[name].items()}
     values |= {"train.seed": seed, "data.seed": seed}
     if steps:
         values["train.steps"] = steps
@@ -127,13 +145,13 @@ def one_run(name: str, lr: float, seed: int, steps: int | None, corpus) -> dict:
     }
 
 
-def choose(name: str, steps: int | None, corpus) -> tuple[float, list[dict]]:
+def choose(name: str, one) -> tuple[float, list[dict]]:
     """Learning rate with the best selection loss, from a grid without it on an edge."""
     done: dict[float, dict] = {}
     todo = list(GRID[name])
     while todo:
         for lr in todo:
-            done[lr] = one_run(name, lr, 0, steps, corpus)
+            done[lr] = one(name, lr, 0)
             print(f"{name:9s} lr {lr:<8g} select {done[lr]['select']:.4f}", flush=True)
         best = min(done, key=lambda lr: done[lr]["select"])
         if len(done) > len(GRID[name]) + 4 or done[best]["select"] == math.inf:
@@ -147,96 +165,133 @@ def choose(name: str, steps: int | None, corpus) -> tuple[float, list[dict]]:
 
 
 def draw(results: dict, path: Path) -> None:
-    """Mean training curves, smoothed, with the spread over seeds."""
+    """Mean training curves, smoothed, with the spread over seeds; loss against rank."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for name, result in results.items():
-        curves = np.array([r["curve"] for r in result["runs"] if r["curve"]])
-        kernel = np.ones(20) / 20
+    figure, axes = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
+    for name in ("adamw", "muon", "dion_4", "ahead_16", "ahead_4"):
+        if name not in results:
+            continue
+        curves = np.array([r["curve"] for r in results[name]["runs"] if r["curve"]])
+        kernel = np.ones(3) / 3
         smooth = np.array([np.convolve(c, kernel, "valid") for c in curves])
-        steps = np.arange(smooth.shape[1]) + 20
+        steps = 10 * np.arange(1, smooth.shape[1] + 1)
         (line,) = axes[0].plot(steps, smooth.mean(0), label=name)
         axes[0].fill_between(
             steps, smooth.min(0), smooth.max(0), color=line.get_color(), alpha=0.2
         )
-        rates = [
-            (r["lr"], r["select"]) for r in result["grid"] if r["select"] < math.inf
-        ]
+        rates = [(r["lr"], r["select"]) for r in results[name]["grid"] if r["select"]]
         axes[1].plot(*zip(*rates), "o-", color=line.get_color(), label=name)
+    for kind in ("dion", "ahead"):
+        known = [n for n in SHARES if f"{kind}_{n}" in results]
+        means = [results[f"{kind}_{n}"]["mean"] for n in known]
+        axes[2].plot([1 / n for n in known], means, "o-", label=kind)
+    for name in ("muon", "normuon", "adamw"):
+        if name in results:
+            axes[2].axhline(results[name]["mean"], ls=":", c="0.3")
+            axes[2].annotate(name, (1, results[name]["mean"]), ha="right", va="bottom")
     ticks = sorted({r["lr"] for result in results.values() for r in result["grid"]})
     axes[1].set_xscale("log")
-    axes[1].set_xticks(ticks, [f"{t:g}" for t in ticks], fontsize=8)
+    axes[1].set_xticks(ticks, [f"{t:g}" for t in ticks], fontsize=8, rotation=45)
     axes[1].minorticks_off()
-    axes[0].set(xlabel="step", ylabel="training bits per byte (20-step mean)")
+    axes[2].set_xscale("log", base=2)
+    axes[2].set_xticks([1 / n for n in SHARES], ["1/16", "1/4", "1/2", "1"])
+    axes[0].set(xlabel="step", ylabel="training bits per byte (mean of 30 steps)")
     axes[0].set_ylim(top=4.5)
     axes[1].set(xlabel="learning rate", ylabel="selection bits per byte")
+    axes[2].set(xlabel="rank / shorter side", ylabel="test bits per byte, 3 seeds")
     axes[0].legend(frameon=False)
+    axes[2].legend(frameon=False)
     for ax in axes:
         ax.grid(alpha=0.25)
     figure.savefig(path, dpi=150)
 
 
+def versions() -> dict[str, str]:
+    """Of what the numbers depend on."""
+    return {p: version(p) for p in ("jax", "jaxlib", "flax", "optax", "numpy")}
+
+
 def main() -> None:
-    """Runs everything and writes the results."""
+    """Runs the rows that are asked for and writes the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--model", choices=MODELS, default="small")
+    parser.add_argument("--only", default=",".join(OPTIMIZER))
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
-    steps = 30 if options.quick else None
+    names = options.only.split(",")
+    unknown = sorted(set(names) - set(OPTIMIZER))
+    if unknown:
+        parser.error(f"--only: got {unknown}, expected some of {list(OPTIMIZER)}")
+    model, stem = MODELS[options.model], options.out / FILES[options.model]
     corpus = text.load()
     if options.quick:
         corpus = corpus._replace(validation=[corpus.validation[0][:40_000]])
-    results = {}
-    for name in OPTIMIZER:
-        best, grid = choose(name, steps, corpus)
+
+    def one(*run):
+        return one_run(*run, corpus, model, 30 if options.quick else None)
+
+    for name in names:
+        best, grid = choose(name, one)
         runs = [r for r in grid if r["lr"] == best]
-        runs += [one_run(name, best, seed, steps, corpus) for seed in SEEDS[1:]]
+        runs += [one(name, best, seed) for seed in SEEDS[1:]]
         tests = [r["test"] for r in runs]
-        results[name] = {
+        result = {
             "lr": best,
+            "options": OPTIMIZER[name],
             "mean": statistics.mean(tests),
             "spread": max(tests) - min(tests),
+            "cpu_s": statistics.mean(r["cpu_s"] for r in runs),
             "grid": [{k: v for k, v in r.items() if k != "curve"} for r in grid],
-            "runs": runs,
+            "runs": [{**r, "curve": r["curve"][::10]} for r in runs],
         }
-        print(
-            f"{name:9s} lr {best:g}: {results[name]['mean']:.4f} bits per byte",
-            flush=True,
-        )
-    options.out.mkdir(parents=True, exist_ok=True)
-    stem = options.out / Path(__file__).stem
-    draw(results, stem.with_suffix(".png"))
-    stream = np.concatenate(corpus.validation)
+        print(f"{name:9s} lr {best:g}: {result['mean']:.4f} bits per byte", flush=True)
+        write(stem, name, result, model, corpus, options.quick)
+    print(f"wrote {stem}.json and .png")
+
+
+def write(stem, name: str, result: dict, model: dict, corpus, quick: bool) -> None:
+    """Puts a row into the JSON beside those of the same versions, and draws all."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    path, stream = stem.with_suffix(".json"), np.concatenate(corpus.validation)
     record = {
         "question": __doc__.splitlines()[0],
         "command": "python benchmarks/dion_vs_adamw_muon.py"
-        + (" --quick" if options.quick else ""),
-        "model": MODEL,
+        + (" --model default" if not model else "")
+        + (" --quick" if quick else ""),
+        "model": model,
         "scalar_lr": SCALAR_LR,
         "baselines_second_half": text.baselines(stream[len(stream) // 2 :]),
-        "versions": {
-            p: version(p) for p in ("jax", "jaxlib", "flax", "optax", "numpy")
-        },
+        "versions": versions(),
         "python": platform.python_version(),
         "cores": os.cpu_count(),
-        "results": {
-            name: {
-                **result,
-                "runs": [{**r, "curve": r["curve"][::10]} for r in result["runs"]],
-            }
-            for name, result in results.items()
-        },
-        "ratio_to_adamw": {
-            n: r["mean"] / results["adamw"]["mean"] for n, r in results.items()
-        },
+        "results": {},
     }
-    text_record = json.dumps(record, indent=1).replace("Infinity", "null")
-    stem.with_suffix(".json").write_text(text_record + "\n")
-    print(f"wrote {stem}.json and .png")
+    # Rows may be run at the same time.
+    with (Path(tempfile.gettempdir()) / f"{stem.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if path.exists():
+            old = json.loads(path.read_text())
+            if {k: old.get(k) for k in ("versions", "command")} == {
+                k: record[k] for k in ("versions", "command")
+            }:
+                record["results"] = {
+                    k: v for k, v in old["results"].items() if k in OPTIMIZER
+                }
+        record["results"][name] = result
+        results = {k: record["results"][k] for k in OPTIMIZER if k in record["results"]}
+        record["results"] = results
+        if "muon" in results:
+            record["above_muon"] = {
+                k: v["mean"] - results["muon"]["mean"] for k, v in results.items()
+            }
+        text_record = json.dumps(record, indent=1).replace("Infinity", "null")
+        path.write_text(text_record + "\n")
+        draw(json.loads(text_record)["results"], stem.with_suffix(".png"))
 
 
 if __name__ == "__main__":
