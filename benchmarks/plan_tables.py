@@ -23,8 +23,14 @@ OUT = Path(__file__).parent / "results" / "plans.json"
 DOC = Path(__file__).parents[1] / "docs" / "scale.md"
 MARKS = ("<!-- plans: begin -->", "<!-- plans: end -->")
 TIMEOUT = 2400
-SOURCE = Path(__file__).parents[1] / "jaxpapers" / "optim"
-PROGRAM = ("collectives.py", "orthonormalize.py", "power_iteration.py", "dion.py")
+SOURCE = Path(__file__).parents[1] / "jaxpapers"
+PROGRAM = (
+    "ops/linalg.py",
+    *(
+        f"optim/{name}.py"
+        for name in ("collectives", "orthonormalize", "power_iteration", "dion")
+    ),
+)
 
 # preset, topology, mesh, fields. Batches of the small slice are those of a small slice.
 SLICES = [

@@ -62,6 +62,7 @@ def get_config(preset: str | None = None) -> ConfigDict:
                 "momentum_dtype": "",  # "": float32, as the parameters
                 "q_dtype": "",
                 "communication_dtype": "",  # of P between devices; "": float32
+                "precision": "",  # of large products on TPUs: default, high, highest
                 "scalar": "adamw",
                 "b1": 0.9,
                 "b2": 0.95,

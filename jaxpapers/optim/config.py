@@ -59,6 +59,8 @@ class Options:
       normalize_rows: dion: equal steps for all outputs, see ``scale_by_dion``.
       q_dtype: dion; "": that of the parameters.
       communication_dtype: dion; "": float32.
+      precision: dion, muon and normuon: of large products on accelerators, see
+        ``scale_by_dion``; "": by the state's dtype.
 
     Raises:
       ValueError: unknown names, or values out of range.
@@ -92,6 +94,7 @@ class Options:
     normalize_rows: bool = False
     q_dtype: str = ""
     communication_dtype: str = ""
+    precision: str = ""
 
     def __post_init__(self):
         options.check_choices(self, "optim", name=NAMES, schedule=SCHEDULES)
@@ -315,12 +318,15 @@ def _matrix_optimizer(o, steps, replicate_axis, **matrices):
             normalize_rows=o.normalize_rows,
             q_dtype=o.q_dtype or None,
             communication_dtype=o.communication_dtype or None,
+            precision=o.precision or None,
             replicate_axis=replicate_axis,
             **shared,
         )
     if o.name == "dion2":
         return dion2(rate, fraction=o.rank_fraction, **shared)
-    return (muon if o.name == "muon" else normuon)(rate, **shared)
+    return (muon if o.name == "muon" else normuon)(
+        rate, precision=o.precision or None, **shared
+    )
 
 
 def _decays(numbers, params):

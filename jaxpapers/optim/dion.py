@@ -40,16 +40,14 @@ from jaxpapers.optim.dion_leaves import (
 )
 from jaxpapers.optim.matrices import check_shapes, step_leaves
 from jaxpapers.optim.options import (
+    PRECISIONS,
     check_choice,
     check_dtype,
     check_paths,
     check_range,
     leaf_dtype,
 )
-from jaxpapers.optim.paths import (
-    named_leaves,
-    with_leaves,
-)
+from jaxpapers.optim.paths import named_leaves, with_leaves
 from jaxpapers.optim.placement import Placement, constrain
 from jaxpapers.optim.power_iteration import SPLITS, StepOptions
 from jaxpapers.optim.replicas import check_axis, count_replicas
@@ -80,6 +78,7 @@ def scale_by_dion(
     p_side: Any = "longer",
     split_p: str = "auto",
     communication_dtype: Any = None,
+    precision: str | None = None,
     unknown_sharding: str = "warn",
 ) -> optax.GradientTransformation:
     r"""Replaces gradients of matrices by Dion's orthonormalised direction.
@@ -134,6 +133,10 @@ def scale_by_dion(
       p_side: side of P, per leaf: ``longer``, ``output`` or ``input``.
       split_p: see ``power_iterate``.
       communication_dtype: see ``power_iterate``.
+      precision: of the products with matrices of the leaf's size: ``default``, ``high``
+        or ``highest``, on a TPU one, three or six bfloat16 passes. None: ``high`` for
+        float32 state, ``default`` for 16-bit state. Gram matrices and triangular factors
+        always have ``highest``. It changes nothing on a CPU.
       unknown_sharding: ``warn`` or ``raise`` where a leaf's sharding cannot be known.
 
     Returns:
@@ -154,6 +157,7 @@ def scale_by_dion(
     check_options(mu, eps, power_iters, orthogonalize, right_factor, batch, scale)
     check_beyond_paper(nesterov, residual, normalize_rows, replicate_axis)
     check_choice("split_p", split_p, SPLITS)
+    check_choice("precision", precision, PRECISIONS)
     for name, dtype in (
         ("momentum_dtype", momentum_dtype),
         ("q_dtype", q_dtype),
@@ -228,7 +232,7 @@ def scale_by_dion(
         options = StepOptions(
             mu, eps, noise_guard, power_iters, orthogonalize, right_factor, split_p,
             communication_dtype and jnp.dtype(communication_dtype), nesterov, residual,
-            normalize_rows,
+            normalize_rows, precision,
         )  # fmt: skip
         directions, (momenta, qs) = step_leaves(
             dion_blocks,
@@ -278,6 +282,7 @@ def dion(
     p_side: Any = "longer",
     split_p: str = "auto",
     communication_dtype: Any = None,
+    precision: str | None = None,
     unknown_sharding: str = "warn",
     weight_decay: Any = 0.01,
     weight_decay_mask: Any = None,
@@ -325,6 +330,7 @@ def dion(
       p_side: see ``scale_by_dion``.
       split_p: see ``scale_by_dion``.
       communication_dtype: see ``scale_by_dion``.
+      precision: see ``scale_by_dion``.
       unknown_sharding: see ``scale_by_dion``.
       weight_decay: decoupled decay of matrices and of the ``scalar`` group; embeddings
         and heads have none.
@@ -374,6 +380,7 @@ def dion(
         p_side=p_side,
         split_p=split_p,
         communication_dtype=communication_dtype,
+        precision=precision,
         unknown_sharding=unknown_sharding,
     )
     return with_scalars(

@@ -22,7 +22,12 @@ from jaxpapers.optim.layout import SCALES
 from jaxpapers.optim.matrices import momentum_method
 from jaxpapers.optim.neurons import divide_rows, row_mean_square
 from jaxpapers.optim.newton_schulz import COEFFICIENTS, newton_schulz
-from jaxpapers.optim.options import check_choice, check_range
+from jaxpapers.optim.options import (
+    PRECISIONS,
+    check_choice,
+    check_range,
+    product_precision,
+)
 from jaxpapers.optim.saturation import saturated_sum
 from jaxpapers.optim.sharded import row_spec
 
@@ -47,6 +52,7 @@ class _Options(NamedTuple):
     eps: Any
     nesterov: bool
     coefficients: str
+    precision: str | None
 
 
 def scale_by_muon(
@@ -60,6 +66,7 @@ def scale_by_muon(
     sharding: Any = None,
     scale: str | None = "spectral",
     *,
+    precision: str | None = None,
     unknown_sharding: str = "warn",
 ) -> optax.GradientTransformation:
     """Replaces gradients of matrices by the polar factor of their momentum.
@@ -74,6 +81,8 @@ def scale_by_muon(
       momentum_dtype: dtype of M; default the parameter's.
       sharding: as for ``scale_by_dion``.
       scale: ``spectral`` (sqrt(fan_out / fan_in)), ``rms`` or None.
+      precision: of the product of a matrix with its polynomial, as for
+        ``scale_by_dion``; Gram matrices and polynomials always have ``highest``.
       unknown_sharding: as for ``scale_by_dion``.
 
     Raises:
@@ -91,13 +100,14 @@ def scale_by_muon(
     check_range("eps", eps, 0)
     check_choice("coefficients", coefficients, tuple(COEFFICIENTS))
     check_choice("scale", scale, SCALES)
+    check_choice("precision", precision, PRECISIONS)
     if b2 is not None:
         check_range("b2", b2, 0, 1, open_right=True)
     statistics = [] if b2 is None else [(_zero_rows, row_spec)]
     return momentum_method(
         "Muon",
         _muon_blocks,
-        _Options(mu, b2, eps, nesterov, coefficients),
+        _Options(mu, b2, eps, nesterov, coefficients, precision),
         MuonState,
         *statistics,
         weight_dimension_numbers=weight_dimension_numbers,
@@ -120,6 +130,7 @@ def muon(
     sharding: Any = None,
     scale: str | None = "spectral",
     *,
+    precision: str | None = None,
     unknown_sharding: str = "warn",
     weight_decay: Any = 0.01,
     weight_decay_mask: Any = None,
@@ -147,6 +158,7 @@ def muon(
       momentum_dtype: see ``scale_by_muon``.
       sharding: see ``scale_by_muon``.
       scale: see ``scale_by_muon``.
+      precision: see ``scale_by_muon``.
       unknown_sharding: see ``scale_by_muon``.
       weight_decay: see ``dion``, as are all that follow.
       weight_decay_mask: see ``dion``.
@@ -167,6 +179,7 @@ def muon(
         momentum_dtype=momentum_dtype,
         sharding=sharding,
         scale=scale,
+        precision=precision,
         unknown_sharding=unknown_sharding,
     )
     return with_scalars(
@@ -201,7 +214,12 @@ def _muon_blocks(options, axes, layouts, specs, grads, momenta, *rows):
         used = [saturated_sum(g, options.mu * m) for m, g in zip(new, grads_)]
     parts = [x.to_matrices(b) for x, b in zip(layouts, used)]
     ends = [sum(p.shape[0] for p in parts[:i]) for i in range(1, len(parts))]
-    polar = newton_schulz(jnp.concatenate(parts), options.coefficients, axes=axes)
+    polar = newton_schulz(
+        jnp.concatenate(parts),
+        options.coefficients,
+        axes=axes,
+        precision=product_precision(options.precision, momenta[0].dtype),
+    )
     directions = [
         x.from_matrices(y, g.shape)
         for x, y, g in zip(layouts, jnp.split(polar, ends), grads)

@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxpapers.ops.linalg import HIGHEST
+from jaxpapers.ops.linalg import HIGHEST, stack_product
 from jaxpapers.optim.collectives import axis_size, pmax, psum, share_sum, symmetric
 from jaxpapers.optim.power_iteration import ONE_DEVICE, MeshAxes
 
@@ -61,6 +61,7 @@ def newton_schulz(
     *,
     axes: MeshAxes = ONE_DEVICE,
     eps: float = 1e-7,
+    precision: lax.Precision = HIGHEST,
 ) -> jax.Array:
     """Approximate polar factors of matrices.
 
@@ -72,6 +73,7 @@ def newton_schulz(
       axes: mesh axes that split l (``p``) and s (``q``).
       eps: added to the Frobenius norm that x is divided by, when its largest entry is
         scaled to 1.
+      precision: of the product X W.
 
     Returns:
       Like ``x``, float32 at least; zero for a zero matrix.
@@ -90,7 +92,7 @@ def newton_schulz(
     square = psum(jnp.square(x).sum((-2, -1), keepdims=True), axes.p + axes.q)
     x = x / (_MARGIN[coefficients] * jnp.sqrt(square) + eps)
     rows, summed, own_columns = _whole_rows(x, axes)
-    gram = jnp.einsum("nls,nlt->nst", rows, rows, precision=HIGHEST)
+    gram = stack_product("ls,lt->st", rows, rows)
 
     mine, gather = share_sum(gram, summed)
     w = _polynomial(mine, COEFFICIENTS[coefficients])
@@ -98,7 +100,7 @@ def newton_schulz(
         # Only triangles are gathered. Rounding makes the two of W differ, by as much as
         # W itself for a matrix of low rank: the mean of both is as good as all of W.
         w = symmetric(jnp.tril(gather((w + jnp.swapaxes(w, -1, -2)) / 2)))
-    return own_columns(jnp.einsum("nls,nst->nlt", rows, w, precision=HIGHEST))
+    return own_columns(stack_product("ls,st->lt", rows, w, precision))
 
 
 def choose_exchange(n: int, l: int, s: int, devices: int) -> str:
@@ -134,7 +136,7 @@ def _polynomial(gram: jax.Array, coefficients) -> jax.Array:
     """W with X W = the image of X under all steps, from G = X^T X."""
 
     def dot(x, y):
-        return jnp.matmul(x, y, precision=HIGHEST)
+        return stack_product("st,tu->su", x, y)
 
     eye = jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=gram.dtype), gram.shape)
     w, a_k = eye, gram

@@ -50,7 +50,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxpapers.ops.linalg import HIGHEST, per_matrix
+from jaxpapers.ops.linalg import (
+    HIGHEST,
+    inverse_factor,
+    per_matrix,
+    stack_product,
+)
 from jaxpapers.optim.collectives import AxisNames, pmax, psum, share_sum
 
 METHODS = ("scqr", "cqr2", "rcqr", "qr")
@@ -207,7 +212,7 @@ def _refine(basis: Array, p: Array, lower: Array, inverse: Array) -> Array:
     1 / sqrt(shift). No later pass recovers the part of the span that the explicit
     inverse loses there.
     """
-    lost = p - jnp.einsum("nlr,nsr->nls", basis, jnp.tril(lower), precision=HIGHEST)
+    lost = p - stack_product("lr,sr->ls", basis, jnp.tril(lower))
     return basis + _times_upper(lost, inverse)
 
 
@@ -219,12 +224,17 @@ def _cholesky_qr(p: Array, axis_name: AxisNames, least: float) -> Array:
 
 
 def _gram(p: Array) -> Array:
-    return jnp.einsum("nlr,nls->nrs", p, p, precision=HIGHEST)
+    return stack_product("lr,ls->rs", p, p)
 
 
 def _times_upper(p: Array, inverse: Array) -> Array:
-    """p L^-T, given L^-1."""
-    return jnp.einsum("nlr,nsr->nls", p, jnp.tril(inverse), precision=HIGHEST)
+    """p L^-T, given L^-1.
+
+    The small inverse, then one product with p: products run at full speed everywhere,
+    triangular solves with many right-hand sides nowhere. The next pass repairs the
+    orthonormality that the explicit inverse of an ill-conditioned L loses.
+    """
+    return stack_product("lr,sr->ls", p, jnp.tril(inverse))
 
 
 def _factor(
@@ -237,8 +247,7 @@ def _factor(
     which makes up for the rounding of a Gram matrix in nearly all cases; where that
     does not, sixteen times as much does.
 
-    The attempts are a loop: a factorisation is hundreds of blocks on a TPU, and each
-    that a program holds costs its compiler up to half a minute.
+    The attempts are a loop, so that a program holds one factorisation.
 
     Args:
       gram: (n, r, r).
@@ -261,7 +270,7 @@ def _factor(
         attempt, fine, safe, *factors = carry
         times = jnp.asarray([0.0, 4.0, 64.0], gram.dtype)[attempt]
         shift = (times * unit) * size[:, None, None] * eye
-        inverse = _inverse_factor(gram + shift)
+        inverse = inverse_factor(gram + shift)
         safe = jnp.where(attempt == 0, _is_safe(*inverse, diagonal, least), safe)
         factors = [jnp.where(fine[:, None, None], *xs) for xs in zip(factors, inverse)]
         usable = jnp.isfinite(factors[1]).all((-2, -1))
@@ -286,24 +295,6 @@ def _is_safe(lower: Array, inverse: Array, diagonal: Array, least: float) -> Arr
     # Where Cholesky fails, all is NaN. It also succeeds on mere rounding error, and
     # columns longer than 1 come out: a last pass must not let them.
     return jnp.all(away > least * diagonal, axis=-1)
-
-
-def _inverse_factor(gram: Array) -> tuple[Array, Array]:
-    """Cholesky factor L and its inverse.
-
-    The small inverse, then one product with p: products run at full speed everywhere,
-    triangular solves with many right-hand sides nowhere. The next pass repairs the
-    orthonormality that the explicit inverse of an ill-conditioned L loses.
-    """
-
-    def invert(gram):
-        lower = lax.linalg.cholesky(gram, symmetrize_input=False)
-        eye = jnp.eye(gram.shape[-1], dtype=gram.dtype)
-        return lower, lax.linalg.triangular_solve(
-            lower, eye, left_side=True, lower=True
-        )
-
-    return per_matrix(invert, gram)
 
 
 def sketch_rows(r: int) -> int:

@@ -38,8 +38,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxpapers.ops.linalg import HIGHEST
+from jaxpapers.ops.linalg import stack_product
 from jaxpapers.optim.collectives import axis_size, pmax, psum
+from jaxpapers.optim.options import product_precision
 from jaxpapers.optim.orthonormalize import _orthonormalize
 from jaxpapers.optim.residual import residual_scale
 
@@ -91,6 +92,7 @@ class StepOptions(NamedTuple):
     nesterov: bool = False
     residual: Any = None
     normalize_rows: bool = False
+    precision: str | None = None
 
 
 def power_iterate(
@@ -104,6 +106,7 @@ def power_iterate(
     split_p: str = "auto",
     communication_dtype: Any = None,
     order: Any = "ls",
+    precision: str | None = None,
 ) -> tuple[Any, Any]:
     """Power iteration P, R with P orthonormal and R = B^T P (steps 2-4).
 
@@ -123,6 +126,7 @@ def power_iterate(
       order: ``ls``, or ``sl`` where ``b`` is stored as (..., s, l): products read it as
         it lies, for a transposed copy costs as much as a product does at a low rank. A
         list if ``b`` is one.
+      precision: of B Q and B^T P, see ``scale_by_dion``; default by the dtype of ``b``.
 
     Returns:
       P (..., l, r) and R (..., s, r), shaped like ``b`` and ``q`` otherwise. Where B Q
@@ -140,13 +144,15 @@ def power_iterate(
     p, r, _ = _power_iterate(
         jax.tree.map(jnp.multiply, small, b),
         q, small, iters, orthogonalize, axes, rows, split_p, communication_dtype, order,
+        product_precision(precision, jax.tree.leaves(b)[0].dtype),
     )  # fmt: skip
     return p, jax.tree.map(jnp.divide, r, small)
 
 
 def _power_iterate(
-    b, q, small, iters, orthogonalize, axes, rows, split_p, communication_dtype, order
-):
+    b, q, small, iters, orthogonalize, axes, rows, split_p, communication_dtype, order,
+    precision,
+):  # fmt: skip
     """``power_iterate`` of B times ``small`` (see ``_small``), and R times it.
 
     Also whether B Q is all zero, (..., 1, 1).
@@ -156,10 +162,12 @@ def _power_iterate(
     narrow = communication_dtype and jnp.finfo(communication_dtype).max < 1e30
 
     def product(b, q, small, o):
-        return _dot(f"{o},sr->lr", b, q / small if narrow else q)
+        q = q / small if narrow else q
+        return stack_product(f"{o},sr->lr", b, q, precision)
 
     def right_factor(b, p, q, zero, small, o):
-        r = _mean(_dot(f"{o},lr->sr", b, p), axes.p, axes.replica)
+        r = stack_product(f"{o},lr->sr", b, p, precision)
+        r = _mean(r, axes.p, axes.replica)
         return jnp.where(zero, small * q, r)
 
     def once(q):
@@ -237,6 +245,11 @@ def dion_step(
     dtype = jnp.promote_types(momenta[0].dtype, jnp.float32)
     mu, eps = (jnp.asarray(x, dtype) for x in (options.mu, options.eps))
     orders = list(orders or ["ls"] * len(grads))
+    precision = product_precision(options.precision, momenta[0].dtype)
+
+    def back(o, p, r):
+        return stack_product(f"lr,sr->{o}", p, r, precision)
+
     qs = [q.astype(dtype) for q in qs]
     small = [_small(axes, m, q) for m, q in zip(momenta, qs)]
     # Of a constant, XLA makes x (M + G), which overflows.
@@ -249,22 +262,14 @@ def dion_step(
     if options.nesterov:
         ns = [mu * b + x * g.astype(dtype) for b, g, x in zip(b, grads, hidden)]
     ps, rs, zeros = _power_iterate(
-        ns,
-        qs,
-        small,
-        options.power_iters,
-        options.orthogonalize,
-        axes,
-        p_rows,
-        options.split_p,
-        options.communication_dtype,
-        orders,
-    )
+        ns, qs, small, options.power_iters, options.orthogonalize, axes, p_rows,
+        options.split_p, options.communication_dtype, orders, precision,
+    )  # fmt: skip
     plain = options.residual is None
     largest = float(jnp.finfo(dtype).max)
     new_momenta = [
         jnp.clip(
-            b - (1 - mu) * (_dot(f"lr,sr->{o}", p, r) if plain else b),
+            b - (1 - mu) * (back(o, p, r) if plain else b),
             -x * largest,
             x * largest,
         ) / x
@@ -285,11 +290,11 @@ def dion_step(
         noise, left_out = _without_signal(norm, options.noise_guard)
         right = jnp.where(left_out, 0, q)
         if plain:
-            directions.append(_dot(f"lr,sr->{o}", p, right))
+            directions.append(back(o, p, right))
         else:
             # P (Q - c R)^T + c N: one product for both parts.
             c = options.residual * residual_scale(n, r, norm, zero, axes)
-            directions.append(_dot(f"lr,sr->{o}", p, right - c * r) + c * n)
+            directions.append(back(o, p, right - c * r) + c * n)
         new_qs.append(jnp.where(noise, old, q))
     return directions, new_momenta, new_qs
 
@@ -390,9 +395,3 @@ def _exponent(r, q_names):
     """Of the power of two just above the largest entry over all devices."""
     largest = pmax(jnp.max(jnp.abs(r), axis=(-2, -1), keepdims=True), q_names)
     return jnp.maximum(jnp.frexp(largest)[1], -120)
-
-
-def _dot(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    left, right = spec.split("->")
-    first, second = left.split(",")
-    return jnp.einsum(f"...{first},...{second}->...{right}", x, y, precision=HIGHEST)
