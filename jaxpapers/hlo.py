@@ -31,6 +31,9 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CONDITION = re.compile(r" while\(.*condition=%?([\w.\-]+)")
 _BOUND = re.compile(r"= s32\[\]\S* constant\((\d+)\)")
+# Name scope of a choice that at most one iteration of its loop takes.
+ONCE = "at_most_once"
+_USUAL = re.compile(r"(?:^|/)usually_(\d+)_times(?:/while)?$")
 _CHAIN = re.compile(r'channel_id=(\d+).*chain_id="(\d+)"')
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 
@@ -122,6 +125,22 @@ def ring_bytes(kind: str, size: int | float, group: int) -> float:
     return (2 if kind == "all-reduce" else 1) * (group - 1) / group * size
 
 
+def usual_trips(count: int) -> str:
+    """Name scope of a while loop that is counted so often, if it does not say itself.
+
+    Example:
+      >>> trips_of(f"jit(f)/{usual_trips(2)}/while")
+      2
+    """
+    return f"usually_{count}_times"
+
+
+def trips_of(op_name: str) -> int:
+    """What ``usual_trips`` says of a loop with this name; 1 if nothing."""
+    usual = _USUAL.search(op_name)
+    return int(usual.group(1)) if usual else 1
+
+
 def _computations(text: str) -> tuple[dict[str, list[str]], str | None]:
     bodies: dict[str, list[str]] = {}
     entry, current = None, None
@@ -139,21 +158,25 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str | None]:
 
 def _runs(bodies: dict[str, list[str]], entry: str) -> Iterator[tuple[str, int]]:
     """(computation, number of executions), once per call site."""
-    pending = [(entry, 1)]
+    # The last number is that of the innermost loop, not of its iterations.
+    pending = [(entry, 1, 1)]
     while pending:
-        name, count = pending.pop()
+        name, count, loops = pending.pop()
         yield name, count
         for line in bodies[name]:
             called = _CALLED.findall(line)
             for group in _BRANCHES.findall(line):
                 called += [x.strip().lstrip("%") for x in group.split(",")]
-            times = count * _trips(line, bodies)
-            pending += [(c, times) for c in called if c in bodies]
+            trips = _trips(line, bodies)
+            start = loops if f'/{ONCE}/cond"' in line else count
+            inner = count if " while(" in line else loops
+            pending += [(c, start * trips, inner) for c in called if c in bodies]
 
 
 def _trips(line: str, bodies: dict[str, list[str]]) -> int:
     """Trip count of a while instruction; 1 for other instructions and where unknown.
 
+    Where it depends on the data, the program may say what is usual (``usual_trips``).
     TPU programs have no annotated trip count: the condition of a ``lax.scan`` compares
     its counter, which starts at 0, with one constant.
     """
@@ -164,7 +187,10 @@ def _trips(line: str, bodies: dict[str, list[str]]) -> int:
     condition = bodies.get(loop.group(1), []) if loop else []
     bounds = [b.group(1) for b in map(_BOUND.search, condition) if b]
     less = any("direction=LT" in x and x.lstrip().startswith("ROOT") for x in condition)
-    return int(bounds[0]) if less and len(bounds) == 1 else 1
+    if less and len(bounds) == 1:
+        return int(bounds[0])
+    note = _OP_NAME.search(line)
+    return trips_of(note.group(1)) if loop and note else 1
 
 
 def _parse(

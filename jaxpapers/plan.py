@@ -43,8 +43,9 @@ class Plan(NamedTuple):
       fits: whether the peak is at most that; None if unknown.
       flops: of the matrix products of a step, including recomputation.
       collectives: rows with part, kind, axes, count, result_bytes, wire_bytes, largest,
-        matrix (see ``hlo.Collective``). Loops of unknown length count once; Dion's
-        fallback for ill-conditioned factors is a part of its own.
+        matrix (see ``hlo.Collective``). Loops of unknown length count once,
+        or as ``hlo.usual_trips`` says; Dion's fallback for ill-conditioned factors is a
+        part of its own.
       compile_seconds: duration of the compilation.
     """
 
@@ -173,7 +174,7 @@ def product_flops(jaxpr: Any) -> float:
     """FLOPs of the matrix products of a jaxpr, over all devices.
 
     Bodies of ``scan`` count once per iteration, unlike in the compiler's cost analysis;
-    those of ``while`` count once.
+    those of ``while`` as ``hlo.usual_trips`` says, or once.
     """
     total = 0.0
     for eqn in jaxpr.eqns:
@@ -185,6 +186,8 @@ def product_flops(jaxpr: Any) -> float:
         times = 1
         if eqn.primitive.name == "scan":
             times = eqn.params["length"]
+        elif eqn.primitive.name == "while":
+            times = hlo.trips_of(str(eqn.source_info.name_stack))
         elif eqn.primitive.name == "shard_map":
             # The body is one device's work along the manual axes.
             sizes = dict(eqn.params["mesh"].shape)

@@ -33,6 +33,14 @@ TEXT = r"""HloModule jit_f, num_partitions=8
   %rs = f32[2,5,3]{2,1,0} all-to-all(%v), PAIRS
 }
 
+%inner (p: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %ar = f32[5]{0} all-reduce(%v), PAIRS
+}
+
+%often (p: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %in = (s32[]) while(%t), condition=%until, body=%inner, x={op_name="NAME/body/while"}
+}
+
 %body (p: (s32[], f32[4])) -> (s32[], f32[4]) {
   %ar = f32[4]{0} all-reduce(%v), PAIRS, x={op_name="jit(f)/optimizer/psum"}
 }
@@ -51,9 +59,12 @@ ENTRY %main.1 (x: f32[16,8]) -> f32[4,8] {
   %loop = (s32[], f32[4]{0}) while(%t), body=%body, x={"known_trip_count":{"n":"12"}}
   %tpu = (s32[], f32[4]{0}) while(%t), condition=%cond, body=%sends
   %data = (s32[], f32[4]{0}) while(%t), condition=%until, body=%work
+  %usual = (s32[], f32[4]{0}) while(%t), condition=%until, body=%often, x={op_name="NAME"}
   ROOT %f = f32[4,8]{1,0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1
 }
-""".replace("PAIRS", "replica_groups=[4,2]<=[8]")
+""".replace("PAIRS", "replica_groups=[4,2]<=[8]").replace(
+    "NAME", f"jit(f)/{hlo.usual_trips(2)}/while"
+)
 
 
 def test_forms_of_the_text():
@@ -63,7 +74,9 @@ def test_forms_of_the_text():
     # A loop that data end counts once, whatever else bounds it.
     data = found["all-to-all", 1]
     assert (data.elements, data.matrix) == (30, 15)
-    assert len(found) == 7  # Not the reduction of each device with itself.
+    # Unless the program says what is usual, of this loop and of none inside.
+    assert found["all-reduce", 2].elements == 5
+    assert len(found) == 8  # Not the reduction of each device with itself.
     gather = found["all-gather", 1]
     assert (gather.axes, gather.group, gather.result_bytes) == (("model",), 2, 64)
     assert gather.wire_bytes == 32
@@ -77,7 +90,7 @@ def test_forms_of_the_text():
     permute = found["collective-permute", 1]
     assert permute.axes == ("model",) and permute.wire_bytes == 40
     total = hlo.wire_bytes(list(found.values()))
-    assert total["all-reduce", ("model",)] == 12 * 16
+    assert total["all-reduce", ("model",)] == 12 * 16 + 2 * 20
 
 
 FORMS = {

@@ -50,6 +50,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxpapers.hlo import ONCE, usual_trips
 from jaxpapers.ops.linalg import (
     HIGHEST,
     inverse_factor,
@@ -149,24 +150,18 @@ def _shifted_cholesky_qr(
 ) -> tuple[Array, Array]:
     """Cholesky QR passes over a batch until every matrix is orthonormal; their number.
 
-    A matrix that is done waits unchanged for the others of its batch. The first pass
-    comes before the loop: only there is an unsafe matrix put back, with jitter.
+    A matrix that is done waits unchanged for the others of its batch. After the first
+    pass only is an unsafe matrix put back, with jitter. All passes are one loop: a
+    compiler works on what is in a program, not on how often that runs.
     """
     shape = p.shape
     p = p.reshape(-1, *shape[-2:])
     # Adds nothing: under vmap the choices below select between both results, which have
     # to vary over the same mesh axes, and the rows alone may vary over fewer than p.
     rows = rows + (p[0, :, 0] > jnp.inf).astype(rows.dtype)
-    gram, gather = share_sum(_gram(p), axis_name)
-    _, inverse, facts = _factor(gram, _SAFE, attempts=1)
-    unsafe, done = _gather_facts(facts, gather, p.dtype)
-    basis = _times_upper(p, gather(inverse))
 
-    @jax.named_scope(RESCUE)
-    def put_back():
-        return jnp.where(unsafe, _jitter(p, axis_name, rows), basis)
-
-    first = lax.cond(jnp.any(unsafe), put_back, lambda: basis)
+    # None is done yet; a constant would not vary over the mesh axes that p does.
+    no = p[:, :1, :1] > jnp.inf
 
     def unfinished(carry):
         count, _, done, _ = carry
@@ -175,21 +170,28 @@ def _shifted_cholesky_qr(
     def one_pass(carry):
         count, p, done, jittered = carry
         gram, gather = share_sum(_gram(p), axis_name)
-        lower, inverse, facts = _factor(gram, _SAFE)
+        attempts = jnp.where(count == 0, 1, 3)
+        lower, inverse, facts = _factor(gram, _SAFE, attempts)
         inverse = gather(inverse)
+        unsafe, last = _gather_facts(facts, gather, p.dtype)
+        unsafe = unsafe & (count == 0)
         basis = _times_upper(p, inverse)
+
+        @jax.named_scope(RESCUE)
+        def put_back():
+            return jnp.where(unsafe, _jitter(p, axis_name, rows), basis)
 
         @jax.named_scope(RESCUE)
         def refine():
             return jnp.where(jittered, _refine(basis, p, gather(lower), inverse), basis)
 
-        refined = lax.cond(jnp.any(jittered), refine, lambda: basis)
-        p = jnp.where(done, p, refined)
-        done = done | _gather_facts(facts, gather, p.dtype)[1]
-        return count + 1, p, done, jnp.zeros_like(jittered)
+        with jax.named_scope(ONCE):
+            better = lax.cond(jnp.any(unsafe), put_back, lambda: basis)
+            better = lax.cond(jnp.any(jittered), refine, lambda: better)
+        return count + 1, jnp.where(done, p, better), done | last, unsafe | no
 
-    start = (jnp.int32(1), first, done, unsafe)
-    count, p, *_ = lax.while_loop(unfinished, one_pass, start)
+    with jax.named_scope(usual_trips(GRAM_PASSES["scqr"])):
+        count, p, *_ = lax.while_loop(unfinished, one_pass, (jnp.int32(0), p, no, no))
     return p.reshape(shape), count
 
 
@@ -238,7 +240,7 @@ def _times_upper(p: Array, inverse: Array) -> Array:
 
 
 def _factor(
-    gram: Array, least: float, attempts: int = 3
+    gram: Array, least: float, attempts: int | Array = 3
 ) -> tuple[Array, Array, tuple[Array, Array, Array]]:
     """L, L^-1, and (n,) of whether it is safe, near the identity, and finite.
 
