@@ -10,7 +10,8 @@ from jaxpapers import hlo
 
 # Forms that the TPU compiler writes: asynchronous pairs, iota groups, a loop that says
 # how often it runs, a reduce-scatter as a fusion.
-TEXT = r"""HloModule jit_f, num_partitions=8
+TEXT = (
+    r"""HloModule jit_f, num_partitions=8
 
 %all-reduce-scatter.1 (x: f32[16,8]) -> f32[4,8] {
   %x = f32[16,8]{1,0} parameter(0)
@@ -37,8 +38,13 @@ TEXT = r"""HloModule jit_f, num_partitions=8
   %ar = f32[5]{0} all-reduce(%v), PAIRS
 }
 
+%rare (p: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %cb = f32[6]{0} collective-broadcast(%v), PAIRS
+}
+
 %often (p: (s32[], f32[4])) -> (s32[], f32[4]) {
   %in = (s32[]) while(%t), condition=%until, body=%inner, x={op_name="NAME/body/while"}
+  %if = f32[6] conditional(%i), branch_computations={%rare}, x={op_name="NAME/ONCE/cond"}
 }
 
 %body (p: (s32[], f32[4])) -> (s32[], f32[4]) {
@@ -62,8 +68,9 @@ ENTRY %main.1 (x: f32[16,8]) -> f32[4,8] {
   %usual = (s32[], f32[4]{0}) while(%t), condition=%until, body=%often, x={op_name="NAME"}
   ROOT %f = f32[4,8]{1,0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1
 }
-""".replace("PAIRS", "replica_groups=[4,2]<=[8]").replace(
-    "NAME", f"jit(f)/{hlo.usual_trips(2)}/while"
+""".replace("PAIRS", "replica_groups=[4,2]<=[8]")
+    .replace("NAME", f"jit(f)/{hlo.usual_trips(2)}/while")
+    .replace("ONCE", hlo.ONCE)
 )
 
 
@@ -76,7 +83,8 @@ def test_forms_of_the_text():
     assert (data.elements, data.matrix) == (30, 15)
     # Unless the program says what is usual, of this loop and of none inside.
     assert found["all-reduce", 2].elements == 5
-    assert len(found) == 8  # Not the reduction of each device with itself.
+    assert found["collective-broadcast", 1].elements == 6
+    assert len(found) == 9  # Not the reduction of each device with itself.
     gather = found["all-gather", 1]
     assert (gather.axes, gather.group, gather.result_bytes) == (("model",), 2, 64)
     assert gather.wire_bytes == 32
