@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from jaxpapers.ops.linalg import stack_product
+from jaxpapers.ops.linalg import HIGHEST
 from jaxpapers.optim.collectives import axis_size, psum
 from jaxpapers.optim.composite import with_scalars
 from jaxpapers.optim.matrices import momentum_method
@@ -183,9 +183,9 @@ def _dion2_blocks(options, axes, layouts, specs, grads, momenta):
         ]
     )
     chosen = _select(b, options.fraction, axes)
-    part = psum(stack_product("ls,sk->lk", b, chosen), axes.q)
+    part = psum(jnp.einsum("nls,nsk->nlk", b, chosen, precision=HIGHEST), axes.q)
     polar = newton_schulz(part, options.coefficients, axes=MeshAxes(p=axes.p))
-    direction = stack_product("lk,sk->ls", polar, chosen)
+    direction = jnp.einsum("nlk,nsk->nls", polar, chosen, precision=HIGHEST)
     used = chosen.sum(-1)[:, None, :] > 0
     momentum = jnp.where(used, options.mu * b, b)
     counts = [layout.to_matrices(g).shape[0] for layout, g in zip(layouts, grads)]

@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxpapers.ops.linalg import HIGHEST, stack_product
+from jaxpapers.ops.linalg import HIGHEST
 from jaxpapers.optim.collectives import axis_size, pmax, psum, share_sum, symmetric
 from jaxpapers.optim.power_iteration import ONE_DEVICE, MeshAxes
 
@@ -92,7 +92,7 @@ def newton_schulz(
     square = psum(jnp.square(x).sum((-2, -1), keepdims=True), axes.p + axes.q)
     x = x / (_MARGIN[coefficients] * jnp.sqrt(square) + eps)
     rows, summed, own_columns = _whole_rows(x, axes)
-    gram = stack_product("ls,lt->st", rows, rows)
+    gram = jnp.einsum("nls,nlt->nst", rows, rows, precision=HIGHEST)
 
     mine, gather = share_sum(gram, summed)
     w = _polynomial(mine, COEFFICIENTS[coefficients])
@@ -100,7 +100,7 @@ def newton_schulz(
         # Only triangles are gathered. Rounding makes the two of W differ, by as much as
         # W itself for a matrix of low rank: the mean of both is as good as all of W.
         w = symmetric(jnp.tril(gather((w + jnp.swapaxes(w, -1, -2)) / 2)))
-    return own_columns(stack_product("ls,st->lt", rows, w, precision))
+    return own_columns(jnp.einsum("nls,nst->nlt", rows, w, precision=precision))
 
 
 def choose_exchange(n: int, l: int, s: int, devices: int) -> str:
@@ -136,7 +136,7 @@ def _polynomial(gram: jax.Array, coefficients) -> jax.Array:
     """W with X W = the image of X under all steps, from G = X^T X."""
 
     def dot(x, y):
-        return stack_product("st,tu->su", x, y)
+        return jnp.matmul(x, y, precision=HIGHEST)
 
     eye = jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=gram.dtype), gram.shape)
     w, a_k = eye, gram
