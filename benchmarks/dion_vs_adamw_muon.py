@@ -64,8 +64,8 @@ def dion(share: int, **options) -> dict:
 OPTIMIZER = {
     "adamw": {"name": "adamw", "scalar_lr": 0.0},
     "muon": {"name": "optax_muon"},
-    "our_muon": {"name": "muon"},
-    "normuon": {"name": "normuon"},
+    "our_muon": {"name": "muon", "nesterov": True},
+    "normuon": {"name": "normuon", "nesterov": True},
     "dion2_4": {"name": "dion2", "rank_fraction": 0.25},
     **{f"dion_{n}": dion(n, **PLAIN) for n in SHARES},
     **{f"ahead_{n}": dion(n, **AHEAD) for n in SHARES},

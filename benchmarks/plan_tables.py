@@ -56,7 +56,7 @@ OPTIMIZERS = {
     # Only where there are replicas.
     "dion 1/4, lowrank sync": {
         "optim.name": "dion", "optim.rank_fraction": 0.25, "optim.clip": 0.0,
-        "train.replica_sync": "lowrank",
+        "optim.residual": 0.0, "train.replica_sync": "lowrank",
     },
 }  # fmt: skip
 

@@ -23,7 +23,7 @@ MODES = {"averaged gradients": "gradient", "averaged P and R": "lowrank"}
 def losses(mode: str, folder: Path) -> dict[int, float]:
     """Step -> loss of one run, as its log has it."""
     command = [
-        sys.executable, "-m", "jaxpapers", "run", "dion", "--quiet", "--alone",
+        sys.executable, "-m", "jaxpapers", "run", "dion:paper", "--quiet", "--alone",
         "--fake-devices=8", f"--mesh={MESH}", f"--workdir={folder / mode}",
         f"--config.train.steps={STEPS}", f"--config.train.replica_sync={mode}",
         "--config.optim.clip=0.0", "--config.train.sample=0",

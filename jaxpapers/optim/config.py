@@ -42,7 +42,7 @@ class Options:
       drop_every: drop: the same every so many steps, instead of ``drop_at``.
       drop_by: drop: factor.
       momentum: of sgd; 0: none.
-      nesterov: sgd, dion: the gradient is taken ahead of the momentum; sgd as in PyTorch.
+      nesterov: sgd, dion, muon, normuon: the momentum one step ahead; sgd as PyTorch's.
       b1: of Adam, AdamW and Lion.
       b2: of Adam, AdamW and Lion.
       scalar: dion, dion2, muon and normuon: optimizer of all but the hidden matrices,
@@ -125,11 +125,8 @@ class Options:
                 f"optim.hold={self.hold} needs optim.schedule=cosine, got "
                 f"{self.schedule!r}"
             )
-        if self.nesterov and self.name != "dion" and not self.momentum:
-            raise ValueError(
-                "optim.nesterov needs optim.momentum > 0 (sgd) or optim.name=dion, got "
-                f"0 and {self.name!r}"
-            )
+        if self.nesterov and self.name == "sgd" and not self.momentum:
+            raise ValueError("optim.nesterov needs optim.momentum > 0, got 0")
 
 
 def from_config(
@@ -325,7 +322,7 @@ def _matrix_optimizer(o, steps, replicate_axis, **matrices):
     if o.name == "dion2":
         return dion2(rate, fraction=o.rank_fraction, **shared)
     return (muon if o.name == "muon" else normuon)(
-        rate, precision=o.precision or None, **shared
+        rate, nesterov=o.nesterov, precision=o.precision or None, **shared
     )
 
 

@@ -174,7 +174,7 @@ def check_beyond_paper(nesterov, residual, normalize_rows, replicate_axis):
             f"residual={residual} and replicate_axis={replicate_axis!r} do not go "
             "together: replicas exchange P and R alone, and what these leave of the mean "
             "momentum is known to none of them; average the gradients instead (no "
-            "replicate_axis), or use residual=None"
+            "replicate_axis), or use residual=None (optim.residual=0 in a config)"
         )
 
 

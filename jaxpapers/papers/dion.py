@@ -231,17 +231,19 @@ def optimizer(config: Any) -> optax.GradientTransformation:
 
     Raises:
       ValueError: see ``optim.from_config``; ``train.replica_sync=lowrank`` with another
-        optimizer or with gradient clipping.
+        optimizer, with gradient clipping or a residual.
     """
     c, sync = config.optim, config.train.replica_sync
     if sync not in ("gradient", "lowrank"):
         raise ValueError(
             f"train.replica_sync must be gradient or lowrank, got {sync!r}"
         )
-    if sync == "lowrank" and (c.name != "dion" or c.clip):
+    residual = c.get("residual", 0.0)
+    if sync == "lowrank" and (c.name != "dion" or c.clip or residual):
         raise ValueError(
-            "train.replica_sync=lowrank never forms the averaged gradient: it "
-            f"needs optim.name=dion and optim.clip=0, got {c.name!r} and {c.clip}"
+            "train.replica_sync=lowrank never forms the averaged gradient: it needs "
+            "optim.name=dion, optim.clip=0 and optim.residual=0, got "
+            f"{c.name!r}, {c.clip} and {residual}"
         )
     return optim.from_config(
         c,

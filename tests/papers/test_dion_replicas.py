@@ -15,7 +15,7 @@ from jaxpapers.papers import dion
 SMALL = [
     "--config.data.context=16", "--config.data.batch=8", "--config.net.width=32",
     "--config.net.layers=1", "--config.net.heads=2", "--config.optim.clip=0.0",
-    "--config.train.steps=6", "--config.train.sample=0",
+    "--config.train.steps=6", "--config.train.sample=0", "--config.optim.residual=0",
 ]  # fmt: skip
 LOWRANK = "--config.train.replica_sync=lowrank"
 
@@ -167,7 +167,7 @@ def test_replicas_compute_nothing_twice(corpus):
 
 
 def test_errors(corpus):
-    with pytest.raises(ValueError, match="needs optim.name=dion and optim.clip=0"):
+    with pytest.raises(ValueError, match="needs optim.name=dion, optim.clip=0 and optim"):
         fit(corpus, "replica:2,data:4", LOWRANK, "--config.optim.clip=1.0")
     with pytest.raises(ValueError, match="must be gradient or lowrank"):
         fit(corpus, "data:8", "--config.train.replica_sync=half")
