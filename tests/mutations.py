@@ -34,6 +34,34 @@ DION = [
         "b - mu * (back(o, p, r) if plain else b)",
         ["tests/optim/test_parity.py"],
     ),
+    # The whole momentum decays beside a residual.
+    (
+        "jaxpapers/optim/power_iteration.py",
+        "b - (1 - mu) * (back(o, p, r) if plain else b)",
+        "b - (1 - mu) * back(o, p, r)",
+        ["tests/optim/test_residual.py::test_equals_the_equations"],
+    ),
+    # |N - P R^T|^2 = |N|^2 - |R|^2.
+    (
+        "jaxpapers/optim/residual.py",
+        "whole - jnp.where(zero, 0, taken)",
+        "whole",
+        ["tests/optim/test_residual.py::test_equals_the_equations"],
+    ),
+    # What is rounding error is no direction.
+    (
+        "jaxpapers/optim/residual.py",
+        "FLOOR = 1024",
+        "FLOOR = 0",
+        ["tests/optim/test_residual.py::test_what_is_rounding_error_stays_small"],
+    ),
+    # The momentum one step ahead.
+    (
+        "jaxpapers/optim/power_iteration.py",
+        "mu * b + x * g.astype(dtype) for b, g",
+        "b + x * g.astype(dtype) for b, g",
+        ["tests/optim/test_residual.py::test_equals_the_equations"],
+    ),
     # Q with columns of unit length.
     (
         "jaxpapers/optim/power_iteration.py",
@@ -73,16 +101,16 @@ MUON = [
 
 NORMUON = [
     (
-        "jaxpapers/optim/muon.py",
-        "scaled = o / (jnp.sqrt(v) + options.eps)",
-        "scaled = o / (v + options.eps)",
+        "jaxpapers/optim/neurons.py",
+        "factor = 1 / (jnp.sqrt(v) + eps)",
+        "factor = 1 / (v + eps)",
         ["tests/optim/test_muon.py::test_normuon_has_equal_rows_and_the_old_norm"],
     ),
     # The norm of before.
     (
-        "jaxpapers/optim/muon.py",
-        "return scaled * (norm(o) / jnp.where(after == 0, 1, after)), v",
-        "return scaled / jnp.where(after == 0, 1, after), v",
+        "jaxpapers/optim/neurons.py",
+        "jnp.sqrt(before / jnp.where(after == 0, 1, after))",
+        "jnp.sqrt(1 / jnp.where(after == 0, 1, after))",
         ["tests/optim/test_muon.py::test_normuon_has_equal_rows_and_the_old_norm"],
     ),
     (

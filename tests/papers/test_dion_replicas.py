@@ -167,7 +167,9 @@ def test_replicas_compute_nothing_twice(corpus):
 
 
 def test_errors(corpus):
-    with pytest.raises(ValueError, match="needs optim.name=dion, optim.clip=0 and optim"):
+    with pytest.raises(
+        ValueError, match="needs optim.name=dion, optim.clip=0 and optim"
+    ):
         fit(corpus, "replica:2,data:4", LOWRANK, "--config.optim.clip=1.0")
     with pytest.raises(ValueError, match="must be gradient or lowrank"):
         fit(corpus, "data:8", "--config.train.replica_sync=half")
