@@ -11,8 +11,9 @@ validation text with seed 0; everything that is no hidden matrix is trained by A
 SCALAR_LR in all, except that AdamW's rows use one learning rate for all. If the best
 value lies on an edge of the grid, the grid is extended until it does not. Then three
 seeds are run at the chosen value and measured on the second half of the validation text,
-which chose nothing. ``ahead`` is Dion with ``nesterov``, ``residual=1`` and
-``normalize_rows``; dion_4 has a rank of 1/4 of the shorter side. Writes
+which chose nothing. ``ahead`` is Dion with ``nesterov``, ``residual=1`` of equal inputs and
+``normalize_rows``, ``matrix`` the same with the residual divided by its norm; dion_4 has a
+rank of 1/4 of the shorter side. Writes
 results/dion_vs_adamw_muon.json (dion_default_model.json) and .png beside this.
 """
 
@@ -52,7 +53,13 @@ FILES = {"small": "dion_vs_adamw_muon", "default": "dion_default_model"}
 SCALAR_LR = 0.01
 MATRICES = (0.005, 0.01, 0.02, 0.04)
 PLAIN = {"nesterov": False, "residual": 0.0, "normalize_rows": False}
-AHEAD = {"nesterov": True, "residual": 1.0, "normalize_rows": True}
+AHEAD = {
+    "nesterov": True,
+    "residual": 1.0,
+    "residual_norm": "inputs",
+    "normalize_rows": True,
+}
+MATRIX = AHEAD | {"residual_norm": "matrix"}
 SHARES = (16, 4, 2, 1)
 
 
@@ -69,6 +76,7 @@ OPTIMIZER = {
     "dion2_4": {"name": "dion2", "rank_fraction": 0.25},
     **{f"dion_{n}": dion(n, **PLAIN) for n in SHARES},
     **{f"ahead_{n}": dion(n, **AHEAD) for n in SHARES},
+    **{f"matrix_{n}": dion(n, **MATRIX) for n in (16, 4)},
 }
 GRID = {n: MATRICES for n in OPTIMIZER} | {"adamw": (0.002, 0.004, 0.008, 0.016)}
 SEEDS = (0, 1, 2)

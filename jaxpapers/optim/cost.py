@@ -15,6 +15,8 @@ max |p|, and sum p^2 [#]_   axes of l [#]_     2 (t-1)/t N e each
 rcqr's sketch, k rows       axes of l [#]_     2 (t-1)/t N k r e
 qr's factors                axes of l          (t-1)/t N t min(l/t, r) r e
 residual's |N|^2            axes of l and s    2 (g-1)/g N e on g devices
+residual of n inputs        axes of outputs    2 (g-1)/g N (n / devices) e
+its norm                    axes of inputs     2 (g-1)/g N e
 normalize_rows, m outputs   axes of inputs     2 (g-1)/g N (m / devices) e
 normalize_rows, two norms   axes of outputs    2 (g-1)/g N 2 e
 =========================== ================== =======================================
@@ -111,6 +113,7 @@ def plan_dion(
     communication_dtype: Any = None,
     nesterov: bool = False,
     residual: Any = None,
+    residual_norm: str = "matrix",
     normalize_rows: bool = False,
     dtype: Any = jnp.float32,
     momentum_dtype: Any = None,
@@ -135,6 +138,7 @@ def plan_dion(
       communication_dtype: see ``power_iterate``.
       nesterov: see ``scale_by_dion``; costs nothing.
       residual: see ``scale_by_dion``.
+      residual_norm: see ``scale_by_dion``.
       normalize_rows: see ``scale_by_dion``.
       dtype: of the gradient.
       momentum_dtype: default ``dtype``.
@@ -154,7 +158,9 @@ def plan_dion(
     check_choice("split_p", split_p, SPLITS)
     check_range("power_iters", power_iters, 1)
     check_range("count", count, 1)
-    check_beyond_paper(nesterov, residual, normalize_rows, replicate_axis)
+    check_beyond_paper(
+        nesterov, residual, residual_norm, normalize_rows, replicate_axis
+    )
     if replicate_axis and replicate_axis not in sizes:
         raise ValueError(
             f"replicate_axis={replicate_axis!r} is no axis of the mesh {sizes}"
@@ -214,8 +220,9 @@ def plan_dion(
     # Between repeats R is scaled by its maximum.
     sent.add("all-reduce", q_axis, (power_iters - 1) * n, e)
     flops = power_iters * (flops + 4 * n * (l // t) * (s // f) * r)
-    # P R^T for the momentum and P Q^T; with a residual both are one product.
-    flops += (4 if residual is None else 2) * n * (l // t) * (s // f) * r
+    # P R^T and P Q^T; with a residual of the matrix both are one product.
+    one = residual is not None and residual_norm == "matrix"
+    flops += (2 if one else 4) * n * (l // t) * (s // f) * r
 
     sent.add("all-reduce", q_axis, n * r, e)
     if right_factor == "colnorm":
@@ -224,12 +231,19 @@ def plan_dion(
         flops += _orthonormalize(sent, "scqr", q_axis, n, s // f, r, e)
         _gram_pass(further, q_axis, n, r, e, numbers=1)
         _rescue(rescue, q_axis, n, r, e)
-    if residual is not None and r < min(l, s):
-        sent.add("all-reduce", p_axis + q_axis, n, e)
     transposed = layout.p_axes == layout.reduction
+    inputs, outputs = (p_axis, q_axis) if transposed else (q_axis, p_axis)
+    n_in, n_out = l // t, s // f
+    if not transposed:
+        n_in, n_out = n_out, n_in
+    if residual is not None and r < min(l, s):
+        if residual_norm == "matrix":
+            sent.add("all-reduce", p_axis + q_axis, n, e)
+        else:
+            sent.add("all-reduce", outputs, n * n_in, e)
+            sent.add("all-reduce", inputs, n, e)
     if normalize_rows:
-        inputs, outputs = (p_axis, q_axis) if transposed else (q_axis, p_axis)
-        sent.add("all-reduce", inputs, n * (s // f if transposed else l // t), e)
+        sent.add("all-reduce", inputs, n * n_out, e)
         sent.add("all-reduce", outputs, 2 * n, e)
     q_item = jnp.dtype(q_dtype or m_dtype).itemsize
     state = n * (l // t) * (s // f) * m_dtype.itemsize + n * (s // f) * r * q_item

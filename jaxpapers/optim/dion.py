@@ -32,6 +32,7 @@ from jaxpapers.optim.dion_leaves import (
     DionState,
     check_beyond_paper,
     check_options,
+    check_program,
     dion_blocks,
     init_q,
     own_momentum,
@@ -40,16 +41,13 @@ from jaxpapers.optim.dion_leaves import (
 )
 from jaxpapers.optim.matrices import check_shapes, step_leaves
 from jaxpapers.optim.options import (
-    PRECISIONS,
-    check_choice,
     check_dtype,
     check_paths,
-    check_range,
     leaf_dtype,
 )
 from jaxpapers.optim.paths import named_leaves, with_leaves
 from jaxpapers.optim.placement import Placement, constrain
-from jaxpapers.optim.power_iteration import SPLITS, StepOptions
+from jaxpapers.optim.power_iteration import StepOptions
 from jaxpapers.optim.replicas import check_axis, count_replicas
 from jaxpapers.optim.sharded import leaf_spec, q_spec
 
@@ -73,6 +71,7 @@ def scale_by_dion(
     *,
     nesterov: bool = False,
     residual: Any = None,
+    residual_norm: str = "matrix",
     normalize_rows: bool = False,
     replicate_axis: str | None = None,
     p_side: Any = "longer",
@@ -123,6 +122,7 @@ def scale_by_dion(
       residual: weight w of what the rank leaves out, see ``residual``; 1 gives the update
         the root mean square of Muon's; None is error feedback. Not with
         ``replicate_axis``.
+      residual_norm: ``matrix``: divided by its norm; ``inputs``: equal rows of inputs.
       normalize_rows: the update's rows of all outputs get equal norms, as NorMuon's
         without a running mean (``neurons``).
       replicate_axis: mesh axis whose devices compute gradients of their own data. Call
@@ -155,18 +155,13 @@ def scale_by_dion(
       (8, 2)
     """
     check_options(mu, eps, power_iters, orthogonalize, right_factor, batch, scale)
-    check_beyond_paper(nesterov, residual, normalize_rows, replicate_axis)
-    check_choice("split_p", split_p, SPLITS)
-    check_choice("precision", precision, PRECISIONS)
-    for name, dtype in (
-        ("momentum_dtype", momentum_dtype),
-        ("q_dtype", q_dtype),
-        ("communication_dtype", communication_dtype),
-    ):
-        check_dtype(name, dtype)
-    check_choice("unknown_sharding", unknown_sharding, ("warn", "raise"))
-    if noise_guard is not None:
-        check_range("noise_guard", noise_guard, 0, 1, open_right=True)
+    check_beyond_paper(
+        nesterov, residual, residual_norm, normalize_rows, replicate_axis
+    )
+    check_program(split_p, precision, unknown_sharding, noise_guard)
+    check_dtype("momentum_dtype", momentum_dtype)
+    check_dtype("q_dtype", q_dtype)
+    check_dtype("communication_dtype", communication_dtype)
     placement = Placement(sharding, unknown_sharding)
 
     layouts_of = functools.partial(
@@ -232,7 +227,7 @@ def scale_by_dion(
         options = StepOptions(
             mu, eps, noise_guard, power_iters, orthogonalize, right_factor, split_p,
             communication_dtype and jnp.dtype(communication_dtype), nesterov, residual,
-            normalize_rows, precision,
+            residual_norm, normalize_rows, precision,
         )  # fmt: skip
         directions, (momenta, qs) = step_leaves(
             dion_blocks,
@@ -277,6 +272,7 @@ def dion(
     *,
     nesterov: bool = False,
     residual: Any = None,
+    residual_norm: str = "matrix",
     normalize_rows: bool = False,
     replicate_axis: str | None = None,
     p_side: Any = "longer",
@@ -324,6 +320,7 @@ def dion(
       noise_guard: see ``scale_by_dion``.
       nesterov: see ``scale_by_dion``.
       residual: see ``scale_by_dion``.
+      residual_norm: see ``scale_by_dion``.
       normalize_rows: see ``scale_by_dion``.
       replicate_axis: see ``scale_by_dion``; gradients of the other leaves are averaged
         over it.
@@ -375,6 +372,7 @@ def dion(
         noise_guard=noise_guard,
         nesterov=nesterov,
         residual=residual,
+        residual_norm=residual_norm,
         normalize_rows=normalize_rows,
         replicate_axis=replicate_axis,
         p_side=p_side,

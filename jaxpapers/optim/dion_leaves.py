@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from jaxpapers.optim.layout import SCALES, Layout, make_layout
 from jaxpapers.optim.neurons import divide_rows, row_mean_square
 from jaxpapers.optim.options import (
+    PRECISIONS,
     check_choice,
     check_flag,
     check_leaf,
@@ -24,7 +25,8 @@ from jaxpapers.optim.options import (
 from jaxpapers.optim.orthonormalize import METHODS
 from jaxpapers.optim.paths import dimension_numbers, per_leaf
 from jaxpapers.optim.placement import constrain
-from jaxpapers.optim.power_iteration import RIGHT_FACTORS, dion_step
+from jaxpapers.optim.power_iteration import RIGHT_FACTORS, SPLITS, dion_step
+from jaxpapers.optim.residual import NORMS
 
 
 class DionState(NamedTuple):
@@ -122,6 +124,7 @@ def dion_blocks(options, axes, layouts, specs, grads, momenta, qs):
             x.rows(x.q_axes, s, spec) for x, s, spec in zip(layouts, shapes, specs)
         ],
         orders=[x.order for x in layouts],
+        inputs=["l" if x.p_axes == x.reduction else "s" for x in layouts],
     )
     directions = [
         x.from_matrices(y, s, x.order) for x, y, s in zip(layouts, directions, shapes)
@@ -162,10 +165,13 @@ def own_momentum(layout: Layout, m: jax.Array, replicated: bool) -> jax.Array:
     return m[0] if replicated else m
 
 
-def check_beyond_paper(nesterov, residual, normalize_rows, replicate_axis):
+def check_beyond_paper(
+    nesterov, residual, residual_norm, normalize_rows, replicate_axis
+):
     """Raises TypeError or ValueError naming an option that the paper does not have."""
     check_flag("nesterov", nesterov)
     check_flag("normalize_rows", normalize_rows)
+    check_choice("residual_norm", residual_norm, NORMS)
     if residual is None:
         return
     check_range("residual", residual, 0)
@@ -176,6 +182,15 @@ def check_beyond_paper(nesterov, residual, normalize_rows, replicate_axis):
             "momentum is known to none of them; average the gradients instead (no "
             "replicate_axis), or use residual=None (optim.residual=0 in a config)"
         )
+
+
+def check_program(split_p, precision, unknown_sharding, noise_guard):
+    """Raises ValueError naming an option of the program that is out of range."""
+    check_choice("split_p", split_p, SPLITS)
+    check_choice("precision", precision, PRECISIONS)
+    check_choice("unknown_sharding", unknown_sharding, ("warn", "raise"))
+    if noise_guard is not None:
+        check_range("noise_guard", noise_guard, 0, 1, open_right=True)
 
 
 def check_options(mu, eps, power_iters, orthogonalize, right_factor, batch, scale):

@@ -30,6 +30,7 @@ gradient and momentum, give the update of the mean gradient (step 2.3 of the pap
 ``MeshAxes.replica``.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -42,7 +43,7 @@ from jaxpapers.ops.linalg import stack_product
 from jaxpapers.optim.collectives import axis_size, pmax, psum
 from jaxpapers.optim.options import product_precision
 from jaxpapers.optim.orthonormalize import _orthonormalize
-from jaxpapers.optim.residual import residual_scale
+from jaxpapers.optim.residual import Residual, with_residual
 
 RIGHT_FACTORS = ("colnorm", "orth")
 SPLITS = ("auto", "whole")
@@ -75,10 +76,9 @@ ONE_DEVICE = MeshAxes()
 
 
 class StepOptions(NamedTuple):
-    """Hyper-parameters of one step.
+    """Hyper-parameters of one step, see ``scale_by_dion``.
 
-    ``mu``, ``eps``, ``noise_guard`` and ``residual`` may be traced; the rest is static.
-    ``noise_guard`` None is the floor ``NOISE``.
+    ``mu``, ``eps``, ``noise_guard`` (None: ``NOISE``) and ``residual`` may be traced.
     """
 
     mu: Any = 0.95
@@ -91,6 +91,7 @@ class StepOptions(NamedTuple):
     communication_dtype: Any = None
     nesterov: bool = False
     residual: Any = None
+    residual_norm: str = "matrix"
     normalize_rows: bool = False
     precision: str | None = None
 
@@ -224,6 +225,7 @@ def dion_step(
     p_rows: jax.Array | None = None,
     q_rows: Sequence[jax.Array | None] | None = None,
     orders: Sequence[str] | None = None,
+    inputs: Sequence[str] | None = None,
 ) -> tuple[list[jax.Array], list[jax.Array], list[jax.Array]]:
     """Steps 1-7 for matrices that share l, r and mesh axes.
 
@@ -236,11 +238,11 @@ def dion_step(
       p_rows: global index of each local row of P, when l is split.
       q_rows: the same for each Q, when s is split.
       orders: ``ls`` or ``sl`` for each matrix, see ``power_iterate``; default ``ls``.
+      inputs: which side of each matrix its inputs are, ``l`` or ``s`` (default).
 
     Returns:
-      Directions P Q^T, new momenta and new Qs in the compute dtype: float64 if the
-      momentum is, otherwise float32. (The reference multiplies in the momentum's dtype;
-      with bfloat16 state this one loses less.)
+      Directions P Q^T, new momenta and new Qs, in float64 if the momentum is, otherwise
+      in float32. (The reference multiplies in the momentum's dtype and loses more.)
     """
     dtype = jnp.promote_types(momenta[0].dtype, jnp.float32)
     mu, eps = (jnp.asarray(x, dtype) for x in (options.mu, options.eps))
@@ -267,17 +269,17 @@ def dion_step(
     )  # fmt: skip
     plain = options.residual is None
     largest = float(jnp.finfo(dtype).max)
+    kept = [
+        b - (1 - mu) * (back(o, p, r) if plain else b)
+        for b, p, r, o in zip(b, ps, rs, orders)
+    ]
     new_momenta = [
-        jnp.clip(
-            b - (1 - mu) * (back(o, p, r) if plain else b),
-            -x * largest,
-            x * largest,
-        ) / x
-        for b, p, r, o, x in zip(b, ps, rs, orders, small)
-    ]  # fmt: skip
+        jnp.clip(m, -x * largest, x * largest) / x for m, x in zip(kept, small)
+    ]
     directions, new_qs = [], []
-    for n, p, r, zero, old, rows, o, x in zip(
-        ns, ps, rs, zeros, qs, q_rows or [None] * len(rs), orders, small
+    q_rows, inputs = q_rows or [None] * len(rs), inputs or ["s"] * len(rs)
+    for n, p, r, zero, old, rows, o, x, side in zip(
+        ns, ps, rs, zeros, qs, q_rows, orders, small, inputs
     ):
         norm = _column_norms(r, axes.q)
         if options.right_factor == "orth":
@@ -292,9 +294,10 @@ def dion_step(
         if plain:
             directions.append(back(o, p, right))
         else:
-            # P (Q - c R)^T + c N: one product for both parts.
-            c = options.residual * residual_scale(n, r, norm, zero, axes)
-            directions.append(back(o, p, right - c * r) + c * n)
+            dot = functools.partial(back, o)
+            residual = Residual(options.residual, options.residual_norm, o, side)
+            update = with_residual(residual, dot, n, p, r, right, norm, zero, axes)
+            directions.append(update)
         new_qs.append(jnp.where(noise, old, q))
     return directions, new_momenta, new_qs
 
