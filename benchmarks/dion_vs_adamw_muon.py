@@ -11,9 +11,9 @@ validation text with seed 0; everything that is no hidden matrix is trained by A
 SCALAR_LR in all, except that AdamW's rows use one learning rate for all. If the best
 value lies on an edge of the grid, the grid is extended until it does not. Then three
 seeds are run at the chosen value and measured on the second half of the validation text,
-which chose nothing. ``ahead`` is Dion with ``nesterov``, ``residual=1`` of equal inputs and
-``normalize_rows``, ``matrix`` the same with the residual divided by its norm; dion_4 has a
-rank of 1/4 of the shorter side. Writes
+which chose nothing. ``ahead`` is Dion with ``nesterov``, ``residual=1`` of equal inputs
+and ``normalize_rows``, ``matrix`` the same with the residual divided by its norm; dion_4
+has a rank of 1/4 of the shorter side. Writes
 results/dion_vs_adamw_muon.json (dion_default_model.json) and .png beside this.
 """
 
