@@ -115,3 +115,18 @@ def test_metrics_stop_at_the_first_error():
     assert told["auc"] == 1 and told["f1_index"] == 1
     none = process_examples.step_metrics([-1], [np.zeros(0)])
     assert none["steps"] == 0 and np.isnan(none["auc"])
+
+
+@pytest.mark.slow  # Three minutes.
+def test_learns_to_tell_right_steps_of_arithmetic(tmp_path):
+    """The digest's gates in one domain: AUC 0.9, five points above the majority."""
+    fields = {
+        "data.domains": ("arithmetic",), "data.test_domains": ("arithmetic",),
+        "data.questions": 40, "data.search_questions": 0, "data.seed": 3,
+        "train.seed": 3, "train.steps": 1500, "train.alone": True,
+    }  # fmt: skip
+    overrides = [f"--config.{k}={v}" for k, v in fields.items()]
+    summary = run.run("versaprm", overrides, workdir=str(tmp_path / "run"), quiet=True)
+    numbers = summary["rows"][0]["numbers"][0]
+    assert numbers["auc_trained"] >= 0.9
+    assert numbers["gain"] >= 0.05
