@@ -44,8 +44,8 @@ DION = [
     # |N - P R^T|^2 = |N|^2 - |R|^2.
     (
         "jaxpapers/optim/residual.py",
-        "whole - jnp.where(zero, 0, taken)",
-        "whole",
+        "jnp.maximum(whole - taken, floor * whole)",
+        "jnp.maximum(whole, floor * whole)",
         ["tests/optim/test_residual.py::test_equals_the_equations"],
     ),
     # What is rounding error is no direction.
