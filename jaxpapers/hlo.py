@@ -11,6 +11,8 @@ import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from jaxpapers.scopes import ONCE, trips_of
+
 KINDS = (
     "all-reduce",
     "all-gather",
@@ -31,9 +33,6 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CONDITION = re.compile(r" while\(.*condition=%?([\w.\-]+)")
 _BOUND = re.compile(r"= s32\[\]\S* constant\((\d+)\)")
-# Name scope of a choice that at most one iteration of its loop takes.
-ONCE = "at_most_once"
-_USUAL = re.compile(r"(?:^|/)usually_(\d+)_times(?:/while)?$")
 _CHAIN = re.compile(r'channel_id=(\d+).*chain_id="(\d+)"')
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 
@@ -125,22 +124,6 @@ def ring_bytes(kind: str, size: int | float, group: int) -> float:
     return (2 if kind == "all-reduce" else 1) * (group - 1) / group * size
 
 
-def usual_trips(count: int) -> str:
-    """Name scope of a while loop that is counted so often, if it does not say itself.
-
-    Example:
-      >>> trips_of(f"jit(f)/{usual_trips(2)}/while")
-      2
-    """
-    return f"usually_{count}_times"
-
-
-def trips_of(op_name: str) -> int:
-    """What ``usual_trips`` says of a loop with this name; 1 if nothing."""
-    usual = _USUAL.search(op_name)
-    return int(usual.group(1)) if usual else 1
-
-
 def _computations(text: str) -> tuple[dict[str, list[str]], str | None]:
     bodies: dict[str, list[str]] = {}
     entry, current = None, None
@@ -176,7 +159,7 @@ def _runs(bodies: dict[str, list[str]], entry: str) -> Iterator[tuple[str, int]]
 def _trips(line: str, bodies: dict[str, list[str]]) -> int:
     """Trip count of a while instruction; 1 for other instructions and where unknown.
 
-    Where it depends on the data, the program may say what is usual (``usual_trips``).
+    Where it depends on the data, the program may say what is usual, see ``scopes``.
     TPU programs have no annotated trip count: the condition of a ``lax.scan`` compares
     its counter, which starts at 0, with one constant.
     """

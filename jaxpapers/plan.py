@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxpapers import hlo
+from jaxpapers import hlo, scopes
 from jaxpapers import train as trainer
 from jaxpapers.method import Method
 from jaxpapers.optim.orthonormalize import RESCUE
@@ -44,8 +44,8 @@ class Plan(NamedTuple):
       flops: of the matrix products of a step, including recomputation.
       collectives: rows with part, kind, axes, count, result_bytes, wire_bytes, largest,
         matrix (see ``hlo.Collective``). Loops of unknown length count once,
-        or as ``hlo.usual_trips`` says; Dion's fallback for ill-conditioned factors is a
-        part of its own.
+        or as their name scope says (``scopes``); Dion's fallback for ill-conditioned
+        factors is a part of its own.
       compile_seconds: duration of the compilation.
     """
 
@@ -174,7 +174,7 @@ def product_flops(jaxpr: Any) -> float:
     """FLOPs of the matrix products of a jaxpr, over all devices.
 
     Bodies of ``scan`` count once per iteration, unlike in the compiler's cost analysis;
-    those of ``while`` as ``hlo.usual_trips`` says, or once.
+    those of ``while`` as ``scopes.usual_trips`` says, or once.
     """
     total = 0.0
     for eqn in jaxpr.eqns:
@@ -187,7 +187,7 @@ def product_flops(jaxpr: Any) -> float:
         if eqn.primitive.name == "scan":
             times = eqn.params["length"]
         elif eqn.primitive.name == "while":
-            times = hlo.trips_of(str(eqn.source_info.name_stack))
+            times = scopes.trips_of(str(eqn.source_info.name_stack))
         elif eqn.primitive.name == "shard_map":
             # The body is one device's work along the manual axes.
             sizes = dict(eqn.params["mesh"].shape)

@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxpapers import hlo
+from jaxpapers import hlo, scopes
 
 # Forms that the TPU compiler writes: asynchronous pairs, iota groups, a loop that says
 # how often it runs, a reduce-scatter as a fusion.
@@ -69,8 +69,8 @@ ENTRY %main.1 (x: f32[16,8]) -> f32[4,8] {
   ROOT %f = f32[4,8]{1,0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1
 }
 """.replace("PAIRS", "replica_groups=[4,2]<=[8]")
-    .replace("NAME", f"jit(f)/{hlo.usual_trips(2)}/while")
-    .replace("ONCE", hlo.ONCE)
+    .replace("NAME", f"jit(f)/{scopes.usual_trips(2)}/while")
+    .replace("ONCE", scopes.ONCE)
 )
 
 

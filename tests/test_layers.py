@@ -14,8 +14,9 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ALLOWED = {
     "options": set(),
     "blocks": set(),
+    "scopes": set(),
     "ops": {"ops", "extras"},
-    "optim": {"optim", "ops", "options"},
+    "optim": {"optim", "ops", "options", "scopes"},
     "nets": {"nets", "ops", "options"},
     "data": {"data", "extras", "ops"},
     "method": {"method", "ops"},
@@ -113,8 +114,8 @@ ALLOWED = {
     "supervise": {"signals"},
     "workdir": {"processes"},
     "outputs": {"figures", "plots", "study", "workdir"},
-    "hlo": set(),
-    "plan": {"hlo", "method", "optim", "train"},
+    "hlo": {"scopes"},
+    "plan": {"hlo", "method", "optim", "scopes", "train"},
     "describe": {"blocks", "config", "options", "papers"},
     "arguments": {"config", "describe"},
     "cli": {
@@ -163,6 +164,7 @@ OWNERS = {
 OUTSIDE = {
     "options": set(),
     "blocks": set(),
+    "scopes": set(),
     "method": {"jax", "optax"},
     "data": {
         *("PIL", "fontTools", "h5py", "ml_dtypes", "numpy", "safetensors", "scipy"),

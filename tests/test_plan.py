@@ -47,7 +47,10 @@ def test_optimizer_sends_what_the_closed_form_says(planned):
         ((4, 64, 192), into, 3),  # gate, up; and down, with P on the same side
     ):
         dimensions = dion.dimensions("", jax.ShapeDtypeStruct(shape, jnp.float32))
-        leaf = plan_dion(shape, spec, grid, 0.25, dimensions=dimensions, count=count)
+        leaf = plan_dion(
+            shape, spec, grid, 0.25, dimensions=dimensions, count=count,
+            nesterov=True, residual=1.0, normalize_rows=True,
+        )  # fmt: skip
         for (kind, axes), size in leaf.bytes_per_step.items():
             key = (kind, ",".join(axes))
             expected[key] = expected.get(key, 0) + size

@@ -50,7 +50,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxpapers.hlo import ONCE, usual_trips
+from jaxpapers import scopes
 from jaxpapers.ops.linalg import (
     HIGHEST,
     inverse_factor,
@@ -185,12 +185,12 @@ def _shifted_cholesky_qr(
         def refine():
             return jnp.where(jittered, _refine(basis, p, gather(lower), inverse), basis)
 
-        with jax.named_scope(ONCE):
+        with jax.named_scope(scopes.ONCE):
             better = lax.cond(jnp.any(unsafe), put_back, lambda: basis)
             better = lax.cond(jnp.any(jittered), refine, lambda: better)
         return count + 1, jnp.where(done, p, better), done | last, unsafe | no
 
-    with jax.named_scope(usual_trips(GRAM_PASSES["scqr"])):
+    with jax.named_scope(scopes.usual_trips(GRAM_PASSES["scqr"])):
         count, p, *_ = lax.while_loop(unfinished, one_pass, (jnp.int32(0), p, no, no))
     return p.reshape(shape), count
 

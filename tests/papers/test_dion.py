@@ -314,7 +314,9 @@ def test_an_adamw_run_goes_on_with_dion(tiny, tmp_path):
         quiet=True,
     )
     start = load_run(str(before))[-1].params
+    paper = ["--config.optim.residual=0", "--config.optim.normalize_rows=False"]
     given = [*tiny, "--config.train.steps=1", f"--config.train.init_from={before}"]
+    given += paper
     run.run("dion:smoke", given, workdir=str(after), quiet=True)
     end = load_run(str(after))[-1].params
     old, new = (x["layers"]["attention"]["query"]["kernel"] for x in (start, end))
