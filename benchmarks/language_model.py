@@ -1,7 +1,7 @@
 """Tokens per second of SmolLM2-135M: greedy decoding and scoring, beside transformers.
 
     pip install 'jaxpapers[language]' torch transformers
-    python benchmarks/language_model.py        minutes; downloads the model once (93 MB)
+    taskset -c 0 python benchmarks/language_model.py     downloads the model once (93 MB)
 
 Both have the same weights in float32: transformers reads the folder that ``weights.save``
 writes. One thread each, the same process, in turn. PyTorch decodes by ``generate`` and by
