@@ -110,7 +110,7 @@ def in_llama_cpp(file: Path, prompt: np.ndarray):
 
 def main() -> None:
     """Measures, prints and writes."""
-    result = header("python benchmarks/language_model.py", "jax", "jaxlib", "numpy",
+    result = header("taskset -c 0 python benchmarks/language_model.py", "jax", "jaxlib", "numpy",
                     "torch", "transformers", "llama-cpp-python")  # fmt: skip
     source = fetch.get("smollm2-135m")
     model, tok = weights.load(source), tokenizer.load(source)
