@@ -110,8 +110,10 @@ def in_llama_cpp(file: Path, prompt: np.ndarray):
 
 def main() -> None:
     """Measures, prints and writes."""
-    result = header("taskset -c 0 python benchmarks/language_model.py", "jax", "jaxlib", "numpy",
-                    "torch", "transformers", "llama-cpp-python")  # fmt: skip
+    command = "taskset -c 0 python benchmarks/language_model.py"
+    result = header(
+        command, "jax", "jaxlib", "numpy", "torch", "transformers", "llama-cpp-python"
+    )
     source = fetch.get("smollm2-135m")
     model, tok = weights.load(source), tokenizer.load(source)
     prompt = np.int32([tok.encode(TEXT)])
