@@ -179,7 +179,11 @@ def main() -> None:
     out = parser.parse_args().out
     torch.set_num_threads(1)
     result = header(
-        "python benchmarks/process_rewards.py", "jax", "jaxlib", "torch", "transformers"
+        "taskset -c 1 python benchmarks/process_rewards.py",
+        "jax",
+        "jaxlib",
+        "torch",
+        "transformers",
     )
     for name, size in SIZES.items():
         steps, compiled, losses = functions(size)

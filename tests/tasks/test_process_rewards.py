@@ -1,10 +1,12 @@
 """Process rewards: the stream, the rows, what is refused, numbers without a model."""
 
+import jax
 import numpy as np
 import pytest
 
 from jaxpapers import run, tasks
 from jaxpapers.ops import reasoning
+from jaxpapers.papers import versaprm
 from jaxpapers.study import with_fields
 from jaxpapers.tasks import process_examples, process_rewards
 from tests.contract import grid
@@ -126,7 +128,20 @@ def test_learns_to_tell_right_steps_of_arithmetic(tmp_path):
         "train.seed": 3, "train.steps": 1500, "train.alone": True,
     }  # fmt: skip
     overrides = [f"--config.{k}={v}" for k, v in fields.items()]
-    summary = run.run("versaprm", overrides, workdir=str(tmp_path / "run"), quiet=True)
+    summary = run.run(
+        "versaprm", overrides, workdir=str(tmp_path / "run"), mesh="data:1", quiet=True
+    )
     numbers = summary["rows"][0]["numbers"][0]
     assert numbers["auc_trained"] >= 0.9
     assert numbers["gain"] >= 0.05
+
+
+def test_optimizer_knows_how_its_matrices_are_split():
+    """Without it Muon warns, an error here, and its step may gather whole matrices."""
+    config = smoke()
+    data = tasks.read(config)
+    method = versaprm.make(config, vocab_size=data.facts["vocab_size"])
+    batch = data.examples.batch(0, 16)
+    with jax.set_mesh(grid("4x2")):
+        state = jax.eval_shape(lambda k: method.init(k, batch), jax.random.key(0))
+        jax.eval_shape(method.update, state, batch)

@@ -34,7 +34,7 @@ import jax
 import optax
 
 from jaxpapers import optim, options
-from jaxpapers.method import Method, WarmStart, gradient
+from jaxpapers.method import Method, WarmStart, gradient, param_spec
 from jaxpapers.papers.versaprm.encoding import (
     IGNORE,
     Encoded,
@@ -91,8 +91,12 @@ def make(config: Any, *, vocab_size: int) -> Method:
         raise ValueError(
             f"method.objective must be one of {OBJECTIVES}, got {objective!r}"
         )
+    specs = rules(net)
     tx = optim.from_config(
-        config.optim, config.train.steps, weight_dimension_numbers=dimensions
+        config.optim,
+        config.train.steps,
+        weight_dimension_numbers=dimensions,
+        sharding=lambda path, leaf: param_spec(specs, path),
     )
     if net.lora_rank:
         tx = optax.multi_transform({"tuned": tx, "frozen": optax.set_to_zero()}, labels)
@@ -106,7 +110,7 @@ def make(config: Any, *, vocab_size: int) -> Method:
         ),
         tx,
         predict=functools.partial(token_scores, net=net),
-        rules=rules(net),
+        rules=specs,
         labels=labels if net.lora_rank else None,
         accumulate=config.train.accumulate,
     )._replace(warm_start=_from_base(net))
