@@ -116,10 +116,11 @@ def test_equals_the_equations(options):
                     np.testing.assert_allclose(q, want[2] * sign, atol=1e-10)
 
 
+@pytest.mark.parametrize("norm", ["matrix", "inputs"])
 @pytest.mark.parametrize(
     "sizes", [(4, 2), pytest.param((2, 4), marks=pytest.mark.matrix)]
 )
-def test_the_same_on_a_mesh(sizes, make_mesh):
+def test_the_same_on_a_mesh(sizes, norm, make_mesh):
     mesh = make_mesh(sizes)
     specs = (
         P("data", "model"),
@@ -128,10 +129,10 @@ def test_the_same_on_a_mesh(sizes, make_mesh):
         P("data"),
     )
     where = {n: NamedSharding(mesh, s) for n, s in zip(SHAPES, specs)}
-    runs = []
+    runs, options = [], {**ALL, "residual_norm": norm}
     for place, tx in (
-        (lambda x: x, transformation(**ALL)),
-        (lambda x: jax.device_put(x, where), transformation(**ALL, sharding=where)),
+        (lambda x: x, transformation(**options)),
+        (lambda x: jax.device_put(x, where), transformation(**options, sharding=where)),
     ):
         state, update = jax.jit(tx.init)(place(gradients(0))), jax.jit(tx.update)
         for t in range(3):
