@@ -3,6 +3,7 @@
     python benchmarks/dion_vs_adamw_muon.py            the small model, 40 minutes
     python benchmarks/dion_vs_adamw_muon.py --model default     that of jaxpapers run dion
     ... --only muon,dion_4     these rows; the others of the JSON stay
+    ... --equal-time           then: known rows again, with the CPU time of Muon's steps
     ... --quick                a few steps, to see that it works
 
 One model, one stream of batches per seed. For each optimizer the learning rate of the
@@ -12,9 +13,10 @@ SCALAR_LR in all, except that AdamW's rows use one learning rate for all. If the
 value lies on an edge of the grid, the grid is extended until it does not. Then three
 seeds are run at the chosen value and measured on the second half of the validation text,
 which chose nothing. ``ahead`` is Dion with ``nesterov``, ``residual=1`` and
-``normalize_rows``, ``inputs`` the same with ``residual_norm="inputs"``; dion_4 has a rank
-of 1/4 of the shorter side. Writes
-results/dion_vs_adamw_muon.json (dion_default_model.json) and .png beside this.
+``normalize_rows``, ``weight`` the same with ``residual=1.5``; dion_4 has a rank of 1/4 of
+the shorter side. ``--equal-time`` measures the CPU time of a training step of every row
+in turn, and trains again at the chosen rate for as many steps as take what Muon's took.
+Writes results/dion_vs_adamw_muon.json (dion_default_model.json) and .png beside this.
 """
 
 import argparse
@@ -56,11 +58,11 @@ PLAIN = {"nesterov": False, "residual": 0.0, "normalize_rows": False}
 AHEAD = {
     "nesterov": True,
     "residual": 1.0,
-    "residual_norm": "matrix",
     "normalize_rows": True,
 }
-INPUTS = AHEAD | {"residual_norm": "inputs"}
 SHARES = (16, 4, 2, 1)
+# Steps of a run whose time is measured.
+TIMED = 60
 
 
 def dion(share: int, **options) -> dict:
@@ -76,7 +78,7 @@ OPTIMIZER = {
     "dion2_4": {"name": "dion2", "rank_fraction": 0.25},
     **{f"dion_{n}": dion(n, **PLAIN) for n in SHARES},
     **{f"ahead_{n}": dion(n, **AHEAD) for n in SHARES},
-    **{f"inputs_{n}": dion(n, **INPUTS) for n in (16, 4)},
+    "weight_4": dion(4, **AHEAD | {"residual": 1.5}),
 }
 GRID = {n: MATRICES for n in OPTIMIZER} | {"adamw": (0.002, 0.004, 0.008, 0.016)}
 SEEDS = (0, 1, 2)
@@ -84,18 +86,20 @@ OUT = Path(__file__).parent / "results"
 
 
 class Curve:
-    """Collects the training bits of every step; a stand-in for ``report.Report``."""
+    """Collects bits and CPU time of every step; a stand-in for ``report.Report``."""
 
     def __init__(self):
         """Empty."""
         self.bits: list[float] = []
+        self.cpu: list[float] = []
 
     def start(self, *arguments):
         """Nothing to print."""
 
     def step(self, step, metrics):
-        """Keeps the bits."""
+        """Keeps the bits, and the time when they are there."""
         self.bits.append(metrics["bits"])
+        self.cpu.append(time.process_time())
 
     def evaluation(self, step, values):
         """Not used."""
@@ -131,6 +135,9 @@ def one_run(name: str, lr: float, seed: int, corpus, model: dict, steps=None) ->
     seconds = {
         "wall_s": time.perf_counter() - began,
         "cpu_s": time.process_time() - cpu,
+        # The last half: nothing is compiled there.
+        "step_s": (curve.cpu[-1] - curve.cpu[half := len(curve.cpu) // 2])
+        / (len(curve.cpu) - 1 - half),
     }
     loss = jax.jit(lambda p, b: method.loss(p, b, jax.random.key(0)))
 
@@ -148,7 +155,7 @@ def one_run(name: str, lr: float, seed: int, corpus, model: dict, steps=None) ->
         "seed": seed,
         "select": bits(stream[:half]),
         "test": bits(stream[half:]),
-        **{k: round(v, 2) for k, v in seconds.items()},
+        **{k: round(v, 4) for k, v in seconds.items()},
         "curve": [round(b, 4) for b in curve.bits],
     }
 
@@ -170,6 +177,36 @@ def choose(name: str, one) -> tuple[float, list[dict]]:
         elif best == min(done):
             todo = [best / 2]
     return best, [done[lr] for lr in sorted(done)]
+
+
+def equal_time(stem: Path, names: list[str], one) -> None:
+    """Trains known rows for the CPU time of Muon's steps; adds that to the JSON.
+
+    Args:
+      stem: of the JSON.
+      names: rows.
+      one: of a run: (row, learning rate, seed, steps).
+    """
+    record = json.loads(stem.with_suffix(".json").read_text())
+    rows = {n: record["results"][n] for n in ["muon", *names]}
+    full = run.load_config("dion", []).train.steps
+    full = record["model"].get("train.steps", full)
+    turns = [
+        {n: one(n, row["lr"], 0, TIMED)["step_s"] for n, row in rows.items()}
+        for _ in range(3)
+    ]
+    costs = {n: min(turn[n] for turn in turns) for n in rows}
+    for name, row in rows.items():
+        steps = round(full * costs["muon"] / costs[name])
+        tests = [one(name, row["lr"], seed, steps)["test"] for seed in SEEDS]
+        row["equal_time"] = {
+            "step_s": costs[name],
+            "steps": steps,
+            "mean": statistics.mean(tests),
+            "spread": max(tests) - min(tests),
+        }
+        print(f"{name:9s} {steps} steps: {row['equal_time']['mean']:.4f}", flush=True)
+    stem.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
 
 
 def draw(results: dict, path: Path) -> None:
@@ -196,23 +233,26 @@ def draw(results: dict, path: Path) -> None:
     for kind in ("dion", "ahead"):
         known = [n for n in SHARES if f"{kind}_{n}" in results]
         means = [results[f"{kind}_{n}"]["mean"] for n in known]
-        axes[2].plot([1 / n for n in known], means, "o-", label=kind)
+        if known:
+            axes[2].plot([1 / n for n in known], means, "o-", label=kind)
     for name in ("muon", "adamw"):
-        if name in results:
+        if name in results and axes[2].lines:
             axes[2].axhline(results[name]["mean"], ls=":", c="0.3")
             axes[2].annotate(name, (1, results[name]["mean"]), ha="right", va="bottom")
     ticks = (0.002, 0.005, 0.01, 0.02, 0.04)
     axes[1].set_xscale("log")
     axes[1].set_xticks(ticks, [f"{t:g}" for t in ticks])
     axes[1].minorticks_off()
-    axes[2].set_xscale("log", base=2)
-    axes[2].set_xticks([1 / n for n in SHARES], ["1/16", "1/4", "1/2", "1"])
+    if axes[2].lines:
+        axes[2].set_xscale("log", base=2)
+        axes[2].set_xticks([1 / n for n in SHARES], ["1/16", "1/4", "1/2", "1"])
     axes[0].set(xlabel="step", ylabel="training bits per byte (mean of 30 steps)")
     axes[0].set_ylim(top=4.5)
     axes[1].set(xlabel="learning rate", ylabel="selection bits per byte")
     axes[2].set(xlabel="rank / shorter side", ylabel="test bits per byte, 3 seeds")
     axes[0].legend(frameon=False)
-    axes[2].legend(frameon=False)
+    if axes[2].lines:
+        axes[2].legend(frameon=False)
     for ax in axes:
         ax.grid(alpha=0.25)
     figure.savefig(path, dpi=150)
@@ -229,6 +269,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--model", choices=MODELS, default="small")
     parser.add_argument("--only", default=",".join(OPTIMIZER))
+    parser.add_argument("--equal-time", action="store_true")
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
     names = options.only.split(",")
@@ -240,9 +281,13 @@ def main() -> None:
     if options.quick:
         corpus = corpus._replace(validation=[corpus.validation[0][:40_000]])
 
-    def one(*run):
-        return one_run(*run, corpus, model, 30 if options.quick else None)
+    def one(name, lr, seed, steps=None):
+        steps = 30 if options.quick else steps
+        return one_run(name, lr, seed, corpus, model, steps)
 
+    if options.equal_time:
+        equal_time(stem, [n for n in names if n != "muon"], one)
+        return
     for name in names:
         best, grid = choose(name, one)
         runs = [r for r in grid if r["lr"] == best]
