@@ -59,7 +59,6 @@ def get_config(preset: str | None = None) -> ConfigDict:
                 "right_factor": "colnorm",  # orth: Orth-Dion
                 "nesterov": True,  # of dion and muon: the momentum one step ahead
                 "residual": 1.0,  # of dion: weight of what the rank leaves out; 0: none
-                "residual_norm": "matrix",  # inputs: equal rows of all inputs
                 "normalize_rows": True,  # of dion: equal steps for all outputs
                 "momentum_dtype": "",  # "": float32, as the parameters
                 "q_dtype": "",

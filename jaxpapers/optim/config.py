@@ -56,7 +56,6 @@ class Options:
       orthogonalize: dion.
       right_factor: dion.
       residual: dion: weight of what the rank leaves out, see ``scale_by_dion``; 0: none.
-      residual_norm: dion, see ``scale_by_dion``.
       normalize_rows: dion: equal steps for all outputs, see ``scale_by_dion``.
       q_dtype: dion; "": that of the parameters.
       communication_dtype: dion; "": float32.
@@ -92,7 +91,6 @@ class Options:
     orthogonalize: str = "scqr"
     right_factor: str = "colnorm"
     residual: float = 0.0
-    residual_norm: str = "matrix"
     normalize_rows: bool = False
     q_dtype: str = ""
     communication_dtype: str = ""
@@ -314,7 +312,6 @@ def _matrix_optimizer(o, steps, replicate_axis, **matrices):
             right_factor=o.right_factor,
             nesterov=o.nesterov,
             residual=o.residual or None,
-            residual_norm=o.residual_norm,
             normalize_rows=o.normalize_rows,
             q_dtype=o.q_dtype or None,
             communication_dtype=o.communication_dtype or None,

@@ -113,7 +113,6 @@ def plan_dion(
     communication_dtype: Any = None,
     nesterov: bool = False,
     residual: Any = None,
-    residual_norm: str = "matrix",
     normalize_rows: bool = False,
     dtype: Any = jnp.float32,
     momentum_dtype: Any = None,
@@ -138,7 +137,6 @@ def plan_dion(
       communication_dtype: see ``power_iterate``.
       nesterov: see ``scale_by_dion``; costs nothing.
       residual: see ``scale_by_dion``.
-      residual_norm: see ``scale_by_dion``.
       normalize_rows: see ``scale_by_dion``.
       dtype: of the gradient.
       momentum_dtype: default ``dtype``.
@@ -158,9 +156,7 @@ def plan_dion(
     check_choice("split_p", split_p, SPLITS)
     check_range("power_iters", power_iters, 1)
     check_range("count", count, 1)
-    check_beyond_paper(
-        nesterov, residual, residual_norm, normalize_rows, replicate_axis
-    )
+    check_beyond_paper(nesterov, residual, normalize_rows, replicate_axis)
     if replicate_axis and replicate_axis not in sizes:
         raise ValueError(
             f"replicate_axis={replicate_axis!r} is no axis of the mesh {sizes}"
@@ -220,9 +216,8 @@ def plan_dion(
     # Between repeats R is scaled by its maximum.
     sent.add("all-reduce", q_axis, (power_iters - 1) * n, e)
     flops = power_iters * (flops + 4 * n * (l // t) * (s // f) * r)
-    # P R^T and P Q^T; with a residual of the matrix both are one product.
-    one = residual is not None and residual_norm == "matrix"
-    flops += (2 if one else 4) * n * (l // t) * (s // f) * r
+    # P R^T and P Q^T; with a residual both are one product.
+    flops += (4 if residual is None else 2) * n * (l // t) * (s // f) * r
 
     sent.add("all-reduce", q_axis, n * r, e)
     if right_factor == "colnorm":
@@ -233,15 +228,9 @@ def plan_dion(
         _rescue(rescue, q_axis, n, r, e)
     transposed = layout.p_axes == layout.reduction
     inputs, outputs = (p_axis, q_axis) if transposed else (q_axis, p_axis)
-    n_in, n_out = l // t, s // f
-    if not transposed:
-        n_in, n_out = n_out, n_in
+    n_out = s // f if transposed else l // t
     if residual is not None and r < min(l, s):
-        if residual_norm == "matrix":
-            sent.add("all-reduce", p_axis + q_axis, n, e)
-        else:
-            sent.add("all-reduce", outputs, n * n_in, e)
-            sent.add("all-reduce", inputs, n, e)
+        sent.add("all-reduce", p_axis + q_axis, n, e)
     if normalize_rows:
         sent.add("all-reduce", inputs, n * n_out, e)
         sent.add("all-reduce", outputs, 2 * n, e)

@@ -71,7 +71,6 @@ def scale_by_dion(
     *,
     nesterov: bool = False,
     residual: Any = None,
-    residual_norm: str = "matrix",
     normalize_rows: bool = False,
     replicate_axis: str | None = None,
     p_side: Any = "longer",
@@ -122,7 +121,6 @@ def scale_by_dion(
       residual: weight w of what the rank leaves out, see ``residual``; 1 gives the update
         the root mean square of Muon's; None is error feedback. Not with
         ``replicate_axis``.
-      residual_norm: ``matrix``: divided by its norm; ``inputs``: equal rows of inputs.
       normalize_rows: the update's rows of all outputs get equal norms, as NorMuon's
         without a running mean (``neurons``).
       replicate_axis: mesh axis whose devices compute gradients of their own data. Call
@@ -155,9 +153,7 @@ def scale_by_dion(
       (8, 2)
     """
     check_options(mu, eps, power_iters, orthogonalize, right_factor, batch, scale)
-    check_beyond_paper(
-        nesterov, residual, residual_norm, normalize_rows, replicate_axis
-    )
+    check_beyond_paper(nesterov, residual, normalize_rows, replicate_axis)
     check_program(split_p, precision, unknown_sharding, noise_guard)
     check_dtype("momentum_dtype", momentum_dtype)
     check_dtype("q_dtype", q_dtype)
@@ -227,7 +223,7 @@ def scale_by_dion(
         options = StepOptions(
             mu, eps, noise_guard, power_iters, orthogonalize, right_factor, split_p,
             communication_dtype and jnp.dtype(communication_dtype), nesterov, residual,
-            residual_norm, normalize_rows, precision,
+            normalize_rows, precision,
         )  # fmt: skip
         directions, (momenta, qs) = step_leaves(
             dion_blocks,
@@ -272,7 +268,6 @@ def dion(
     *,
     nesterov: bool = False,
     residual: Any = None,
-    residual_norm: str = "matrix",
     normalize_rows: bool = False,
     replicate_axis: str | None = None,
     p_side: Any = "longer",
@@ -320,7 +315,6 @@ def dion(
       noise_guard: see ``scale_by_dion``.
       nesterov: see ``scale_by_dion``.
       residual: see ``scale_by_dion``.
-      residual_norm: see ``scale_by_dion``.
       normalize_rows: see ``scale_by_dion``.
       replicate_axis: see ``scale_by_dion``; gradients of the other leaves are averaged
         over it.
@@ -372,7 +366,6 @@ def dion(
         noise_guard=noise_guard,
         nesterov=nesterov,
         residual=residual,
-        residual_norm=residual_norm,
         normalize_rows=normalize_rows,
         replicate_axis=replicate_axis,
         p_side=p_side,

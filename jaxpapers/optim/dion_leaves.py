@@ -26,7 +26,6 @@ from jaxpapers.optim.orthonormalize import METHODS
 from jaxpapers.optim.paths import dimension_numbers, per_leaf
 from jaxpapers.optim.placement import constrain
 from jaxpapers.optim.power_iteration import RIGHT_FACTORS, SPLITS, dion_step
-from jaxpapers.optim.residual import NORMS
 
 
 class DionState(NamedTuple):
@@ -124,7 +123,6 @@ def dion_blocks(options, axes, layouts, specs, grads, momenta, qs):
             x.rows(x.q_axes, s, spec) for x, s, spec in zip(layouts, shapes, specs)
         ],
         orders=[x.order for x in layouts],
-        inputs=["l" if x.p_axes == x.reduction else "s" for x in layouts],
     )
     directions = [
         x.from_matrices(y, s, x.order) for x, y, s in zip(layouts, directions, shapes)
@@ -165,13 +163,10 @@ def own_momentum(layout: Layout, m: jax.Array, replicated: bool) -> jax.Array:
     return m[0] if replicated else m
 
 
-def check_beyond_paper(
-    nesterov, residual, residual_norm, normalize_rows, replicate_axis
-):
+def check_beyond_paper(nesterov, residual, normalize_rows, replicate_axis):
     """Raises TypeError or ValueError naming an option that the paper does not have."""
     check_flag("nesterov", nesterov)
     check_flag("normalize_rows", normalize_rows)
-    check_choice("residual_norm", residual_norm, NORMS)
     if residual is None:
         return
     check_range("residual", residual, 0)

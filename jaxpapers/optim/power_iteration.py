@@ -43,7 +43,7 @@ from jaxpapers.ops.linalg import stack_product
 from jaxpapers.optim.collectives import axis_size, pmax, psum
 from jaxpapers.optim.options import product_precision
 from jaxpapers.optim.orthonormalize import _orthonormalize
-from jaxpapers.optim.residual import Residual, with_residual
+from jaxpapers.optim.residual import with_residual
 
 RIGHT_FACTORS = ("colnorm", "orth")
 SPLITS = ("auto", "whole")
@@ -91,7 +91,6 @@ class StepOptions(NamedTuple):
     communication_dtype: Any = None
     nesterov: bool = False
     residual: Any = None
-    residual_norm: str = "matrix"
     normalize_rows: bool = False
     precision: str | None = None
 
@@ -225,7 +224,6 @@ def dion_step(
     p_rows: jax.Array | None = None,
     q_rows: Sequence[jax.Array | None] | None = None,
     orders: Sequence[str] | None = None,
-    inputs: Sequence[str] | None = None,
 ) -> tuple[list[jax.Array], list[jax.Array], list[jax.Array]]:
     """Steps 1-7 for matrices that share l, r and mesh axes.
 
@@ -238,7 +236,6 @@ def dion_step(
       p_rows: global index of each local row of P, when l is split.
       q_rows: the same for each Q, when s is split.
       orders: ``ls`` or ``sl`` for each matrix, see ``power_iterate``; default ``ls``.
-      inputs: which side of each matrix its inputs are, ``l`` or ``s`` (default).
 
     Returns:
       Directions P Q^T, new momenta and new Qs, in float64 if the momentum is, otherwise
@@ -277,9 +274,9 @@ def dion_step(
         jnp.clip(m, -x * largest, x * largest) / x for m, x in zip(kept, small)
     ]
     directions, new_qs = [], []
-    q_rows, inputs = q_rows or [None] * len(rs), inputs or ["s"] * len(rs)
-    for n, p, r, zero, old, rows, o, x, side in zip(
-        ns, ps, rs, zeros, qs, q_rows, orders, small, inputs
+    q_rows = q_rows or [None] * len(rs)
+    for n, p, r, zero, old, rows, o, x in zip(
+        ns, ps, rs, zeros, qs, q_rows, orders, small
     ):
         norm = _column_norms(r, axes.q)
         if options.right_factor == "orth":
@@ -295,9 +292,9 @@ def dion_step(
             directions.append(back(o, p, right))
         else:
             dot = functools.partial(back, o)
-            residual = Residual(options.residual, options.residual_norm, o, side)
-            update = with_residual(residual, dot, n, p, r, right, norm, zero, axes)
-            directions.append(update)
+            directions.append(
+                with_residual(options.residual, dot, n, p, r, right, norm, zero, axes)
+            )
         new_qs.append(jnp.where(noise, old, q))
     return directions, new_momenta, new_qs
 

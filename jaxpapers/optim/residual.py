@@ -5,13 +5,12 @@ An orthonormal (l, s) matrix has the squared Frobenius norm min(l, s), and P Q^T
 columns of Q has r of it; the residual gets the rest, k = min(l, s) - r, so that with
 weight 1 the whole has the root mean square of Muon's update. k counts the directions that
 are left: rectangular shapes, P on either side and ranks near min(l, s) need no further
-factor, and at full rank nothing is left. Two ways to give D this size:
+factor, and at full rank nothing is left:
 
-* ``matrix``: sqrt(k) D / |D|_F. D is orthogonal to P R^T, so |D|^2 = |N|^2 - |R|^2: one
-  more number per matrix to be summed over devices, and no product of its own.
-* ``inputs``: every input's row of D gets the same size, sqrt(k / inputs): a few inputs
-  with large gradients do not take the whole step. One number per input is summed over the
-  devices that split the outputs, and D is a product of its own.
+    w sqrt(k) D / |D|_F
+
+D is orthogonal to P R^T, so |D|^2 = |N|^2 - |R|^2: one more number per matrix is summed
+over devices, and P Q^T and D need one product together.
 
 Replicas that exchange P and R alone cannot have it: the residual of the mean needs the
 mean of N.
@@ -19,39 +18,22 @@ mean of N.
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxpapers.optim.collectives import axis_size, psum
 
-NORMS = ("matrix", "inputs")
-# Least |D|^2 / |N|^2, in unit round-offs, of the matrix or of an input's row. Below it a
-# difference of squares is rounding error, and P's span of an ill-conditioned N Q is known
-# no better. What is smaller counts as that much: a residual that is rounding error stays
-# one in the update, which is continuous.
+# Least |D|^2 / |N|^2, in unit round-offs. Below it a difference of squares is rounding
+# error, and P's span of an ill-conditioned N Q is known no better. What is smaller counts
+# as that much: a residual that is rounding error stays one in the update, which is
+# continuous.
 FLOOR = 1024
 
 
-class Residual(NamedTuple):
-    """Of one matrix.
-
-    Attributes:
-      weight: w.
-      norm: one of ``NORMS``.
-      order: ``ls`` or ``sl``: how N is stored.
-      inputs: which side its inputs are, ``l`` or ``s``.
-    """
-
-    weight: Any
-    norm: str
-    order: str
-    inputs: str
-
-
 def with_residual(
-    residual: Residual,
+    weight: Any,
     dot: Callable,
     n: jax.Array,
     p: jax.Array,
@@ -61,10 +43,10 @@ def with_residual(
     zero: jax.Array,
     axes: Any,
 ) -> jax.Array:
-    """P Q^T and w times the scaled D, stored as N is.
+    """P Q^T + w sqrt(k) D / |D|_F, stored as N is.
 
     Args:
-      residual: what is asked for.
+      weight: w.
       dot: (P, X) -> P X^T, stored as N is.
       n: N, (batch, l, s) or (batch, s, l), as all that follow this device's block.
       p: P, (batch, l, rank).
@@ -74,14 +56,9 @@ def with_residual(
       zero: (batch, 1, 1), where P is 0 and R is not N^T P.
       axes: ``MeshAxes`` that split l and s.
     """
-    if residual.norm == "matrix":
-        # P (Q - c R)^T + c N: one product for both parts.
-        c = residual.weight * residual_scale(n, r, norm, zero, axes)
-        return dot(p, q - c * r) + c * n
-    d = equal_inputs(
-        n - dot(p, r), r, norm, zero, axes, residual.order, residual.inputs
-    )
-    return dot(p, q) + residual.weight * d
+    # P (Q - c R)^T + c N: one product for both parts.
+    c = weight * residual_scale(n, r, norm, zero, axes)
+    return dot(p, q - c * r) + c * n
 
 
 def residual_scale(
@@ -96,7 +73,7 @@ def residual_scale(
       zero: see there.
       axes: see there.
     """
-    left, _ = directions_left(n, r, axes)
+    left = directions_left(n, r, axes)
     if left == 0:
         return jnp.zeros(zero.shape, n.dtype)
     exponent = _exponent(norm)
@@ -110,52 +87,12 @@ def residual_scale(
     return jnp.where(rest == 0, 0, jnp.ldexp(scale, -exponent))
 
 
-def equal_inputs(
-    d: jax.Array,
-    r: jax.Array,
-    norm: jax.Array,
-    zero: jax.Array,
-    axes: Any,
-    order: str,
-    inputs: str,
-) -> jax.Array:
-    """D with rows of the size sqrt(k / inputs) for all inputs; zeros for a zero N.
-
-    Args:
-      d: D, (batch, l, s) or (batch, s, l), this device's block.
-      r: see ``with_residual``, as up to ``axes``.
-      norm: see there.
-      zero: see there.
-      axes: see there.
-      order: ``ls`` or ``sl``, of ``d``.
-      inputs: which side the inputs are, ``l`` or ``s``.
-    """
-    left, (l, s) = directions_left(d, r, axes)
-    if left == 0:
-        return jnp.zeros_like(d)
-    sides = {"l": (axes.p, l), "s": (axes.q, s)}
-    in_axes, n_in = sides.pop(inputs)
-    ((out_axes, n_out),) = sides.values()
-    d = jnp.ldexp(d, -(exponent := _exponent(norm)))
-    across = -1 if order[0] == inputs else -2
-    square = psum(jnp.square(d).sum(across, keepdims=True), out_axes) / n_out
-    own = n_out * psum(square.sum((-2, -1), keepdims=True), in_axes)
-    whole = own + _taken(norm, zero, exponent)
-    floor = FLOOR * float(jnp.finfo(d.dtype).eps) * whole / (n_in * n_out)
-    size = square + floor
-    return d * (
-        math.sqrt(left / n_in / n_out) / jnp.sqrt(jnp.where(size == 0, 1, size))
-    )
-
-
-def directions_left(
-    n: jax.Array, r: jax.Array, axes: Any
-) -> tuple[int, tuple[int, int]]:
-    """k = min(l, s) - r, and (l, s) over all devices."""
+def directions_left(n: jax.Array, r: jax.Array, axes: Any) -> int:
+    """k = min(l, s) - r, of l and s over all devices."""
     s, rank = r.shape[-2:]
     l = n.shape[-1] * n.shape[-2] // s
     l, s = l * axis_size(axes.p), s * axis_size(axes.q)
-    return min(l, s) - rank, (l, s)
+    return min(l, s) - rank
 
 
 def _exponent(norm: jax.Array) -> jax.Array:

@@ -26,14 +26,12 @@ MU, WEIGHT = 0.9, 0.7
 ALL = {
     "nesterov": True,
     "residual": WEIGHT,
-    "residual_norm": "inputs",
     "normalize_rows": True,
 }
 VARIANTS = [
     pytest.param(ALL, id="all"),
     pytest.param({"nesterov": True}, id="nesterov"),
     pytest.param({"residual": WEIGHT}, id="residual"),
-    pytest.param({"residual": WEIGHT, "residual_norm": "inputs"}, id="inputs"),
     pytest.param({"normalize_rows": True}, id="rows"),
 ]
 
@@ -42,10 +40,7 @@ def normal(*shape, seed=0, dtype=np.float32):
     return np.random.default_rng(seed).normal(size=shape).astype(dtype)
 
 
-def by_hand(
-    g, m, q, *, nesterov=False, residual=None, residual_norm="matrix",
-    normalize_rows=False,
-):  # fmt: skip
+def by_hand(g, m, q, *, nesterov=False, residual=None, normalize_rows=False):
     """One step of one (in, out) matrix, in float64 and with explicit residuals."""
     flip = g.shape[0] > g.shape[1]  # P on the longer side, by columns of the output.
     g, m = (x if flip else x.T for x in (g, m))
@@ -58,8 +53,6 @@ def by_hand(
     if residual is not None:
         rest = n - p @ r.T
         left = min(g.shape) - q.shape[1]
-        if residual_norm == "inputs":  # Rows of (in, out): here, or transposed.
-            rest = rest / np.linalg.norm(rest, axis=1 if flip else 0, keepdims=True)
         update = update + residual * np.sqrt(left) * rest / np.linalg.norm(rest)
         m = MU * b
     update, m = (x if flip else x.T for x in (update, m))
@@ -116,11 +109,10 @@ def test_equals_the_equations(options):
                     np.testing.assert_allclose(q, want[2] * sign, atol=1e-10)
 
 
-@pytest.mark.parametrize("norm", ["matrix", "inputs"])
 @pytest.mark.parametrize(
     "sizes", [(4, 2), pytest.param((2, 4), marks=pytest.mark.matrix)]
 )
-def test_the_same_on_a_mesh(sizes, norm, make_mesh):
+def test_the_same_on_a_mesh(sizes, make_mesh):
     mesh = make_mesh(sizes)
     specs = (
         P("data", "model"),
@@ -129,10 +121,10 @@ def test_the_same_on_a_mesh(sizes, norm, make_mesh):
         P("data"),
     )
     where = {n: NamedSharding(mesh, s) for n, s in zip(SHAPES, specs)}
-    runs, options = [], {**ALL, "residual_norm": norm}
+    runs = []
     for place, tx in (
-        (lambda x: x, transformation(**options)),
-        (lambda x: jax.device_put(x, where), transformation(**options, sharding=where)),
+        (lambda x: x, transformation(**ALL)),
+        (lambda x: jax.device_put(x, where), transformation(**ALL, sharding=where)),
     ):
         state, update = jax.jit(tx.init)(place(gradients(0))), jax.jit(tx.update)
         for t in range(3):
@@ -186,8 +178,7 @@ def test_full_rank_has_no_residual_and_heavy_ball_momentum():
 
 
 @pytest.mark.parametrize("rank", [0, 1, 4])
-@pytest.mark.parametrize("how", ["matrix", "inputs"])
-def test_what_is_rounding_error_stays_small(rank, how):
+def test_what_is_rounding_error_stays_small(rank):
     """N of a rank that P holds whole: the residual is no direction of its own."""
     g = normal(16, 32, rank, seed=1) @ normal(16, rank, 16, seed=2)
 
@@ -196,9 +187,11 @@ def test_what_is_rounding_error_stays_small(rank, how):
         out = []
         for residual in (1.0, None):
             tx = scale_by_dion(
-                0.25, residual=residual, residual_norm=how, scale=None,
+                0.25,
+                residual=residual,
+                scale=None,
                 weight_dimension_numbers=DimensionNumbers(1, 2),
-            )  # fmt: skip
+            )
             out.append(tx.update({"w": g}, tx.init({"w": g}))[0]["w"])
         return out
 
@@ -262,7 +255,6 @@ def test_weights_that_are_hyper_parameters():
         ({"residual": -1.0}, ValueError, r"residual must be in \[0, inf\), got -1"),
         ({"residual": np.nan}, ValueError, "residual must be in"),
         ({"nesterov": 1}, TypeError, "nesterov"),
-        ({"residual_norm": "rows"}, ValueError, "residual_norm must be one of"),
         ({"normalize_rows": "x"}, TypeError, "normalize_rows"),
         (
             {"residual": 1.0, "replicate_axis": "replica"}, ValueError,
