@@ -47,6 +47,7 @@ def get_config(preset: str | None = None) -> ConfigDict:
                 "lr": 0.01,
                 "scalar_lr": 0.01,  # for all other parameters; 0 uses lr
                 "weight_decay": 0.01,
+                "cautious_weight_decay": False,  # only where the update agrees
                 "schedule": "trapezoid",  # constant, cosine
                 "warmup": 0.0,  # shares of the run
                 "cooldown": 0.4,

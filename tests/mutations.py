@@ -55,6 +55,13 @@ DION = [
         "FLOOR = 0",
         ["tests/optim/test_residual.py::test_what_is_rounding_error_stays_small"],
     ),
+    # Cautious decay: where the update goes towards zero.
+    (
+        "jaxpapers/optim/weight_decay.py",
+        "jnp.sign(u) * jnp.sign(x) >= 0",
+        "jnp.sign(u) * jnp.sign(x) <= 0",
+        ["tests/optim/test_weight_decay.py::test_is_the_papers_formula"],
+    ),
     # The momentum one step ahead.
     (
         "jaxpapers/optim/power_iteration.py",

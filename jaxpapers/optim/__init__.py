@@ -16,6 +16,7 @@ from jaxpapers.optim.state_sharding import (
     replica_specs,
     state_rules,
 )
+from jaxpapers.optim.weight_decay import add_cautious_weight_decay
 
 __all__ = [
     "DimensionNumbers",
@@ -26,6 +27,7 @@ __all__ = [
     "Options",
     "Route",
     "RoutingTable",
+    "add_cautious_weight_decay",
     "dion",
     "dion2",
     "dion_state_sharding",

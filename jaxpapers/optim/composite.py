@@ -12,8 +12,9 @@ from jax import lax
 
 from jaxpapers.optim import routing
 from jaxpapers.optim.layout import make_layout
-from jaxpapers.optim.options import check_choice, check_leaf, check_range
+from jaxpapers.optim.options import check_choice, check_flag, check_leaf, check_range
 from jaxpapers.optim.paths import aligned, dimension_numbers, named_leaves
+from jaxpapers.optim.weight_decay import add_cautious_weight_decay
 
 
 def with_scalars(
@@ -23,6 +24,7 @@ def with_scalars(
     weight_dimension_numbers: Any = None,
     weight_decay: Any = 0.01,
     weight_decay_mask: Any = None,
+    cautious_weight_decay: bool = False,
     scalar: str = "adamw",
     scalar_learning_rate: optax.ScalarOrSchedule | None = None,
     scalar_b1: Any = 0.9,
@@ -44,6 +46,8 @@ def with_scalars(
         and heads have none.
       weight_decay_mask: tree of bool, or function of the parameters, further
         restricting what decays.
+      cautious_weight_decay: decay only where it and the update have one sign, see
+        ``add_cautious_weight_decay``.
       scalar: ``adamw`` or ``lion``.
       scalar_learning_rate: default ``learning_rate``.
       scalar_b1: first beta of the scalar optimizer.
@@ -60,6 +64,7 @@ def with_scalars(
       TypeError: at ``init``, a leaf that is not of real floating-point numbers.
     """
     check_range("weight_decay", weight_decay, 0)
+    check_flag("cautious_weight_decay", cautious_weight_decay)
     check_choice("scalar", scalar, ("adamw", "lion"))
     for name, value in (
         ("learning_rate", learning_rate),
@@ -76,9 +81,11 @@ def with_scalars(
 
     def decay(amount):
         # An array (inject_hyperparams) may become non-zero: the state must not change.
-        if isinstance(amount, jax.Array) or amount != 0:
-            return optax.add_decayed_weights(amount, mask)
-        return optax.identity()
+        if not isinstance(amount, jax.Array) and amount == 0:
+            return optax.identity()
+        if cautious_weight_decay:
+            return add_cautious_weight_decay(amount, mask)
+        return optax.add_decayed_weights(amount, mask)
 
     def scalar_direction():
         if scalar == "lion":

@@ -15,11 +15,14 @@ from jaxpapers.optim.dion2 import dion2
 from jaxpapers.optim.layout import DimensionNumbers
 from jaxpapers.optim.muon import muon, normuon
 from jaxpapers.optim.paths import dimension_numbers, named_leaves
+from jaxpapers.optim.weight_decay import add_cautious_weight_decay
 
 NAMES = (
     "adagrad", "adam", "adamw", "dion", "dion2", "muon", "normuon", "optax_muon",
     "rmsprop", "sgd",
 )  # fmt: skip
+# Those whose decay can be cautious.
+CAUTIOUS = ("adamw", "dion", "dion2", "muon", "normuon")
 SCHEDULES = ("constant", "cosine", "drop", "trapezoid")
 
 
@@ -33,6 +36,8 @@ class Options:
       clip: bound of the gradient's global norm; 0: none.
       weight_decay: decoupled for adamw and the matrix optimizers; for the others added
         to the (clipped) gradient, as PyTorch does.
+      cautious_weight_decay: adamw, dion, dion2, muon, normuon: decay only where it and
+        the update have one sign, see ``add_cautious_weight_decay``.
       schedule: one of ``SCHEDULES``, see ``schedule``.
       warmup: trapezoid, cosine: share of the run in which the rate rises.
       cooldown: trapezoid: share of the run.
@@ -70,6 +75,7 @@ class Options:
     lr: float
     clip: float = 0.0
     weight_decay: float = 0.0
+    cautious_weight_decay: bool = False
     schedule: str = "constant"
     warmup: float = 0.0
     cooldown: float = 0.0
@@ -127,6 +133,11 @@ class Options:
             )
         if self.nesterov and self.name == "sgd" and not self.momentum:
             raise ValueError("optim.nesterov needs optim.momentum > 0, got 0")
+        if self.cautious_weight_decay and self.name not in CAUTIOUS:
+            raise ValueError(
+                f"optim.cautious_weight_decay needs an optim.name of {CAUTIOUS}, got "
+                f"{self.name!r}"
+            )
 
 
 def from_config(
@@ -188,6 +199,12 @@ def unclipped(
         )
     if o.name == "adamw":
         mask = functools.partial(_decays, numbers) if numbers else None
+        if o.cautious_weight_decay:
+            return optax.chain(
+                optax.scale_by_adam(o.b1, o.b2),
+                add_cautious_weight_decay(o.weight_decay, mask),
+                optax.scale_by_learning_rate(rate),
+            )
         return optax.adamw(rate, o.b1, o.b2, weight_decay=o.weight_decay, mask=mask)
     makers: dict[str, Callable] = {
         "adagrad": optax.adagrad,
@@ -297,6 +314,7 @@ def _matrix_optimizer(o, steps, replicate_axis, **matrices):
         mu=o.mu,
         momentum_dtype=o.momentum_dtype or None,
         weight_decay=o.weight_decay,
+        cautious_weight_decay=o.cautious_weight_decay,
         scalar=o.scalar,
         scalar_learning_rate=schedule(o, steps, o.scalar_lr or o.lr),
         scalar_b1=o.b1,

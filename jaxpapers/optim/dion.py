@@ -277,6 +277,7 @@ def dion(
     unknown_sharding: str = "warn",
     weight_decay: Any = 0.01,
     weight_decay_mask: Any = None,
+    cautious_weight_decay: bool = False,
     scalar: str = "adamw",
     scalar_learning_rate: optax.ScalarOrSchedule | None = None,
     scalar_b1: Any = 0.9,
@@ -327,6 +328,8 @@ def dion(
         and heads have none.
       weight_decay_mask: tree of bool, or function of the parameters, further
         restricting what decays.
+      cautious_weight_decay: decay only where it and the update have one sign, see
+        ``add_cautious_weight_decay``.
       scalar: ``adamw`` or ``lion``.
       scalar_learning_rate: default ``learning_rate``.
       scalar_b1: first beta of the scalar optimizer.
@@ -380,6 +383,7 @@ def dion(
         weight_dimension_numbers=weight_dimension_numbers,
         weight_decay=weight_decay,
         weight_decay_mask=weight_decay_mask,
+        cautious_weight_decay=cautious_weight_decay,
         scalar=scalar,
         scalar_learning_rate=scalar_learning_rate,
         scalar_b1=scalar_b1,

@@ -118,6 +118,7 @@ def dion2(
     unknown_sharding: str = "warn",
     weight_decay: Any = 0.01,
     weight_decay_mask: Any = None,
+    cautious_weight_decay: bool = False,
     scalar: str = "adamw",
     scalar_learning_rate: optax.ScalarOrSchedule | None = None,
     scalar_b1: Any = 0.9,
@@ -139,6 +140,7 @@ def dion2(
       unknown_sharding: see ``scale_by_dion2``.
       weight_decay: see ``dion``, as are all that follow.
       weight_decay_mask: see ``dion``.
+      cautious_weight_decay: see ``dion``.
       scalar: see ``dion``.
       scalar_learning_rate: see ``dion``.
       scalar_b1: see ``dion``.
@@ -162,6 +164,7 @@ def dion2(
         weight_dimension_numbers=weight_dimension_numbers,
         weight_decay=weight_decay,
         weight_decay_mask=weight_decay_mask,
+        cautious_weight_decay=cautious_weight_decay,
         scalar=scalar,
         scalar_learning_rate=scalar_learning_rate,
         scalar_b1=scalar_b1,
