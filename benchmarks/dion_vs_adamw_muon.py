@@ -81,6 +81,8 @@ OPTIMIZER = {
     "weight_4": dion(4, **AHEAD | {"residual": 1.5}),
 }
 GRID = {n: MATRICES for n in OPTIMIZER} | {"adamw": (0.002, 0.004, 0.008, 0.016)}
+# The larger model's grid starts with the smaller one's best and grows both ways.
+START = {n: (0.02,) for n in OPTIMIZER} | {"adamw": (0.004,)}
 SEEDS = (0, 1, 2)
 OUT = Path(__file__).parent / "results"
 
@@ -160,16 +162,16 @@ def one_run(name: str, lr: float, seed: int, corpus, model: dict, steps=None) ->
     }
 
 
-def choose(name: str, one) -> tuple[float, list[dict]]:
+def choose(name: str, one, grid) -> tuple[float, list[dict]]:
     """Learning rate with the best selection loss, from a grid without it on an edge."""
     done: dict[float, dict] = {}
-    todo = list(GRID[name])
+    todo = list(grid)
     while todo:
         for lr in todo:
             done[lr] = one(name, lr, 0)
             print(f"{name:9s} lr {lr:<8g} select {done[lr]['select']:.4f}", flush=True)
         best = min(done, key=lambda lr: done[lr]["select"])
-        if len(done) > len(GRID[name]) + 4 or done[best]["select"] == math.inf:
+        if len(done) > len(grid) + 4 or done[best]["select"] == math.inf:
             raise RuntimeError(f"{name}: no optimum inside {sorted(done)}")
         todo = []
         if best == max(done):
@@ -289,7 +291,8 @@ def main() -> None:
         equal_time(stem, [n for n in names if n != "muon"], one)
         return
     for name in names:
-        best, grid = choose(name, one)
+        start = GRID if options.model == "small" else START
+        best, grid = choose(name, one, start[name])
         runs = [r for r in grid if r["lr"] == best]
         runs += [one(name, best, seed) for seed in SEEDS[1:]]
         tests = [r["test"] for r in runs]

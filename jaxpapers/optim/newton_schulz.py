@@ -22,6 +22,7 @@ of the plain iteration, which is 1e-5 from exact arithmetic.
 References: Jordan et al., Muon, 2024; Amsel et al., Polar Express, arXiv 2505.16932.
 """
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -29,7 +30,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxpapers.ops.linalg import HIGHEST
+from jaxpapers.ops.linalg import HIGHEST, stack_product
 from jaxpapers.optim.collectives import axis_size, pmax, psum, share_sum, symmetric
 from jaxpapers.optim.power_iteration import ONE_DEVICE, MeshAxes
 
@@ -133,18 +134,26 @@ def choose_exchange(n: int, l: int, s: int, devices: int) -> str:
 
 
 def _polynomial(gram: jax.Array, coefficients) -> jax.Array:
-    """W with X W = the image of X under all steps, from G = X^T X."""
+    """W with X W = the image of X under all steps, from G = X^T X.
 
-    def dot(x, y):
-        return jnp.matmul(x, y, precision=HIGHEST)
-
+    A loop: accelerators' compilers take seconds for each batched product.
+    """
     eye = jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=gram.dtype), gram.shape)
-    w, a_k = eye, gram
-    for i, (a, b, c) in enumerate(coefficients):
-        step = a * eye + b * a_k + c * dot(a_k, a_k)
-        w = dot(w, step)
-        if i + 1 < len(coefficients):
-            a_k = dot(dot(a_k, step), step)  # G W^2, as everything commutes.
+    dot = functools.partial(stack_product, "ij,jk->ik")
+
+    def factor(a_k, abc):
+        a, b, c = abc
+        return a * eye + b * a_k + c * dot(a_k, a_k)
+
+    def one_step(carry, abc):
+        w, a_k, step = carry
+        a_k = dot(dot(a_k, step), step)  # G W^2, as everything commutes.
+        step = factor(a_k, abc)
+        return (dot(w, step), a_k, step), None
+
+    step = factor(gram, coefficients[0])
+    rest = tuple(jnp.asarray(x, gram.dtype) for x in zip(*coefficients[1:]))
+    (w, *_), _ = lax.scan(one_step, (step, gram, step), rest)
     return w
 
 
