@@ -22,6 +22,15 @@ SHAPE, TOPOLOGY, MESH = (28, 2048, 8192), "v5e:4x4", {"data": 4, "model": 4}
 ROWS: dict[str, tuple[str, dict]] = {
     "optax muon": ("optax_muon", {}),
     "dion 1/4": ("scale_by_dion", {"rank_fraction": 0.25}),
+    "dion 1/4, ahead": (
+        "scale_by_dion",
+        {
+            "rank_fraction": 0.25,
+            "nesterov": True,
+            "residual": 1.0,
+            "normalize_rows": True,
+        },
+    ),
     "dion 1/4, highest": (
         "scale_by_dion",
         {"rank_fraction": 0.25, "precision": "highest"},
