@@ -75,6 +75,7 @@ def get_config(preset: str | None = None) -> ConfigDict:
                 save_minutes=1.0,
                 sample=400,  # bytes
                 replica_sync="gradient",  # lowrank: replicas average P and R
+                replica_axis="replica",  # mesh axis of these replicas, or slice
                 prompt="def ",
                 temperature=0.7,
             ),

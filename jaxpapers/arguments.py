@@ -151,6 +151,8 @@ def parser_of(actions: Mapping[str, Callable]) -> argparse.ArgumentParser:
     sub.add_argument("target", metavar="NAME[:preset]")
     sub.add_argument("--topology", metavar="v5p:8x8x8",
                      help="a TPU slice; needs jaxpapers[tpu], no TPU")  # fmt: skip
+    sub.add_argument("--slices", type=int, metavar="N",
+                     help="N such slices, the mesh axis slice; default: one")  # fmt: skip
     sub.add_argument(
         "--config", metavar="FILE.py[:preset]", help="a config of your own"
     )

@@ -227,6 +227,7 @@ def _plan(options, overrides) -> int:
         options.target,
         overrides,
         topology=options.topology,
+        slices=options.slices,
         mesh=options.mesh,
         config_path=options.config,
     )

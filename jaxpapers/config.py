@@ -20,8 +20,9 @@ MAY_CHANGE = {
     "data.path", "data.eval_batch", "data.eval_count", "data.eval_each",
     "data.baselines", "data.quick_tokens", "data.selection", "net.remat", "net.unroll",
     "optim.rank_fraction", "optim.rank_multiple_of", "optim.rank_schedule",
-    "train.steps", "train.accumulate", "train.replica_sync", "train.eval_every",
-    "train.save_every", "train.save_minutes", "train.keep", "train.init_from",
+    "train.steps", "train.accumulate", "train.replica_sync", "train.replica_axis",
+    "train.eval_every", "train.save_every", "train.save_minutes", "train.keep",
+    "train.init_from",
     "train.sample", "train.prompt", "train.temperature", "train.alone",
 }  # fmt: skip
 

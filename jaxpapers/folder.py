@@ -202,9 +202,9 @@ def load_run(folder: str, mesh: str | None = None) -> tuple:
     with named_by(f"{folder}/config.json", _REMEDY):
         data = tasks.abstract(config)
         method = papers.load(name).make(config, **data.facts)
-    shape = meshes.parse_mesh(mesh) if mesh else {"data": jax.device_count()}
+    shape = meshes.parse_mesh(mesh) if mesh else None
     # Methods with replicas build their state on a mesh that has the axis.
-    grid = meshes.make_mesh({"replica": 1, **shape})
+    grid = meshes.make_mesh(shape, every=True)
     with jax.set_mesh(grid):
         state = jax.eval_shape(method.init, jax.random.key(0), data.shapes)
     shardings = meshes.state_shardings(state, method.rules, grid)

@@ -3,14 +3,19 @@
 The text, ``jax.jit(f).lower(...).compile().as_text()``, has the collectives that the
 compiler inserted and combined. Each becomes a ``Collective`` with its mesh axes and the
 bytes that a device sends in a ring, counted once per iteration of its loops.
+
+A program for several TPU slices is the text of one of them: its partitions are the chips
+of a slice. What crosses the slower network between slices (DCN) is no collective there
+but a pair of ``send`` and ``recv`` to Megascale's runtime, whose attributes say what the
+pair does; each becomes a ``Collective`` over the mesh axis ``slice``.
 """
 
-import itertools
 import math
 import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from jaxpapers.replica_groups import groups_of_axes, numbers, replica_groups
 from jaxpapers.scopes import ONCE, trips_of
 
 KINDS = (
@@ -22,7 +27,6 @@ KINDS = (
     "collective-broadcast",
     "collective-permute",
 )
-Groups = frozenset[frozenset[int]]
 _BYTES = {"pred": 1.0, "token": 0.0}
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*)?\{$")
 _TYPE = re.compile(r"\b([a-z]+[0-9]*[a-z0-9]*)\[([\d,]*)\]")
@@ -35,6 +39,22 @@ _CONDITION = re.compile(r" while\(.*condition=%?([\w.\-]+)")
 _BOUND = re.compile(r"= s32\[\]\S* constant\((\d+)\)")
 _CHAIN = re.compile(r'channel_id=(\d+).*chain_id="(\d+)"')
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
+_DEFINED = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = ")
+_READ = re.compile(r" [\w\-]+\(([^()]*)\)")
+_PARAMETER = re.compile(r" parameter\((\d+)\)")
+_RENDEZVOUS = re.compile(r'_xla_host_transfer_rendezvous="[^"]*"')
+_RECV = re.compile(r" = (.*?) recv\(")
+_HANDLER = re.compile(r'_xla_host_transfer_handler_name="([^"]*)"')
+_TRANSFER = re.compile(r'_xla_megascale_transfer_type="([^"]*)"')
+_TARGET = re.compile(r'_xla_megascale_target="\{([\d,]+)\}x\{0:(\d+)\}"')
+_TRANSFERS = {
+    "ALL_REDUCE": "all-reduce",
+    "ALL_GATHER": "all-gather",
+    "REDUCE_SCATTER": "reduce-scatter",
+    "ALL_TO_ALL": "all-to-all",
+    "ONE_TO_ONE": "collective-permute",
+}
+SLICE = "slice"
 
 
 class Collective(NamedTuple):
@@ -49,7 +69,9 @@ class Collective(NamedTuple):
       elements: of the largest result.
       matrix: elements of the last two axes of the largest result.
       count: number of executions.
-      op_name: the compiler's metadata of its origin.
+      op_name: the compiler's metadata of its origin; where it has none, as in programs
+        for several slices, that of what it reads.
+      between_slices: whether it crosses the network between slices.
     """
 
     kind: str
@@ -61,6 +83,7 @@ class Collective(NamedTuple):
     matrix: int
     count: int
     op_name: str
+    between_slices: bool = False
 
 
 def collectives(text: str, mesh: Any = None) -> list[Collective]:
@@ -69,21 +92,34 @@ def collectives(text: str, mesh: Any = None) -> list[Collective]:
     Args:
       text: ``compiled.as_text()``.
       mesh: Mesh or AbstractMesh of the program, for the names of axes; its devices are
-        the program's partitions, in order.
+        the program's partitions, in order, or those of all slices, of which the text is
+        one's.
 
     Raises:
-      ValueError: not the text of an HLO module, or an unknown form of replica groups.
+      ValueError: not the text of an HLO module, of another mesh, an unknown form of
+        replica groups, or a transfer that does not say between whom.
     """
     bodies, entry = _computations(text)
     if entry is None:
         raise ValueError("not an HLO module: expected compiled.as_text()")
-    names = {} if mesh is None else _groups_of_axes(mesh)
     header = re.search(r"num_partitions=(\d+)", text[: text.find("\n")])
     partitions = int(header.group(1)) if header else 1
+    sizes = {} if mesh is None else dict(zip(mesh.axis_names, mesh.axis_sizes))
+    slices = 1
+    if mesh is not None and math.prod(sizes.values()) != partitions:
+        slices = sizes.pop(SLICE, 1)
+        if math.prod(sizes.values()) != partitions:
+            raise ValueError(
+                f"the program has {partitions} partitions: expected the devices of the "
+                f"mesh {dict(mesh.shape)}, or those of one slice of it"
+            )
+    names = groups_of_axes(sizes)
     result, chains = [], set()
-    for name, count in _runs(bodies, entry):
+    for name, count, site in _runs(bodies, entry):
         for line in bodies[name]:
-            item = _parse(line, name, count, names, partitions)
+            item = _parse(line, name, count, names, partitions) or _between_slices(
+                line, count, slices, partitions
+            )
             if item is None or item.group == 1:
                 continue
             # On TPUs one collective can be a chain of fusions, each of which has it.
@@ -92,6 +128,8 @@ def collectives(text: str, mesh: Any = None) -> list[Collective]:
                 continue
             if chain:
                 chains.add(chain.groups())
+            if not item.op_name:
+                item = item._replace(op_name=_origin(line, bodies[name], site))
             result.append(item)
     return result
 
@@ -139,13 +177,54 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str | None]:
     return bodies, entry
 
 
-def _runs(bodies: dict[str, list[str]], entry: str) -> Iterator[tuple[str, int]]:
-    """(computation, number of executions), once per call site."""
-    # The last number is that of the innermost loop, not of its iterations.
-    pending = [(entry, 1, 1)]
+class _Site(NamedTuple):
+    """A call of a computation: the instruction, its computation and the call of that."""
+
+    line: str
+    body: list[str]
+    above: "_Site | None"
+
+
+def _origin(line: str, body: list[str], site: _Site | None) -> str:
+    """The op_name nearest to an instruction: of what it reads, else of its call."""
+    pending, seen, call = [(line, body, site)], set(), site
     while pending:
-        name, count, loops = pending.pop()
-        yield name, count
+        line, body, site = pending.pop(0)
+        if note := _OP_NAME.search(line):
+            return note.group(1)
+        read = _READ.search(line)
+        names = re.findall(r"%([\w.\-]+)", read.group(1)) if read else []
+        parameter, pair = _PARAMETER.search(line), _RENDEZVOUS.search(line)
+        if parameter and site and " fusion(" in site.line:
+            read = _READ.search(site.line)
+            names = re.findall(r"%([\w.\-]+)", read.group(1) if read else "")
+            names = names[int(parameter.group(1)) :][:1]
+            body, site = site.body, site.above
+        found = [
+            x
+            for x in body
+            if ((d := _DEFINED.match(x)) and d.group(1) in names)
+            # What a recv gets is what its send has read.
+            or (pair and " recv(" in line and " send(" in x and pair.group() in x)
+        ]
+        pending += [(x, body, site) for x in found if x not in seen]
+        seen.update(found)
+    while call:
+        if note := _OP_NAME.search(call.line):
+            return note.group(1)
+        call = call.above
+    return ""
+
+
+def _runs(
+    bodies: dict[str, list[str]], entry: str
+) -> Iterator[tuple[str, int, _Site | None]]:
+    """(computation, number of executions, call), once per call site."""
+    # The last number is that of the innermost loop, not of its iterations.
+    pending: list[tuple[str, int, int, _Site | None]] = [(entry, 1, 1, None)]
+    while pending:
+        name, count, loops, site = pending.pop()
+        yield name, count, site
         for line in bodies[name]:
             called = _CALLED.findall(line)
             for group in _BRANCHES.findall(line):
@@ -153,7 +232,8 @@ def _runs(bodies: dict[str, list[str]], entry: str) -> Iterator[tuple[str, int]]
             trips = _trips(line, bodies)
             start = loops if f'/{ONCE}/cond"' in line else count
             inner = count if " while(" in line else loops
-            pending += [(c, start * trips, inner) for c in called if c in bodies]
+            call = _Site(line, bodies[name], site)
+            pending += [(c, start * trips, inner, call) for c in called if c in bodies]
 
 
 def _trips(line: str, bodies: dict[str, list[str]]) -> int:
@@ -183,33 +263,68 @@ def _parse(
     if match is None:
         return None
     results, kind, start = match.groups()
-    shapes = [(_size_of(d), _numbers(dims)) for d, dims in _TYPE.findall(results)]
+    shapes = _TYPE.findall(results)
     if start and kind != "all-reduce":
         # (operands..., results...), for permutes with two context words.
         shapes = (
             shapes[1:2] if kind == "collective-permute" else shapes[len(shapes) // 2 :]
         )
-    groups = _replica_groups(line, kind, partitions)
+    groups = replica_groups(line, kind, partitions)
     group = max((len(g) for g in groups), default=1)
-    result = float(sum(size * math.prod(dims) for size, dims in shapes))
     # TPUs implement a reduce-scatter as a fusion of an all-reduce and a slice.
     if kind == "all-reduce" and "all-reduce-scatter" in computation:
-        kind, wire = "reduce-scatter", ring_bytes("reduce-scatter", result, group)
-    elif kind == "reduce-scatter":
-        wire = ring_bytes(kind, result * group, group)
-    else:
-        wire = ring_bytes(kind, result, group)
+        return _collective(
+            line, "reduce-scatter", names.get(groups), group, shapes, count, whole=True
+        )
+    return _collective(line, kind, names.get(groups), group, shapes, count)
+
+
+def _between_slices(
+    line: str, count: int, slices: int, partitions: int
+) -> Collective | None:
+    """What a ``recv`` gets from other slices; its ``send`` says the same again."""
+    match = _RECV.search(line)
+    if match is None:
+        return None
+    handler = _HANDLER.search(line)
+    if handler and handler.group(1) != "xla_megascale_runtime":
+        return None  # From this device's host.
+    transfer, target = _TRANSFER.search(line), _TARGET.search(line)
+    kind = _TRANSFERS.get(transfer.group(1)) if transfer else None
+    found = None
+    if target:
+        found = len(target.group(1).split(",")), int(target.group(2)) + 1
+    elif kind in ("all-to-all", "collective-permute"):
+        found = slices, partitions  # Each slice has another target: none is written.
+    if kind is None or slices == 1 or found != (slices, partitions):
+        raise ValueError(
+            f"cannot say between which slices this is sent: {line.strip()[:500]}; "
+            f"expected a collective of the mesh axis {SLICE!r}, here of {slices} slices "
+            f"with {partitions} devices each"
+        )
+    shapes = _TYPE.findall(match.group(1))[:1]  # Then context and token.
+    return _collective(line, kind, (SLICE,), slices, shapes, count, between_slices=True)
+
+
+def _collective(
+    line, kind, axes, group, shapes, count, *, whole=False, between_slices=False
+) -> Collective:
+    """A collective with results of these shapes; ``whole``: those of its operands."""
+    dims = [numbers(x) for _, x in shapes]
+    size = float(sum(_size_of(t) * math.prod(x) for (t, _), x in zip(shapes, dims)))
+    ring = size * group if kind == "reduce-scatter" and not whole else size
     note = _OP_NAME.search(line)
     return Collective(
         kind,
-        names.get(groups),
+        axes,
         group,
-        result,
-        wire,
-        max(math.prod(dims) for _, dims in shapes),
-        max(math.prod(dims[-2:]) for _, dims in shapes),
+        size,
+        ring_bytes(kind, ring, group),
+        max(math.prod(x) for x in dims),
+        max(math.prod(x[-2:]) for x in dims),
         count,
         note.group(1) if note else "",
+        between_slices,
     )
 
 
@@ -218,91 +333,3 @@ def _size_of(dtype: str) -> float:
         return _BYTES[dtype]
     bits = re.search(r"\d+", dtype)
     return int(bits.group()) / 8 if bits else 0.0
-
-
-def _replica_groups(line: str, kind: str, partitions: int) -> Groups:
-    if kind == "collective-permute":
-        pairs = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", line)
-        numbers = re.findall(r"\{(\d+),(\d+)\}", pairs.group(1) if pairs else "")
-        return _connected([{int(a), int(b)} for a, b in numbers])
-    named = re.search(
-        r"replica_groups=mesh\[([^\]]*)\]"
-        r"(?:,\s*device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))?\s*\{([^}]*)\}",
-        line,
-    )
-    if named:
-        return _named_groups(*named.groups())
-    iota = re.search(
-        r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line
-    )
-    if iota:
-        shape, dims, order = (_numbers(g) for g in iota.groups())
-        return _iota_groups(shape, dims, order)
-    plain = re.search(r"replica_groups=\{((?:\{[\d,]*\},?)*)\}", line)
-    if plain is None:
-        raise ValueError(f"cannot read the replica groups of: {line.strip()[:300]}")
-    groups = [_numbers(g) for g in re.findall(r"\{([\d,]*)\}", plain.group(1))]
-    return frozenset(map(frozenset, groups or [range(partitions)]))
-
-
-def _numbers(text: str | None) -> list[int]:
-    return [int(x) for x in (text or "").split(",") if x]
-
-
-def _named_groups(sizes: str, dims, order, axes: str) -> Groups:
-    """Groups of mesh['a'=2,'b'=4] {'b'}; 'b':(1)2 is a part of b, after 1, of size 2."""
-    import numpy as np
-
-    names = re.findall(r"'([^']+)'=(\d+)", sizes)
-    ids = np.arange(math.prod(int(n) for _, n in names))
-    if dims is not None:
-        ids = ids.reshape(_numbers(dims)).transpose(_numbers(order) or None).reshape(-1)
-    sub_axes = {
-        name: (int(before or 1), int(size or 0))
-        for name, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", axes)
-    }
-    shape, last = [], []
-    for name, size in names:
-        before, part = sub_axes.get(name, (int(size), 1))
-        part = part or int(size)
-        shape += [before, part, int(size) // before // part]
-        if name in sub_axes:
-            last.append(len(shape) - 2)
-    rows = np.moveaxis(ids.reshape(shape), last, range(-len(last), 0))
-    rows = rows.reshape(-1, math.prod(shape[i] for i in last))
-    return frozenset(frozenset(map(int, g)) for g in rows)
-
-
-def _iota_groups(shape, dims, order) -> Groups:
-    import numpy as np
-
-    ids = np.arange(math.prod(dims)).reshape(dims)
-    ids = ids.transpose(order) if order else ids
-    return frozenset(frozenset(map(int, g)) for g in ids.reshape(-1, shape[-1]))
-
-
-def _connected(pairs: list[set[int]]) -> Groups:
-    """Connected components of the graph of exchanging devices."""
-    groups: list[set[int]] = []
-    for pair in pairs:
-        joined = [g for g in groups if g & pair]
-        groups = [g for g in groups if not g & pair] + [pair.union(*joined)]
-    return frozenset(frozenset(g) for g in groups)
-
-
-def _groups_of_axes(mesh: Any) -> dict[frozenset[frozenset[int]], tuple[str, ...]]:
-    """Partition groups along each combination of mesh axes -> the axes' names."""
-    import numpy as np
-
-    sizes = dict(zip(mesh.axis_names, mesh.axis_sizes))
-    wide = [n for n in mesh.axis_names if sizes[n] > 1]
-    ids = np.arange(math.prod(sizes.values())).reshape(list(sizes.values()))
-    groups = {}
-    for k in range(1, len(wide) + 1):
-        for names in itertools.combinations(wide, k):
-            axes = [mesh.axis_names.index(n) for n in names]
-            last = range(ids.ndim - len(axes), ids.ndim)
-            rows = np.moveaxis(ids, axes, last)
-            rows = rows.reshape(-1, math.prod(sizes[n] for n in names))
-            groups[frozenset(frozenset(map(int, g)) for g in rows)] = names
-    return groups

@@ -8,12 +8,12 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxpapers.method import path_name
-
-AXES = ("replica", "data", "model")
+from jaxpapers.ops.mesh_axes import AXES, batch_axes
 
 
 def parse_mesh(text: str) -> dict[str, int]:
@@ -39,22 +39,32 @@ def parse_mesh(text: str) -> dict[str, int]:
 
 
 def make_mesh(
-    shape: dict[str, int] | None = None, devices: Sequence[jax.Device] | None = None
+    shape: dict[str, int] | None = None,
+    devices: Sequence[jax.Device] | None = None,
+    *,
+    every: bool = False,
 ) -> Mesh:
-    """Mesh with Auto axes ``data`` and ``model``.
+    """Mesh with Auto axes ``data`` and ``model``, and ``slice`` and ``replica`` if given.
+
+    TPUs of several slices, which a slow network joins, need ``slice``: it alone lies
+    across them. On other devices it is one more axis.
 
     Args:
-      shape: size of each axis; None: all devices on ``data``. ``data`` and ``model``
-        default to 1.
+      shape: size of each axis; None: all devices on ``data``, slices apart. ``data`` and
+        ``model`` default to 1.
       devices: of the mesh; None: all.
+      every: give the mesh all of ``AXES``, where not in ``shape`` with size 1.
 
     Raises:
-      ValueError: the product of the sizes is not the number of devices.
+      ValueError: the product of the sizes is not the number of devices, or ``slice`` is
+        not the number of slices.
     """
-    count = jax.device_count() if devices is None else len(devices)
-    shape = dict(shape or {"data": count})
-    for name in ("data", "model"):
-        shape.setdefault(name, 1)
+    devices = jax.devices() if devices is None else devices
+    count, slices = len(devices), _slices(devices)
+    if shape is None:
+        shape = {"slice": slices} if slices > 1 else {}
+        shape["data"] = count // slices
+    shape = {**dict.fromkeys(AXES if every else ("data", "model"), 1), **shape}
     names = [n for n in AXES if n in shape]
     sizes = [shape[n] for n in names]
     if math.prod(sizes) != count:
@@ -62,18 +72,34 @@ def make_mesh(
             f"mesh {shape} needs {math.prod(sizes)} devices, got {count}; "
             "change --mesh, or try --fake-devices on a CPU"
         )
+    if slices > 1 and shape.get("slice") != slices:
+        raise ValueError(
+            f"mesh {shape} on {slices} TPU slices: expected the axis slice:{slices}, as "
+            f"no other may cross the network between slices; pass e.g. --mesh "
+            f"slice:{slices},data:{count // slices}"
+        )
     # jax.make_mesh defaults to Explicit axes, under which every output sharding must be
     # spelled out; with Auto axes the compiler shards activations.
     types = (AxisType.Auto,) * len(names)
     try:
-        return jax.make_mesh(sizes, names, axis_types=types, devices=devices)
+        if slices == 1:
+            return jax.make_mesh(sizes, names, axis_types=types, devices=devices)
+        across = [size if n == "slice" else 1 for n, size in zip(names, sizes)]
+        inside = [1 if n == "slice" else size for n, size in zip(names, sizes)]
+        grid = mesh_utils.create_hybrid_device_mesh(inside, across, devices)
+        return Mesh(grid, names, axis_types=types)
     except NotImplementedError:
-        last = jax.devices()[-1] if devices is None else devices[-1]
+        last = tuple(getattr(devices[-1], "coords", ()))
         raise ValueError(
-            f"mesh {shape} does not fit the topology, whose last chip is at "
-            f"{tuple(getattr(last, 'coords', ()))}: each axis size must be a product of "
-            "sizes of physical axes; change --mesh"
+            f"mesh {shape} does not fit the topology, whose last chip is at {last}: each "
+            "axis size must be a product of sizes of physical axes; change --mesh"
         ) from None
+
+
+def _slices(devices: Sequence[jax.Device]) -> int:
+    """Number of TPU slices, each of which is one network of its own."""
+    tpus = [d for d in devices if d.platform == "tpu"]
+    return len({getattr(d, "slice_index", 0) for d in tpus}) or 1
 
 
 def state_shardings(state: Any, rules: Sequence[tuple[str, Any]], mesh: Mesh) -> Any:
@@ -212,8 +238,8 @@ def _memory(devices: Sequence[Any]) -> float | None:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Sharding of the leading axis over ``replica`` and ``data``."""
-    return NamedSharding(mesh, P(_batch_axes(mesh)))
+    """Sharding of the leading axis over ``slice``, ``replica`` and ``data``."""
+    return NamedSharding(mesh, P(batch_axes(mesh.shape)))
 
 
 def batch_rows(
@@ -231,7 +257,7 @@ def batch_rows(
       ValueError: the data axes do not divide the batch.
     """
     sharding = batch_sharding(mesh)
-    count = math.prod(mesh.shape[n] for n in _batch_axes(mesh))
+    count = math.prod(mesh.shape[n] for n in batch_axes(mesh.shape))
     if size % (count * parts):
         micro = f" in {parts} micro-batches" if parts > 1 else ""
         raise ValueError(
@@ -282,7 +308,3 @@ def start_distributed(
             "processes by SLURM, Open MPI or Kubernetes, or on a TPU pod, or leave "
             "--distributed out"
         ) from e
-
-
-def _batch_axes(mesh: Mesh) -> tuple[str, ...]:
-    return tuple(n for n in ("replica", "data") if n in mesh.shape)

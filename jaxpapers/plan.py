@@ -31,7 +31,7 @@ class Plan(NamedTuple):
     """The compiler's analysis of one step; bytes and FLOPs are per chip.
 
     Attributes:
-      target: topology or "cpu".
+      target: topology of a slice, or "cpu".
       mesh: axis sizes.
       devices: number of chips.
       parameters: number of parameters in all.
@@ -42,10 +42,13 @@ class Plan(NamedTuple):
       hbm_bytes: memory of a chip; None if unknown.
       fits: whether the peak is at most that; None if unknown.
       flops: of the matrix products of a step, including recomputation.
-      collectives: rows with part, kind, axes, count, result_bytes, wire_bytes, largest,
-        matrix (see ``hlo.Collective``). Loops of unknown length count once,
-        or as their name scope says (``scopes``); Dion's fallback for ill-conditioned
-        factors is a part of its own.
+      collectives: rows with part, kind, axes, link (DCN between slices, ICI inside one,
+        "" on other devices), count, result_bytes, wire_bytes, largest, matrix (see
+        ``hlo.Collective``). Loops of unknown length count once, or as their name scope
+        says (``scopes``); Dion's fallback for ill-conditioned factors is a part of its
+        own.
+      links: bytes that a chip sends, by link and axes: "DCN", "ICI data", "data" on
+        other devices; "ICI ?" for groups that are those of no axes.
       compile_seconds: duration of the compilation.
     """
 
@@ -61,16 +64,32 @@ class Plan(NamedTuple):
     fits: bool | None
     flops: float
     collectives: list[dict[str, Any]]
+    links: dict[str, int]
     compile_seconds: float
 
 
-def topology_devices(name: str) -> Sequence[Any]:
-    """Abstract devices of a TPU slice, e.g. ``v5e:4x4``, ``v6e:16x16``, ``v5p:8x8x8``.
+def topology_devices(
+    name: str | None, slices: int | None = None
+) -> Sequence[Any] | None:
+    """Abstract devices of TPU slices; None for the devices that are here.
+
+    Args:
+      name: of one slice, e.g. ``v5e:4x4``, ``v6e:16x16``, ``v5p:8x8x8``.
+      slices: how many, joined by a network that is slower than theirs; None: one.
 
     Raises:
       ModuleNotFoundError: libtpu is not installed.
-      ValueError: unknown topology.
+      ValueError: unknown topology, ``slices`` below 1 or without a topology.
     """
+    if slices is not None and slices < 1:
+        raise ValueError(f"--slices must be >= 1, got {slices}")
+    if name is None and slices is not None:
+        raise ValueError(
+            f"--slices={slices} needs the --topology of a slice, e.g. v5p:8x8x8; on CPUs "
+            f"try --mesh slice:{slices},data:2 with --fake-devices={2 * slices}"
+        )
+    if name is None:
+        return None
     import importlib.util
 
     if importlib.util.find_spec("libtpu") is None:
@@ -95,7 +114,9 @@ def topology_devices(name: str) -> Sequence[Any]:
     try:
         if kind not in HBM:
             raise ValueError(f"unknown kind of TPU {kind!r}")
-        return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+        return topologies.get_topology_desc(
+            platform="tpu", topology_name=name, num_slices=slices or 1
+        ).devices
     except (ValueError, RuntimeError) as e:
         raise ValueError(
             f"--topology: cannot describe {name!r} ({' '.join(str(e).split())[:200]}); "
@@ -142,7 +163,7 @@ def plan(
     peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     if hbm is not None:
         peak = memory.peak_memory_in_bytes
-    collectives = hlo.collectives(compiled.executable.as_text(), mesh)
+    rows = _rows(hlo.collectives(compiled.executable.as_text(), mesh), hbm is not None)
     return Plan(
         target=target,
         mesh=dict(mesh.shape),
@@ -157,7 +178,8 @@ def plan(
         hbm_bytes=hbm,
         fits=None if hbm is None else peak <= hbm,
         flops=product_flops(compiled.jaxpr.jaxpr) / mesh.size,
-        collectives=_rows(collectives),
+        collectives=rows,
+        links=_links(rows),
         compile_seconds=seconds,
     )
 
@@ -217,8 +239,8 @@ def _inner_jaxprs(params: dict[str, Any]) -> list[Any]:
     return jaxprs
 
 
-def _rows(collectives: list[hlo.Collective]) -> list[dict[str, Any]]:
-    """Collectives grouped by part of the step, kind and axes; most bytes first.
+def _rows(collectives: list[hlo.Collective], tpu: bool) -> list[dict[str, Any]]:
+    """Collectives grouped by part of the step, kind, axes and link; most bytes first.
 
     An all-reduce that the compiler merged across parts counts for the part whose op name
     it kept.
@@ -226,29 +248,43 @@ def _rows(collectives: list[hlo.Collective]) -> list[dict[str, Any]]:
     groups: dict[tuple, list[hlo.Collective]] = {}
     for c in collectives:
         part = PARTS[("/optimizer/" in c.op_name) + (f"/{RESCUE}/" in c.op_name)]
-        groups.setdefault((part, c.kind, c.axes), []).append(c)
+        link = ("DCN" if c.between_slices else "ICI") if tpu else ""
+        groups.setdefault((part, c.kind, c.axes, link), []).append(c)
     rows = [
         {
             "part": part,
             "kind": kind,
             "axes": "?" if axes is None else ",".join(axes),
+            "link": link,
             "count": sum(c.count for c in members),
             "result_bytes": int(sum(c.result_bytes * c.count for c in members)),
             "wire_bytes": int(sum(c.wire_bytes * c.count for c in members)),
             "largest": max(c.elements for c in members),
             "matrix": max(c.matrix for c in members),
         }
-        for (part, kind, axes), members in groups.items()
+        for (part, kind, axes, link), members in groups.items()
     ]
     return sorted(rows, key=lambda r: (r["part"], -r["wire_bytes"]))
+
+
+def _links(rows: list[dict[str, Any]]) -> dict[str, int]:
+    """Bytes that a chip sends by link, the slow one first, then most bytes first."""
+    total: dict[str, int] = {}
+    for row in rows:
+        axes = row["axes"] if row["link"] != "DCN" else ""
+        name = f"{row['link']} {axes}".strip()
+        total[name] = total.get(name, 0) + row["wire_bytes"]
+    return dict(sorted(total.items(), key=lambda x: (x[0] != "DCN", -x[1])))
 
 
 def format_plan(p: Plan) -> list[str]:
     """A plan as lines of text."""
     size = functools.partial(_decimal, unit="B")
     mesh = " x ".join(f"{k} {v}" for k, v in p.mesh.items())
+    slices = p.mesh.get(hlo.SLICE, 1) if p.hbm_bytes is not None else 1
+    slices = f"{slices} slices of " if slices > 1 else ""
     lines = [
-        f"compiled for {p.target}, {p.devices} devices, mesh {mesh}, in "
+        f"compiled for {slices}{p.target}, {p.devices} devices, mesh {mesh}, in "
         f"{p.compile_seconds:.0f} s (nothing was run)",
         f"per chip: parameters {size(p.parameter_bytes)} (of "
         f"{_decimal(p.parameters, '')} in all), optimizer {size(p.optimizer_bytes)}, "
@@ -273,6 +309,10 @@ def format_plan(p: Plan) -> list[str]:
         sent = sum(r["wire_bytes"] for r in p.collectives if r["part"] == part)
         if sent or part in PARTS[:2]:
             lines.append(f"{part}: {size(sent)} sent per chip and step")
+    if p.links:
+        lines.append(
+            "by link: " + ", ".join(f"{k} {size(x)}" for k, x in p.links.items())
+        )
     return lines
 
 

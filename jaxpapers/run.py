@@ -189,6 +189,7 @@ def plan(
     overrides: Sequence[str] = (),
     *,
     topology: str | None = None,
+    slices: int | None = None,
     mesh: str | None = None,
     config_path: str | None = None,
 ) -> plans.Plan:
@@ -198,24 +199,25 @@ def plan(
       target: ``name[:preset]``.
       overrides: ``--config.group.field=value``.
       topology: "v5e:4x4", "v6e:16x16", "v5p:8x8x8"; None: the devices that are here.
-      mesh: "data:64,model:8"; default all devices on ``data``.
+      slices: number of slices of that topology; None: one.
+      mesh: "data:64,model:8"; default all devices on ``data``, slices on ``slice``.
       config_path: see ``load_config``.
 
     Raises:
-      ValueError: unknown topology, a paper without a training step, or what
-        ``train.compile`` raises.
+      ValueError: unknown topology, slices without one, a paper without a training step,
+        or what ``train.compile`` raises.
       ModuleNotFoundError: libtpu is missing.
     """
     name, _, _ = target.partition(":")
     config = load_config(target, overrides, config_path)
     with user_config(name, config, config_path):
-        return _plan(name, config, topology, mesh)
+        return _plan(name, config, topology, slices, mesh)
 
 
-def _plan(name, config, topology, mesh) -> plans.Plan:
+def _plan(name, config, topology, slices, mesh) -> plans.Plan:
     if not papers.NAMES[name].trained:
         raise ValueError(f"{name} trains nothing: there is no step to plan")
-    devices = plans.topology_devices(topology) if topology else None
+    devices = plans.topology_devices(topology, slices)
     grid = meshes.make_mesh(meshes.parse_mesh(mesh) if mesh else None, devices)
     data = tasks.abstract(config)
     method = papers.load(name).make(config, **data.facts)
@@ -317,7 +319,7 @@ def export(workdir: str, out: str) -> Path:
 
 def _any_mesh() -> jax.sharding.Mesh:
     """A mesh that has every axis, for shapes that depend on none."""
-    return meshes.make_mesh({"replica": 1, "data": jax.device_count()})
+    return meshes.make_mesh(every=True)
 
 
 def _alone(rows: Sequence[studies.Row]) -> list[studies.Row]:

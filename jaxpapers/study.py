@@ -20,7 +20,7 @@ from jaxpapers.config import MAY_CHANGE
 DEFINING = {
     "data.path", "net.remat", "net.unroll", "optim.rank_fraction",
     "optim.rank_multiple_of", "optim.rank_schedule", "train.accumulate",
-    "train.replica_sync",
+    "train.replica_sync", "train.replica_axis",
 }  # fmt: skip
 
 

@@ -156,3 +156,95 @@ def test_loops_and_axes_of_a_compiled_program():
     total = hlo.wire_bytes(hlo.collectives(f.lower(x).compile().as_text(), mesh))
     assert total["all-reduce", ("data",)] == 5 * hlo.ring_bytes("all-reduce", 16, 2)
     assert total["all-gather", ("model",)] == hlo.ring_bytes("all-gather", 64, 4)
+
+
+# What the compiler writes of two chips in each of four slices, shortened: sums and
+# gathers say who takes part, a permutation does not.
+SENT = """HloModule jit_f, num_partitions=2
+
+%more (a: f32[8]) -> bool[] {
+  %n = s32[] constant(5)
+  ROOT %lt = pred[] compare(%i, %n), direction=LT
+}
+
+%fused (a.1: f32[4,8]) -> f32[4,8] {
+  %a.1 = f32[4,8]{1,0} parameter(0)
+  ROOT %copy = f32[4,8]{1,0} all-gather(%a.1), replica_groups={{0,1}}
+}
+
+%body (p: (s32[], f32[4,8])) -> (s32[], f32[4,8]) {
+  %sin = f32[4,8]{1,0} sine(%v), metadata={op_name="jit(f)/optimizer/while/body/sin"}
+  %flat = f32[4,8]{1,0} bitcast(%sin)
+  %s = (f32[4,8]{1,0}, u32[], token[]) send(%flat, %t), WHO, TYPE="ALL_REDUCE"
+  %r = (f32[4,8]{1,0}, u32[], token[]) recv(%t), WHO, TYPE="ALL_REDUCE"
+  %done = (f32[4,8]{1,0}, token[]) recv-done(%r), channel_id=1, is_host_transfer=true
+}
+
+ENTRY %main (x: f32[4,8]) -> f32[4,8] {
+  %x = f32[4,8]{1,0} parameter(0), metadata={op_name="x"}
+  %loop = (s32[], f32[4,8]) while(%p), condition=%more, body=%body
+  %r.1 = (bf16[4,2,8]{2,1,0}, u32[], token[]) recv(%t), WHO, TYPE="ALL_GATHER"
+  %r.2 = (f32[8]{0}, u32[], token[]) recv(%t), WHO, TYPE="REDUCE_SCATTER"
+  %r.3 = (f32[8]{0}, u32[], token[]) recv(%t), handler="host"
+  %r.4 = (f32[8]{0}, u32[], token[]) recv(%t), TYPE="ONE_TO_ONE"
+  ROOT %f = f32[4,8]{1,0} fusion(%x), kind=kCustom, calls=%fused
+}
+""".replace("TYPE", "_xla_megascale_transfer_type").replace(
+    "handler", "_xla_host_transfer_handler_name"
+)
+EVERYONE = (
+    '_xla_host_transfer_rendezvous="psum.7_0",_xla_megascale_target="{1,2,3,4}x{0:1}"'
+)
+SLICES = jax.sharding.AbstractMesh((4, 1, 2), ("slice", "data", "model"))
+
+
+def test_what_crosses_slices():
+    found = hlo.collectives(SENT.replace("WHO", EVERYONE), SLICES)
+    inside = [c for c in found if not c.between_slices]
+    assert [(c.kind, c.axes) for c in inside] == [("all-gather", ("model",))]
+    slow = {c.kind: c for c in found if c.between_slices}
+    assert len(slow) == 4 == len(found) - 1  # Of each pair one, and none of the host.
+    assert {c.axes for c in slow.values()} == {("slice",)}
+    total = slow["all-reduce"]
+    assert (total.count, total.group, total.elements, total.matrix) == (5, 4, 32, 32)
+    assert total.wire_bytes == 2 * 3 / 4 * 32 * 4
+    gather = slow["all-gather"]
+    assert (gather.result_bytes, gather.wire_bytes) == (128, 3 / 4 * 128)
+    assert (gather.elements, gather.matrix) == (64, 16)
+    assert slow["reduce-scatter"].wire_bytes == 3 / 4 * 4 * 8 * 4
+    assert slow["collective-permute"].wire_bytes == 32
+
+
+def test_origins_that_the_compiler_left_out():
+    found = hlo.collectives(SENT.replace("WHO", EVERYONE), SLICES)
+    names = {c.kind: c.op_name for c in found}
+    # Of what the send beside it reads, and of the argument of a fusion.
+    assert names["all-reduce"] == "jit(f)/optimizer/while/body/sin"
+    assert names["all-gather"] in ("x", "")
+    assert {c.op_name for c in found if not c.between_slices} == {"x"}
+
+
+@pytest.mark.parametrize(
+    "who",
+    [
+        'channel_id=1,_xla_megascale_other=""',
+        EVERYONE.replace("3,4", "3"),
+        EVERYONE.replace("0:1", "0:3"),
+        EVERYONE.replace("0:1", "1:2"),
+    ],
+)
+def test_transfers_between_unknown_slices_are_not_passed_over(who):
+    with pytest.raises(
+        ValueError, match="cannot say between which slices.* of 4 slices"
+    ):
+        hlo.collectives(SENT.replace("WHO", who), SLICES)
+
+
+def test_a_program_of_another_mesh():
+    text = SENT.replace("WHO", EVERYONE)
+    with pytest.raises(ValueError, match="cannot say between which slices"):
+        hlo.collectives(text)
+    for sizes in ((4, 2, 2), (4, 4, 1)):
+        mesh = jax.sharding.AbstractMesh(sizes, ("slice", "data", "model"))
+        with pytest.raises(ValueError, match="the program has 2 partitions: expected"):
+            hlo.collectives(text, mesh)

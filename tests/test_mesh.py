@@ -23,6 +23,7 @@ F32 = jnp.float32
         ("data:8", {"data": 8}),
         ("data:4, model:2", {"data": 4, "model": 2}),
         ("replica:2,data:2,model:2", {"replica": 2, "data": 2, "model": 2}),
+        ("slice:4,data:64,model:8", {"slice": 4, "data": 64, "model": 8}),
     ],
 )
 def test_parse(text, shape):
@@ -43,6 +44,13 @@ def test_make_mesh():
     assert mesh.axis_names == ("replica", "data", "model")
     assert set(mesh.axis_types) == {jax.sharding.AxisType.Auto}
     assert meshes.make_mesh({"model": 8}).shape["data"] == 1
+    slices = meshes.make_mesh({"data": 2, "replica": 2, "slice": 2})
+    assert slices.axis_names == ("slice", "replica", "data", "model")
+    assert [d.id for d in slices.devices[1].flat] == [4, 5, 6, 7]
+    every = {"slice": 1, "replica": 1, "data": 8, "model": 1}
+    assert dict(meshes.make_mesh(every=True).shape) == every
+    every = {"slice": 1, "replica": 2, "data": 1, "model": 4}
+    assert dict(meshes.make_mesh({"replica": 2, "model": 4}, every=True).shape) == every
     two = meshes.make_mesh({"data": 2}, jax.devices()[2:4])
     assert list(two.devices.flat) == jax.devices()[2:4]
     with pytest.raises(ValueError, match="needs 6 devices, got 8; change --mesh"):
@@ -186,6 +194,8 @@ def test_batch_rows():
         meshes.batch_rows(mesh, 10)
     with pytest.raises(ValueError, match="batch=1 does not.*works: 8$"):
         meshes.batch_rows(meshes.make_mesh({"replica": 2, "data": 4}), 1)
+    with pytest.raises(ValueError, match="batch=4 does not.*works: 8$"):
+        meshes.batch_rows(meshes.make_mesh({"slice": 4, "data": 2}), 4)
 
 
 class Batch(NamedTuple):
@@ -201,5 +211,6 @@ def test_put_batch():
     expected = NamedSharding(mesh, P("data"))
     assert placed.x.sharding.is_equivalent_to(expected, 2)
     assert placed.y.sharding.shard_shape((8,)) == (2,)
-    both = meshes.make_mesh({"replica": 2, "data": 4})
-    assert meshes.put_batch(batch, both, 8).y.sharding.shard_shape((8,)) == (1,)
+    for axes in ({"replica": 2, "data": 4}, {"slice": 2, "replica": 2, "data": 2}):
+        placed = meshes.put_batch(batch, meshes.make_mesh(axes), 8)
+        assert placed.y.sharding.shard_shape((8,)) == (1,)

@@ -65,7 +65,8 @@ run.run("dnw:smoke", workdir=folder, quiet=True)
 
 MODEL = """
 from jaxpapers import papers, run, tasks
-config = run.load_config("dion:smoke", sys.argv[4:])
+grid = mesh.make_mesh(mesh.parse_mesh(sys.argv[4]))
+config = run.load_config("dion:smoke", sys.argv[5:])
 data = tasks.read(config)
 method = papers.load("dion").make(config)
 state = train.fit(method, data.examples, steps=2, batch=8, mesh=grid, workdir=folder)
@@ -201,18 +202,29 @@ def test_a_process_that_comes_late_finds_the_folder_of_the_others(tmp_path):
 
 
 @pytest.mark.matrix
-def test_two_processes_train_the_language_model_as_one(tmp_path):
+@pytest.mark.parametrize(
+    "axes, fields",
+    [
+        ("data:4", {}),
+        # Each process is a slice, and only factors cross between them.
+        ("slice:2,data:2", {
+            "train.replica_sync": "lowrank", "train.replica_axis": "slice",
+            "optim.clip": 0.0, "optim.residual": 0.0,
+        }),
+    ],
+)  # fmt: skip
+def test_two_processes_train_the_language_model_as_one(tmp_path, axes, fields):
     corpus = tmp_path / "text.py"
     corpus.write_text("def f(x):\n    return x + 1\n\n\n" * 100)
-    fields = {**SMALL, "data.path": corpus, "train.steps": 2}
+    fields = {**SMALL, **fields, "data.path": corpus, "train.steps": 2}
     overrides = [f"--config.{k}={v}" for k, v in fields.items()]
-    codes, _, errors = finish(pair(MODEL, tmp_path, *overrides))
+    codes, _, errors = finish(pair(MODEL, tmp_path, axes, *overrides))
     assert codes == [0, 0], errors
 
     config = run.load_config("dion:smoke", overrides)
     data = tasks.read(config)
     method = papers.load("dion").make(config)
-    grid = mesh.make_mesh({"data": 4}, jax.devices()[:4])
+    grid = mesh.make_mesh(mesh.parse_mesh(axes), jax.devices()[:4])
     row = tasks.study("dion", config, data, grid).rows(0)[0]
 
     def fit(**kwargs):

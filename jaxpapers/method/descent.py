@@ -153,7 +153,7 @@ def _check_axis(axis: str) -> None:
     if axis not in mesh.axis_names:
         raise ValueError(
             f"replicas need a mesh axis {axis!r}, got {dict(mesh.shape)}; pass e.g. "
-            f"--mesh {axis}:2,data:4"
+            f"--mesh {axis}:2,data:4, or another train.replica_axis"
         )
 
 

@@ -16,12 +16,12 @@ from typing import Any, NamedTuple, cast
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxpapers.nets.block import Block, Kind, RMSNorm
 from jaxpapers.nets.rope import Scaling, rope
+from jaxpapers.ops.mesh_axes import auto_axes, batch_axes
 
 __all__ = [
     "BIAS_RULES", "RULES", "Cache", "Kind", "RMSNorm", "Stack", "Transformer",
@@ -53,23 +53,72 @@ class Cache(NamedTuple):
     length: jax.Array
 
 
-def look_up(table: jax.Array, tokens: jax.Array) -> jax.Array:
+def look_up(
+    table: Float[Array, "V D"], tokens: Int[Array, "B T"]
+) -> Float[Array, "B T D"]:
     """Rows of the embedding, gathered over ``data`` first, as FSDP does with a weight.
 
-    Left to itself the compiler moves activations instead, and under a ``shard_map`` over
-    replicas XLA aborts where table and tokens are split over one axis.
+    Left to itself the compiler moves activations instead. The gradient adds up the rows
+    of a device's own tokens and is then scattered over ``data``, as a weight's is.
+
+    Args:
+      table: of the embedding; its rows divide over ``model``.
+      tokens: rows to read.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    kinds = dict(zip(mesh.axis_names, mesh.axis_types))
-    if {kinds.get(name) for name in ("data", "model")} != {AxisType.Auto}:
+    if not {"data", "model"} <= set(auto_axes()):
         return jnp.take(table, tokens, axis=0)
+    return _look_up(table, tokens)
+
+
+@jax.custom_vjp
+def _look_up(table, tokens):
     table = jax.lax.with_sharding_constraint(table, P("model", None))
     rows = jnp.take(table, tokens, axis=0)
-    # Inside a shard_map over replicas the batch is split over `data` alone.
-    axes = tuple(n for n in ("replica", "data") if kinds.get(n) == AxisType.Auto)
-    if tokens.shape[0] % math.prod(mesh.shape[n] for n in axes):
-        return rows
-    return jax.lax.with_sharding_constraint(rows, P(axes, None, None))
+    axes = _split_axes(tokens)
+    return jax.lax.with_sharding_constraint(rows, P(axes, None, None)) if axes else rows
+
+
+def _split_axes(tokens: jax.Array) -> tuple[str, ...]:
+    """Axes that split the batch, if they divide it; in a shard_map those left to it."""
+    mesh, axes = jax.sharding.get_abstract_mesh(), batch_axes(auto_axes())
+    return () if tokens.shape[0] % math.prod(mesh.shape[n] for n in axes) else axes
+
+
+def _look_up_forward(table, tokens):
+    return _look_up(table, tokens), (
+        tokens,
+        jax.ShapeDtypeStruct(table.shape, table.dtype),
+    )
+
+
+def _look_up_backward(saved, rows):
+    """Not the compiler's: inside a shard_map XLA aborts as it partitions the scatter."""
+    tokens, table = saved  # Only the shape of the table is used.
+    mesh, axes = jax.sharding.get_abstract_mesh(), _split_axes(tokens)
+    scatters = "data" in axes and table.shape[1] % mesh.shape["data"] == 0
+    rest = tuple(n for n in axes if not (scatters and n == "data"))
+    count = table.shape[0] // mesh.shape["model"]
+
+    def local(tokens, rows):
+        place = tokens - jax.lax.axis_index("model") * count
+        # Negative ones would count from the end.
+        place = jnp.where((place >= 0) & (place < count), place, count)
+        grad = jnp.zeros((count, table.shape[1]), rows.dtype)
+        grad = grad.at[place].add(rows, mode="drop")
+        if scatters:
+            grad = jax.lax.psum_scatter(grad, "data", scatter_dimension=1, tiled=True)
+        return jax.lax.psum(grad, rest) if rest else grad
+
+    grad = jax.shard_map(
+        local,
+        in_specs=(P(axes), P(axes)),
+        out_specs=P("model", "data" if scatters else None),
+        axis_names=set(auto_axes()),
+    )(tokens, rows)
+    return grad, None
+
+
+_look_up.defvjp(_look_up_forward, _look_up_backward)
 
 
 class Stack(nn.Module):

@@ -19,6 +19,8 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int, Shaped
 
+from jaxpapers.ops.mesh_axes import auto_axes, batch_axes
+
 PADDING = 0
 OOV = 1
 FILL = int(np.iinfo(np.int32).max)
@@ -176,9 +178,7 @@ def replicate(x: Array) -> Array:
 
 def _axes(rows: int) -> tuple[set[str], int, tuple[str, ...]]:
     """Auto axes of the mesh, number of the table's shards, axes of the batch."""
-    mesh = jax.sharding.get_abstract_mesh()
-    kinds = dict(zip(mesh.axis_names, mesh.axis_types))
-    auto = {n for n in ("replica", "data", "model") if kinds.get(n) == AxisType.Auto}
+    mesh, auto = jax.sharding.get_abstract_mesh(), set(auto_axes())
     if "model" not in auto or math.prod(mesh.shape[n] for n in auto) == 1:
         return set(), 1, ()
     shards = mesh.shape["model"]
@@ -187,7 +187,7 @@ def _axes(rows: int) -> tuple[set[str], int, tuple[str, ...]]:
             f"a table of {rows} rows does not divide over mesh axis 'model' of size "
             f"{shards}; allocate nets.embedding.padded_rows({rows}, {shards}) rows"
         )
-    return auto, shards, tuple(n for n in ("replica", "data") if n in auto)
+    return auto, shards, batch_axes(auto)
 
 
 def _read(table, ids, first):

@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, Integer, Num, Shaped, UInt16
 
 from jaxpapers.ops import rows
+from jaxpapers.ops.mesh_axes import auto_axes, batch_axes
 from jaxpapers.ops.shapes import whole_numbers
 
 
@@ -158,13 +158,11 @@ def topk_on_mesh(
       chunk: see ``topk_masked``.
     """
     check_k(k)
-    mesh = jax.sharding.get_abstract_mesh()
-    kinds = dict(zip(mesh.axis_names, mesh.axis_types))
-    auto = [n for n in ("replica", "data", "model") if kinds.get(n) == AxisType.Auto]
+    mesh, auto = jax.sharding.get_abstract_mesh(), auto_axes()
     shards = mesh.shape["model"] if "model" in auto else 1
     if shards == 1 or scores.shape[-1] % shards:
         return topk_masked(scores, mask, k, chunk=chunk)
-    batch = tuple(n for n in auto if n != "model")
+    batch = batch_axes(auto)
     parts = math.prod(mesh.shape[n] for n in batch)
     lead = batch if scores.shape[0] % parts == 0 else None
     ids = lax.broadcasted_iota(jnp.int32, scores.shape, scores.ndim - 1)

@@ -38,13 +38,6 @@ from jaxpapers.nets import decoding, transformer
 from jaxpapers.ops.means import weighted_mean
 from jaxpapers.optim import DimensionNumbers, routing
 
-RULES = (
-    *optim.state_rules(
-        lambda path, leaf: dimensions(path, leaf), replicate_axis="replica"
-    ),
-    *transformer.RULES,
-)
-
 
 def dimensions(path: str, leaf: Any) -> DimensionNumbers | None:
     """Every leaf's last two axes are (in, out); the layer axis before them is batch."""
@@ -222,6 +215,18 @@ def rank_schedule(config: Any) -> list[tuple[int, float]]:
     ]
 
 
+def replica_axis(config: Any) -> str:
+    """The mesh axis that ``train.replica_sync`` is about.
+
+    Raises:
+      ValueError: ``train.replica_axis`` is no axis of copies of the parameters.
+    """
+    axis = config.train.get("replica_axis", "replica")
+    if axis not in ("replica", "slice"):
+        raise ValueError(f"train.replica_axis must be replica or slice, got {axis!r}")
+    return axis
+
+
 def optimizer(config: Any) -> optax.GradientTransformation:
     """``optim.from_config`` with the transformer's matrices and sharding.
 
@@ -233,7 +238,7 @@ def optimizer(config: Any) -> optax.GradientTransformation:
       ValueError: see ``optim.from_config``; ``train.replica_sync=lowrank`` with another
         optimizer, with gradient clipping or a residual.
     """
-    c, sync = config.optim, config.train.replica_sync
+    c, sync, axis = config.optim, config.train.replica_sync, replica_axis(config)
     if sync not in ("gradient", "lowrank"):
         raise ValueError(
             f"train.replica_sync must be gradient or lowrank, got {sync!r}"
@@ -250,7 +255,7 @@ def optimizer(config: Any) -> optax.GradientTransformation:
         config.train.steps,
         weight_dimension_numbers=dimensions,
         sharding=lambda path, leaf: param_spec(transformer.RULES, path),
-        replicate_axis="replica" if sync == "lowrank" else None,
+        replicate_axis=axis if sync == "lowrank" else None,
     )
 
 
@@ -271,13 +276,13 @@ def make(
     """
     if net is None:
         net = network(options.from_config(Net, config.net, "net"))
-    labels = replicas = None
+    labels, replicas, axis = None, None, replica_axis(config)
     if tx is None:
         rank_schedule(config)  # Refused before any part of the run.
         tx = optimizer(config)
         if config.train.replica_sync == "lowrank":
-            specs = functools.partial(optim.replica_specs, replicate_axis="replica")
-            replicas = Replicas("replica", specs)
+            specs = functools.partial(optim.replica_specs, replicate_axis=axis)
+            replicas = Replicas(axis, specs)
         labels = functools.partial(
             _labels, name=config.optim.name, scalar=config.optim.scalar
         )
@@ -286,9 +291,12 @@ def make(
         return net.init(key, jnp.zeros(batch["tokens"].shape, jnp.int32))["params"]
 
     rules = [
-        (regex, spec)
-        for regex, spec in RULES
-        if not (net.tied and regex.startswith("head"))
+        *optim.state_rules(dimensions, replicate_axis=axis),
+        *(
+            (regex, spec)
+            for regex, spec in transformer.RULES
+            if not (net.tied and regex.startswith("head"))
+        ),
     ]
     return gradient(
         init_params,

@@ -12,6 +12,7 @@ from jaxpapers.data import arrays
 from jaxpapers.data.outliers import Detection
 from jaxpapers.method import State
 from jaxpapers.ops import selection
+from jaxpapers.ops.mesh_axes import batch_axes
 from jaxpapers.papers import poem
 
 
@@ -125,9 +126,7 @@ class Miner(NamedTuple):
         self, index: np.ndarray, mesh: Any
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Indices in chunks of one size, and which of them are not padding."""
-        shards = math.prod(
-            n for name, n in mesh.shape.items() if name in ("replica", "data")
-        )
+        shards = math.prod(mesh.shape[n] for n in batch_axes(mesh.shape))
         size = -(-min(self.options.pool_batch, len(index)) // shards) * shards
         for start in range(0, len(index), size):
             rows = index[start : start + size]

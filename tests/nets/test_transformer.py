@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxpapers import mesh as meshes
 from jaxpapers.nets.block import LayerNorm
 from jaxpapers.nets.rope import Scaling, frequencies
-from jaxpapers.nets.transformer import RMSNorm, Stack, Transformer, rope
+from jaxpapers.nets.transformer import RMSNorm, Stack, Transformer, look_up, rope
 from tests.programs import KEY, params_like, together
 
 TOKENS = jnp.asarray(np.random.default_rng(1).integers(0, 40, (2, 12)), jnp.int32)
@@ -266,3 +267,35 @@ def test_bad_scaling_of_rope():
         Scaling(kind="yarn", factor=8.0)
     with pytest.raises(ValueError, match="0 < low < high"):
         Scaling(kind="llama3", factor=8.0, low=4.0)
+
+
+@pytest.mark.parametrize(
+    "axes, batch, width",
+    [
+        ({"data": 4, "model": 2}, 8, 16),
+        ({"slice": 2, "data": 2, "model": 2}, 8, 16),
+        # Neither the batch nor the width divides over `data`.
+        ({"data": 4, "model": 2}, 6, 16),
+        ({"data": 4, "model": 2}, 8, 6),
+    ],
+)
+def test_looking_up_on_a_mesh(axes, batch, width):
+    """Rows and gradient are those of one device; the gradient lies as the weight."""
+    rng = np.random.default_rng(0)
+    table = rng.normal(size=(10, width)).astype(np.float32)
+    tokens = rng.integers(0, 10, (batch, 5), np.int32)
+    weight = rng.normal(size=(batch, 5, width)).astype(np.float32)
+
+    def value(table, tokens):
+        rows = look_up(table, tokens)
+        return (rows * weight).sum(), rows
+
+    f = jax.jit(jax.value_and_grad(value, has_aux=True))
+    with jax.set_mesh(meshes.make_mesh(axes)):
+        (_, rows), grad = f(table, tokens)
+    np.testing.assert_array_equal(rows, table[tokens])
+    expected = np.zeros_like(table)
+    np.add.at(expected, tokens, weight)
+    np.testing.assert_allclose(grad, expected, rtol=1e-5, atol=1e-5)
+    if batch == 8 and width == 16:
+        assert grad.sharding.shard_shape(grad.shape) == (5, width // axes["data"])

@@ -85,6 +85,7 @@ def plain(corpus):
     [
         ("replica:2,data:2,model:2", ()),
         pytest.param("replica:4,data:2", (), marks=pytest.mark.matrix),
+        ("slice:2,data:2,model:2", ("--config.train.replica_axis=slice",)),
         pytest.param(
             "replica:2,data:2,model:2",
             ("--config.train.accumulate=2",),
@@ -173,5 +174,7 @@ def test_errors(corpus):
         fit(corpus, "replica:2,data:4", LOWRANK, "--config.optim.clip=1.0")
     with pytest.raises(ValueError, match="must be gradient or lowrank"):
         fit(corpus, "data:8", "--config.train.replica_sync=half")
+    with pytest.raises(ValueError, match="replica_axis must be replica or slice"):
+        fit(corpus, "data:8", "--config.train.replica_axis=data")
     with pytest.raises(ValueError, match="'replica'.*--mesh replica:2,data:4"):
         fit(corpus, "data:8", LOWRANK)

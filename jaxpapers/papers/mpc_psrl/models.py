@@ -1,17 +1,19 @@
 """The model of an episode: what is drawn at its start, and a step of it in planning."""
 
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.scipy.linalg import solve_triangular
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Key
 
 from jaxpapers.ops import planning
 from jaxpapers.ops import posterior as blr
 from jaxpapers.ops.environments import Box
+from jaxpapers.ops.mesh_axes import auto_axes, batch_axes
 from jaxpapers.papers.mpc_psrl import network
 from jaxpapers.papers.mpc_psrl.options import Options, Problem
 
@@ -196,12 +198,9 @@ def planner_space(problem: Problem, options: Options) -> Box:
 def spread_plans(plans: Float[Array, "P H A"]) -> Float[Array, "P H A"]:
     """Plans divided over the data axes of the mesh, where their number allows it."""
     mesh = jax.sharding.get_abstract_mesh()
-    kinds = dict(zip(mesh.axis_names, mesh.axis_types))
     # Inside jax.shard_map, as the members of a population are, they are local.
-    axes = [n for n in ("replica", "data") if kinds.get(n) == AxisType.Auto]
-    size = 1
-    for name in axes:
-        size *= mesh.shape[name]
+    axes = batch_axes(auto_axes())
+    size = math.prod(mesh.shape[n] for n in axes)
     if size == 1 or len(plans) % size:
         return plans
-    return lax.with_sharding_constraint(plans, PartitionSpec(tuple(axes)))
+    return lax.with_sharding_constraint(plans, PartitionSpec(axes))

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int, Key
 from jaxpapers.ops import posterior as blr
 from jaxpapers.ops import selection
 from jaxpapers.ops.linalg import HIGHEST
+from jaxpapers.ops.mesh_axes import batch_axes
 from jaxpapers.papers.poem.net import Net, apply, features
 from jaxpapers.papers.poem.objective import Options, augmented, detection_score
 
@@ -291,8 +292,7 @@ def latest(extra: Mapping[str, Any]) -> np.ndarray:
 
 def _axes() -> tuple[str, ...]:
     """Axes of the mesh over which rows are split."""
-    names = jax.sharding.get_abstract_mesh().axis_names
-    return tuple(n for n in ("replica", "data") if n in names)
+    return batch_axes(jax.sharding.get_abstract_mesh().axis_names)
 
 
 def _shards() -> int:
