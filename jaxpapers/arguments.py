@@ -186,6 +186,12 @@ def parser_of(actions: Mapping[str, Callable]) -> argparse.ArgumentParser:
     sub.add_argument("--cache", metavar="DIR",
                      help="else $JAXPAPERS_CACHE, ~/.cache/jaxpapers")  # fmt: skip
 
+    sub = command(
+        "compare", actions["compare"], "the rows of several studies in one table"
+    )
+    sub.add_argument("runs", metavar="WORKDIR", nargs="+")
+    sub.add_argument("-o", "--out", help="also draw them into this picture")
+
     sub = command("plot", actions["plot"], "draw a metric of runs")
     sub.add_argument("runs", metavar="WORKDIR", nargs="+")
     sub.add_argument("--metric", default="bits")
@@ -197,3 +203,22 @@ def _device_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mesh", metavar="data:4,model:2", help="default: all on data")
     parser.add_argument("--fake-devices", type=int, metavar="N",
                         help="split the CPU into N devices")  # fmt: skip
+
+
+def steps(text: str | None) -> tuple[int, int] | None:
+    """First and last of ``10:15``, for ``--profile``."""
+    if text is None:
+        return None
+    first, _, last = text.partition(":")
+    if not (first.isdigit() and last.isdigit() and int(first) <= int(last)):
+        raise ValueError(f"--profile: expected FIRST:LAST like 10:15, got {text!r}")
+    return int(first), int(last)
+
+
+def ids(text: str | None) -> list[int] | None:
+    """Numbers of ``0,1``, for ``--local-device-ids``."""
+    if not text:
+        return None
+    if not all(x.isdecimal() for x in text.split(",")):
+        raise ValueError(f"--local-device-ids: expected numbers like 0,1, got {text!r}")
+    return [int(x) for x in text.split(",")]

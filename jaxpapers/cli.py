@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Generator, Sequence
 
 from jaxpapers import extras, signals, supervise
-from jaxpapers.arguments import parser_of, suggestion
+from jaxpapers.arguments import ids, parser_of, steps, suggestion
 
 # Read when the first device is used.
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
@@ -212,7 +212,7 @@ def _run(options, overrides) -> int:
         fresh=options.fresh,
         dry_run=options.dry_run,
         quiet=options.quiet,
-        profile=_steps(options.profile),
+        profile=steps(options.profile),
         writers=[w for w in ("tensorboard", "wandb") if getattr(options, w)],
     )
     return 0
@@ -267,6 +267,15 @@ def _plot(options, overrides) -> int:
     return 0
 
 
+def _compare(options, overrides) -> int:
+    from jaxpapers import run
+
+    print(run.compare(options.runs, options.out), end="")
+    if options.out:
+        print(f"wrote {options.out}")
+    return 0
+
+
 def _data(options, overrides) -> int:
     from jaxpapers.data import fetch
 
@@ -291,25 +300,9 @@ def _parser() -> argparse.ArgumentParser:
         {
             "list": _list, "show": _show, "run": _run, "plan": _plan, "eval": _eval,
             "sample": _sample, "export": _export, "data": _data, "plot": _plot,
+            "compare": _compare,
         }
     )  # fmt: skip
-
-
-def _steps(text: str | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
-    first, _, last = text.partition(":")
-    if not (first.isdigit() and last.isdigit() and int(first) <= int(last)):
-        raise ValueError(f"--profile: expected FIRST:LAST like 10:15, got {text!r}")
-    return int(first), int(last)
-
-
-def _ids(text: str | None) -> list[int] | None:
-    if not text:
-        return None
-    if not all(x.isdecimal() for x in text.split(",")):
-        raise ValueError(f"--local-device-ids: expected numbers like 0,1, got {text!r}")
-    return [int(x) for x in text.split(",")]
 
 
 def _set_up_devices(options: argparse.Namespace) -> None:
@@ -328,7 +321,7 @@ def _set_up_devices(options: argparse.Namespace) -> None:
     if getattr(options, "distributed", False):
         from jaxpapers import mesh
 
-        mesh.start_distributed(_ids(options.local_device_ids), options.heartbeat)
+        mesh.start_distributed(ids(options.local_device_ids), options.heartbeat)
         signals.share()
 
 

@@ -4,19 +4,29 @@ import contextlib
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 from rich.console import Console
 from rich.table import Table
 
 from jaxpapers import checkpoint as ckpt
+from jaxpapers import (
+    figures,
+    outputs,
+    papers,
+    plots,
+    processes,
+    report,
+    signals,
+    tables,
+    tasks,
+)
 from jaxpapers import mesh as meshes
-from jaxpapers import outputs, papers, plots, processes, report, signals, tables, tasks
 from jaxpapers import plan as plans
 from jaxpapers import study as studies
 from jaxpapers import workdir as folders
 from jaxpapers.config import expected, load_config
+from jaxpapers.export import export as export
 from jaxpapers.folder import (
     load_run,
     named_fields,
@@ -25,7 +35,7 @@ from jaxpapers.folder import (
     write_config,
 )
 from jaxpapers.measure import measure_rows
-from jaxpapers.method import path_name
+from jaxpapers.outcome import Outcome, load, summary, together
 from jaxpapers.stages import Stages, parts_of, same, unique
 
 SMALL = (
@@ -76,7 +86,7 @@ def run(
     quiet: bool = False,
     profile: tuple[int, int] | None = None,
     writers: Sequence[str] = (),
-) -> dict[str, Any]:
+) -> Outcome | None:
     """Runs the study of a paper's preset: trains what has to be trained, compares.
 
     The same call continues what ``workdir`` holds. The paper's own run lies in the
@@ -100,7 +110,7 @@ def run(
       writers: further writers, of "tensorboard", "wandb".
 
     Returns:
-      What ``comparison.json`` holds, see ``study.summary``, and ``seconds``.
+      The outcome: rows, curves, pictures, folder; None after a dry run.
 
     Raises:
       ValueError and the exceptions of ``train.fit``.
@@ -128,7 +138,7 @@ def run(
 
 def _run(
     name, config, stages, held, seeds, alone, fresh, dry_run, quiet, usual
-) -> dict:
+) -> Outcome | None:
     began, folder = time.monotonic(), stages.root
     console, talk = report.make_console(), report.make_console(quiet=quiet)
     data = tasks.read(config)
@@ -148,7 +158,7 @@ def _run(
     stages.check([part for row in rows[0] for part in studies.lineage(row.stage)])
     if dry_run:
         _dry_run(stages, rows[0], console)
-        return {}
+        return None
     if fresh and any(ckpt.steps(x) for x in folder.glob("**/checkpoints")):
         raise ValueError(
             f"--fresh: {folder} holds checkpoints; choose another --workdir or remove it"
@@ -158,9 +168,9 @@ def _run(
         stages, rows, others, every, study.metric,
         lambda text: talk.print(report.bold(text)),
     )  # fmt: skip
-    summary = studies.summary(study, results, every, folder)
+    content = summary(study, results, every, folder)
     if jax.process_index() == 0:
-        outputs.write(summary, results, folder)
+        outputs.write(content, results, folder)
         if not paper.trained:
             write_config(folder, name, studies.plain(config))
     console.print(tables.comparison(study, results))
@@ -181,7 +191,7 @@ def _run(
         outputs.draw(study, results, folder, console)
     seconds = time.monotonic() - began
     talk.print(f"{seconds:.0f} s in all; wrote {folder}/")
-    return {**summary, "seconds": seconds}
+    return Outcome(content, folder, seconds)
 
 
 def plan(
@@ -286,35 +296,20 @@ def plot(runs: Sequence[str], metric: str, out: str) -> Path:
     return plots.plot(paths, metric, folders.local(out, "--out"))
 
 
-def export(workdir: str, out: str) -> Path:
-    """Writes the parameters of the latest checkpoint as safetensors.
+def compare(runs: Sequence[str], out: str | None = None) -> str:
+    """The rows of several studies in one table, and in one picture.
 
-    Names are the "/"-joined paths; layers stay stacked on the leading axis. What a model
-    has besides parameters (moving statistics) is named ``extra/...``. What only training
-    needs (``Method.served``) is left out.
+    Args:
+      runs: their folders.
+      out: picture; None: none is drawn.
 
     Raises:
-      ValueError, FileNotFoundError: ``out`` is a folder or in none; of ``load_run``.
+      FileNotFoundError, ValueError: see ``outcome.load`` and ``outcome.together``.
     """
-    from safetensors.flax import save_file
-
-    path = folders.local(out, "OUT")
-    if path.is_dir():
-        raise ValueError(
-            f"{out} is a folder, expected a file such as {out}/x.safetensors"
-        )
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"no folder {path.parent} to write {path.name} into")
-    name, _, method, _, state = load_run(workdir)
-    params, extra = state.params, state.extra
-    if method.served:
-        params, extra = method.served(params), method.served(extra)
-    tree = {**params, **({"extra": extra} if extra else {})}
-    flat = jax.tree_util.tree_flatten_with_path(tree)[0]
-    leaves = {path_name(k): v for k, v in flat}
-    with folders.replaced(path) as part:
-        save_file(leaves, part, metadata={"paper": name, "format": "flax"})
-    return path
+    study, results = together([load(run) for run in runs])
+    if out:
+        figures.comparison(study, results, folders.local(out, "--out"))
+    return tables.text_of(tables.comparison(study, results))
 
 
 def _any_mesh() -> jax.sharding.Mesh:

@@ -291,59 +291,8 @@ def _flat(config: Any) -> Iterable[tuple[str, Any]]:
             yield f"{group}.{field}", value
 
 
-def summary(study: Study, results: Results, seeds: Sequence[int], root: Path) -> dict:
-    """``comparison.json``: title, metric, seeds, and every number of every row.
+def load(folder: str | Path) -> Any:
+    """The ``outcome.Outcome`` of a study that was run before; see ``outcome.load``."""
+    from jaxpapers import outcome
 
-    Args:
-      study: what was compared.
-      results: its rows.
-      seeds: of the runs.
-      root: folder that the rows' folders are given relative to.
-
-    Returns:
-      Plain data. Numbers that JSON does not know (NaN, infinities) are null.
-    """
-
-    def relative(folder: Path) -> str:
-        return str(folder.relative_to(root)) if folder.is_relative_to(root) else "."
-
-    content = {
-        "title": study.title,
-        "metric": study.metric,
-        "rising": study.rising,
-        "seeds": list(seeds),
-        "rows": [
-            {
-                "label": r.row.label,
-                "column": r.row.column,
-                "trained": r.row.stage is not None,
-                "folders": [relative(folder) for folder in r.folders],
-                "numbers": [
-                    {k: _finite(v) for k, v in f.numbers.items()} for f in r.findings
-                ],
-                "tables": [
-                    {**t._asdict(), "rows": [list(map(_cell, x)) for x in t.rows]}
-                    for t in r.findings[0].tables
-                ],
-                "curves": [
-                    {k: _finite(xy) for k, xy in f.curves.items()} for f in r.findings
-                ],
-            }
-            for r in results
-        ],
-    }
-    # As the file gives it back: lists, and numbers of Python.
-    return json.loads(json.dumps(content, default=lambda x: x.item()))
-
-
-def _cell(value: Any) -> Any:
-    """A table's cell: NumPy scalars as Python's, non-finite numbers as None."""
-    value = value.item() if hasattr(value, "item") else value
-    return _finite(value) if isinstance(value, float) else value
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Sequence) or getattr(value, "ndim", 0):
-        return [_finite(v) for v in value]
-    value = float(value)
-    return value if math.isfinite(value) else None
+    return outcome.load(folder)

@@ -1,10 +1,12 @@
 """Tables of a study for the terminal, and what they show in a sentence."""
 
+import io
 import math
 import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -62,6 +64,14 @@ def comparison(study: Study, results: Results) -> Table:
         style = "bold" if first is results[0] else None
         table.add_row(*map(Text, (label, *texts)), style=style)
     return table
+
+
+def text_of(table: Table) -> str:
+    """A table as it is printed where there is no terminal."""
+    text = io.StringIO()
+    console = Console(file=text, width=160, highlight=False, markup=False, emoji=False)
+    console.print(table)
+    return text.getvalue()
 
 
 def verdict(study: Study, results: Results, expected: float | None) -> list[str]:

@@ -42,7 +42,7 @@ def call(workdir, *fields, **kwargs):
 
 
 def values(summary, label):
-    (row,) = [r for r in summary["rows"] if r["label"] == label]
+    (row,) = [r for r in summary.content["rows"] if r["label"] == label]
     return [numbers["mse"] for numbers in row["numbers"]]
 
 
@@ -83,15 +83,20 @@ def test_equal_stages_run_once_and_seeds_share_a_program(
     # Alone: the same numbers, without the others.
     alone = call(tmp_path / "alone", "method.others=True", alone=True)
     field = call(tmp_path / "field", "method.others=True", "train.alone=True")
-    assert field["rows"] == alone["rows"]
+    assert field.content["rows"] == alone.content["rows"]
     assert values(alone, "this model") == values(summary, "this model")[:1]
-    assert {r["label"] for r in alone["rows"]} == {"this model", "twin", "zero", "mean"}
+    assert {r["label"] for r in alone.content["rows"]} == {
+        "this model",
+        "twin",
+        "zero",
+        "mean",
+    }
 
 
 def test_files_of_a_run(tmp_path, rendered):
     summary = call(tmp_path, "method.others=True", seeds=2)
     stored = json.loads((tmp_path / "comparison.json").read_text())
-    assert {**stored, "seconds": summary["seconds"]} == summary
+    assert stored == summary.content
     assert stored["metric"] == "mse" and stored["seeds"] == [0, 1]
     own, _, slow, *_ = stored["rows"]
     assert own["folders"] == ["seed0", "seed1"]
@@ -155,7 +160,7 @@ def test_a_stopped_study_continues(tmp_path, monkeypatch, cut):
         call(tmp_path / "cut", *fields, seeds=2)
     monkeypatch.setattr(sums, "batch", batch)
     rest = call(tmp_path / "cut", *fields, seeds=2)
-    assert rest["rows"] == whole["rows"]
+    assert rest.content["rows"] == whole.content["rows"]
 
 
 def test_a_folder_of_another_run_is_refused_before_any_training(tmp_path, compiled):
@@ -187,7 +192,7 @@ def test_workdirs_of_older_versions_are_refused(tmp_path):
 def test_a_stage_starts_from_another_ones_checkpoint(tmp_path, compiled):
     fields = ("method.staged=True", "method.half=True", "method.others=True")
     summary = call(tmp_path, *fields, "train.steps=1", "optim.lr=1e-9")
-    (before,) = [r for r in summary["rows"] if r["label"] == "before"]
+    (before,) = [r for r in summary.content["rows"] if r["label"] == "before"]
     first = load_run(str(tmp_path / before["folders"][0]))[-1]
     second = load_run(str(tmp_path))[-1]
     np.testing.assert_allclose(second.params["w"], first.params["w"] / 2, rtol=1e-6)
@@ -363,7 +368,7 @@ def test_a_paper_that_trains_nothing(tmp_path, capsys):
         ["theirs", "1.5000", "1.5000", "1.5000"]
     )
     assert ["a[b]", "3"] in lines
-    assert [r["numbers"] for r in summary["rows"]][0] == [
+    assert [r["numbers"] for r in summary.content["rows"]][0] == [
         {"value": 2.0},
         {"value": 4.0},
     ]
@@ -384,7 +389,7 @@ def test_a_paper_that_trains_nothing(tmp_path, capsys):
 
 
 def test_dry_run_and_refused_calls(tmp_path, capsys):
-    assert call(tmp_path / "x", dry_run=True) == {}
+    assert call(tmp_path / "x", dry_run=True) is None
     assert "nothing written" in capsys.readouterr().out and not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="--seeds must be >= 1"):
         call(tmp_path, seeds=0)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxpapers import cli, mesh, supervise
+from jaxpapers import arguments, cli, mesh, supervise
 
 ROOT = Path(__file__).parent.parent
 OURS = "jaxpapers: ended by "
@@ -123,7 +123,7 @@ def test_refusals_of_ours_are_no_lost_peer(monkeypatch, capsys):
 
 
 def test_ids_of_devices():
-    assert cli._ids(None) is None and cli._ids("0,12") == [0, 12]
+    assert arguments.ids(None) is None and arguments.ids("0,12") == [0, 12]
     for text in ("a,b", "-1", "0,", "0 1"):
         with pytest.raises(ValueError, match="--local-device-ids: expected numbers"):
-            cli._ids(text)
+            arguments.ids(text)

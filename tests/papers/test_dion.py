@@ -247,7 +247,7 @@ def test_learns_the_standard_library(name, tmp_path):
         workdir=str(tmp_path),
         quiet=True,
     )
-    bits = {row["label"]: row["numbers"][0]["bits"] for row in summary["rows"]}
+    bits = {row["label"]: row["numbers"][0]["bits"] for row in summary.content["rows"]}
     assert bits["this model"] < 0.75 * bits["order0"]
 
 

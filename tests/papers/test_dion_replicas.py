@@ -147,7 +147,7 @@ def test_a_run_of_replicas_is_read_without_them(corpus, tmp_path):
         "dion:smoke", [*SMALL, corpus, LOWRANK], workdir=folder, quiet=True,
         mesh="replica:2,data:4",
     )  # fmt: skip
-    bits = summary["rows"][0]["numbers"][0]["bits"]
+    bits = summary.content["rows"][0]["numbers"][0]["bits"]
     assert run.evaluate(folder)["bits"] == pytest.approx(bits, rel=1e-5)
     assert len(run.sample(folder, length=3)) > 0
     assert run.export(folder, str(tmp_path / "p.safetensors")).exists()

@@ -390,4 +390,4 @@ def test_learns_the_parity_of_four_bits(tmp_path):
         ],
         workdir=str(tmp_path / "run"), alone=True, quiet=True,
     )  # fmt: skip
-    assert summary["rows"][0]["numbers"][0]["length_4"] >= 0.98
+    assert summary.content["rows"][0]["numbers"][0]["length_4"] >= 0.98

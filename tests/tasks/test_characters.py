@@ -78,7 +78,7 @@ def test_run_writes_and_draws(tmp_path, figures):
     summary = run.run("dnw", fields, files=(str(CSV),), workdir=str(tmp_path))
     stored = json.loads((tmp_path / "comparison.json").read_text())
     rows = {row["label"]: row["numbers"][0] for row in stored["rows"]}
-    assert stored["rows"] == summary["rows"]
+    assert stored["rows"] == summary.content["rows"]
     assert set(rows) == {*LABELS, "DNW, b per level"}
     text = (tmp_path / "order.csv").read_text(encoding="utf-8")
     check_own(rows["DNW, b = 0.35"], text)

@@ -181,7 +181,7 @@ def test_a_run_beside_its_baselines(amazon, tmp_path):
     """Two seeds of DIN and its baselines, then the evaluation of what was saved."""
     given = fields(amazon, **{"train.alone": False})
     summary = run.run("din:smoke", given, workdir=str(tmp_path), seeds=2, quiet=True)
-    rows = {row["label"]: row for row in summary["rows"]}
+    rows = {row["label"]: row for row in summary.content["rows"]}
     trained = {"this model", "Base, mean pooling", "logistic regression"}
     assert set(rows) == trained | {"popularity", "item mean"}
     values = {k: [n["auc"] for n in row["numbers"]] for k, row in rows.items()}

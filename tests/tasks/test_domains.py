@@ -338,7 +338,7 @@ def test_a_folder_from_a_pretrained_net(tmp_path):
         "nuclear_norm:folder", [f"--config.{f}" for f in fields],
         files=[str(tmp_path / "tree")], workdir=str(tmp_path / "run"), quiet=True,
     )  # fmt: skip
-    numbers = {r["label"]: r["numbers"][0] for r in result["rows"]}
+    numbers = {r["label"]: r["numbers"][0] for r in result.content["rows"]}
     assert numbers["SWAD-NU"]["swad_end"] >= 0
     assert 0 <= numbers["ERM-NU"]["accuracy"] <= 1
     shapes = jax.eval_shape(

@@ -245,7 +245,7 @@ def test_a_run_trains_both_stages(tmp_path):
     }  # fmt: skip
     overrides = [f"--config.{k}={v}" for k, v in fields.items()]
     summary = run.run("sft_pg:smoke", overrides, workdir=str(tmp_path), quiet=True)
-    rows = {row["label"]: row for row in summary["rows"]}
+    rows = {row["label"]: row for row in summary.content["rows"]}
     (folder,) = rows["before tuning"]["folders"]
     assert rows["this model"]["folders"] == ["."]
     values = [rows[k]["numbers"][0]["w2"] for k in ("this model", "before tuning")]

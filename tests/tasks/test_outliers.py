@@ -285,7 +285,7 @@ def test_letters_among_clothes(tmp_path):
         pytest.skip(str(e))
     found = {
         row["label"]: {k: [n[k] for n in row["numbers"]] for k in row["numbers"][0]}
-        for row in summary["rows"]
+        for row in summary.content["rows"]
     }
     own, random = found["this model"], found["random outliers"]
     assert np.mean(own["fpr95"]) <= min(0.10, 0.65 * np.mean(random["fpr95"]))

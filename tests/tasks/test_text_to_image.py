@@ -198,11 +198,11 @@ def test_a_run_pretrains_tunes_and_continues(folder, tmp_path):
         )  # fmt: skip
 
     def numbers(summary):
-        return {row["label"]: row["numbers"][0] for row in summary["rows"]}
+        return {row["label"]: row["numbers"][0] for row in summary.content["rows"]}
 
     whole, first, second = (tmp_path / x for x in ("whole", "first", "second"))
     summary = call(whole)
-    (before,) = [r for r in summary["rows"] if r["label"] == "before tuning"]
+    (before,) = [r for r in summary.content["rows"] if r["label"] == "before tuning"]
     (stage,) = before["folders"]
     assert (whole / stage / "checkpoints" / "3").is_dir()
     assert (whole / "checkpoints" / "2").is_dir()
