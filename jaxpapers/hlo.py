@@ -19,14 +19,9 @@ from jaxpapers.replica_groups import groups_of_axes, numbers, replica_groups
 from jaxpapers.scopes import ONCE, trips_of
 
 KINDS = (
-    "all-reduce",
-    "all-gather",
-    "reduce-scatter",
-    "all-to-all",
-    "ragged-all-to-all",
-    "collective-broadcast",
-    "collective-permute",
-)
+    "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all",
+    "collective-broadcast", "collective-permute",
+)  # fmt: skip
 _BYTES = {"pred": 1.0, "token": 0.0}
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*)?\{$")
 _TYPE = re.compile(r"\b([a-z]+[0-9]*[a-z0-9]*)\[([\d,]*)\]")
@@ -65,7 +60,8 @@ class Collective(NamedTuple):
       axes: mesh axes it runs over; None if its groups are not those of axes.
       group: number of devices in a group.
       result_bytes: of the results on a device.
-      wire_bytes: that a device sends in a ring, per execution.
+      wire_bytes: that a device sends in a ring, per execution; of a ragged exchange the
+        mean over devices if the smaller of its buffers is full.
       elements: of the largest result.
       matrix: elements of the last two axes of the largest result.
       count: number of executions.
@@ -122,6 +118,8 @@ def collectives(text: str, mesh: Any = None) -> list[Collective]:
             )
             if item is None or item.group == 1:
                 continue
+            if item.kind == "ragged-all-to-all":
+                item = _ragged(item, line, bodies[name])
             # On TPUs one collective can be a chain of fusions, each of which has it.
             chain = _CHAIN.search(line)
             if chain and chain.groups() in chains:
@@ -277,6 +275,17 @@ def _parse(
             line, "reduce-scatter", names.get(groups), group, shapes, count, whole=True
         )
     return _collective(line, kind, names.get(groups), group, shapes, count)
+
+
+def _ragged(item: Collective, line: str, body: list[str]) -> Collective:
+    """Both buffers have room for the most that may come: the smaller one is sent."""
+    read = re.search(rf" {item.kind}\(%?([\w.\-]+),", line)
+    made = [x for x in body if read and read[1] in _DEFINED.findall(x)]
+    if not made:
+        raise ValueError(f"cannot find the operand of: {line.strip()[:300]}")
+    dtype, dims = _TYPE.findall(made[0])[0]
+    size = min(_size_of(dtype) * math.prod(numbers(dims)), item.result_bytes)
+    return item._replace(wire_bytes=ring_bytes(item.kind, size, item.group))
 
 
 def _between_slices(

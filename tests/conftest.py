@@ -1,7 +1,9 @@
 """Eight fake devices, strict ranks, a compile cache on disk: before any device use."""
 
 import gc
+import importlib.util
 import os
+import platform
 import zlib
 from importlib.metadata import version
 from pathlib import Path
@@ -185,6 +187,15 @@ def call(capsys: pytest.CaptureFixture) -> Any:
         return code, captured.out, captured.err
 
     return call
+
+
+@pytest.fixture
+def libtpu():
+    """Only where libtpu cannot be installed is nothing compiled for a TPU."""
+    if importlib.util.find_spec("libtpu") is None:
+        linux = platform.system() == "Linux" and platform.machine() == "x86_64"
+        assert not linux, "the test extra installs libtpu on Linux x86-64"
+        pytest.skip(f"no libtpu for {platform.system()} {platform.machine()}")
 
 
 @pytest.fixture

@@ -61,6 +61,9 @@ ENTRY %main.1 (x: f32[16,8]) -> f32[4,8] {
   %ag = bf16[4,8]{1,0} all-gather-done(%ag-start)
   %pair = (f32[3]{0}, s32[2,2]{1,0}) all-reduce(%u, %w), replica_groups=[2,4]<=[4,2]T(1,0)
   %perm = f32[10]{0} collective-permute(%z), source_target_pairs={{0,1},{2,3},{4,5},{6,7}}
+  %few = f32[4,2]{1,0} copy(%y)
+  %ragged = f32[16,2]{1,0} ragged-all-to-all(%few, %u, %i, %s, %o, %r), PAIRS
+  %fewer = f32[2,2]{1,0} ragged-all-to-all(%few, %u, %i, %s, %o, %r), PAIRS
   %alone = f32[10]{0} all-reduce(%z), replica_groups={{0},{1}}
   %loop = (s32[], f32[4]{0}) while(%t), body=%body, x={"known_trip_count":{"n":"12"}}
   %tpu = (s32[], f32[4]{0}) while(%t), condition=%cond, body=%sends
@@ -84,7 +87,9 @@ def test_forms_of_the_text():
     # Unless the program says what is usual, of this loop and of none inside.
     assert found["all-reduce", 2].elements == 5
     assert found["collective-broadcast", 1].elements == 6
-    assert len(found) == 9  # Not the reduction of each device with itself.
+    ragged = [c for c in hlo.collectives(TEXT, mesh) if "ragged" in c.kind]
+    assert [c.wire_bytes for c in ragged] == [16, 8]  # Of the smaller buffer.
+    assert len(found) == 10  # Not the reduction of each device with itself.
     gather = found["all-gather", 1]
     assert (gather.axes, gather.group, gather.result_bytes) == (("model",), 2, 64)
     assert gather.wire_bytes == 32
@@ -130,6 +135,11 @@ def test_unknown_replica_groups_are_not_passed_over():
     text = TEXT.replace("replica_groups=[4,2]<=[8]", "replica_groups=new[4,2]")
     with pytest.raises(ValueError, match="cannot read the replica groups of: %a"):
         hlo.collectives(text)
+
+
+def test_a_ragged_exchange_of_unknown_size_is_not_passed_over():
+    with pytest.raises(ValueError, match="cannot find the operand of: %ragged"):
+        hlo.collectives(TEXT.replace("%few = ", "%else = "))
 
 
 def test_what_is_no_program_is_refused():

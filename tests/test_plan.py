@@ -1,8 +1,6 @@
 """Plans: closed forms against the compiler, and the TPU compiler without a TPU."""
 
-import importlib.util
 import json
-import platform
 import subprocess
 import sys
 
@@ -101,15 +99,6 @@ def test_product_flops_of_loops_gradients_and_shards():
     tx, g = optim.scale_by_dion(1 / 4), {"w": ones(64, 256)}
     pieces = optim.plan_dion((64, 256), P(), {}, 1 / 4).flops + 2 * (8 - 4 / 3) * 16**3
     assert flops(tx.update, g, jax.eval_shape(tx.init, g)) == pytest.approx(pieces)
-
-
-@pytest.fixture
-def libtpu():
-    """Only where libtpu cannot be installed is nothing compiled for a TPU."""
-    if importlib.util.find_spec("libtpu") is None:
-        linux = platform.system() == "Linux" and platform.machine() == "x86_64"
-        assert not linux, "the test extra installs libtpu on Linux x86-64"
-        pytest.skip(f"no libtpu for {platform.system()} {platform.machine()}")
 
 
 def optimizer_rows(found):

@@ -6,9 +6,9 @@ last, (l, s), and the k = ceil(alpha s) columns of largest L1 norm, S (s, k) sel
 $$ U = \mathrm{polar}(B S), \quad M \leftarrow B - (1 - \mu) B S S^\top, \quad
    \mathrm{update}\ U S^\top $$
 
-Only the selected columns of the momentum decay. The product B S is summed over the
-devices that split s, as Dion's P is; then l is the only side that is split, and
-``newton_schulz`` needs no exchange but that of a (k, k) Gram matrix.
+Only the selected columns of the momentum decay. Where devices split s, the selected
+columns alone are sent, each to the device that computes the polar factor of its matrix,
+or a part of its rows, and back (``columns``).
 
 Departs from the reference code in the side that is selected from: always the shorter one,
 by norms over the whole matrix, so that a run does not depend on its mesh (the reference
@@ -23,8 +23,8 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from jaxpapers.ops.linalg import HIGHEST
 from jaxpapers.optim.collectives import axis_size, psum
+from jaxpapers.optim.columns import gather_columns
 from jaxpapers.optim.composite import with_scalars
 from jaxpapers.optim.matrices import momentum_method
 from jaxpapers.optim.newton_schulz import COEFFICIENTS, newton_schulz
@@ -181,38 +181,36 @@ def _dion2_blocks(options, axes, layouts, specs, grads, momenta):
     dtype = jnp.promote_types(momenta[0].dtype, jnp.float32)
     b = jnp.concatenate(
         [
-            layout.to_matrices(saturated_sum(m.astype(dtype), g.astype(dtype)))
+            layout.to_matrices(saturated_sum(m.astype(dtype), g.astype(dtype)), "sl")
             for layout, m, g in zip(layouts, momenta, grads)
         ]
     )
-    chosen = _select(b, options.fraction, axes)
-    part = psum(jnp.einsum("nls,nsk->nlk", b, chosen, precision=HIGHEST), axes.q)
-    polar = newton_schulz(part, options.coefficients, axes=MeshAxes(p=axes.p))
-    direction = jnp.einsum("nlk,nsk->nls", polar, chosen, precision=HIGHEST)
-    used = chosen.sum(-1)[:, None, :] > 0
-    momentum = jnp.where(used, options.mu * b, b)
+    columns = gather_columns(b, _largest(b, options.fraction, axes), axes)
+    polar = newton_schulz(
+        jnp.swapaxes(columns.values, 1, 2),
+        options.coefficients,
+        axes=MeshAxes(p=columns.summed),
+    )
+    direction = columns.back(jnp.swapaxes(polar, 1, 2))
+    momentum = jnp.where(columns.chosen, options.mu * b, b)
     counts = [layout.to_matrices(g).shape[0] for layout, g in zip(layouts, grads)]
     ends = [sum(counts[:i]) for i in range(1, len(counts))]
     return tuple(
         [
-            layout.from_matrices(y, g.shape)
+            layout.from_matrices(y, g.shape, "sl")
             for layout, y, g in zip(layouts, jnp.split(x, ends), grads)
         ]
         for x in (direction, momentum)
     )
 
 
-def _select(b: jax.Array, fraction: float, axes: MeshAxes) -> jax.Array:
-    """One-hot columns (n, s, k) of the k largest column norms of b (n, l, s)."""
+def _largest(b: jax.Array, fraction: float, axes: MeshAxes) -> jax.Array:
+    """The k columns of b (n, s, l) of largest L1 norm over all devices, in order."""
     # Sums of entries near float32's largest number must not all become infinite.
-    count = b.shape[-2] * axis_size(axes.p)
+    count = b.shape[-1] * axis_size(axes.p)
     small = 2.0 ** -math.ceil(math.log2(count))
-    norms = psum((small * jnp.abs(b)).sum(-2), axes.p)
-    start = 0
+    norms = psum((small * jnp.abs(b)).sum(-1), axes.p)
     if axes.q:
-        start = lax.axis_index(axes.q) * norms.shape[-1]
         norms = lax.all_gather(norms, axes.q, axis=1, tiled=True)
-    k = math.ceil(fraction * norms.shape[-1])
-    index = lax.top_k(norms, k)[1]
-    rows = start + jnp.arange(b.shape[-1])
-    return (index[:, None, :] == rows[None, :, None]).astype(b.dtype)
+    index = lax.top_k(norms, math.ceil(fraction * norms.shape[-1]))[1]
+    return jnp.sort(index, axis=-1)

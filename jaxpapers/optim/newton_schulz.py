@@ -104,7 +104,9 @@ def newton_schulz(
     return own_columns(jnp.einsum("nls,nst->nlt", rows, w, precision=precision))
 
 
-def choose_exchange(n: int, l: int, s: int, devices: int) -> str:
+def choose_exchange(
+    n: int, l: int, s: int, devices: int, *, gather: bool = True
+) -> str:
     """How devices that split the shorter side get whole rows with the fewest bytes.
 
     ============ ================================= ==============================
@@ -120,6 +122,7 @@ def choose_exchange(n: int, l: int, s: int, devices: int) -> str:
       l: rows of the devices that share them.
       s: columns over all devices.
       devices: f, that split s.
+      gather: whether the choice may be ``all``.
 
     Example:
       >>> choose_exchange(56, 1024, 1024, 64), choose_exchange(1, 4096, 1024, 64)
@@ -127,7 +130,9 @@ def choose_exchange(n: int, l: int, s: int, devices: int) -> str:
     """
     if devices == 1:
         return "all"
-    sent = {"all": n * l * s, "matrices": 2 * math.ceil(n / devices) * l * s}
+    sent = {"matrices": 2 * math.ceil(n / devices) * l * s}
+    if gather:
+        sent["all"] = n * l * s
     if l % devices == 0:
         sent["rows"] = 2 * n * l * s // devices + n * s * s
     return min(sent, key=lambda choice: sent[choice])
