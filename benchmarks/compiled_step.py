@@ -1,5 +1,6 @@
 """One optimizer step on sharded matrices, compiled for chips that are not here."""
 
+import importlib.util
 import math
 import time
 from collections.abc import Sequence
@@ -91,7 +92,10 @@ def compile_step(
 
 def versions() -> dict[str, str]:
     """Of what compiles."""
-    return {p: version(p) for p in ("jax", "jaxlib", "libtpu", "optax")}
+    packages = ["jax", "jaxlib", "optax"]
+    if importlib.util.find_spec("libtpu"):  # On Linux x86-64.
+        packages.append("libtpu")
+    return {p: version(p) for p in packages}
 
 
 def _state(tx, params, where):
