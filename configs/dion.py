@@ -63,7 +63,7 @@ def get_config(preset: str | None = None) -> ConfigDict:
                 "normalize_rows": True,  # of dion: equal steps for all outputs
                 "momentum_dtype": "",  # "": float32, as the parameters
                 "q_dtype": "",
-                "communication_dtype": "",  # of P between devices; "": float32
+                "communication_dtype": "",  # of P, and what replicas average; "": float32
                 "precision": "",  # of large products on TPUs: default, high, highest
                 "scalar": "adamw",
                 "b1": 0.9,

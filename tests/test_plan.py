@@ -203,6 +203,48 @@ def test_a_sum_over_slices_is_found_in_a_tpus_program(libtpu):
 
 
 @pytest.mark.matrix
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(None, marks=pytest.mark.matrix), jnp.bfloat16]
+)
+def test_slices_exchange_the_closed_form_and_no_gradient(libtpu, dtype):
+    devices = plan.topology_devices("v5e:2x2", 2)
+    grid = meshes.make_mesh({"slice": 2, "data": 2, "model": 2}, devices)
+    shape, spec = (1024, 2048), P("data", "model")
+    where = NamedSharding(grid, spec)
+    options = {"communication_dtype": dtype, "replicate_axis": "slice"}
+    tx = optim.scale_by_dion(1 / 4, sharding=where, **options)
+
+    def local(grads, state):
+        return tx.update(jax.tree.map(lambda g: g[0], grads), state)
+
+    with jax.set_mesh(grid):
+        params = {"w": jax.ShapeDtypeStruct(shape, jnp.float32, sharding=where)}
+        state = jax.eval_shape(tx.init, params)
+        placed = optim.dion_state_sharding(
+            state, params, {"w": where}, replicate_axis="slice"
+        )
+        specs = optim.replica_specs(state, params, "slice")
+        state = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            state,
+            placed,
+        )
+        each = NamedSharding(grid, P("slice", *spec))
+        grads = {"w": jax.ShapeDtypeStruct((2, *shape), jnp.float32, sharding=each)}
+        update = jax.shard_map(
+            local, in_specs=(P("slice"), specs), out_specs=(P(), specs),
+            axis_names={"slice"},
+        )  # fmt: skip
+        text = jax.jit(update).lower(grads, state).compile().as_text()
+    slow = [c for c in hlo.collectives(text, grid) if c.between_slices]
+    expected = plan_dion(shape, spec, grid, 1 / 4, slices="slice", **options)
+    key = ("all-reduce", ("slice",))
+    assert hlo.wire_bytes(slow) == {key: expected.bytes_per_step[key]}
+    # A chip's share of the gradient would be this large.
+    assert max(c.elements for c in slow) < 1024 * 2048 / 4
+
+
+@pytest.mark.matrix
 def test_plan_of_two_slices(libtpu):
     found = run.plan(
         "dion:smoke", SMALL, topology="v5e:2x2", slices=2, mesh="slice:2,data:4"

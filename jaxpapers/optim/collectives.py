@@ -20,6 +20,37 @@ def psum(x, axis_name: AxisNames):
     return lax.psum(x, axis_name) if axis_name else x
 
 
+def mean(x, summed: Sequence[str], averaged: Sequence[str], dtype=None):
+    """One reduction for a sum over some mesh axes and a mean over others.
+
+    Args:
+      x: a summand.
+      summed: axes of the sum.
+      averaged: axes of the mean.
+      dtype: of what is sent; None: that of x.
+    """
+    axes = (*summed, *averaged)
+
+    def wide(x):
+        return psum(x.astype(jnp.float32), axes).astype(x.dtype)
+
+    sent = x.astype(dtype or x.dtype)
+    if sent.dtype.itemsize < 4 and axes:
+        # XLA's CPU compiler sums 16-bit numbers as float32, and aborts as it makes them
+        # that where some mesh axes are not manual.
+        total = lax.platform_dependent(sent, cpu=wide, default=lambda x: psum(x, axes))
+    else:
+        total = psum(sent, axes)
+    return total.astype(x.dtype) / axis_size(averaged)
+
+
+def replica_dtype(communication_dtype):
+    """In which replicas send R and gradients, whose scale is any; None: in their own."""
+    if communication_dtype and jnp.finfo(communication_dtype).max > 1e30:
+        return communication_dtype
+    return None
+
+
 def pmax(x, axis_name: AxisNames):
     """Maximum over mesh axes."""
     return lax.pmax(x, axis_name) if axis_name else x

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import lax
 
 from jaxpapers.optim import routing
+from jaxpapers.optim.collectives import mean, replica_dtype
 from jaxpapers.optim.layout import make_layout
 from jaxpapers.optim.options import check_choice, check_flag, check_leaf, check_range
 from jaxpapers.optim.paths import aligned, dimension_numbers, named_leaves
@@ -33,6 +33,7 @@ def with_scalars(
     momentum_dtype: Any = None,
     labels: Any = None,
     replicate_axis: str | None = None,
+    communication_dtype: Any = None,
 ) -> optax.GradientTransformation:
     """Routes matrices to a direction transformation and the rest to AdamW or Lion.
 
@@ -58,6 +59,7 @@ def with_scalars(
         ``embedding`` | ``head``, or a function of the parameters that returns one.
       replicate_axis: manual mesh axis over which gradients of the other leaves are
         averaged.
+      communication_dtype: in which they are sent there, but float16.
 
     Raises:
       ValueError: bad hyper-parameters.
@@ -95,7 +97,7 @@ def with_scalars(
                 scalar_b1, scalar_b2, scalar_eps, mu_dtype=momentum_dtype
             )
         if replicate_axis is not None:
-            rule = _averaged(rule, replicate_axis)
+            rule = _averaged(rule, replicate_axis, replica_dtype(communication_dtype))
         return _with_steady_dtypes(rule)
 
     scalar_rate = optax.scale_by_learning_rate(scalar_learning_rate)
@@ -134,13 +136,13 @@ def _is_bool(x: Any) -> bool:
 
 
 def _averaged(
-    rule: optax.GradientTransformation, axis: str
+    rule: optax.GradientTransformation, axis: str, dtype: Any
 ) -> optax.GradientTransformation:
     """``rule``, with its state, on the mean of the gradients over a manual mesh axis."""
 
     def update(updates, state, params=None):
-        mean = jax.tree.map(lambda g: lax.pmean(g, axis), updates)
-        return rule.update(mean, state, params)
+        means = jax.tree.map(lambda g: mean(g, (), (axis,), dtype), updates)
+        return rule.update(means, state, params)
 
     return optax.GradientTransformation(rule.init, update)
 

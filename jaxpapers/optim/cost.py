@@ -40,7 +40,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
-from jaxpapers.optim.collectives import share_axes
+from jaxpapers.optim.collectives import replica_dtype, share_axes
 from jaxpapers.optim.dion_leaves import check_beyond_paper
 from jaxpapers.optim.layout import DimensionNumbers, axis_names, make_layout
 from jaxpapers.optim.options import (
@@ -118,6 +118,7 @@ def plan_dion(
     momentum_dtype: Any = None,
     q_dtype: Any = None,
     count: int = 1,
+    slices: str | None = None,
 ) -> DionPlan:
     """Cost of a leaf's step under ``scale_by_dion`` with the same arguments.
 
@@ -142,6 +143,8 @@ def plan_dion(
       momentum_dtype: default ``dtype``.
       q_dtype: default that of M.
       count: leaves of this shape and sharding, which share their collectives.
+      slices: mesh axis between TPU slices; its bytes then have a key of their own, as
+        sums over it and other axes are scattered inside a slice before they cross.
 
     Example:
       >>> from jax.sharding import PartitionSpec as P
@@ -187,13 +190,15 @@ def plan_dion(
     dtype, m_dtype = jnp.dtype(dtype), jnp.dtype(momentum_dtype or dtype)
     compute = jnp.promote_types(m_dtype, jnp.float32)
     e = compute.itemsize
-    sent, further, rescue = (_Sent(list(sizes), sizes) for _ in range(3))
+    wide = jnp.dtype(replica_dtype(communication_dtype) or compute).itemsize
+    sent, further, rescue = (_Sent(list(sizes), sizes, slices) for _ in range(3))
     if replicas and not compressed:
-        sent.add("all-reduce", replicas, n * (l // t) * (s // f), dtype.itemsize)
+        item = jnp.dtype(replica_dtype(communication_dtype) or dtype).itemsize
+        sent.add("all-reduce", replicas, n * (l // t) * (s // f), item)
 
     split = choose_split(n, l, l // t, f, orthogonalize, split_p)
     wire = jnp.dtype(communication_dtype or compute).itemsize
-    once = _Sent(list(sizes), sizes)
+    once = _Sent(list(sizes), sizes, slices)
     p_size = n * (l // t) * r
     basis_axes, n_basis, l_basis = p_axis, n, l // t
     if split == "whole":
@@ -211,7 +216,7 @@ def plan_dion(
     if orthogonalize == "scqr":
         _gram_pass(further, basis_axes, n_basis, r, e, numbers=1, times=power_iters)
         _rescue(rescue, basis_axes, n_basis, r, e, times=power_iters)
-    once.add("all-reduce", p_axis + averaged, n * (s // f) * r, e)
+    once.add("all-reduce", p_axis + averaged, n * (s // f) * r, wide if averaged else e)
     sent.add_all(once, power_iters)
     # Between repeats R is scaled by its maximum.
     sent.add("all-reduce", q_axis, (power_iters - 1) * n, e)
@@ -245,14 +250,20 @@ def plan_dion(
 class _Sent:
     """Adds up the bytes of collectives."""
 
-    def __init__(self, order: list[str], sizes: dict[str, int]):
-        self._order, self.sizes = order, sizes
+    def __init__(self, order: list[str], sizes: dict[str, int], slices: str | None):
+        self._order, self.sizes, self._slices = order, sizes, slices
         self.bytes: dict[tuple[str, Axes], float] = {}
         self.largest = 0
 
     def add(self, kind: str, axes: Axes, elements: int, itemsize: int) -> None:
         """A collective whose larger side (result, scatter's operand) has ``elements``."""
         axes = tuple(a for a in self._order if a in axes and self.sizes[a] > 1)
+        inside = tuple(a for a in axes if a != self._slices)
+        if kind == "all-reduce" and inside != axes and inside:
+            # Scattered and gathered there: as much as their sum.
+            self.add(kind, inside, elements, itemsize)
+            elements = -(-elements // math.prod(self.sizes[a] for a in inside))
+            axes = tuple(a for a in axes if a == self._slices)
         group = math.prod(self.sizes[a] for a in axes)
         if group == 1:
             return

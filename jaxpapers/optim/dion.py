@@ -23,10 +23,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxpapers.optim.collectives import mean, replica_dtype
 from jaxpapers.optim.composite import with_scalars
 from jaxpapers.optim.dion_leaves import (
     DionState,
@@ -40,11 +40,7 @@ from jaxpapers.optim.dion_leaves import (
     with_replicas,
 )
 from jaxpapers.optim.matrices import check_shapes, step_leaves
-from jaxpapers.optim.options import (
-    check_dtype,
-    check_paths,
-    leaf_dtype,
-)
+from jaxpapers.optim.options import check_dtype, check_paths, leaf_dtype
 from jaxpapers.optim.paths import named_leaves, with_leaves
 from jaxpapers.optim.placement import Placement, constrain
 from jaxpapers.optim.power_iteration import StepOptions
@@ -130,7 +126,7 @@ def scale_by_dion(
         ``replicas`` for the state's form.
       p_side: side of P, per leaf: ``longer``, ``output`` or ``input``.
       split_p: see ``power_iterate``.
-      communication_dtype: see ``power_iterate``.
+      communication_dtype: see ``power_iterate``; of gradients that replicas average too.
       precision: of the products with matrices of the leaf's size: ``default``, ``high``
         or ``highest``, on a TPU one, three or six bfloat16 passes. None: ``high`` for
         float32 state, ``default`` for 16-bit state. Gram matrices and triangular factors
@@ -208,8 +204,9 @@ def scale_by_dion(
         layouts = layouts_of(named, qs)
         if replicate_axis:
             check_axis(replicate_axis)
+            wide = replica_dtype(communication_dtype)
             grads = [
-                g if layout.compresses else lax.pmean(g, replicate_axis)
+                g if layout.compresses else mean(g, (), (replicate_axis,), wide)
                 for layout, g in zip(layouts, grads)
             ]
         axes = (replicate_axis,) if replicate_axis else ()
@@ -392,4 +389,5 @@ def dion(
         momentum_dtype=momentum_dtype,
         labels=labels,
         replicate_axis=replicate_axis,
+        communication_dtype=communication_dtype,
     )

@@ -40,7 +40,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxpapers.ops.linalg import stack_product
-from jaxpapers.optim.collectives import axis_size, pmax, psum
+from jaxpapers.optim.collectives import axis_size, mean, pmax, psum, replica_dtype
 from jaxpapers.optim.options import product_precision
 from jaxpapers.optim.orthonormalize import _orthonormalize
 from jaxpapers.optim.residual import with_residual
@@ -120,9 +120,9 @@ def power_iterate(
       rows: global index of each local row of P, when l is split.
       split_p: ``auto`` shares the orthonormalisation among the devices that split s, by
         matrices or by rows (``choose_split``); ``whole`` does all of it on each.
-      communication_dtype: of P on its way between the devices that split s; default
-        that of the computation. The P that is used is the rounded one, so nothing is
-        lost from the momentum.
+      communication_dtype: of P on its way between the devices that split s, and between
+        replicas of R too, unless it is float16; default that of the computation. The P
+        and R that are used are the rounded ones, so nothing is lost from the momentum.
       order: ``ls``, or ``sl`` where ``b`` is stored as (..., s, l): products read it as
         it lies, for a transposed copy costs as much as a product does at a low rank. A
         list if ``b`` is one.
@@ -159,7 +159,8 @@ def _power_iterate(
     """
     order = jax.tree.map(lambda _: order, b) if isinstance(order, str) else order
     # P as it is sent must not leave the range of float16 at its lower end.
-    narrow = communication_dtype and jnp.finfo(communication_dtype).max < 1e30
+    wide = replica_dtype(communication_dtype)
+    narrow = communication_dtype and not wide
 
     def product(b, q, small, o):
         q = q / small if narrow else q
@@ -167,7 +168,7 @@ def _power_iterate(
 
     def right_factor(b, p, q, zero, small, o):
         r = stack_product(f"{o},lr->sr", b, p, precision)
-        r = _mean(r, axes.p, axes.replica)
+        r = mean(r, axes.p, axes.replica, axes.replica and wide)
         return jnp.where(zero, small * q, r)
 
     def once(q):
@@ -355,12 +356,12 @@ def _basis(parts, method, axes: MeshAxes, rows, split_p, communication_dtype):
         how = choose_split(p.shape[0], l, l_local, devices, method, split_p)
     p = p.astype(wire) if axes.q or axes.replica else p
     if how == "whole":
-        p = _mean(p, axes.q, axes.replica).astype(dtype)
+        p = mean(p, axes.q, axes.replica).astype(dtype)
         basis, zero = _orthonormalize(p, method, axes.p, rows)
     else:
         axis = 0 if how == "matrices" else 1
         p = lax.psum_scatter(p, axes.q, scatter_dimension=axis, tiled=True)
-        p = _mean(p, (), axes.replica).astype(dtype)
+        p = mean(p, (), axes.replica).astype(dtype)
         names = axes.p
         if how == "rows":
             names = axes.p + axes.q
@@ -376,11 +377,6 @@ def _basis(parts, method, axes: MeshAxes, rows, split_p, communication_dtype):
         return [basis], [zero]
     ends = [sum(x.shape[0] for x in parts[:i]) for i in range(1, len(parts))]
     return jnp.split(basis, ends), jnp.split(zero, ends)
-
-
-def _mean(x, summed: tuple[str, ...], averaged: tuple[str, ...]):
-    """One reduction for a sum over some mesh axes and a mean over others."""
-    return psum(x, summed + averaged) / axis_size(averaged)
 
 
 def _column_norms(r, q_names):

@@ -202,6 +202,24 @@ def test_example_of_the_digest():
     assert plan_dion((64, 16), P(), {}).transposed
 
 
+def test_bytes_between_slices():
+    """Inside a slice as without replicas; between them each device's share of P and R."""
+    shape, spec, mesh = (1024, 2048), P(D, M), {R: 4, D: 4, M: 2}
+    for options, size in (({}, 4), ({"communication_dtype": jnp.bfloat16}, 2)):
+        plain = plan_dion(shape, spec, mesh, 1 / 16, **options)
+        low = plan_dion(
+            shape, spec, mesh, 1 / 16, replicate_axis=R, slices=R, **options
+        )
+        between = low.bytes_per_step.pop(("all-reduce", (R,)))
+        assert between == 2 * 3 / 4 * (1024 + 2048) * 64 / 8 * size
+        # Of replicas R, too, is rounded before it is summed.
+        r = plain.bytes_per_step["all-reduce", (M,)] * size / 4
+        expected = {**plain.bytes_per_step, ("all-reduce", (M,)): r}
+        assert low.bytes_per_step == expected
+    full = plan_dion(shape, spec, mesh, 1.0, replicate_axis=R, slices=R)
+    assert full.bytes_per_step["all-reduce", (R,)] == 1.5 * 256 * 1024 * 4
+
+
 def test_bytes_of_replicas():
     shape, spec, mesh = (1024, 1024), P(D, M), {R: 4, D: 2, M: 2}
     plain = plan_dion(shape, spec, mesh, 1 / 16)

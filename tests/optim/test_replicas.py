@@ -343,6 +343,37 @@ def test_composite_averages_the_other_leaves():
     jax.tree.map(close, got, want)
 
 
+def test_what_is_rounded_on_its_way_stays_in_the_momentum():
+    """P and R in bfloat16: at rank 1 the momentum loses the very direction taken."""
+    mesh, shape = mesh_of((2, 1, 1), "Auto"), (16, 48)
+    grads = np.random.default_rng(0).normal(size=(2, *shape)).astype(np.float32)
+
+    def step(**options):
+        tx = scale_by_dion(1 / 16, scale=None, replicate_axis=R, **options)
+        state = tx.init({"w": np.zeros(shape, np.float32)})
+        specs = replica_specs(state, {"w": grads[0]}, R)
+        local = jax.shard_map(
+            lambda g, s: tx.update({"w": g[0]}, s),
+            in_specs=(P(R), specs), out_specs=(P(), specs), axis_names={R},
+        )  # fmt: skip
+        taken, new = local(grads, state)
+        return taken["w"], new.momentum["w"]
+
+    def both():
+        return step(), step(communication_dtype="bfloat16")
+
+    with jax.set_mesh(mesh):
+        exact, rounded = together(both)
+
+    def turned(x, y):
+        """Length of the difference of two directions."""
+        return np.linalg.norm(x / np.linalg.norm(x) - y / np.linalg.norm(y))
+
+    for taken, momenta in (exact, rounded):
+        assert turned(grads.mean(0) - momenta.mean(0), taken) < 1e-5
+    assert 1e-4 < turned(exact[0], rounded[0]) < 1e-2
+
+
 def test_errors():
     mesh = mesh_of((2, 1, 1), "Auto")
     params = {"w": np.ones((16, 32), np.float32)}

@@ -106,6 +106,16 @@ def test_same_loss_curve_as_averaged_gradients(corpus, plain, mesh, extra):
 
 
 @pytest.mark.matrix
+def test_slices_that_exchange_bfloat16(corpus, plain):
+    """P, R and all other gradients, rounded to 8 bits on their way."""
+    _, losses = fit(
+        corpus, "slice:2,data:2,model:2", LOWRANK, "--config.train.replica_axis=slice",
+        "--config.optim.communication_dtype=bfloat16",
+    )  # fmt: skip
+    np.testing.assert_allclose(losses, plain[1], rtol=2.0**-8)
+
+
+@pytest.mark.matrix
 @pytest.mark.programs(80)  # Five runs of the trainer.
 def test_resumes_bitwise_and_on_other_replicas_and_ranks(corpus, tmp_path):
     mesh = "replica:2,data:2,model:2"
