@@ -18,7 +18,7 @@ ON_JAX := tests/test_contract.py tests/test_train.py tests/test_checkpoint.py \
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-all test-ci test-slow test-other lint format bench clean
+.PHONY: help run test test-all test-ci test-slow test-other lint format bench docs release-check clean
 
 help:
 	@echo "make run        train the language model with Dion on this Python's sources"
@@ -27,6 +27,8 @@ help:
 	@echo "make test-slow  run the learning tests (minutes)"
 	@echo "make test-other run what depends on JAX on another supported Python, if there is one"
 	@echo "make lint       ruff format --check, ruff check, pyrefly"
+	@echo "make docs       build the site into build/site, strictly"
+	@echo "make release-check build wheel and sdist and try the wheel in an empty environment"
 	@echo "make bench      measure again what fits two hours (installs PyTorch); benchmarks/ has more"
 
 # Reinstalls only when the dependencies change, so a second run works offline.
@@ -73,6 +75,15 @@ bench: $(READY)
 	$(BIN)/python benchmarks/ctr_step.py
 	$(BIN)/python benchmarks/diffusion_rollout.py
 	$(BIN)/python benchmarks/click_models.py
+
+docs: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo "wrote build/site/index.html"
+
+release-check: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'build>=1.2' 'twine>=6'
+	.ci/release-check $(BIN)/python
 
 clean:
 	rm -rf .venv .venv-* .pytest_cache .ruff_cache .jax_cache

@@ -4,6 +4,8 @@ import re
 import tomllib
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 LINK = re.compile(r"\]\(([^)]+)\)")
@@ -26,3 +28,40 @@ def test_metadata_of_the_package():
     project = PROJECT["project"]
     assert project["authors"] and {"Repository", "Changelog"} <= set(project["urls"])
     assert {"version", "readme"} <= set(project["dynamic"])
+
+
+def test_one_version():
+    import jaxpapers
+
+    source = (ROOT / "jaxpapers" / "__init__.py").read_text()
+    assert f'__version__ = "{jaxpapers.__version__}"' in source
+    assert PROJECT["tool"]["hatch"]["version"]["path"] == "jaxpapers/__init__.py"
+    for name in ("pyproject.toml", "CITATION.cff"):
+        assert not re.search(r"^version\s*[:=]", (ROOT / name).read_text(), re.M)
+
+
+@pytest.mark.parametrize("name", ["CONTRIBUTING.md", "SECURITY.md"])
+def test_what_the_guides_name_is_there(name):
+    text = (ROOT / name).read_text()
+    for link in LINK.findall(text):
+        assert (ROOT / link).exists(), link
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)
+    for target in re.findall(r"`make ([a-z-]+)", text):
+        assert target in targets, target
+    for path in re.findall(r"`([\w/]+\.py)`", text):
+        assert (
+            any(x.match(path) for x in (ROOT / "jaxpapers").rglob("*.py"))
+            or (ROOT / path).exists()
+        ), path
+
+
+def test_error_texts_of_the_questions_are_those_of_the_program():
+    text = (ROOT / "docs" / "faq.md").read_text()
+    headings = re.findall(r"^## `(.+)`$", text, re.M)
+    assert len(headings) > 8
+    # Messages are split over lines of source.
+    sources = "".join(
+        re.sub(r'"\s*\n\s*f?"', "", path.read_text())
+        for path in (ROOT / "jaxpapers").rglob("*.py")
+    )
+    assert not [x for x in headings if x not in sources]

@@ -1,0 +1,20 @@
+"""Docstrings as the site's parser takes them; the house's form stays in the sources."""
+
+import re
+
+import griffe
+
+
+class House(griffe.Extension):
+    """``Example:`` holds doctests, and equations that follow each other are apart."""
+
+    def on_instance(self, *, obj, **kwargs):
+        """Rewrites the docstring of every object before it is parsed."""
+        del kwargs
+        if obj.docstring is None:
+            return
+        text = obj.docstring.value
+        text = re.sub(r"^( *)Example:$", r"\1Examples:", text, flags=re.M)
+        # After the text of an equation, the next one begins a paragraph.
+        text = re.sub(r"\$\$\n( *)\$\$", r"$$\n\n\1$$", text)
+        obj.docstring.value = text

@@ -1,0 +1,283 @@
+"""Hooks of the site: pages that are generated from the code, links, equations.
+
+The start page is the README, the changelog CHANGELOG.md, a system's page comes from its
+module, its row of the README and its config, the reference from the public names. So
+nothing is written twice, and a name without a docstring or a dead link fails the build.
+"""
+
+import functools
+import html
+import importlib
+import inspect
+import pkgutil
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+from latex2mathml import converter
+from mkdocs.exceptions import PluginError
+from mkdocs.structure.files import File
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+RESULTS = ROOT / "benchmarks" / "results"
+URLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]
+BLOB = URLS["Repository"] + "/blob/main/"
+LINK = re.compile(r"(\]\()([^)\s]+)(\))")
+MATH = re.compile(r'<(div|span) class="arithmatex">(.*?)</\1>', re.S)
+# The picture of each system in the gallery, and the command that made it.
+PICTURES = {
+    "dion": ("dion_vs_adamw_muon.png", "python benchmarks/dion_vs_adamw_muon.py"),
+    "din": ("click_models.png", "python benchmarks/click_models.py"),
+}
+PACKAGES = ("ops", "nets")
+MODULES = ("study", "outcome", "run", "train", "mesh", "plan", "hlo")
+
+
+def on_config(config):
+    """The pages of generated folders, in the navigation."""
+    for item in config.nav:
+        if "Systems" in item:
+            item["Systems"] = sorted(systems(), key=lambda x: x != "systems/index.md")
+        if "Reference" in item:
+            pages = sorted(reference(), key=lambda x: x != "api/index.md")
+            item["Reference"] = _tree(pages)
+    return config
+
+
+def _tree(pages: list[str]) -> list:
+    """Pages of packages in a group of their own."""
+    groups: dict[str, list[str]] = {}
+    for page in pages:
+        parts = page.split("/")
+        groups.setdefault(parts[1] if len(parts) > 2 else "", []).append(page)
+    return [*groups.pop(""), *({name: found} for name, found in groups.items())]
+
+
+def on_files(files, config):
+    """Adds the generated pages and the pictures that pages show."""
+    pages = {
+        "index.md": (ROOT / "README.md").read_text(),
+        "changelog.md": (ROOT / "CHANGELOG.md").read_text(),
+        "gallery.md": gallery(),
+        **systems(),
+        **reference(),
+    }
+    for path, text in pages.items():
+        files.append(File.generated(config, path, content=text))
+    for path in sorted(RESULTS.glob("*.png")):
+        place = f"benchmarks/results/{path.name}"
+        files.append(File.generated(config, place, abs_src_path=str(path)))
+    return files
+
+
+def on_page_markdown(markdown, page, config, files):
+    """Links of the repository become links of the site, or of its public copy."""
+    here = page.file.src_uri
+    up = "../" * here.count("/")
+    outside = here in ("index.md", "changelog.md")
+
+    def link(match):
+        target = match[2]
+        if re.match(r"[a-z]+:|#", target):
+            return match[0]
+        path, _, anchor = target.partition("#")
+        anchor = f"#{anchor}" if anchor else ""
+        if outside:
+            base = ROOT
+        elif here.startswith(("systems/", "api/")) or here == "gallery.md":
+            return match[0]
+        else:
+            base = ROOT / "docs"
+        place = (base / path).resolve().relative_to(ROOT).as_posix()
+        return match[1] + up + _place(place, files) + anchor + match[3]
+
+    return LINK.sub(link, markdown)
+
+
+def _place(path: str, files) -> str:
+    """Where a file of the repository is on the site."""
+    names = {"README.md": "index.md", "CHANGELOG.md": "changelog.md"}
+    paper = re.match(r"jaxpapers/papers/(\w+)(\.py|/__init__\.py)$", path)
+    if paper:
+        return f"systems/{paper[1]}.md"
+    if path in names:
+        return names[path]
+    if path.startswith("docs/"):
+        return path.removeprefix("docs/")
+    if path.startswith("benchmarks/results/") and path.endswith(".png"):
+        return path
+    if not (ROOT / path).exists():
+        raise PluginError(f"a link to {path}, which is not there")
+    return BLOB + path
+
+
+def on_page_content(html_text, page, config, files):
+    """Equations as MathML, which browsers draw themselves."""
+
+    def convert(match):
+        text = html.unescape(match[2]).strip()
+        block = match[1] == "div"
+        latex = text[2:-2].strip()
+        try:
+            found = converter.convert(latex, display="block" if block else "inline")
+        except Exception as e:
+            raise PluginError(f"{page.file.src_uri}: cannot draw {latex!r}: {e}") from e
+        return f'<{match[1]} class="equation">{found}</{match[1]}>'
+
+    return MATH.sub(convert, html_text)
+
+
+@functools.cache
+def _rows() -> dict[str, list[str]]:
+    """Paper -> cells of its row in the README."""
+    rows = {}
+    for line in (ROOT / "README.md").read_text().splitlines():
+        found = re.match(r"\| \[.*\]\(jaxpapers/papers/(\w+)", line)
+        if found:
+            rows[found[1]] = [x.strip() for x in line.strip("|").split(" | ")]
+    return rows
+
+
+def systems() -> dict[str, str]:
+    """A page for each system, and one that lists them."""
+    from jaxpapers import papers
+
+    pages, rows = {}, _rows()
+    listed = ["# Systems", "", "| system | field | one result |", "|---|---|---|"]
+    for name, paper in papers.NAMES.items():
+        if name not in rows:
+            raise PluginError(f"the README's table has no row of {name}")
+        _, field, command, result, cost = rows[name]
+        listed.append(f"| [{paper.title}]({name}.md) | {field} | {result} |")
+        pages[f"systems/{name}.md"] = "\n".join(
+            [
+                f"# {paper.title}",
+                "",
+                f"{paper.authors.replace(' and ', '; ')}. {_reference(paper)}",
+                "",
+                f"**Result.** {result}. Command: {command}; {cost}.",
+                "",
+                *_picture(name),
+                f"::: jaxpapers.papers.{name}",
+                "    options:",
+                "      show_root_heading: false",
+                "      show_root_toc_entry: false",
+                "",
+                *_fields(name),
+                "## Cite",
+                "",
+                "```bibtex",
+                papers.bibtex(name).strip(),
+                "```",
+                "",
+            ]
+        )
+    pages["systems/index.md"] = "\n".join(listed) + "\n"
+    return pages
+
+
+def _reference(paper) -> str:
+    if not paper.arxiv:
+        return paper.reference
+    return f"[arXiv {paper.arxiv}](https://arxiv.org/abs/{paper.arxiv})"
+
+
+def _picture(name: str) -> list[str]:
+    if name not in PICTURES:
+        return []
+    file, command = PICTURES[name]
+    if not (RESULTS / file).exists():
+        raise PluginError(f"the picture of {name}, {file}, is not there")
+    return [f"![{name}](../benchmarks/results/{file})", "", f"Made by `{command}`.", ""]
+
+
+def _fields(name: str) -> list[str]:
+    """Every field of a system's config: default and meaning."""
+    from jaxpapers.config import load_config
+    from jaxpapers.describe import describe
+
+    lines = [
+        "## Fields of its config",
+        "",
+        f"`jaxpapers run {name} --config.GROUP.FIELD=VALUE`; defaults are those of the "
+        "preset without a name.",
+        "",
+        "| field | default | what it is |",
+        "|---|---|---|",
+    ]
+    for field in describe(name, load_config(name)):
+        text = field.text.replace("|", "\\|").replace("\n", " ")
+        if field.choices:
+            text += " " + ", ".join(f"`{x}`" for x in field.choices if x != "")
+        lines.append(f"| `{field.name}` | `{field.value!r}` | {text} |")
+    return [*lines, ""]
+
+
+def gallery() -> str:
+    """A picture of every system that has one."""
+    from jaxpapers import papers
+
+    lines = ["# Gallery", ""]
+    for name, paper in papers.NAMES.items():
+        if name in PICTURES:
+            file, command = PICTURES[name]
+            lines += [
+                f"## [{paper.title}](systems/{name}.md)",
+                "",
+                f"![{name}](benchmarks/results/{file})",
+                "",
+                f"`{command}`",
+                "",
+            ]
+    return "\n".join(lines)
+
+
+def reference() -> dict[str, str]:
+    """Pages of the public names, which all have docstrings."""
+    pages = {
+        "api/optim.md": _page("optim", "jaxpapers.optim", _public("jaxpapers.optim")),
+        "api/method.md": _page(
+            "method", "jaxpapers.method", _public("jaxpapers.method")
+        ),
+    }
+    for name in MODULES:
+        pages[f"api/{name}.md"] = f"# {name}\n\n::: jaxpapers.{name}\n"
+    for package in PACKAGES:
+        module = importlib.import_module(f"jaxpapers.{package}")
+        for found in pkgutil.walk_packages(module.__path__, f"{module.__name__}."):
+            if found.name.rpartition(".")[2].startswith("_"):
+                continue
+            short = found.name.removeprefix("jaxpapers.")
+            pages[f"api/{short.replace('.', '/')}.md"] = (
+                f"# {short}\n\n::: {found.name}\n"
+            )
+    listed = ["# Reference", ""]
+    for path in sorted(pages):
+        title = path.removeprefix("api/").removesuffix(".md").replace("/", ".")
+        listed.append(f"- [{title}]({path.removeprefix('api/')})")
+    pages["api/index.md"] = "\n".join(listed) + "\n"
+    return pages
+
+
+def _public(name: str) -> list[str]:
+    module = importlib.import_module(name)
+    for public in module.__all__:
+        value = getattr(module, public)
+        if not inspect.getdoc(value) and not isinstance(value, functools.partial):
+            raise PluginError(f"{name}.{public} has no docstring")
+    return module.__all__
+
+
+def _page(title: str, module: str, names: list[str]) -> str:
+    parts = [
+        f"# {title}",
+        "",
+        f"::: {module}",
+        "    options:",
+        "      members: false",
+        "",
+    ]
+    parts += [f"::: {module}.{name}\n" for name in names]
+    return "\n".join(parts)
