@@ -27,9 +27,32 @@ BLOB = URLS["Repository"] + "/blob/main/"
 LINK = re.compile(r"(\]\()([^)\s]+)(\))")
 MATH = re.compile(r'<(div|span) class="arithmatex">(.*?)</\1>', re.S)
 # The picture of each system in the gallery, and the command that made it.
+CLICKS = ("click_models.png", "python benchmarks/click_models.py")
 PICTURES = {
     "dion": ("dion_vs_adamw_muon.png", "python benchmarks/dion_vs_adamw_muon.py"),
-    "din": ("click_models.png", "python benchmarks/click_models.py"),
+    "din": CLICKS,
+    "dien": CLICKS,
+    "sim": CLICKS,
+    "rocket": CLICKS,
+    "r3_vae": ("r3_vae.png", "jaxpapers run r3_vae --seeds 3"),
+    "sft_pg": ("diffusion_swiss_roll.png", "python benchmarks/diffusion_learning.py"),
+    "dpok": ("diffusion_dpok.png", "python benchmarks/diffusion_learning.py"),
+    "score_wasserstein": (
+        "diffusion_certificate.png",
+        "python benchmarks/diffusion_learning.py",
+    ),
+    "poem": ("poem_mined.png", "jaxpapers run poem --seeds 3"),
+    "gppstd": ("gppstd_deep_sea.png", "jaxpapers run gppstd --seeds 5"),
+    "mpc_psrl": (
+        "mpc_psrl_cartpole_light.png",
+        "jaxpapers run mpc_psrl --seeds 3",
+    ),
+    "looped_transformer": (
+        "looped_parity.png",
+        "jaxpapers run looped_transformer --seeds 3",
+    ),
+    "versaprm": ("versaprm.png", "jaxpapers run versaprm --seeds 3"),
+    "coda": ("coda_learning.png", "jaxpapers run coda --seeds 3"),
 }
 PACKAGES = ("ops", "nets")
 MODULES = ("study", "outcome", "run", "train", "mesh", "plan", "hlo")

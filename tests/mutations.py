@@ -48,6 +48,27 @@ DION = [
         "jnp.maximum(whole, floor * whole)",
         ["tests/optim/test_residual.py::test_equals_the_equations"],
     ),
+    # Below its least exponent N is noise.
+    (
+        "jaxpapers/optim/residual.py",
+        "zero | (exponent < LEAST)",
+        "zero",
+        ["tests/optim/test_residual.py::test_gradients_at_the_end_of_the_range"],
+    ),
+    # Where N Q is all zero, R is not N^T P.
+    (
+        "jaxpapers/optim/residual.py",
+        "zero | (exponent < LEAST)",
+        "exponent < LEAST",
+        ["tests/optim/test_residual.py::test_no_residual_where_q_sees_nothing"],
+    ),
+    # eps in both denominators.
+    (
+        "jaxpapers/optim/residual.py",
+        "rest + math.sqrt(left) * eps",
+        "rest",
+        ["tests/optim/test_residual.py::test_a_layer_that_gets_no_gradients_any_more"],
+    ),
     # What is rounding error is no direction.
     (
         "jaxpapers/optim/residual.py",

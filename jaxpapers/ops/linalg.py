@@ -145,7 +145,7 @@ def blocked_inverse_factor(
     done = lax.fori_loop(0, blocks, one_block, done)
     lower = jnp.swapaxes(done[:, :r, :r], -1, -2)
     inverse = done[:, :r, r + rest : 2 * r + rest]
-    failed = jnp.isnan(inverse).any((-2, -1), keepdims=True)
+    failed = ~jnp.isfinite(inverse).all((-2, -1), keepdims=True)
     lower, inverse = (jnp.where(failed, jnp.nan, x) for x in (lower, inverse))
     return lower.reshape(gram.shape), inverse.reshape(gram.shape)
 

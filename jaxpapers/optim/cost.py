@@ -15,8 +15,6 @@ max |p|, and sum p^2 [#]_   axes of l [#]_     2 (t-1)/t N e each
 rcqr's sketch, k rows       axes of l [#]_     2 (t-1)/t N k r e
 qr's factors                axes of l          (t-1)/t N t min(l/t, r) r e
 residual's |N|^2            axes of l and s    2 (g-1)/g N e on g devices
-residual of n inputs        axes of outputs    2 (g-1)/g N (n / devices) e
-its norm                    axes of inputs     2 (g-1)/g N e
 normalize_rows, m outputs   axes of inputs     2 (g-1)/g N (m / devices) e
 normalize_rows, two norms   axes of outputs    2 (g-1)/g N 2 e
 =========================== ================== =======================================
@@ -299,6 +297,7 @@ def _orthonormalize(
         flops += n * (2 * k * rows * r + 4 * k * r * r + rows * r * r)
     for _ in range(GRAM_PASSES[method]):
         share = _gram_pass(sent, axes, n, r, e, numbers=int(method == "scqr"))
+        # LAPACK's factor and inverse; those for TPUs have three times that.
         flops += n * 4 * rows * r * r + share * 4 * r**3 / 3
     return flops
 

@@ -90,10 +90,12 @@ def scale_by_dion(
     Args:
       rank_fraction: r / min(fan_in, fan_out) in (0, 1], per leaf; r is rounded up.
       rank_multiple_of: r is rounded up to a multiple of it.
-      mu: decay of the part of the momentum that the update used.
-      eps: added to the column norms of R. It is absolute, as the reference's: a matrix
-        whose |R_j| are far below it (gradients of 1e-12) hardly moves. With 0 the update
-        does not depend on the gradient's scale, from 1e-30 to 1e38.
+      mu: decay of the part of the momentum that the update used; with ``residual`` of all
+        of it.
+      eps: added to the column norms of R (and to the residual's). It is absolute, as the
+        reference's: a matrix whose |R_j| are far below it (gradients of 1e-12) hardly
+        moves. With 0 the update does not depend on the gradient's scale, from 1e-30 (the
+        residual from 1e-27) to 1e38.
       power_iters: power iterations per step.
       orthogonalize: ``scqr`` | ``cqr2`` | ``rcqr`` | ``qr``, see ``orthonormalize``.
       right_factor: ``colnorm`` (the paper) or ``orth`` (Orth-Dion, arXiv 2605.16341).

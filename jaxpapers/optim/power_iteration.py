@@ -14,7 +14,9 @@ Not in the paper: with ``nesterov`` N = mu B + G, the momentum one step ahead, i
 factorised; with ``residual`` w the update also holds what the rank leaves out, and the
 whole momentum decays (``residual``):
 
-    update P Q^T + w sqrt(min(l, s) - r) (N - P R^T) / |N - P R^T|_F,    M <- mu B
+    update P Q^T + w sqrt(k) D / (|D|_F + sqrt(k) eps),    D = N - P R^T,    M <- mu B
+
+with k = min(l, s) - r.
 
 Where the rank of B is below r, the surplus columns of P are any directions and those of R
 are rounding error, which differs from mesh to mesh. The paper and its code scale it to
@@ -293,9 +295,11 @@ def dion_step(
             directions.append(back(o, p, right))
         else:
             dot = functools.partial(back, o)
-            directions.append(
-                with_residual(options.residual, dot, n, p, r, right, norm, zero, axes)
-            )
+            update = with_residual(
+                options.residual, dot, n, p, r, right, norm, zero, axes,
+                eps=x * eps, precision=precision,
+            )  # fmt: skip
+            directions.append(update)
         new_qs.append(jnp.where(noise, old, q))
     return directions, new_momenta, new_qs
 

@@ -7,8 +7,9 @@ weight 1 the whole has the root mean square of Muon's update. k counts the direc
 are left: rectangular shapes, P on either side and ranks near min(l, s) need no further
 factor, and at full rank nothing is left:
 
-    w sqrt(k) D / |D|_F
+    w sqrt(k) D / (|D|_F + sqrt(k) eps)
 
+with Dion's absolute eps: a matrix whose gradients have all but vanished fades as a whole.
 D is orthogonal to P R^T, so |D|^2 = |N|^2 - |R|^2: one more number per matrix is summed
 over devices, and P Q^T and D need one product together.
 
@@ -22,6 +23,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jaxpapers.optim.collectives import axis_size, psum
 
@@ -30,6 +32,12 @@ from jaxpapers.optim.collectives import axis_size, psum
 # as that much: a residual that is rounding error stays one in the update, which is
 # continuous.
 FLOOR = 1024
+# The same for |D| / |N|, in round-offs of products that are made in fewer passes.
+PASSES = 16
+UNITS = {lax.Precision.DEFAULT: 2.0**-8, lax.Precision.HIGH: 2.0**-16}
+# Exponent of N below which its smaller entries are no normal numbers of float32: what is
+# left of it is noise, and moves nothing.
+LEAST = -104
 
 
 def with_residual(
@@ -42,8 +50,11 @@ def with_residual(
     norm: jax.Array,
     zero: jax.Array,
     axes: Any,
+    *,
+    eps: Any,
+    precision: lax.Precision,
 ) -> jax.Array:
-    """P Q^T + w sqrt(k) D / |D|_F, stored as N is.
+    """P Q^T + w sqrt(k) D / (|D|_F + sqrt(k) eps), stored as N is.
 
     Args:
       weight: w.
@@ -53,38 +64,50 @@ def with_residual(
       r: R, (batch, s, rank).
       q: Q, like R.
       norm: |R_j| of the whole R, (batch, 1, rank).
-      zero: (batch, 1, 1), where P is 0 and R is not N^T P.
+      zero: (batch, 1, 1), where N Q is all zero: P is 0 and R is not N^T P. There the
+        update is 0.
       axes: ``MeshAxes`` that split l and s.
+      eps: in N's units.
+      precision: of ``dot``.
     """
+    # By a power of two near N, so that no square overflows and no scale does.
+    exponent = jnp.maximum(jnp.frexp(jnp.max(norm, axis=-1, keepdims=True))[1], -120)
+    n, r, norm = (jnp.ldexp(x, -exponent) for x in (n, r, norm))
+    c = weight * residual_scale(n, r, norm, jnp.ldexp(eps, -exponent), precision, axes)
+    c = jnp.where(zero | (exponent < LEAST), 0, c)
     # P (Q - c R)^T + c N: one product for both parts.
-    c = weight * residual_scale(n, r, norm, zero, axes)
     return dot(p, q - c * r) + c * n
 
 
 def residual_scale(
-    n: jax.Array, r: jax.Array, norm: jax.Array, zero: jax.Array, axes: Any
+    n: jax.Array,
+    r: jax.Array,
+    norm: jax.Array,
+    eps: jax.Array,
+    precision: lax.Precision,
+    axes: Any,
 ) -> jax.Array:
-    """sqrt(k) / |D|_F of each matrix, (batch, 1, 1); 0 for a zero N.
+    """sqrt(k) / (|D|_F + sqrt(k) eps) of each matrix, (batch, 1, 1); 0 for a zero N.
 
     Args:
-      n: see ``with_residual``, as for the rest.
+      n: see ``with_residual``, as for the rest; scaled.
       r: see there.
       norm: see there.
-      zero: see there.
+      eps: see there; scaled.
+      precision: see there.
       axes: see there.
     """
     left = directions_left(n, r, axes)
     if left == 0:
-        return jnp.zeros(zero.shape, n.dtype)
-    exponent = _exponent(norm)
-    square = jnp.square(jnp.ldexp(n, -exponent)).sum((-2, -1), keepdims=True)
-    whole = psum(square, axes.p + axes.q)
-    taken = _taken(norm, zero, exponent)
+        return jnp.zeros_like(norm[..., :1])
+    whole = psum(jnp.square(n).sum((-2, -1), keepdims=True), axes.p + axes.q)
+    taken = jnp.square(norm).sum(-1, keepdims=True)
     floor = FLOOR * float(jnp.finfo(n.dtype).eps)
-    rest = jnp.maximum(whole - taken, floor * whole)
+    floor = max(floor, (PASSES * UNITS.get(precision, 0.0)) ** 2)
+    rest = jnp.sqrt(jnp.maximum(whole - taken, floor * whole))
+    size = rest + math.sqrt(left) * eps
     # NaN is not 0: it must reach the update.
-    scale = math.sqrt(left) / jnp.sqrt(jnp.where(rest == 0, 1, rest))
-    return jnp.where(rest == 0, 0, jnp.ldexp(scale, -exponent))
+    return math.sqrt(left) / jnp.where(size == 0, jnp.inf, size)
 
 
 def directions_left(n: jax.Array, r: jax.Array, axes: Any) -> int:
@@ -93,14 +116,3 @@ def directions_left(n: jax.Array, r: jax.Array, axes: Any) -> int:
     l = n.shape[-1] * n.shape[-2] // s
     l, s = l * axis_size(axes.p), s * axis_size(axes.q)
     return min(l, s) - rank
-
-
-def _exponent(norm: jax.Array) -> jax.Array:
-    """Of a power of two near N, so that no square overflows; at least -120."""
-    return jnp.maximum(jnp.frexp(jnp.max(norm, axis=-1, keepdims=True))[1], -120)
-
-
-def _taken(norm: jax.Array, zero: jax.Array, exponent: jax.Array) -> jax.Array:
-    """|P R^T|^2."""
-    square = jnp.square(jnp.ldexp(norm, -exponent)).sum(-1, keepdims=True)
-    return jnp.where(zero, 0, square)

@@ -203,7 +203,71 @@ def test_what_is_rounding_error_stays_small(rank):
     np.testing.assert_allclose((without**2).sum((1, 2)), min(rank, 4), atol=1e-3)
 
 
-@pytest.mark.parametrize("exponent", [-96, 0, 120])
+SMALLEST = [
+    # One entry, one row, all entries: N's norm is that of one number or of many.
+    lambda: np.eye(1, 512, 40, dtype=np.float32).reshape(32, 16),
+    lambda: np.eye(32, dtype=np.float32)[:, 3:4] * normal(1, 16),
+    lambda: normal(32, 16),
+]
+
+
+@pytest.mark.parametrize("rank", [0.25, 1.0])
+def test_gradients_at_the_end_of_the_range(rank):
+    """Down to zero nothing becomes infinite, and no update is longer than a whole one."""
+    tx = scale_by_dion(rank, eps=0.0, scale=None, **ALL | {"residual": 1.0})
+
+    @jax.jit
+    def sizes(g):
+        def one(exponent):
+            update, _ = tx.update(
+                {"w": jax.numpy.ldexp(g, exponent)}, tx.init({"w": g})
+            )
+            return jax.numpy.linalg.norm(update["w"])
+
+        return jax.lax.map(one, jax.numpy.arange(-149, -60))
+
+    found = np.stack([sizes(make()) for make in SMALLEST])
+    assert np.isfinite(found).all() and found.max() <= 4.0 * (1 + 1e-5)
+    assert found[2, -1] > 3.9
+
+
+def test_a_layer_that_gets_no_gradients_any_more():
+    """The momentum decays through all of float32's range; eps lets the update fade."""
+
+    def norms(residual):
+        tx = scale_by_dion(0.25, mu=0.5, nesterov=True, residual=residual)
+        g = {"w": jax.numpy.asarray(1e-2 * normal(32, 16))}
+
+        def step(state, scale):
+            update, state = tx.update(jax.tree.map(lambda x: scale * x, g), state)
+            return state, jax.numpy.linalg.norm(update["w"])
+
+        scales = jax.numpy.zeros(160).at[0].set(1.0)
+        return jax.lax.scan(step, tx.init(g), scales)[1]
+
+    with_, without = jax.jit(lambda: (norms(1.0), norms(None)))()
+    assert np.isfinite(with_).all() and with_[-1] == 0
+    # Of 4 and 2 at first, both parts by the same factor once all is below eps.
+    ratio = np.asarray(with_[:60] / without[:60])
+    assert ratio.max() < 4 and with_[60] < 1e-5
+
+
+def test_no_residual_where_q_sees_nothing():
+    g = {"w": np.eye(1, 512, 40, dtype=np.float32).reshape(32, 16)}  # Row 2, column 8.
+    tx = scale_by_dion(0.25, residual=1.0)
+
+    @jax.jit
+    def run(g):
+        state = tx.init(g)
+        q = {"w": state.q["w"].at[8].set(0)}
+        return tx.update(g, state._replace(q=q))
+
+    update, state = run(g)
+    assert (np.asarray(update["w"]) == 0).all()
+    np.testing.assert_allclose(state.momentum["w"], 0.95 * g["w"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("exponent", [-90, 0, 120])
 def test_scale_of_the_gradient_does_not_matter(exponent):
     def run(g):
         tx = scale_by_dion(0.25, eps=0.0, **ALL)
