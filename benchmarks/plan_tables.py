@@ -106,15 +106,15 @@ def markdown(rows: dict) -> str:
     lines = [
         "| slice, mesh, optimizer | parameters | optimizer | temporaries | peak | fits | "
         "sent, forward/backward | sent, optimizer | its largest matrix | "
-        "PFLOP | compile |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "PFLOP | at least: matrix units, HBM, ICI | compile |",
+        "|---" * 12 + "|",
     ]
     for label, row in rows.items():
         if "error" in row:
             reason = row["error"].removeprefix("jaxpapers: ").split(" on ")[0]
             need = re.search(r"temporaries \(([\d.]+G)\)", row["error"])
             need = f" ({need.group(1)}B of temporaries)" if need else ""
-            lines.append(f"| {label} | {reason}{need} |" + " |" * 9)
+            lines.append(f"| {label} | {reason}{need} |" + " |" * 10)
             continue
         sent = [
             sum(r["wire_bytes"] for r in row["collectives"] if r["part"] == part)
@@ -134,10 +134,18 @@ def markdown(rows: dict) -> str:
             *(f"{x / 1e6:,.0f} MB" for x in sent),
             _largest_matrix(optimizer),
             f"{row['flops'] / 1e15:.3f}",
+            _bounds(row),
             f"{row['compile_seconds']:.0f} s",
         ]
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _bounds(row: dict) -> str:
+    """Milliseconds by resource; rows of before there were bounds have none."""
+    found = row.get("bounds", {})
+    names = ("matrix units", "HBM", "ICI")
+    return ", ".join(f"{1000 * found[n]:.1f}" for n in names) + " ms" if found else ""
 
 
 def _largest_matrix(rows: list[dict]) -> str:
@@ -147,12 +155,12 @@ def _largest_matrix(rows: list[dict]) -> str:
     return f"{max(r['matrix'] for r in rows) / 1e6:.2f} M"
 
 
-def write_table(rows: dict) -> None:
-    """Puts the table between the marks of docs/scale.md."""
+def write_table(table: str, marks: tuple[str, str] = MARKS) -> None:
+    """Puts a table between its marks in docs/scale.md."""
     text = DOC.read_text()
-    before, rest = text.split(MARKS[0])
-    after = rest.split(MARKS[1])[1]
-    DOC.write_text(before + MARKS[0] + "\n" + markdown(rows) + MARKS[1] + after)
+    before, rest = text.split(marks[0])
+    after = rest.split(marks[1])[1]
+    DOC.write_text(before + marks[0] + "\n" + table + marks[1] + after)
 
 
 def main() -> None:
@@ -186,7 +194,7 @@ def main() -> None:
         OUT.write_text(
             json.dumps({"versions": versions, "rows": rows}, indent=1) + "\n"
         )
-    write_table(rows)
+    write_table(markdown(rows))
 
 
 if __name__ == "__main__":

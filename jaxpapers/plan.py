@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxpapers import hlo, scopes
+from jaxpapers import hlo
 from jaxpapers import train as trainer
+from jaxpapers.chips import CHIPS, chip_of, least_seconds
 from jaxpapers.method import Method
 from jaxpapers.optim.orthonormalize import RESCUE
+from jaxpapers.products import product_flops
 
-# Bytes of HBM of a chip.
-HBM = {"v5e": 16e9, "v5p": 95e9, "v6e": 32e9}
 PARTS = ("forward/backward", "optimizer", f"optimizer, {RESCUE}")
 
 
@@ -49,6 +49,9 @@ class Plan(NamedTuple):
         own.
       links: bytes that a chip sends, by link and axes: "DCN", "ICI data", "data" on
         other devices; "ICI ?" for groups that are those of no axes.
+      bounds: seconds that a step takes at least, by resource, from the public figures of
+        a TPU (``chips.least_seconds``); nothing measured. Of HBM, those to read all
+        arguments and write all results once. Empty on other devices.
       compile_seconds: duration of the compilation.
     """
 
@@ -65,6 +68,7 @@ class Plan(NamedTuple):
     flops: float
     collectives: list[dict[str, Any]]
     links: dict[str, int]
+    bounds: dict[str, float]
     compile_seconds: float
 
 
@@ -112,7 +116,7 @@ def topology_devices(
 
     kind = name.partition(":")[0]
     try:
-        if kind not in HBM:
+        if kind not in CHIPS:
             raise ValueError(f"unknown kind of TPU {kind!r}")
         return topologies.get_topology_desc(
             platform="tpu", topology_name=name, num_slices=slices or 1
@@ -158,12 +162,13 @@ def plan(
         jax.config.update(option, write_after)
     seconds = time.monotonic() - began
     memory = compiled.executable.memory_analysis()
-    hbm = HBM.get(target.partition(":")[0])
+    chip = chip_of(target)
     # The CPU compiler reports no useful peak.
     peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-    if hbm is not None:
+    if chip is not None:
         peak = memory.peak_memory_in_bytes
-    rows = _rows(hlo.collectives(compiled.executable.as_text(), mesh), hbm is not None)
+    rows = _rows(hlo.collectives(compiled.executable.as_text(), mesh), chip is not None)
+    links = _links(rows)
     return Plan(
         target=target,
         mesh=dict(mesh.shape),
@@ -175,11 +180,20 @@ def plan(
         optimizer_bytes=local_bytes(compiled.shapes.opt_state),
         temporary_bytes=peak - memory.argument_size_in_bytes,
         peak_bytes=peak,
-        hbm_bytes=hbm,
-        fits=None if hbm is None else peak <= hbm,
+        hbm_bytes=None if chip is None else chip.memory,
+        fits=None if chip is None else peak <= chip.memory,
         flops=product_flops(compiled.jaxpr.jaxpr) / mesh.size,
         collectives=rows,
-        links=_links(rows),
+        links=links,
+        bounds={}
+        if chip is None
+        else least_seconds(
+            chip,
+            flops=product_flops(compiled.jaxpr.jaxpr, passes=True) / mesh.size,
+            memory=memory.argument_size_in_bytes + memory.output_size_in_bytes,
+            ici=sum(size for link, size in links.items() if link != "DCN"),
+            dcn=links.get("DCN", 0),
+        ),
         compile_seconds=seconds,
     )
 
@@ -190,53 +204,6 @@ def local_bytes(tree: Any) -> int:
         math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
         for x in jax.tree.leaves(tree)
     )
-
-
-def product_flops(jaxpr: Any) -> float:
-    """FLOPs of the matrix products of a jaxpr, over all devices.
-
-    Bodies of ``scan`` count once per iteration, unlike in the compiler's cost analysis;
-    those of ``while`` as ``scopes.usual_trips`` says, or once.
-    """
-    total = 0.0
-    for eqn in jaxpr.eqns:
-        if RESCUE in str(eqn.source_info.name_stack):
-            continue  # The fallback for ill-conditioned factors.
-        if eqn.primitive.name == "dot_general":
-            total += _dot_flops(eqn)
-            continue
-        times = 1
-        if eqn.primitive.name == "scan":
-            times = eqn.params["length"]
-        elif eqn.primitive.name == "while":
-            times = scopes.trips_of(str(eqn.source_info.name_stack))
-        elif eqn.primitive.name == "shard_map":
-            # The body is one device's work along the manual axes.
-            sizes = dict(eqn.params["mesh"].shape)
-            times = math.prod(sizes[a] for a in eqn.params["newly_manual_axes"])
-        inner = [product_flops(j) for j in _inner_jaxprs(eqn.params)]
-        if eqn.primitive.name in ("cond", "platform_index"):
-            inner = [max(inner, default=0.0)]
-        total += times * sum(inner)
-    return total
-
-
-def _dot_flops(eqn: Any) -> float:
-    (contract, _), (batch, _) = eqn.params["dimension_numbers"]
-    left, right = (v.aval.shape for v in eqn.invars)
-    rows = math.prod(left) / math.prod(left[a] for a in contract)
-    free = math.prod(right) / math.prod(left[a] for a in (*contract, *batch))
-    return 2.0 * rows * free * math.prod(left[a] for a in contract)
-
-
-def _inner_jaxprs(params: dict[str, Any]) -> list[Any]:
-    jaxprs = []
-    for value in params.values():
-        for item in value if isinstance(value, tuple | list) else (value,):
-            item = getattr(item, "jaxpr", item)
-            if hasattr(item, "eqns"):
-                jaxprs.append(item)
-    return jaxprs
 
 
 def _rows(collectives: list[hlo.Collective], tpu: bool) -> list[dict[str, Any]]:
@@ -312,6 +279,11 @@ def format_plan(p: Plan) -> list[str]:
     if p.links:
         lines.append(
             "by link: " + ", ".join(f"{k} {size(x)}" for k, x in p.links.items())
+        )
+    if p.bounds:
+        lines.append(
+            "a step takes at least, by the chip's public figures (bounds, not measured): "
+            + ", ".join(f"{k} {1000 * x:,.2f} ms" for k, x in p.bounds.items())
         )
     return lines
 

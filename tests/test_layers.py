@@ -121,7 +121,9 @@ ALLOWED = {
     "outputs": {"figures", "plots", "study", "workdir"},
     "replica_groups": set(),
     "hlo": {"replica_groups", "scopes"},
-    "plan": {"hlo", "method", "optim", "scopes", "train"},
+    "chips": set(),
+    "products": {"optim", "scopes"},
+    "plan": {"chips", "hlo", "method", "optim", "products", "train"},
     "describe": {"blocks", "config", "options", "papers"},
     "arguments": {"config", "describe"},
     "cli": {

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxpapers import cli, hlo, optim, plan, run
+from jaxpapers import cli, hlo, optim, plan, products, run
 from jaxpapers import mesh as meshes
 from jaxpapers.optim import plan_dion
 from jaxpapers.optim.orthonormalize import RESCUE
@@ -63,7 +63,7 @@ def test_optimizer_sends_what_the_closed_form_says(planned):
         planned.parameters
         == 4 * (4 * 64 * 64 + 3 * 64 * 192 + 2 * 64) + 64 + 2 * 264 * 64
     )
-    assert planned.fits is None and planned.devices == 8
+    assert planned.fits is None and planned.devices == 8 and planned.bounds == {}
     lines = plan.format_plan(planned)
     assert "nothing was run" in lines[0] and lines[-1].startswith("by link: data ")
 
@@ -75,7 +75,10 @@ def test_product_flops_of_loops_gradients_and_shards():
     a, b = ones(3, 4), ones(4, 5)
 
     def flops(f, *args):
-        return plan.product_flops(jax.make_jaxpr(f)(*args).jaxpr)
+        return products.product_flops(jax.make_jaxpr(f)(*args).jaxpr)
+
+    def passes(f, *args):
+        return products.product_flops(jax.make_jaxpr(f)(*args).jaxpr, passes=True)
 
     assert flops(jnp.matmul, a, b) == 2 * 3 * 4 * 5
     batched = ones(7, 3, 4), ones(7, 4, 5)
@@ -92,6 +95,14 @@ def test_product_flops_of_loops_gradients_and_shards():
         lambda x, y: x @ y, mesh=mesh, in_specs=(P("data"), P()), out_specs=P("data")
     )
     assert flops(split, ones(16, 4), b) == 2 * 16 * 4 * 5
+    high, highest = (
+        passes(lambda a, b, p=p: jnp.matmul(a, b, precision=p), a, b)
+        for p in ("high", "highest")
+    )
+    assert (high, highest, passes(jnp.matmul, a, b)) == (360, 720, 120)
+    half = [x.astype(jnp.bfloat16) for x in (a, b)]
+    narrow = passes(lambda a, b: jnp.matmul(a, b, precision="highest"), *half)
+    assert narrow == 120
     choice = lambda a, b: jax.lax.cond(True, lambda: a @ b, lambda: a @ b * 2)  # noqa: E731
     assert flops(choice, a, b) == 120
     # A Dion step's are those of well-conditioned factors, as in the closed form. Two
@@ -154,6 +165,9 @@ def test_a_tpu_sends_the_closed_form_to_the_byte(libtpu, dtype):
 def test_3b_fits_and_sends_no_whole_matrix(libtpu, topology, mesh, fields):
     found = run.plan("dion:3b", fields, topology=topology, mesh=mesh)
     assert found.fits and found.parameters > 3e9
+    # Six times parameters times tokens, and a recomputed forward pass, at most 459 or
+    # 918 TFLOP a second.
+    assert found.bounds["matrix units"] > 6 * 3e9 * 2**21 / found.devices / 918e12
     smallest = 3072 * 1024  # Key and value.
     assert max(r["matrix"] for r in optimizer_rows(found)) < smallest
 
@@ -258,7 +272,15 @@ def test_plan_of_two_slices(libtpu):
     assert found.links["DCN"] >= found.parameters * 4 / 4
     assert sent(found.collectives, "optimizer") > 0
     lines = plan.format_plan(found)
-    assert "2 slices of v5e:2x2, 8 devices" in lines[0] and "DCN" in lines[-1]
+    assert "2 slices of v5e:2x2, 8 devices" in lines[0] and "DCN" in lines[-2]
+    assert "by the chip's public figures (bounds, not measured)" in lines[-1]
+    inside = sum(size for link, size in found.links.items() if link != "DCN")
+    assert found.bounds["ICI"] == pytest.approx(inside / 200e9)  # 400 both ways.
+    # 6.4 Tbit/s of a pod of 256 chips.
+    assert found.bounds["DCN"] == pytest.approx(found.links["DCN"] / (6.4e12 / 8 / 256))
+    state = found.parameter_bytes + found.optimizer_bytes
+    assert found.bounds["HBM"] >= 2 * state / 819e9
+    assert found.bounds["matrix units"] >= found.flops / 197e12
 
 
 @pytest.mark.matrix
