@@ -49,6 +49,8 @@ TABLE = ("din", "v5p:8x8x8", "data:64,model:8", {
     "data.batch": 65_536, "optim.name": "adagrad", "optim.tables": "row_adagrad",
     "optim.lr": 0.01,
 })  # fmt: skip
+# As many chips as a v5p slice has that is a cube.
+CUBE = ("dion:160m", "v5p:16x16x16", "replica:16,data:256", {"data.batch": 4096})
 OPTIMIZERS = {
     "dion 1/4": {"optim.name": "dion", "optim.rank_fraction": 0.25},
     "muon (optax)": {"optim.name": "optax_muon", "optim.scalar": "adamw"},
@@ -176,6 +178,13 @@ def main() -> None:
                 if optimizer["optim.name"] == "dion":
                     row["source"] = source()
                 wanted[f"{preset} {topology} {mesh} {name}"] = row
+    preset, topology, mesh, fields = CUBE
+    wanted[f"{preset} {topology} {mesh} dion 1/4"] = {
+        "command": command(
+            preset, topology, mesh, {**fields, **OPTIMIZERS["dion 1/4"]}
+        ),
+        "source": source(),
+    }
     preset, topology, mesh, fields = TABLE
     name = f"{preset} {topology} {mesh} row_adagrad, 1e9 items"
     wanted[name] = {"command": command(*TABLE)}
