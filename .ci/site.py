@@ -9,6 +9,7 @@ import functools
 import html
 import importlib
 import inspect
+import json
 import pkgutil
 import re
 import sys
@@ -26,33 +27,24 @@ URLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]
 BLOB = URLS["Repository"] + "/blob/main/"
 LINK = re.compile(r"(\]\()([^)\s]+)(\))")
 MATH = re.compile(r'<(div|span) class="arithmatex">(.*?)</\1>', re.S)
-# The picture of each system in the gallery, and the command that made it.
-CLICKS = ("click_models.png", "python benchmarks/click_models.py")
+CLICKS = ("click_models", "click_models")
+# System -> its picture and the JSON beside it, whose command made both.
 PICTURES = {
-    "dion": ("dion_vs_adamw_muon.png", "python benchmarks/dion_vs_adamw_muon.py"),
+    "dion": ("dion_vs_adamw_muon", "dion_vs_adamw_muon"),
     "din": CLICKS,
     "dien": CLICKS,
     "sim": CLICKS,
     "rocket": CLICKS,
-    "r3_vae": ("r3_vae.png", "jaxpapers run r3_vae --seeds 3"),
-    "sft_pg": ("diffusion_swiss_roll.png", "python benchmarks/diffusion_learning.py"),
-    "dpok": ("diffusion_dpok.png", "python benchmarks/diffusion_learning.py"),
-    "score_wasserstein": (
-        "diffusion_certificate.png",
-        "python benchmarks/diffusion_learning.py",
-    ),
-    "poem": ("poem_mined.png", "jaxpapers run poem --seeds 3"),
-    "gppstd": ("gppstd_deep_sea.png", "jaxpapers run gppstd --seeds 5"),
-    "mpc_psrl": (
-        "mpc_psrl_cartpole_light.png",
-        "jaxpapers run mpc_psrl --seeds 3",
-    ),
-    "looped_transformer": (
-        "looped_parity.png",
-        "jaxpapers run looped_transformer --seeds 3",
-    ),
-    "versaprm": ("versaprm.png", "jaxpapers run versaprm --seeds 3"),
-    "coda": ("coda_learning.png", "jaxpapers run coda --seeds 3"),
+    "r3_vae": ("r3_vae", "r3_vae"),
+    "sft_pg": ("diffusion_swiss_roll", "diffusion_swiss_roll"),
+    "dpok": ("diffusion_dpok", "diffusion_dpok"),
+    "score_wasserstein": ("diffusion_certificate", "diffusion_certificate"),
+    "poem": ("poem_mined", "poem"),
+    "gppstd": ("gppstd_deep_sea", "gppstd_deep_sea"),
+    "mpc_psrl": ("mpc_psrl_cartpole_light", "mpc_psrl_cartpole_light"),
+    "looped_transformer": ("looped_parity", "looped_parity"),
+    "versaprm": ("versaprm", "versaprm"),
+    "coda": ("coda_learning", "coda_rooms"),
 }
 PACKAGES = ("ops", "nets")
 MODULES = ("study", "outcome", "run", "train", "mesh", "plan", "hlo")
@@ -163,22 +155,34 @@ def _rows() -> dict[str, list[str]]:
     return rows
 
 
+def _short(name: str) -> str:
+    """What the README calls a system."""
+    short = re.match(r"\[(.*?)\]", _rows()[name][0])[1]
+    return short[0].upper() + short[1:]
+
+
 def systems() -> dict[str, str]:
     """A page for each system, and one that lists them."""
     from jaxpapers import papers
 
     pages, rows = {}, _rows()
-    listed = ["# Systems", "", "| system | field | one result |", "|---|---|---|"]
+    listed = [
+        "# Systems",
+        "",
+        "| system | paper | field | one result |",
+        "|---|---|---|---|",
+    ]
     for name, paper in papers.NAMES.items():
         if name not in rows:
             raise PluginError(f"the README's table has no row of {name}")
         _, field, command, result, cost = rows[name]
-        listed.append(f"| [{paper.title}]({name}.md) | {field} | {result} |")
+        short = _short(name)
+        listed.append(f"| [{short}]({name}.md) | {paper.title} | {field} | {result} |")
         pages[f"systems/{name}.md"] = "\n".join(
             [
-                f"# {paper.title}",
+                f"# {short}",
                 "",
-                f"{paper.authors.replace(' and ', '; ')}. {_reference(paper)}",
+                f"*{paper.title}*, {_reference(paper)}",
                 "",
                 f"**Result.** {result}. Command: {command}; {cost}.",
                 "",
@@ -210,10 +214,20 @@ def _reference(paper) -> str:
 def _picture(name: str) -> list[str]:
     if name not in PICTURES:
         return []
-    file, command = PICTURES[name]
-    if not (RESULTS / file).exists():
+    file, command = _made(name)
+    return [f"![{name}](../{file})", "", f"Made by `{command}`.", ""]
+
+
+def _made(name: str) -> tuple[str, str]:
+    """A system's picture, and the command that made it."""
+    picture, record = PICTURES[name]
+    file = f"benchmarks/results/{picture}.png"
+    if not (ROOT / file).exists():
         raise PluginError(f"the picture of {name}, {file}, is not there")
-    return [f"![{name}](../benchmarks/results/{file})", "", f"Made by `{command}`.", ""]
+    content = json.loads((RESULTS / f"{record}.json").read_text())
+    if "command" not in content:
+        raise PluginError(f"{record}.json does not say by which command it was made")
+    return file, content["command"]
 
 
 def _fields(name: str) -> list[str]:
@@ -239,21 +253,14 @@ def _fields(name: str) -> list[str]:
 
 
 def gallery() -> str:
-    """A picture of every system that has one."""
-    from jaxpapers import papers
-
+    """Every picture, with the systems that are in it."""
+    shown: dict[tuple[str, str], list[str]] = {}
+    for name in PICTURES:
+        shown.setdefault(_made(name), []).append(name)
     lines = ["# Gallery", ""]
-    for name, paper in papers.NAMES.items():
-        if name in PICTURES:
-            file, command = PICTURES[name]
-            lines += [
-                f"## [{paper.title}](systems/{name}.md)",
-                "",
-                f"![{name}](benchmarks/results/{file})",
-                "",
-                f"`{command}`",
-                "",
-            ]
+    for (file, command), names in shown.items():
+        links = ", ".join(f"[{_short(name)}](systems/{name}.md)" for name in names)
+        lines += [f"## {links}", "", f"![{names[0]}]({file})", "", f"`{command}`", ""]
     return "\n".join(lines)
 
 
