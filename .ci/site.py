@@ -292,12 +292,17 @@ def reference() -> dict[str, str]:
 
 
 def _public(name: str) -> list[str]:
-    module = importlib.import_module(name)
+    """Where each public name of a package is defined: a function may share a module's."""
+    module, places = importlib.import_module(name), []
     for public in module.__all__:
         value = getattr(module, public)
-        if not inspect.getdoc(value) and not isinstance(value, functools.partial):
+        if isinstance(value, functools.partial):
+            places.append(f"{value.func.__module__}.{public}")
+            continue
+        if not inspect.getdoc(value):
             raise PluginError(f"{name}.{public} has no docstring")
-    return module.__all__
+        places.append(f"{value.__module__}.{public}")
+    return places
 
 
 def _page(title: str, module: str, names: list[str]) -> str:
@@ -309,5 +314,5 @@ def _page(title: str, module: str, names: list[str]) -> str:
         "      members: false",
         "",
     ]
-    parts += [f"::: {module}.{name}\n" for name in names]
+    parts += [f"::: {name}\n" for name in names]
     return "\n".join(parts)
