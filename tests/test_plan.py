@@ -11,8 +11,11 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxpapers import cli, hlo, optim, plan, products, run
+from jaxpapers import cli, hlo, optim, plan, products, run, tasks
 from jaxpapers import mesh as meshes
+from jaxpapers.config import load_config
+from jaxpapers.method import param_spec, path_name
+from jaxpapers.nets import transformer
 from jaxpapers.optim import plan_dion
 from jaxpapers.optim.orthonormalize import RESCUE
 from jaxpapers.papers import dion
@@ -281,6 +284,51 @@ def test_plan_of_two_slices(libtpu):
     state = found.parameter_bytes + found.optimizer_bytes
     assert found.bounds["HBM"] >= 2 * state / 819e9
     assert found.bounds["matrix units"] >= found.flops / 197e12
+
+
+@pytest.mark.slow
+def test_a_step_sends_factors_and_no_gradients_between_slices(libtpu):
+    """Of the whole model: P and R of its matrices, means of all other gradients."""
+    fields = [
+        "--config.data.context=16", "--config.data.batch=8", "--config.net.width=512",
+        "--config.net.heads=4", "--config.net.vocab_size=256", "--config.optim.clip=0.0",
+        "--config.optim.residual=0", "--config.train.replica_sync=lowrank",
+        "--config.train.replica_axis=slice",
+        "--config.optim.communication_dtype=bfloat16",
+    ]  # fmt: skip
+    found = run.plan(
+        "dion:smoke",
+        fields,
+        topology="v5e:4x4",
+        slices=2,
+        mesh="slice:2,data:4,model:4",
+    )
+    slow = [r for r in found.collectives if r["link"] == "DCN"]
+    # The loss and the gradient's norm, each in a tile of 128.
+    others = [r for r in slow if r["part"] != "optimizer"]
+    assert all(r["largest"] <= 1024 for r in others)
+    config = load_config("dion:smoke", fields)
+    sizes = {"slice": 2, "data": 4, "model": 4}
+    grid = jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes))
+    with jax.sharding.use_abstract_mesh(grid):
+        params = jax.eval_shape(
+            dion.make(config).init, jax.random.key(0), tasks.abstract(config).shapes
+        ).params
+    expected = 0.0
+    for path, leaf in jax.tree_util.tree_flatten_with_path(params["layers"])[0]:
+        spec = param_spec(transformer.RULES, path_name(path))
+        if leaf.ndim == 2:  # Norms' gains.
+            continue
+        cost = plan_dion(
+            leaf.shape, spec, sizes, 1 / 4, dimensions=dion.dimensions("", leaf),
+            replicate_axis="slice", slices="slice", communication_dtype="bfloat16",
+        )  # fmt: skip
+        expected += cost.bytes_per_step["all-reduce", ("slice",)]
+    # Embedding and head, a sixteenth on each chip; gains whole or a fourth of them.
+    expected += 2 * 256 * 512 / 16 * 2
+    gains, padding = 3 * 512 * 2, 1024 * 2 * sum(r["count"] for r in slow)
+    got = sum(r["wire_bytes"] for r in slow if r["part"] == "optimizer")
+    assert expected + gains / 4 <= got <= expected + gains + padding
 
 
 @pytest.mark.matrix
