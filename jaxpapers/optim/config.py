@@ -63,7 +63,7 @@ class Options:
       residual: dion: weight of what the rank leaves out, see ``scale_by_dion``; 0: none.
       normalize_rows: dion: equal steps for all outputs, see ``scale_by_dion``.
       q_dtype: dion; "": that of the parameters.
-      communication_dtype: dion; "": float32.
+      communication_dtype: dion: of P, and of what replicas average; "": float32.
       precision: dion, muon and normuon: of large products on accelerators, see
         ``scale_by_dion``; "": by the state's dtype.
 
