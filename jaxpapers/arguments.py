@@ -166,7 +166,7 @@ def parser_of(actions: Mapping[str, Callable]) -> argparse.ArgumentParser:
             actions["sample"],
             "continue a prompt with a run's latest checkpoint",
         ),
-        ("export", actions["export"], "write a run's parameters as safetensors"),
+        ("export", actions["export"], "write a run's parameters for others to load"),
     ):
         sub = command(name, action, summary)
         sub.add_argument("run", metavar="WORKDIR")
@@ -177,7 +177,9 @@ def parser_of(actions: Mapping[str, Callable]) -> argparse.ArgumentParser:
             sub.add_argument("--temperature", type=float, default=0.7)
             sub.add_argument("--seed", type=int, default=0)
         if name == "export":
-            sub.add_argument("out", metavar="OUT.safetensors")
+            sub.add_argument("out", metavar="OUT",
+                             help="a file *.safetensors, or a new folder: model, config, "
+                             "model card")  # fmt: skip
 
     sub = command(
         "data", actions["data"], "fetch a data set by package name; list them"

@@ -131,7 +131,15 @@ class Outcome:
         return "\n".join(shown)
 
 
-def summary(study: Study, results: Results, seeds: Sequence[int], root: Path) -> dict:
+def summary(
+    study: Study,
+    results: Results,
+    seeds: Sequence[int],
+    root: Path,
+    *,
+    command: str = "",
+    data: str = "",
+) -> dict:
     """``comparison.json``: title, metric, seeds, and every number of every row.
 
     Args:
@@ -139,6 +147,8 @@ def summary(study: Study, results: Results, seeds: Sequence[int], root: Path) ->
       results: its rows.
       seeds: of the runs.
       root: folder that the rows' folders are given relative to.
+      command: that ran it.
+      data: what it read, in a line.
 
     Returns:
       Plain data. Numbers that JSON does not know (NaN, infinities) are null.
@@ -149,6 +159,8 @@ def summary(study: Study, results: Results, seeds: Sequence[int], root: Path) ->
 
     content = {
         "title": study.title,
+        "command": command,
+        "data": data,
         "metric": study.metric,
         "rising": study.rising,
         "unit": study.unit,

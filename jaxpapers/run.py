@@ -1,6 +1,7 @@
 """Every action of the command line as one function, for scripts and notebooks."""
 
 import contextlib
+import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -131,13 +132,17 @@ def run(
         if processes.of_first(folder.exists()) and not dry_run:
             held.enter_context(folders.lock_for_all(folder))
         usual = None if overrides or files else expected(target, config_path)
+        given = [f"--config={config_path}"] if config_path else []
+        command = [target, *map(str, files), *overrides, *given]
+        command += [f"--seeds={seeds}"] * (seeds > 1) + ["--alone"] * alone
         return _run(
-            name, config, stages, held, seeds, alone, fresh, dry_run, quiet, usual
-        )
+            name, config, stages, held, seeds, alone, fresh, dry_run, quiet, usual,
+            shlex.join(["jaxpapers", "run", *command]),
+        )  # fmt: skip
 
 
 def _run(
-    name, config, stages, held, seeds, alone, fresh, dry_run, quiet, usual
+    name, config, stages, held, seeds, alone, fresh, dry_run, quiet, usual, command
 ) -> Outcome | None:
     began, folder = time.monotonic(), stages.root
     console, talk = report.make_console(), report.make_console(quiet=quiet)
@@ -168,7 +173,7 @@ def _run(
         stages, rows, others, every, study.metric,
         lambda text: talk.print(report.bold(text)),
     )  # fmt: skip
-    content = summary(study, results, every, folder)
+    content = summary(study, results, every, folder, command=command, data=data.summary)
     if jax.process_index() == 0:
         outputs.write(content, results, folder)
         if not paper.trained:

@@ -30,7 +30,7 @@ ALLOWED = {
     "pace": set(),
     "report": {"extras", "method", "pace"},
     "tables": {"study"},
-    "export": {"folder", "method", "workdir"},
+    "export": {"data", "folder", "method", "nets", "outcome", "papers", "workdir"},
     "outcome": {"plots", "study", "tables", "workdir"},
     "loop": {"mesh", "checkpoint", "method", "processes", "signals"},
     "train": {

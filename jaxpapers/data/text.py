@@ -22,6 +22,7 @@ from jaxpapers.data import documents, files
 SEPARATOR = 256
 # 257 symbols, rounded up so that a vocabulary axis divides over 8 devices.
 VOCAB_SIZE = 264
+TERMS = "The sources of Python's standard library are under the PSF License Version 2."
 
 SHARD_MAGIC = 20240520
 SHARD_VERSION = 1
