@@ -10,7 +10,8 @@ of the mesh and outputs over the second, compiled for a slice that is not here; 
 run. Bytes are those that a chip sends in rings per step, of well-conditioned matrices;
 FLOPs those of the matrix products, per chip if the chips share them evenly (ours do, of
 optax's Muon the partitioner decides). ``residual`` is ``nesterov``, ``residual=1`` and
-``normalize_rows``. Writes results/optimizer_meshes.json beside this, row by row.
+``normalize_rows``. The table adds the loss that ``dion_vs_adamw_muon.py`` found. Writes
+results/optimizer_meshes.json beside this, row by row.
 """
 
 import argparse
@@ -18,7 +19,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-OUT = Path(__file__).parent / "results" / "optimizer_meshes.json"
+RESULTS = Path(__file__).parent / "results"
+OUT = RESULTS / "optimizer_meshes.json"
 MESHES = ("16x1", "4x4", "1x16")
 AHEAD = {"nesterov": True, "residual": 1.0, "normalize_rows": True}
 # Label -> function of ``optim``, or of optax, and its arguments.
@@ -31,6 +33,19 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "dion 1/4, residual": ("scale_by_dion", {"rank_fraction": 1 / 4, **AHEAD}),
     "dion 1/16, residual": ("scale_by_dion", {"rank_fraction": 1 / 16, **AHEAD}),
     "dion2 1/4": ("scale_by_dion2", {"fraction": 1 / 4}),
+}
+
+
+# Rows of ``dion_vs_adamw_muon.py``, whose mean loss the table repeats.
+LEARNING = {
+    "optax muon": "muon",
+    "muon": "our_muon",
+    "normuon": "normuon",
+    "dion 1/4": "dion_4",
+    "dion 1/16": "dion_16",
+    "dion 1/4, residual": "ahead_4",
+    "dion 1/16, residual": "ahead_16",
+    "dion2 1/4": "dion2_4",
 }
 
 
@@ -48,19 +63,23 @@ def devices(topology: str) -> Any:
 
 
 def table(record: dict) -> str:
-    """The record as Markdown: MB sent on every mesh, and GFLOP."""
-    meshes = list(record["meshes"])
+    """The record as Markdown: MB sent on every mesh, GFLOP, and bits per byte."""
+    learned = json.loads((RESULTS / "dion_vs_adamw_muon.json").read_text())["results"]
+    meshes = sorted(record["meshes"], key=lambda m: -int(m.partition("x")[0]))
     lines = [
-        "| optimizer | " + " | ".join(f"MB, {m}" for m in meshes) + " | GFLOP |",
-        "|---" * (len(meshes) + 2) + "|",
+        "| optimizer | " + " | ".join(f"{m}, MB" for m in meshes) + " | GFLOP | bits |",
+        "|---" * (len(meshes) + 3) + "|",
     ]
     for label in ROWS:
         rows = [record["meshes"][m].get(label) for m in meshes]
         sent = [f"{row['sent_bytes'] / 1e6:,.0f}" if row else "" for row in rows]
-        flops = [f"{row['flops'] / 1e9:,.0f}" for row in rows if row]
+        flops = [round(row["flops"] / 1e9) for row in rows if row]
         # One number where all meshes share the work alike.
-        flops = " to ".join(sorted({flops[0], flops[-1]}, key=float)) if flops else ""
-        lines.append("| " + " | ".join([label, *sent, flops]) + " |")
+        ends = dict.fromkeys((min(flops), max(flops))) if flops else ()
+        work = " to ".join(f"{n:,}" for n in ends)
+        bits = learned.get(LEARNING[label])
+        shown = f"{bits['mean']:.3f}" if bits else ""
+        lines.append("| " + " | ".join([label, *sent, work, shown]) + " |")
     return "\n".join(lines)
 
 

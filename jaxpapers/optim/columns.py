@@ -38,8 +38,8 @@ class Columns(NamedTuple):
     Attributes:
       values: (m, k, l'), columns first.
       summed: mesh axes over which Gram matrices of their l' entries are summed.
-      chosen: (n, s, 1), which columns of this device they are.
-      back: from (m, k, l') to this device's (n, s, l), zero in all other columns.
+      chosen: which columns of this device they are: shaped as x, with l of size 1.
+      back: from (m, k, l') to an array like x, zero in all other columns.
     """
 
     values: jax.Array
@@ -48,16 +48,24 @@ class Columns(NamedTuple):
     back: Callable[[jax.Array], jax.Array]
 
 
-def gather_columns(x: jax.Array, index: jax.Array, axes: MeshAxes) -> Columns:
+def gather_columns(
+    x: jax.Array, index: jax.Array, axes: MeshAxes, order: str = "ls"
+) -> Columns:
     """Columns of matrices, whole as far as l is not split.
 
     Args:
-      x: (n, s, l), columns first; the block of a device inside ``jax.shard_map``.
+      x: (n, l, s), or (n, s, l); the block of a device inside ``jax.shard_map``.
       index: (n, k), the columns over all devices, in ascending order; equal on all.
       axes: mesh axes that split l (``p``) and s (``q``).
+      order: of the sides of ``x``, ``ls`` or ``sl``.
     """
-    n, columns, l = x.shape
-    k, f = index.shape[-1], axis_size(axes.q)
+    axis = order.index("s")
+    columns, l = x.shape[1 + axis], x.shape[2 - axis]
+    (n, k), f = index.shape, axis_size(axes.q)
+
+    def turn(y):  # Columns first, or as x is.
+        return y if order == "sl" else jnp.swapaxes(y, 1, 2)
+
     most = min(k, columns)
     me = lax.axis_index(axes.q) if axes.q else 0
     # A device's columns are neighbours among the k.
@@ -65,13 +73,14 @@ def gather_columns(x: jax.Array, index: jax.Array, axes: MeshAxes) -> Columns:
     counts = jnp.diff(starts, axis=-1, append=k)
     first = jnp.take(starts, me, axis=1)[:, None]
     slots = jnp.minimum(first + jnp.arange(most)[None], k - 1)
-    mine = _take(x, jnp.clip(_take(index, slots) - me * columns, 0, columns - 1))
+    local = jnp.clip(_take(index, slots) - me * columns, 0, columns - 1)
+    mine = turn(_take(x, local, axis))
     own = me * columns + jnp.arange(columns)
-    chosen = (index[:, None, :] == own[None, :, None]).any(-1)[..., None]
+    chosen = turn((index[:, None, :] == own[None, :, None]).any(-1)[..., None])
 
     def scatter(y, first):
         slots = jnp.clip(_smaller(index, own) - first, 0, y.shape[1] - 1)
-        return jnp.where(chosen, _take(y, slots), 0)
+        return jnp.where(chosen, _take(turn(y), slots, axis), 0)
 
     if f == 1:
         return Columns(mine, axes.p, chosen, lambda y: scatter(y, 0))
@@ -206,6 +215,6 @@ def _smaller(index: jax.Array, columns: jax.Array) -> jax.Array:
     return (index[:, None, :] < columns[None, :, None]).sum(-1, dtype=jnp.int32)
 
 
-def _take(x: jax.Array, index: jax.Array) -> jax.Array:
-    """Rows (n, i, ...) of every matrix of x (n, s, ...)."""
-    return jax.vmap(lambda x, i: x[i])(x, index)
+def _take(x: jax.Array, index: jax.Array, axis: int = 0) -> jax.Array:
+    """Of every matrix of x (n, ...) the entries (n, i) along an axis."""
+    return jax.vmap(lambda x, i: jnp.take(x, i, axis=axis))(x, index)

@@ -179,13 +179,14 @@ def _dion2_blocks(options, axes, layouts, specs, grads, momenta):
     """One step on a device's blocks of the leaves of a group."""
     del specs
     dtype = jnp.promote_types(momenta[0].dtype, jnp.float32)
+    order = layouts[0].order  # As most leaves lie: a transposed copy is no cheap one.
     b = jnp.concatenate(
         [
-            layout.to_matrices(saturated_sum(m.astype(dtype), g.astype(dtype)), "sl")
+            layout.to_matrices(saturated_sum(m.astype(dtype), g.astype(dtype)), order)
             for layout, m, g in zip(layouts, momenta, grads)
         ]
     )
-    columns = gather_columns(b, _largest(b, options.fraction, axes), axes)
+    columns = gather_columns(b, _largest(b, options.fraction, axes, order), axes, order)
     polar = newton_schulz(
         jnp.swapaxes(columns.values, 1, 2),
         options.coefficients,
@@ -197,19 +198,20 @@ def _dion2_blocks(options, axes, layouts, specs, grads, momenta):
     ends = [sum(counts[:i]) for i in range(1, len(counts))]
     return tuple(
         [
-            layout.from_matrices(y, g.shape, "sl")
+            layout.from_matrices(y, g.shape, order)
             for layout, y, g in zip(layouts, jnp.split(x, ends), grads)
         ]
         for x in (direction, momentum)
     )
 
 
-def _largest(b: jax.Array, fraction: float, axes: MeshAxes) -> jax.Array:
-    """The k columns of b (n, s, l) of largest L1 norm over all devices, in order."""
+def _largest(b: jax.Array, fraction: float, axes: MeshAxes, order: str) -> jax.Array:
+    """The k columns of b of largest L1 norm over all devices, (n, k) in order."""
+    rows = 1 + order.index("l")
     # Sums of entries near float32's largest number must not all become infinite.
-    count = b.shape[-1] * axis_size(axes.p)
+    count = b.shape[rows] * axis_size(axes.p)
     small = 2.0 ** -math.ceil(math.log2(count))
-    norms = psum((small * jnp.abs(b)).sum(-1), axes.p)
+    norms = psum((small * jnp.abs(b)).sum(rows), axes.p)
     if axes.q:
         norms = lax.all_gather(norms, axes.q, axis=1, tiled=True)
     index = lax.top_k(norms, math.ceil(fraction * norms.shape[-1]))[1]

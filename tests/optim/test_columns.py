@@ -16,10 +16,11 @@ from jaxpapers.optim.power_iteration import MeshAxes
 
 D = "data"
 DEVICES, COLUMNS = 8, 6
-# Matrices, rows, chosen columns -> what a device has then, matrices it works on, rows.
+# Matrices, rows, chosen columns -> what a device has then, matrices it works on, rows;
+# and in which order the matrices are stored.
 CASES = {
-    (12, 128, 12): ("matrices", 2, 128),
-    (2, 1024, 4): ("rows", 2, 128),
+    (12, 128, 12): ("matrices", 2, 128, "sl"),
+    (2, 1024, 4): ("rows", 2, 128, "ls"),
 }
 
 
@@ -32,13 +33,17 @@ def index(n, k):
     return np.sort(rows[:n]).astype(np.int32)
 
 
-def there_and_back(devices, summed):
+def there_and_back(devices, choice, order):
     """(x, index) -> the share of every device, and twice the columns at their places."""
 
+    def turn(x):
+        return x if order == "sl" else jnp.swapaxes(x, 1, 2)
+
     def run(x, index):
-        columns = gather_columns(x, index, MeshAxes(q=(D,)))
-        assert columns.summed == summed
-        return columns.values, columns.back(2 * columns.values), columns.chosen
+        columns = gather_columns(turn(x), index, MeshAxes(q=(D,)), order)
+        assert columns.summed == ((D,) if choice == "rows" else ())
+        back = turn(columns.back(2 * columns.values))
+        return columns.values, back, turn(columns.chosen)
 
     mesh = Mesh(np.asarray(devices)[:DEVICES], (D,))
     split = P(None, D)
@@ -52,13 +57,12 @@ def there_and_back(devices, summed):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_columns_there_and_back(case):
     n, l, k = case
-    choice, matrices, width = CASES[case]
+    choice, matrices, width, order = CASES[case]
     assert choose_exchange(n, l, k, DEVICES, gather=False) == choice
     x = np.random.default_rng(1).normal(size=(n, DEVICES * COLUMNS, l))
     x = x.astype(np.float32)
     chosen = index(n, k)
-    summed = (D,) if choice == "rows" else ()
-    _, run = there_and_back(jax.devices(), summed)
+    _, run = there_and_back(jax.devices(), choice, order)
     values, back, mask = jax.device_get(run(x, chosen))
     columns = np.take_along_axis(x, chosen[..., None], axis=1)
     shares = values.reshape(DEVICES, matrices, k, width)
@@ -85,11 +89,11 @@ def test_columns_there_and_back(case):
 def test_bytes_are_the_closed_form(case, tpu, request):
     """A TPU sends no padding."""
     n, l, k = case
-    choice, matrices, width = CASES[case]
+    choice, matrices, width, order = CASES[case]
     if tpu:
         request.getfixturevalue("libtpu")
     devices = plan.topology_devices("v5e:2x4") if tpu else jax.devices()
-    mesh, run = there_and_back(devices, (D,) if choice == "rows" else ())
+    mesh, run = there_and_back(devices, choice, order)
     where = functools.partial(NamedSharding, mesh)
     x = jax.ShapeDtypeStruct(
         (n, DEVICES * COLUMNS, l), jnp.float32, sharding=where(P(None, D))
