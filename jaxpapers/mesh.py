@@ -123,11 +123,21 @@ def state_shardings(state: Any, rules: Sequence[tuple[str, Any]], mesh: Mesh) ->
         path_name(path): leaf
         for path, leaf in jax.tree_util.tree_flatten_with_path(state.params)[0]
     }
-    by_length = sorted(params, key=len, reverse=True)
+
+    def owner_of(name: str) -> tuple[str | None, str]:
+        """The parameter of a leaf, and the end of its path that says so.
+
+        An optimizer may keep an array for each matrix of a fused parameter.
+        """
+        last = name.rpartition("/")[2]
+        block = f"/{last}" if last.isdigit() else ""
+        ends = [(p, p + end) for p in params for end in {"", block}]
+        found = [x for x in ends if f"/{name}".endswith(f"/{x[1]}")]
+        return max(found, key=lambda x: len(x[1]), default=(None, ""))
 
     def spec_of(name: str, leaf: Any) -> P:
-        owner = next((p for p in by_length if f"/{name}".endswith(f"/{p}")), None)
-        before = name[: len(name) - len(owner or "")]
+        owner, end = owner_of(name)
+        before = name[: len(name) - len(end)]
         for i, (regex, spec) in enumerate(rules):
             # A function's regex applies to the part before the parameter's path.
             if not re.search(regex, before if callable(spec) else name):

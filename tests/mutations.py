@@ -76,6 +76,20 @@ DION = [
         "FLOOR = 0",
         ["tests/optim/test_residual.py::test_what_is_rounding_error_stays_small"],
     ),
+    # Fused matrices lie along the first output axis.
+    (
+        "jaxpapers/optim/layout.py",
+        "(self.q_axes if self.p_axes == self.reduction else self.p_axes)[0]",
+        "self.p_axes[0]",
+        ["tests/optim/test_fused.py::test_equals_matrices_stored_apart"],
+    ),
+    # The mesh axes of the split axis follow those of the axis that takes them.
+    (
+        "jaxpapers/optim/fused.py",
+        "moved = mesh_axes(entries[a]) + names",
+        "moved = names + mesh_axes(entries[a])",
+        ["tests/optim/test_fused_sharded.py::test_state_lies_where_its_step_has_it"],
+    ),
     # Cautious decay: where the update goes towards zero.
     (
         "jaxpapers/optim/weight_decay.py",

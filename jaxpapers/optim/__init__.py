@@ -2,6 +2,7 @@
 
 from jaxpapers.optim.config import Options, from_config, trapezoid
 from jaxpapers.optim.cost import DionPlan, plan_dion
+from jaxpapers.optim.cost_fused import FusedPlan, plan_fused
 from jaxpapers.optim.dion import DionState, dion, scale_by_dion
 from jaxpapers.optim.dion2 import Dion2State, dion2, scale_by_dion2
 from jaxpapers.optim.layout import DimensionNumbers
@@ -23,6 +24,7 @@ __all__ = [
     "Dion2State",
     "DionPlan",
     "DionState",
+    "FusedPlan",
     "MuonState",
     "Options",
     "Route",
@@ -37,6 +39,7 @@ __all__ = [
     "normuon",
     "orthonormalize",
     "plan_dion",
+    "plan_fused",
     "power_iterate",
     "replica_specs",
     "rescale_rank",

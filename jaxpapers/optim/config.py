@@ -145,6 +145,7 @@ def from_config(
     steps: int,
     *,
     weight_dimension_numbers: Any = None,
+    split_sizes: Any = None,
     sharding: Any = None,
     replicate_axis: str | None = None,
 ) -> optax.GradientTransformation:
@@ -155,7 +156,8 @@ def from_config(
       steps: optimizer steps of the run, for schedules that are shares of it.
       weight_dimension_numbers: axes of the hidden matrices, see ``scale_by_dion``. With
         it, adamw does not decay embeddings and heads.
-      sharding: of the matrix optimizers, see ``scale_by_dion``.
+      split_sizes: of dion, dion2, muon and normuon, see ``scale_by_dion``.
+      sharding: of the same, see ``scale_by_dion``.
       replicate_axis: of dion, see ``scale_by_dion``.
 
     Raises:
@@ -166,6 +168,7 @@ def from_config(
         o,
         steps,
         weight_dimension_numbers=weight_dimension_numbers,
+        split_sizes=split_sizes,
         sharding=sharding,
         replicate_axis=replicate_axis,
     )

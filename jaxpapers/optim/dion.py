@@ -23,8 +23,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from jaxpapers.optim.collectives import mean, replica_dtype
 from jaxpapers.optim.composite import with_scalars
@@ -34,17 +32,19 @@ from jaxpapers.optim.dion_leaves import (
     check_options,
     check_program,
     dion_blocks,
+    init_momentum,
     init_q,
     own_momentum,
+    q_names,
     read_layouts,
-    with_replicas,
 )
+from jaxpapers.optim.fused import by_leaf
 from jaxpapers.optim.matrices import check_shapes, step_leaves
 from jaxpapers.optim.options import check_dtype, check_paths, leaf_dtype
 from jaxpapers.optim.paths import named_leaves, with_leaves
-from jaxpapers.optim.placement import Placement, constrain
+from jaxpapers.optim.placement import Placement
 from jaxpapers.optim.power_iteration import StepOptions
-from jaxpapers.optim.replicas import check_axis, count_replicas
+from jaxpapers.optim.replicas import check_axis
 from jaxpapers.optim.sharded import leaf_spec, q_spec
 
 
@@ -69,6 +69,7 @@ def scale_by_dion(
     residual: Any = None,
     normalize_rows: bool = False,
     replicate_axis: str | None = None,
+    split_sizes: Any = None,
     p_side: Any = "longer",
     split_p: str = "auto",
     communication_dtype: Any = None,
@@ -126,6 +127,8 @@ def scale_by_dion(
         not averaged: P and R are, where they are fewer numbers than the gradient,
         else the gradient is. The result is that of the averaged gradient. See
         ``replicas`` for the state's form.
+      split_sizes: sizes of fused matrices along the first output axis, per leaf: (2048,
+        512, 512) of q, k and v in one kernel; None: one matrix. See ``fused``.
       p_side: side of P, per leaf: ``longer``, ``output`` or ``input``.
       split_p: see ``power_iterate``.
       communication_dtype: see ``power_iterate``; of gradients that replicas average too.
@@ -163,6 +166,7 @@ def scale_by_dion(
         weight_dimension_numbers=weight_dimension_numbers,
         rank_fraction=rank_fraction,
         rank_multiple_of=rank_multiple_of,
+        split_sizes=split_sizes,
         p_side=p_side,
     )
 
@@ -171,29 +175,19 @@ def scale_by_dion(
         layouts = layouts_of(named)
         leaves = [leaf for _, leaf in named]
         placement.see(named)
-        momentum, q, m_specs = [], [], []
+        momentum, q, m_names = [], [], []
         for layout, leaf, where in zip(
             layouts, leaves, placement.find(layouts, leaves)
         ):
             dtype = jnp.dtype(momentum_dtype or leaf_dtype(leaf))
-            m = jnp.zeros_like(leaf, dtype=dtype)
-            m_specs.append(functools.partial(leaf_spec, layout))
-            spec = None if where is None else where.spec
-            if replicate_axis and layout.compresses:
-                count = count_replicas(replicate_axis, where)
-                m = jnp.zeros((count, *layout.shape), dtype)
-                m_specs[-1] = functools.partial(
-                    with_replicas, replicate_axis if count > 1 else None
-                )
-                spec = None if count == 1 or spec is None else P(replicate_axis, *spec)
-            if where is not None and spec is not None:
-                m = constrain(m, NamedSharding(where.mesh, spec))
+            m, names = init_momentum(layout, dtype, where, leaf, replicate_axis)
             momentum.append(m)
+            m_names.append(names)
             q.append(init_q(layout, seed, q_dtype or dtype, where, leaf))
         return DionState(
             jnp.zeros((), jnp.int32),
-            with_leaves(params, momentum, m_specs),
-            with_leaves(params, q, [x.q_spec for x in layouts]),
+            with_leaves(params, momentum, m_names),
+            with_leaves(params, q, [q_names(x) for x in layouts]),
         )
 
     def update(updates, state, params=None):
@@ -202,8 +196,8 @@ def scale_by_dion(
         check_paths("dion", named, named_leaves(state.momentum)[0])
         grads = [jnp.asarray(g) for _, g in named]
         check_shapes(named, jax.tree.leaves(state.momentum), bool(replicate_axis))
-        qs = jax.tree.leaves(state.q)
-        layouts = layouts_of(named, qs)
+        layouts = layouts_of(named, named_leaves(state.q)[0])
+        qs = by_leaf(layouts, jax.tree.leaves(state.q))
         if replicate_axis:
             check_axis(replicate_axis)
             wide = replica_dtype(communication_dtype)
@@ -212,11 +206,11 @@ def scale_by_dion(
                 for layout, g in zip(layouts, grads)
             ]
         axes = (replicate_axis,) if replicate_axis else ()
-        averaged = [bool(axes) and x.compresses for x in layouts]
+        replicas = [axes if x.compresses else () for x in layouts]
         momenta = [
-            own_momentum(layout, m, replicated)
-            for layout, m, replicated in zip(
-                layouts, jax.tree.leaves(state.momentum), averaged
+            own_momentum(layout, m, bool(over))
+            for layout, m, over in zip(
+                layouts, jax.tree.leaves(state.momentum), replicas
             )
         ]
         options = StepOptions(
@@ -233,15 +227,15 @@ def scale_by_dion(
             [leaf_spec, q_spec],
             options,
             scale=scale,
-            keys=[0 if batch == "same_shape" else i for i in range(len(layouts))],
-            replicas=[axes if x else () for x in averaged],
+            key=lambda x: 0 if batch == "same_shape" else x.path,
+            replicas=replicas,
         )
-        momenta = [m[None] if x else m for x, m in zip(averaged, momenta)]
+        momenta = [m[None] if over else m for over, m in zip(replicas, momenta)]
         # In the boxes of the state, which may be others than those of the gradients.
         return treedef.unflatten(directions), DionState(
             jnp.asarray(optax.safe_increment(state.count)),
             jax.tree.structure(state.momentum).unflatten(momenta),
-            jax.tree.structure(state.q).unflatten(qs),
+            jax.tree.structure(state.q).unflatten(jax.tree.leaves(qs)),
         )
 
     return optax.GradientTransformation(init, update)
@@ -269,6 +263,7 @@ def dion(
     residual: Any = None,
     normalize_rows: bool = False,
     replicate_axis: str | None = None,
+    split_sizes: Any = None,
     p_side: Any = "longer",
     split_p: str = "auto",
     communication_dtype: Any = None,
@@ -318,6 +313,7 @@ def dion(
       normalize_rows: see ``scale_by_dion``.
       replicate_axis: see ``scale_by_dion``; gradients of the other leaves are averaged
         over it.
+      split_sizes: see ``scale_by_dion``.
       p_side: see ``scale_by_dion``.
       split_p: see ``scale_by_dion``.
       communication_dtype: see ``scale_by_dion``.
@@ -370,6 +366,7 @@ def dion(
         residual=residual,
         normalize_rows=normalize_rows,
         replicate_axis=replicate_axis,
+        split_sizes=split_sizes,
         p_side=p_side,
         split_p=split_p,
         communication_dtype=communication_dtype,

@@ -60,6 +60,7 @@ def scale_by_dion2(
     sharding: Any = None,
     scale: str | None = "spectral",
     *,
+    split_sizes: Any = None,
     unknown_sharding: str = "warn",
 ) -> optax.GradientTransformation:
     """Replaces gradients of matrices by Dion2's direction.
@@ -72,6 +73,7 @@ def scale_by_dion2(
       momentum_dtype: dtype of M; default the parameter's.
       sharding: as for ``scale_by_dion``.
       scale: ``spectral`` (sqrt(fan_out / fan_in)) or None.
+      split_sizes: as for ``scale_by_dion``.
       unknown_sharding: as for ``scale_by_dion``.
 
     Raises:
@@ -99,6 +101,7 @@ def scale_by_dion2(
         Dion2State,
         weight_dimension_numbers=weight_dimension_numbers,
         momentum_dtype=momentum_dtype,
+        split_sizes=split_sizes,
         sharding=sharding,
         scale=scale,
         unknown_sharding=unknown_sharding,
@@ -115,6 +118,7 @@ def dion2(
     sharding: Any = None,
     scale: str | None = "spectral",
     *,
+    split_sizes: Any = None,
     unknown_sharding: str = "warn",
     weight_decay: Any = 0.01,
     weight_decay_mask: Any = None,
@@ -137,6 +141,7 @@ def dion2(
       momentum_dtype: see ``scale_by_dion2``.
       sharding: see ``scale_by_dion2``.
       scale: see ``scale_by_dion2``.
+      split_sizes: see ``scale_by_dion2``.
       unknown_sharding: see ``scale_by_dion2``.
       weight_decay: see ``dion``, as are all that follow.
       weight_decay_mask: see ``dion``.
@@ -154,6 +159,7 @@ def dion2(
         coefficients=coefficients,
         weight_dimension_numbers=weight_dimension_numbers,
         momentum_dtype=momentum_dtype,
+        split_sizes=split_sizes,
         sharding=sharding,
         scale=scale,
         unknown_sharding=unknown_sharding,

@@ -49,6 +49,8 @@ class Layout(NamedTuple):
       fan_in: product of the reduction axes.
       fan_out: product of the output axes.
       reduction: axes of the fan-in; they are ``p_axes`` or ``q_axes``.
+      blocks: layouts of the matrices that lie side by side in the leaf, along
+        ``split_axis``; () where it is not fused. See ``fused``.
     """
 
     path: str
@@ -60,6 +62,17 @@ class Layout(NamedTuple):
     fan_in: int
     fan_out: int
     reduction: tuple[int, ...]
+    blocks: tuple["Layout", ...] = ()
+
+    @property
+    def parts(self) -> tuple["Layout", ...]:
+        """The layouts that are stepped: the blocks, or the whole leaf."""
+        return self.blocks or (self,)
+
+    @property
+    def split_axis(self) -> int:
+        """The axis that fused matrices lie along: the first output axis."""
+        return (self.q_axes if self.p_axes == self.reduction else self.p_axes)[0]
 
     @property
     def q_shape(self) -> tuple[int, ...]:
@@ -128,10 +141,12 @@ class Layout(NamedTuple):
     def compresses(self) -> bool:
         """Whether the factors of all replicas are fewer numbers than their gradients.
 
-        ``(m + n) r < m n``, which also says that the rank is not full.
+        ``(m + n) r < m n``, which also says that the rank is not full. Of a fused leaf
+        that of every block: its momentum has an axis of replicas or not.
         """
-        m, n = self.fan_out, self.fan_in
-        return (m + n) * self.rank < m * n
+        return all(
+            (x.fan_out + x.fan_in) * x.rank < x.fan_out * x.fan_in for x in self.parts
+        )
 
     def update_scale(self, scale: str | None, residual: Any = None) -> Any:
         """Factor of the direction in the update.

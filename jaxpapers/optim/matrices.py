@@ -10,6 +10,14 @@ import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxpapers.optim.fused import (
+    block_sharding,
+    by_leaf,
+    joined,
+    read_sizes,
+    separate,
+    with_blocks,
+)
 from jaxpapers.optim.layout import Layout, make_layout
 from jaxpapers.optim.options import (
     check_choice,
@@ -32,6 +40,7 @@ def momentum_method(
     *statistics: tuple[Callable[[Layout, Any], jax.Array], Callable[[Layout, P], P]],
     weight_dimension_numbers: Any,
     momentum_dtype: Any,
+    split_sizes: Any,
     sharding: Any,
     scale: str | None,
     unknown_sharding: str,
@@ -48,6 +57,7 @@ def momentum_method(
         parameter), spec its partition from (layout, the parameter's spec).
       weight_dimension_numbers: see ``scale_by_dion``, as for all that follow.
       momentum_dtype: dtype of the momentum; default the parameter's.
+      split_sizes: see ``scale_by_dion``.
       sharding: see ``scale_by_dion``.
       scale: see ``Layout.update_scale``.
       unknown_sharding: see ``scale_by_dion``.
@@ -60,9 +70,13 @@ def momentum_method(
         numbers = dimension_numbers(weight_dimension_numbers, named)
         for path, leaf in named:
             check_leaf(path, leaf, name)
-        return [
-            make_layout(path, leaf.shape, d) for (path, leaf), d in zip(named, numbers)
-        ]
+        layouts = []
+        for (path, leaf), d, sizes in zip(
+            named, numbers, read_sizes(split_sizes, named)
+        ):
+            make = functools.partial(make_layout, dimensions=d)
+            layouts.append(with_blocks(make(path, leaf.shape), sizes, make))
+        return layouts
 
     def init(params):
         named, _ = named_leaves(params)
@@ -107,7 +121,7 @@ def momentum_method(
             [leaf_spec, *(spec for _, spec in statistics)],
             options,
             scale=scale,
-            keys=[(x.fan_in, x.fan_out) for x in layouts],
+            key=lambda x: (x.fan_in, x.fan_out),
         )
         count = jnp.asarray(optax.safe_increment(state.count))
         # In the boxes of the state, which may be others than those of the gradients.
@@ -142,42 +156,71 @@ def step_leaves(
     layouts: Sequence[Layout],
     shardings: Sequence[NamedSharding | None],
     grads: Sequence[jax.Array],
-    states: Sequence[Sequence[jax.Array]],
+    states: Sequence[Sequence[Any]],
     specs: Sequence[Callable[[Layout, P], P]],
     options: Any,
     *,
     scale: str | None,
-    keys: Sequence[Any],
+    key: Callable[[Layout], Any],
     replicas: Sequence[tuple[str, ...]] | None = None,
-) -> tuple[list[jax.Array], list[list[jax.Array]]]:
+) -> tuple[list[jax.Array], list[list[Any]]]:
     """Scaled directions and new states of all leaves, in the dtypes of the old ones.
+
+    Blocks of fused leaves take the step as leaves do.
 
     Args:
       step: see ``in_groups``, as for all that follow.
       layouts: of the leaves.
       shardings: of the leaves.
       grads: gradients.
-      states: lists over the leaves: momenta, further state.
+      states: lists over the leaves: momenta, further state; of a fused leaf one array of
+        its shape, or a tuple of the blocks'.
       specs: of each of ``states``.
       options: hyper-parameters.
       scale: see ``Layout.update_scale``.
-      keys: of the groups.
+      key: of a layout: those with equal ones may share a step.
       replicas: of the leaves.
     """
-    arrays = [grads, *states]
+    leaves = list(zip(layouts, shardings))
+    replicas = replicas or [()] * len(layouts)
+    specs = [leaf_spec, *specs]
+    parts = [part for layout in layouts for part in layout.parts]
+    own = [where and block_sharding(layout, where) for layout, where in leaves]
+    arrays = [
+        [y for leaf, x in zip(leaves, xs) for y in separate(*leaf, x, of)]
+        for xs, of in zip([grads, *states], specs)
+    ]
     residual = getattr(options, "residual", None)
     outputs = in_groups(
-        step, layouts, shardings, arrays, [leaf_spec, *specs], options, keys, replicas
+        step,
+        parts,
+        [where for layout, where in zip(layouts, own) for _ in layout.parts],
+        arrays,
+        specs,
+        options,
+        [key(part) for part in parts],
+        [over for layout, over in zip(layouts, replicas) for _ in layout.parts],
     )
     directions = [
-        (layout.update_scale(scale, residual) * output[0]).astype(g.dtype)
-        for layout, g, output in zip(layouts, grads, outputs)
+        (part.update_scale(scale, residual) * output[0]).astype(g.dtype)
+        for part, g, output in zip(parts, arrays[0], outputs)
     ]
     new = [
         [saturate(output[i], x.dtype) for output, x in zip(outputs, xs)]
-        for i, xs in enumerate(states, 1)
+        for i, xs in enumerate(arrays[1:], 1)
     ]
-    return directions, new
+
+    def of_leaves(xs, like, spec):
+        return [
+            joined(*leaf, x, spec)
+            if isinstance(x, tuple) and not isinstance(old, tuple)
+            else x
+            for leaf, x, old in zip(leaves, by_leaf(layouts, xs), like)
+        ]
+
+    return of_leaves(directions, grads, leaf_spec), [
+        of_leaves(*args) for args in zip(new, states, specs[1:])
+    ]
 
 
 def in_groups(
@@ -188,7 +231,7 @@ def in_groups(
     specs: Sequence[Callable[[Layout, P], P]],
     options: Any,
     keys: Sequence[Any],
-    replicas: Sequence[tuple[str, ...]] | None = None,
+    replicas: Sequence[tuple[str, ...]],
 ) -> list[tuple[jax.Array, ...]]:
     """``blockwise`` on groups of leaves; results leaf by leaf.
 
@@ -203,7 +246,6 @@ def in_groups(
       replicas: mesh axes that each leaf is averaged over.
     """
     groups: dict[Any, list[int]] = {}
-    replicas = replicas or [()] * len(layouts)
     for i, (layout, where) in enumerate(zip(layouts, shardings)):
         key = (keys[i], replicas[i], group_key(layout, where, arrays[1][i].dtype))
         groups.setdefault(key, []).append(i)

@@ -67,6 +67,7 @@ def scale_by_muon(
     scale: str | None = "spectral",
     *,
     precision: str | None = None,
+    split_sizes: Any = None,
     unknown_sharding: str = "warn",
 ) -> optax.GradientTransformation:
     """Replaces gradients of matrices by the polar factor of their momentum.
@@ -83,6 +84,7 @@ def scale_by_muon(
       scale: ``spectral`` (sqrt(fan_out / fan_in)), ``rms`` or None.
       precision: of the product of a matrix with its polynomial, as for
         ``scale_by_dion``; Gram matrices and polynomials always have ``highest``.
+      split_sizes: as for ``scale_by_dion``.
       unknown_sharding: as for ``scale_by_dion``.
 
     Raises:
@@ -112,6 +114,7 @@ def scale_by_muon(
         *statistics,
         weight_dimension_numbers=weight_dimension_numbers,
         momentum_dtype=momentum_dtype,
+        split_sizes=split_sizes,
         sharding=sharding,
         scale=scale,
         unknown_sharding=unknown_sharding,
@@ -131,6 +134,7 @@ def muon(
     scale: str | None = "spectral",
     *,
     precision: str | None = None,
+    split_sizes: Any = None,
     unknown_sharding: str = "warn",
     weight_decay: Any = 0.01,
     weight_decay_mask: Any = None,
@@ -160,6 +164,7 @@ def muon(
       sharding: see ``scale_by_muon``.
       scale: see ``scale_by_muon``.
       precision: see ``scale_by_muon``.
+      split_sizes: see ``scale_by_muon``.
       unknown_sharding: see ``scale_by_muon``.
       weight_decay: see ``dion``, as are all that follow.
       weight_decay_mask: see ``dion``.
@@ -179,6 +184,7 @@ def muon(
         eps=eps,
         weight_dimension_numbers=weight_dimension_numbers,
         momentum_dtype=momentum_dtype,
+        split_sizes=split_sizes,
         sharding=sharding,
         scale=scale,
         precision=precision,

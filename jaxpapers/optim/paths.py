@@ -71,9 +71,7 @@ def map_named(f: Callable[[str, Any], Any], tree: Any, is_leaf=None) -> Any:
     return treedef.unflatten([f(path, leaf) for path, leaf in named])
 
 
-def with_leaves(
-    tree: Any, leaves: Sequence[Any], respec: Sequence[Callable[[P], P]]
-) -> Any:
+def with_leaves(tree: Any, leaves: Sequence[Any], respec: Sequence[Any]) -> Any:
     """The tree with other leaves, whose boxes name the axes of these.
 
     A box is metadata for an array of its parameter's shape: what reads it
@@ -81,8 +79,10 @@ def with_leaves(
 
     Args:
       tree: parameters, boxed or not.
-      leaves: in the order of ``named_leaves(tree)``.
-      respec: for each leaf, its axes' names given those of the parameter's axes.
+      leaves: in the order of ``named_leaves(tree)``; a tuple of arrays has a box of the
+        leaf's kind for each.
+      respec: for each leaf, its axes' names given those of the parameter's axes; a tuple
+        for a tuple.
 
     Returns:
       Like ``tree``; an array that no known box can hold has none.
@@ -180,11 +180,16 @@ def _content(box: Any) -> Any:
     return jax.tree_util.tree_flatten(box, is_leaf=lambda y: y is not box)[0][0]
 
 
-def _fill(node: Any, pairs: Iterator[tuple[Any, Callable[[P], P]]]) -> Any:
+def _fill(node: Any, pairs: Iterator[tuple[Any, Any]]) -> Any:
     """The node with the next leaf; as it is if it holds none (a masked parameter)."""
     if not is_box(node):
         return next(pairs)[0]
-    return _rebox(node, *next(pairs)) if jax.tree.leaves(node) else node
+    if not jax.tree.leaves(node):
+        return node
+    leaf, respec = next(pairs)
+    if isinstance(leaf, tuple):
+        return tuple(_rebox(node, *pair) for pair in zip(leaf, respec))
+    return _rebox(node, leaf, respec)
 
 
 def _rebox(box: Any, value: Any, respec: Callable[[P], P]) -> Any:

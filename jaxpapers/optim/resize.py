@@ -12,14 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxpapers.optim.dion import DionState
-from jaxpapers.optim.layout import make_layout
+from jaxpapers.optim.fused import owner, part_of, read_layout
 from jaxpapers.optim.options import is_number, static_fraction, static_multiple
-from jaxpapers.optim.paths import (
-    dimension_numbers,
-    map_named,
-    named_leaves,
-    per_leaf,
-)
+from jaxpapers.optim.paths import map_named, named_leaves, per_leaf
 
 
 def rescale_rank(
@@ -29,6 +24,7 @@ def rescale_rank(
     rank_multiple_of: int = 1,
     *,
     weight_dimension_numbers: Any = None,
+    split_sizes: Any = None,
     replicas: int = 0,
     seed: int = 0,
 ) -> Any:
@@ -44,6 +40,7 @@ def rescale_rank(
       rank_fraction: as for ``scale_by_dion``.
       rank_multiple_of: as for ``scale_by_dion``.
       weight_dimension_numbers: as for ``scale_by_dion``.
+      split_sizes: as for ``scale_by_dion``; they cannot change.
       replicas: with ``replicate_axis``, how many there are: a rank at which factors are
         no longer worth averaging (or are again) changes which momenta have their axis.
       seed: of the further columns.
@@ -59,22 +56,19 @@ def rescale_rank(
     table = dict(named_leaves(params)[0])
 
     def layout_of(name):
-        param = table[name]
-        named = [(name, param)]
-        return make_layout(
-            name,
-            param.shape,
-            dimension_numbers(weight_dimension_numbers, named)[0],
-            rank_fraction=static_fraction(
-                name,
-                per_leaf(rank_fraction, named, is_number, "rank_fraction")[0],
-                None,
-            ),
+        named = [(name, table[name])]
+        fraction = per_leaf(rank_fraction, named, is_number, "rank_fraction")[0]
+        return read_layout(
+            *named[0],
+            weight_dimension_numbers=weight_dimension_numbers,
+            split_sizes=split_sizes,
+            rank_fraction=static_fraction(name, fraction, None),
             rank_multiple_of=static_multiple(rank_multiple_of, None),
         )
 
     def q(path, leaf):
-        return _with_rank(path, leaf, layout_of(path).rank, seed)
+        part = part_of(layout_of(owner(path, table)), path)
+        return _with_rank(path, leaf, part.rank, seed)
 
     def momentum(path, m):
         layout = layout_of(path)
@@ -134,6 +128,9 @@ def resize(state: Any, target: Any, *, seed: int = 0) -> Any:
             return x
 
         old_q, old_m = dict(named_leaves(x.q)[0]), dict(named_leaves(x.momentum)[0])
+        new_q = dict(named_leaves(t.q)[0])
+        if old_q.keys() != new_q.keys():
+            raise ValueError(_SPLIT.format(got=[*old_q], expected=[*new_q]))
 
         def q(name, new):
             old = old_q[name]
@@ -146,7 +143,8 @@ def resize(state: Any, target: Any, *, seed: int = 0) -> Any:
         def momentum(name, new):
             old = old_m[name]
             # M has at least Q's axes; only one more can be that of replicas.
-            replicated = old.ndim > max(new.ndim - 1, old_q[name].ndim)
+            axes = old_q[name if name in old_q else f"{name}/0"].ndim
+            replicated = old.ndim > max(new.ndim - 1, axes)
             return _with_replicas(name, old, new.shape, replicated).astype(new.dtype)
 
         return x._replace(momentum=map_named(momentum, t.momentum), q=map_named(q, t.q))
@@ -157,6 +155,12 @@ def resize(state: Any, target: Any, *, seed: int = 0) -> Any:
 _UNLIKE = (
     "{name}: cannot resize a leaf of Dion's state from shape {got} to {expected}; only "
     "the rank and the number of replicas may change"
+)
+
+
+_SPLIT = (
+    "cannot resize a Dion state with Q of {got} to one of {expected}; keep its leaves "
+    "and their split_sizes, or start from init"
 )
 
 

@@ -17,7 +17,8 @@ import jax
 import numpy as np
 
 from jaxpapers.optim import names
-from jaxpapers.optim.layout import EXCLUDED, is_dimensions, make_layout
+from jaxpapers.optim.fused import read_layout
+from jaxpapers.optim.layout import EXCLUDED, Layout, is_dimensions, make_layout
 from jaxpapers.optim.paths import (
     aligned,
     dimension_numbers,
@@ -117,6 +118,7 @@ def routing_table(
     weight_dimension_numbers: Any = None,
     *,
     labels: Any = None,
+    split_sizes: Any = None,
     vocabulary: int | None = None,
 ) -> RoutingTable:
     """Which optimizer each parameter goes to, and why: print it before a long run.
@@ -125,6 +127,7 @@ def routing_table(
       params: parameters, their gradients or shapes (``jax.eval_shape``).
       weight_dimension_numbers: as given to the optimizer.
       labels: as given to the optimizer: they replace what names and shapes say.
+      split_sizes: as given to the optimizer: the reason names the blocks of a fused leaf.
       vocabulary: see ``route``.
 
     Example:
@@ -140,6 +143,18 @@ def routing_table(
     if given is not None:
         groups = jax.tree.leaves(given(params))
         found = [r._replace(group=g, reason="labels=") for r, g in zip(found, groups)]
+    if split_sizes is not None:
+        named = [(r.path, jax.ShapeDtypeStruct(r.shape, np.float32)) for r in found]
+        options = {
+            "weight_dimension_numbers": weight_dimension_numbers,
+            "split_sizes": split_sizes,
+        }
+        found = [
+            r._replace(reason=_blocks(read_layout(*leaf, **options), r.reason))
+            if r.group == "dion"
+            else r
+            for r, leaf in zip(found, named)
+        ]
     return RoutingTable(found)
 
 
@@ -217,6 +232,13 @@ def _route(path: str, shape: tuple[int, ...], name: names.Name, numbers: Any) ->
     kind = "matrix" if count == 1 else f"{count} matrices"
     sides = f"{layout.fan_in} x {layout.fan_out}"
     return Route(path, shape, "dion", f"{kind} of {sides}")
+
+
+def _blocks(layout: Layout, reason: str) -> str:
+    if not layout.blocks:
+        return reason
+    sides = ", ".join(f"{x.fan_in} x {x.fan_out}" for x in layout.blocks)
+    return f"{reason}, in blocks of {sides}"
 
 
 def _vocabularies(

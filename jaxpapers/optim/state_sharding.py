@@ -1,5 +1,6 @@
 """How Dion's state lies on a mesh, for code that lays out state by itself."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -8,13 +9,15 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxpapers.optim.dion import DionState
-from jaxpapers.optim.layout import is_sharding, make_layout
-from jaxpapers.optim.paths import (
-    dimension_numbers,
-    map_named,
-    named_leaves,
-    per_leaf,
+from jaxpapers.optim.fused import (
+    block_sharding,
+    owner,
+    part_of,
+    read_layout,
+    without_split_axis,
 )
+from jaxpapers.optim.layout import is_sharding
+from jaxpapers.optim.paths import map_named, named_leaves, per_leaf
 
 
 def dion_state_sharding(
@@ -23,6 +26,7 @@ def dion_state_sharding(
     params_sharding: Any,
     *,
     weight_dimension_numbers: Any = None,
+    split_sizes: Any = None,
     p_side: Any = "longer",
     replicate_axis: str | None = None,
 ) -> Any:
@@ -39,6 +43,7 @@ def dion_state_sharding(
       params_sharding: tree of NamedSharding like ``params``; boxes of the one need not
         be those of the other.
       weight_dimension_numbers: as given to ``dion``.
+      split_sizes: as given to ``dion``.
       p_side: as given to ``dion``.
       replicate_axis: as given to ``dion``.
 
@@ -61,7 +66,12 @@ def dion_state_sharding(
     table = {path: (leaf, where) for (path, leaf), where in zip(named, shardings)}
     mesh = shardings[0].mesh
     whole: Any = NamedSharding(mesh, P())
-    rule = state_rules(weight_dimension_numbers, p_side=p_side)[0][1]
+    q_layout = functools.partial(
+        _q_layout,
+        weight_dimension_numbers=weight_dimension_numbers,
+        split_sizes=split_sizes,
+        p_side=p_side,
+    )
 
     def like_parameter(name, leaf):
         # The longest, as "block/kernel" ends in "kernel" too.
@@ -75,8 +85,11 @@ def dion_state_sharding(
         return whole
 
     def like_q(name, leaf):
-        param, where = table[name]
-        return NamedSharding(mesh, rule(name, leaf, param, where.spec))
+        path = owner(name, table)
+        param, where = table[path]
+        layout = q_layout(path, leaf, param)
+        spec = block_sharding(layout, where).spec
+        return NamedSharding(mesh, part_of(layout, name).q_spec(spec))
 
     def node(path, x):
         # Found by its type: a parameter may be called "q" as well.
@@ -121,6 +134,7 @@ def replica_specs(state: Any, params: Any, replicate_axis: str) -> Any:
 def state_rules(
     weight_dimension_numbers: Any = None,
     *,
+    split_sizes: Any = None,
     p_side: Any = "longer",
     replicate_axis: str | None = None,
 ) -> tuple[tuple[str, Callable[..., P]], ...]:
@@ -128,19 +142,35 @@ def state_rules(
 
     For leaves whose shape is not their parameter's: Q, and with ``replicate_axis`` M. A
     function takes (path of the parameter, leaf, parameter, the parameter's spec). Put
-    the rules before those of the parameters.
+    the rules before those of the parameters. The Q of a block of a fused leaf is not
+    split along the leaf's split axis.
+
+    Args:
+      weight_dimension_numbers: as given to ``dion``, as are the others.
+      split_sizes: see ``dion``.
+      p_side: see ``dion``.
+      replicate_axis: see ``dion``.
     """
+    q_layout = functools.partial(
+        _q_layout,
+        weight_dimension_numbers=weight_dimension_numbers,
+        split_sizes=split_sizes,
+        p_side=p_side,
+    )
 
     def q_spec(path, q, param, param_spec):
-        named = [(path, param)]
-        layout = make_layout(
-            path,
-            param.shape,
-            dimension_numbers(weight_dimension_numbers, named)[0],
-            p_side=per_leaf(p_side, named, lambda x: isinstance(x, str), "p_side")[0],
-            rank=q.shape[-1],
+        layout = q_layout(path, q, param)
+        if not layout.blocks:
+            return layout.q_spec(param_spec)
+        for block in layout.blocks:
+            # Equal blocks have equal specs.
+            if block.q_shape == q.shape:
+                return block.q_spec(without_split_axis(layout, param_spec))
+        raise ValueError(
+            f"{path}: the state has a Q of shape {q.shape}, expected one of "
+            f"{[x.q_shape for x in layout.blocks]}; pass the split_sizes, dimension "
+            "numbers and p_side that made the state"
         )
-        return layout.q_spec(param_spec)
 
     def momentum_spec(path, momentum, param, param_spec):
         if momentum.shape[1:] == param.shape:
@@ -149,3 +179,9 @@ def state_rules(
 
     rules = ((r"(^|/)q/", q_spec),)
     return (*rules, (r"(^|/)momentum/", momentum_spec)) if replicate_axis else rules
+
+
+def _q_layout(path: str, q: Any, param: Any, *, p_side: Any, **options: Any):
+    """The layout of a parameter whose Q, or that of a block, has q's rank."""
+    side = per_leaf(p_side, [(path, param)], lambda x: isinstance(x, str), "p_side")[0]
+    return read_layout(path, param, p_side=side, rank=q.shape[-1], **options)
