@@ -88,7 +88,7 @@ DION = [
         "jaxpapers/optim/fused.py",
         "moved = mesh_axes(entries[a]) + names",
         "moved = names + mesh_axes(entries[a])",
-        ["tests/optim/test_fused_sharded.py::test_state_lies_where_its_step_has_it"],
+        ["tests/optim/test_fused_sharded.py"],
     ),
     # Cautious decay: where the update goes towards zero.
     (

@@ -22,13 +22,14 @@ from tests.programs import together
 
 # Shape, dimension numbers, sizes, axis of the blocks.
 LEAVES = {
-    # P on the output side of q, on the input side of k and v.
     "qkv": ((8, 20), DimensionNumbers(), (12, 4, 4), 1),
-    "torch": ((14, 6), DimensionNumbers(1, 0), (8, 6), 0),
+    # More inputs than outputs.
+    "torch": ((14, 16), DimensionNumbers(1, 0), (8, 6), 0),
     "stack": ((2, 6, 16), DimensionNumbers(1, 2), (8, 8), 2),
     # Heads of q, k and v, each with its head_dim.
     "heads": ((8, 6, 3), DimensionNumbers(0, (1, 2)), (4, 1, 1), 1),
-    # Two groups, in each three heads of q, one of k and one of v.
+    # Two groups, in each three heads of q, one of k and one of v: P is on the output side
+    # of q, on the input side of k and v.
     "groups": ((8, 2, 5, 3), DimensionNumbers(0, (2, 1, 3)), (3, 1, 1), 2),
 }
 NUMBERS = {name: d for name, (_, d, _, _) in LEAVES.items()}
@@ -52,7 +53,7 @@ def together_again(tree):
 
 
 @pytest.mark.parametrize(
-    "name, leaves", in_turn(("qkv", "groups"), ("ahead",), ("normuon",))
+    "name, leaves", in_turn(("torch", "groups"), ("ahead",), ("normuon",))
 )
 def test_equals_matrices_stored_apart(name, leaves, float64):
     make = functools.partial(MAKERS[name], weight_dimension_numbers=NUMBERS)
