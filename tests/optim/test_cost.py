@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxpapers import hlo, plan
+from jaxpapers import hlo, products
 from jaxpapers.optim import (
     DimensionNumbers,
     dion_state_sharding,
@@ -301,7 +301,7 @@ def test_factorisations_are_counted(method):
         total = 0
         for eqn in jaxpr.eqns:
             total += eqn.primitive.name == "cholesky"
-            total += sum(count(j) for j in plan._inner_jaxprs(eqn.params))
+            total += sum(count(j) for j in products._inner_jaxprs(eqn.params))
         return total
 
     # One for all passes of scqr, shifted or not, and one for each pass of cqr2.
