@@ -50,7 +50,7 @@ TABLE = ("din", "v5p:8x8x8", "data:64,model:8", {
     "data.batch": 65_536, "optim.name": "adagrad", "optim.tables": "row_adagrad",
     "optim.lr": 0.01,
 })  # fmt: skip
-# As many chips as a v5p slice has that is a cube.
+# The largest v5p slice that is a cube.
 CUBE = ("dion:160m", "v5p:16x16x16", "replica:16,data:256", {"data.batch": 4096})
 OPTIMIZERS = {
     "dion 1/4": {"optim.name": "dion", "optim.rank_fraction": 0.25},

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxpapers.nets.rope import Scaling, rope
+from jaxpapers.ops.mesh_axes import split_axes
 
 
 class RMSNorm(nn.Module):
@@ -270,6 +271,16 @@ class Block(nn.Module):
         y, caches = Attention(kind, self.out_init, name="attention")(
             kind.normalise("attention_norm")(x), positions, start, mask, *caches
         )
-        x = x + y
+        x = _over_batch(x + y)
         y = MLP(kind, self.out_init, name="mlp")(kind.normalise("mlp_norm")(x))
-        return x + y, caches
+        return _over_batch(x + y), caches
+
+
+def _over_batch(x):
+    """The residual stream, split over the batch alone.
+
+    Inside a shard_map over slices the compiler splits it over ``model``, too, and
+    gathers it for every product: twice the bytes inside a slice.
+    """
+    axes = split_axes(x.shape[0])
+    return jax.lax.with_sharding_constraint(x, jax.P(axes, None, None)) if axes else x

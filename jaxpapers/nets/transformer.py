@@ -9,7 +9,6 @@ Kernels are (in, out), stacked over layers by ``nn.scan`` to (L, in, out).
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple, cast
 
@@ -21,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxpapers.nets.block import Block, Kind, RMSNorm
 from jaxpapers.nets.rope import Scaling, rope
-from jaxpapers.ops.mesh_axes import auto_axes, batch_axes
+from jaxpapers.ops.mesh_axes import auto_axes, split_axes
 
 __all__ = [
     "BIAS_RULES", "RULES", "Cache", "Kind", "RMSNorm", "Stack", "Transformer",
@@ -74,14 +73,8 @@ def look_up(
 def _look_up(table, tokens):
     table = jax.lax.with_sharding_constraint(table, P("model", None))
     rows = jnp.take(table, tokens, axis=0)
-    axes = _split_axes(tokens)
+    axes = split_axes(tokens.shape[0])
     return jax.lax.with_sharding_constraint(rows, P(axes, None, None)) if axes else rows
-
-
-def _split_axes(tokens: jax.Array) -> tuple[str, ...]:
-    """Axes that split the batch, if they divide it; in a shard_map those left to it."""
-    mesh, axes = jax.sharding.get_abstract_mesh(), batch_axes(auto_axes())
-    return () if tokens.shape[0] % math.prod(mesh.shape[n] for n in axes) else axes
 
 
 def _look_up_forward(table, tokens):
@@ -94,7 +87,7 @@ def _look_up_forward(table, tokens):
 def _look_up_backward(saved, rows):
     """Not the compiler's: inside a shard_map XLA aborts as it partitions the scatter."""
     tokens, table = saved  # Only the shape of the table is used.
-    mesh, axes = jax.sharding.get_abstract_mesh(), _split_axes(tokens)
+    mesh, axes = jax.sharding.get_abstract_mesh(), split_axes(tokens.shape[0])
     scatters = "data" in axes and table.shape[1] % mesh.shape["data"] == 0
     rest = tuple(n for n in axes if not (scatters and n == "data"))
     count = table.shape[0] // mesh.shape["model"]

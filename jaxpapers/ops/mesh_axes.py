@@ -1,5 +1,6 @@
 """Names of mesh axes, and which of them the compiler partitions."""
 
+import math
 from collections.abc import Container
 
 import jax
@@ -30,3 +31,15 @@ def auto_axes() -> tuple[str, ...]:
     mesh = jax.sharding.get_abstract_mesh()
     kinds = dict(zip(mesh.axis_names, mesh.axis_types))
     return tuple(n for n in AXES if kinds.get(n) == AxisType.Auto)
+
+
+def split_axes(rows: int) -> tuple[str, ...]:
+    """Auto axes of the mesh in scope that split a batch; () if they do not divide it.
+
+    Inside a ``jax.shard_map`` these are the axes that it leaves to the compiler.
+
+    Args:
+      rows: of the batch.
+    """
+    mesh, axes = jax.sharding.get_abstract_mesh(), batch_axes(auto_axes())
+    return () if rows % math.prod(mesh.shape[n] for n in axes) else axes
