@@ -53,7 +53,7 @@ def options(leaves=None):
 
 
 def gradients(seed, leaves=None):
-    return {n: normal(seed, *SPECS[n][0]) for n in leaves or SPECS}
+    return {n: normal(seed, *SPECS[n][0], dtype=np.float64) for n in leaves or SPECS}
 
 
 @functools.cache
@@ -71,7 +71,7 @@ def assert_placed(x, where):
     "name, kind, leaves",
     in_turn(("mixed", "heads"), ("dion", "Auto"), ("normuon", "Explicit")),
 )
-def test_same_numbers_on_a_mesh(name, kind, leaves, make_mesh):
+def test_same_numbers_on_a_mesh(name, kind, leaves, make_mesh, float64):
     mesh = make_mesh((4, 2), kind)
     where = {n: NamedSharding(mesh, WHERE[n]) for n in leaves or SPECS}
     want, last = unsharded(name, leaves)
@@ -81,12 +81,11 @@ def test_same_numbers_on_a_mesh(name, kind, leaves, make_mesh):
         update = jax.jit(tx.update, compiler_options=QUICK)
         for t in range(2):
             updates, state = update(jax.device_put(gradients(t, leaves), where), state)
-            # Newton-Schulz: its slope at 0, 3.44 in each of five iterations, times 6e-8.
-            close(updates, want[t], 5e-6 if hasattr(state, "q") else 3e-5)
+            close(updates, want[t], 1e-11)
         for n, spec in where.items():
             assert_placed(updates[n], spec)
             assert_placed(state.momentum[n], spec)
-    close(state, last)
+    close(state, last, 1e-11)
 
 
 @pytest.mark.parametrize(
@@ -136,12 +135,13 @@ MOVED_AXES = {n: () for n in SPECS} | {
 }  # fmt: skip
 
 
-@pytest.mark.programs(30)
+@pytest.mark.programs(40)  # Init outside jit, as above.
 def test_state_lies_where_its_step_has_it(make_mesh):
     """By init inside and outside jit, by ``dion_state_sharding``, by a run's rules."""
     mesh = make_mesh((4, 2))
     where = {n: NamedSharding(mesh, spec) for n, spec in WHERE.items()}
-    params = jax.device_put(gradients(0), where)
+    params = {n: normal(0, *x[0]) for n, x in SPECS.items()}
+    params = jax.device_put(params, where)
     tx = dion_direction(0.5, sharding=where, **options())
     with jax.set_mesh(mesh):
         inside, outside = jax.jit(tx.init)(params), tx.init(params)
@@ -244,8 +244,8 @@ def test_a_checkpoint_goes_on(tmp_path):
     [
         ((24, 8, 8), P(D)),
         pytest.param((24, 8, 8), P(D, M), marks=pytest.mark.matrix),
-        # The factors of a block of two columns are no fewer numbers.
-        pytest.param((30, 8, 2), P(D, M), marks=pytest.mark.matrix),
+        # The factors of a single column are no fewer numbers.
+        pytest.param((31, 8, 1), P(D, M), marks=pytest.mark.matrix),
     ],
 )
 def test_replicas(sizes, spec):
@@ -276,7 +276,7 @@ def test_replicas(sizes, spec):
     plan = plan_fused(
         (32, 40), spec, mesh, sizes, 0.5, orthogonalize="cqr2", replicate_axis=R
     )
-    compressed = 2 not in sizes
+    compressed = 1 not in sizes
     assert state.momentum["w"].ndim == 2 + compressed
     assert all(x.compressed == compressed for x in plan.blocks)
     mean = state.momentum["w"].mean(0) if compressed else state.momentum["w"]
