@@ -2,7 +2,7 @@
 
     python benchmarks/optimizer_meshes.py                   every row (an hour of CPU)
     python benchmarks/optimizer_meshes.py --meshes 16x1 --rows "dion2 1/4;muon"
-    python benchmarks/optimizer_meshes.py --table           the table of docs/dion.md
+    python benchmarks/optimizer_meshes.py --table           writes it into docs/dion.md
     ... --topology cpu:16 --shape 28,64,256 --out FILE      this machine's compiler
 
 One group of stacked float32 kernels, 28 of 2048 x 8192, inputs split over the first axis
@@ -21,6 +21,8 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 OUT = RESULTS / "optimizer_meshes.json"
+PAGE = Path(__file__).parent.parent / "docs" / "dion.md"
+BEGIN, END = "<!-- meshes: begin -->", "<!-- meshes: end -->"
 MESHES = ("16x1", "4x4", "1x16")
 AHEAD = {"nesterov": True, "residual": 1.0, "normalize_rows": True}
 # Label -> function of ``optim``, or of optax, and its arguments.
@@ -93,16 +95,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--table", action="store_true")
     options = parser.parse_args()
-    record = json.loads(options.out.read_text()) if options.out.exists() else {}
     if options.table:
-        print(table(record))
+        text = table(json.loads(options.out.read_text()))
+        print(text)
+        page = PAGE.read_text()
+        before, rest = page.split(BEGIN)
+        PAGE.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}")
         return
     available = devices(options.topology)
     from compiled_step import compile_step, versions
 
     shape = [int(n) for n in options.shape.split(",")]
-    record |= {"topology": options.topology, "shape": shape, "versions": versions()}
-    record.setdefault("meshes", {})
+    setting = {"topology": options.topology, "shape": shape, "versions": versions()}
     for mesh in options.meshes.split(","):
         sizes = dict(zip(("data", "model"), map(int, mesh.split("x"))))
         for label in options.rows.split(";") if options.rows else ROWS:
@@ -113,8 +117,11 @@ def main() -> None:
                 "flops": step.flops,
                 "compile_cpu_seconds": round(step.cpu_seconds, 1),
             }
-            record["meshes"].setdefault(mesh, {})[label] = row
             print(mesh, label, row, flush=True)
+            # Another process may have written rows since.
+            old = json.loads(options.out.read_text()) if options.out.exists() else {}
+            record = {**setting, "meshes": old.get("meshes", {})}
+            record["meshes"].setdefault(mesh, {})[label] = row
             options.out.write_text(json.dumps(record, indent=1) + "\n")
 
 

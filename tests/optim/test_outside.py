@@ -37,7 +37,7 @@ def run(command, *folders):
     return done.stdout
 
 
-# Tests of one optimizer: 20 in optax 0.2.8, of a stack of matrices and of all to AdamW.
+# Tests of an optimizer: 16 in optax 0.2.8; a stack as matrices, and all of it to AdamW.
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
