@@ -18,7 +18,7 @@ ON_JAX := tests/test_contract.py tests/test_train.py tests/test_checkpoint.py \
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-all test-ci test-slow test-other lint format bench docs release-check clean
+.PHONY: help run test test-all test-ci test-slow test-other lint format bench docs notebooks release-check clean
 
 help:
 	@echo "make run        train the language model with Dion on this Python's sources"
@@ -28,6 +28,7 @@ help:
 	@echo "make test-other run what depends on JAX on another supported Python, if there is one"
 	@echo "make lint       ruff format --check, ruff check, pyrefly"
 	@echo "make docs       build the site into build/site, strictly"
+	@echo "make notebooks  run docs/notebooks and write their pages (NAMES=dion for one)"
 	@echo "make release-check build wheel and sdist and try the wheel in an empty environment"
 	@echo "make bench      measure again what fits two hours (installs PyTorch); benchmarks/ has more"
 
@@ -80,6 +81,10 @@ docs: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 	@echo "wrote build/site/index.html"
+
+notebooks: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs,plot]'
+	.ci/notebooks $(BIN)/python $(NAMES)
 
 release-check: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'build>=1.2' 'twine>=6'
