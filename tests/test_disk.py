@@ -128,6 +128,7 @@ def test_commands_of_what_is_no_run(tmp_path, capsys, command, what):
 
 @pytest.mark.parametrize("out", ["no/x.safetensors", "."])
 def test_an_export_to_where_no_file_can_be(tmp_path, capsys, out):
+    (tmp_path / "x").touch()  # A folder that holds something is not written into.
     assert cli.main(["export", str(tmp_path), str(tmp_path / out)]) == 1
     assert "folder" in capsys.readouterr().err
 
