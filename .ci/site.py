@@ -28,7 +28,7 @@ BLOB = URLS["Repository"] + "/blob/main/"
 LINK = re.compile(r"(\]\()([^)\s]+)(\))")
 MATH = re.compile(r'<(div|span) class="arithmatex">(.*?)</\1>', re.S)
 CLICKS = ("click_models", "click_models")
-# System -> its picture and the JSON beside it, whose command made both.
+# System -> its picture and the JSON beside it, whose command made both, or the command.
 PICTURES = {
     "dion": ("dion_vs_adamw_muon", "dion_vs_adamw_muon"),
     "din": CLICKS,
@@ -45,6 +45,8 @@ PICTURES = {
     "looped_transformer": ("looped_parity", "looped_parity"),
     "versaprm": ("versaprm", "versaprm"),
     "coda": ("coda_learning", "coda_rooms"),
+    "dnw": ("dnw_usage", "jaxpapers run dnw"),
+    "peer_review": ("peer_review_coefficients", "jaxpapers run peer_review"),
 }
 PACKAGES = ("ops", "nets")
 MODULES = ("study", "outcome", "run", "train", "mesh", "plan", "hlo")
@@ -224,6 +226,8 @@ def _made(name: str) -> tuple[str, str]:
     file = f"benchmarks/results/{picture}.png"
     if not (ROOT / file).exists():
         raise PluginError(f"the picture of {name}, {file}, is not there")
+    if " " in record:
+        return file, record
     content = json.loads((RESULTS / f"{record}.json").read_text())
     if "command" not in content:
         raise PluginError(f"{record}.json does not say by which command it was made")
