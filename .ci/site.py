@@ -106,7 +106,7 @@ def on_page_markdown(markdown, page, config, files):
         elif here.startswith(("systems/", "api/")) or here == "gallery.md":
             return match[0]
         else:
-            base = ROOT / "docs"
+            base = (ROOT / "docs" / here).parent
         place = (base / path).resolve().relative_to(ROOT).as_posix()
         return match[1] + up + _place(place, files) + anchor + match[3]
 
