@@ -6,24 +6,12 @@ from pathlib import Path
 import pytest
 
 from jaxpapers import cli, outcome, run, study
-from tests.toys.command import CONFIG, register
+from tests.toys.command import CONFIG, call, register
 
 
 @pytest.fixture(autouse=True)
 def toys(monkeypatch):
     register(monkeypatch.setattr, monkeypatch.setitem)
-
-
-def call(workdir, *fields, **kwargs):
-    overrides = [f"--config.{field}" for field in fields]
-    return run.run(
-        "line",
-        overrides,
-        config_path=CONFIG,
-        workdir=str(workdir),
-        quiet=True,
-        **kwargs,
-    )
 
 
 @pytest.mark.programs(16)  # Two studies of two programs.

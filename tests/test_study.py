@@ -16,7 +16,7 @@ from jaxpapers import study as studies
 from jaxpapers import train as trainer
 from jaxpapers.folder import load_run
 from jaxpapers.method import State
-from tests.toys.command import CONFIG, register
+from tests.toys.command import CONFIG, call, register
 
 
 def config_of_line():
@@ -27,18 +27,6 @@ def config_of_line():
 def toys(monkeypatch):
     """Two papers and two tasks more."""
     register(monkeypatch.setattr, monkeypatch.setitem)
-
-
-def call(workdir, *fields, **kwargs):
-    overrides = [f"--config.{field}" for field in fields]
-    return run.run(
-        "line",
-        overrides,
-        config_path=CONFIG,
-        workdir=str(workdir),
-        quiet=True,
-        **kwargs,
-    )
 
 
 def values(summary, label):

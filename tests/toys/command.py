@@ -19,6 +19,21 @@ def register(setattr=setattr, setitem=dict.__setitem__):
     setitem(papers.NAMES, "none", none)
 
 
+def call(workdir, *fields, **kwargs):
+    """The outcome of ``line`` in a folder, with other values of some fields."""
+    from jaxpapers import run
+
+    overrides = [f"--config.{field}" for field in fields]
+    return run.run(
+        "line",
+        overrides,
+        config_path=CONFIG,
+        workdir=str(workdir),
+        quiet=True,
+        **kwargs,
+    )
+
+
 def once(function):
     """The function, which runs at its first call and gives that result ever after."""
     results = []
