@@ -49,7 +49,7 @@ PICTURES = {
     "peer_review": ("peer_review_coefficients", "jaxpapers run peer_review"),
 }
 PACKAGES = ("ops", "nets")
-MODULES = ("study", "outcome", "run", "train", "mesh", "plan", "hlo")
+MODULES = ("study", "outcome", "run", "train", "trackers", "mesh", "plan", "hlo")
 
 
 def on_config(config):

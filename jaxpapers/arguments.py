@@ -134,6 +134,7 @@ def parser_of(actions: Mapping[str, Callable]) -> argparse.ArgumentParser:
                      help="write a trace of these steps to WORKDIR/profile")  # fmt: skip
     sub.add_argument("--tensorboard", action="store_true", help="needs jaxpapers[tb]")
     sub.add_argument("--wandb", action="store_true", help="needs jaxpapers[wandb]")
+    sub.add_argument("--trackio", action="store_true", help="needs jaxpapers[trackio]")
     _device_options(sub)
     sub.add_argument("--distributed", action="store_true",
                      help="join the processes of a pod or SLURM job")  # fmt: skip

@@ -25,6 +25,7 @@ FIELDS = {
     "save_minutes": "minutes between checkpoints; 0: by steps alone",
     "keep": "checkpoints kept",
     "init_from": "workdir whose parameters start the run",
+    "log_images": "draw the model at every evaluation, which is measured whole for it",
     "sample": "size of the sample drawn at the end; 0: none",
     "prompt": "start of the sample",
     "temperature": "of the sample; 0: the likeliest token",
@@ -65,6 +66,7 @@ def train(
         "keep": 2,
         "init_from": "",
         "alone": False,  # train this model only, none of those beside it
+        "log_images": False,
         "sample": sample,
         **fields,
     }

@@ -195,7 +195,7 @@ def _show(options, overrides) -> int:
 
 
 def _run(options, overrides) -> int:
-    from jaxpapers import run
+    from jaxpapers import run, trackers
 
     if options.print_config:
         print(run.load_config(options.target, overrides, options.config, options.files))
@@ -213,7 +213,7 @@ def _run(options, overrides) -> int:
         dry_run=options.dry_run,
         quiet=options.quiet,
         profile=steps(options.profile),
-        writers=[w for w in ("tensorboard", "wandb") if getattr(options, w)],
+        trackers=[x for x in trackers.TRACKERS if getattr(options, x)],
     )
     return 0
 

@@ -24,6 +24,7 @@ MAY_CHANGE = {
     "train.eval_every", "train.save_every", "train.save_minutes", "train.keep",
     "train.init_from",
     "train.sample", "train.prompt", "train.temperature", "train.alone",
+    "train.log_images",
 }  # fmt: skip
 
 # Least values of fields by their name, in whatever group.

@@ -5,7 +5,8 @@ import importlib.util
 from collections.abc import Generator
 
 EXTRAS = {
-    "matplotlib": "plot", "tensorboardX": "tb", "wandb": "wandb", "PIL": "emoji",
+    "matplotlib": "plot", "tensorboardX": "tb", "wandb": "wandb",
+    "trackio": "trackio", "PIL": "emoji",
     "fontTools": "emoji", "libtpu": "tpu", "gymnasium": "rl", "gymnasium_robotics": "rl",
     "mujoco": "rl", "glfw": "rl", "h5py": "rl", "minari": "rl",
     "tokenizers": "language", "openai": "language",

@@ -3,13 +3,12 @@
 import contextlib
 import json
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from jaxpapers import __version__, papers, plots, report, tasks, workdir
+from jaxpapers import __version__, papers, plots, tasks, workdir
 from jaxpapers import checkpoint as ckpt
 from jaxpapers import mesh as meshes
 from jaxpapers.config import check_values, named_by, preset_configs
@@ -143,18 +142,6 @@ def evaluated(folder: Path, step: int) -> bool:
         record["step"] == step and any(k.startswith("validation_") for k in record)
         for record in plots.read_metrics(folder)
     )
-
-
-def open_writers(folder: Path, config: dict, names: Sequence[str]) -> list:
-    """Writers of metrics into a workdir: JSON lines, and those that are named."""
-    if jax.process_index():
-        return []
-    writers: list[Any] = [report.JsonlWriter(folder / "metrics.jsonl")]
-    if "tensorboard" in names:
-        writers.append(report.TensorBoardWriter(folder / "tensorboard"))
-    if "wandb" in names:
-        writers.append(report.WandbWriter(folder, config))
-    return writers
 
 
 def named_fields(folder: str | Path) -> contextlib.AbstractContextManager:

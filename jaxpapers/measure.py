@@ -2,10 +2,24 @@
 
 import functools
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
+import jax
+
+from jaxpapers import extras
 from jaxpapers.method import State
 from jaxpapers.stages import Stages, parts_of, unique
-from jaxpapers.study import Finding, Result, Results, Row, Stage, last_step, stage_key
+from jaxpapers.study import (
+    Finding,
+    Result,
+    Results,
+    Row,
+    Stage,
+    Study,
+    last_step,
+    stage_key,
+)
 
 
 def measure_rows(
@@ -13,7 +27,7 @@ def measure_rows(
     rows: Sequence[Sequence[Row]],
     others: Sequence[Sequence[Row]],
     seeds: Sequence[int],
-    metric: str,
+    study: Study,
     announce: Callable[[str], None],
 ) -> tuple[Results, State | None]:
     """Trains what the rows need, row by row and seed by seed, and measures them.
@@ -23,7 +37,8 @@ def measure_rows(
       rows: one list per seed, see ``study.check_rows``.
       others: all rows of the study, whose ``watch`` also sees stages on the way.
       seeds: of the rows.
-      metric: of the untrained rows, written beside the paper's own final numbers.
+      study: its metric of the untrained rows is written beside the paper's own final
+        numbers; its pictures of states are drawn where ``train.log_images`` is set.
       announce: called with label and seed before each training run.
 
     Returns:
@@ -41,9 +56,9 @@ def measure_rows(
         for i, row in enumerate(rows[j]):
             if row.stage is None:
                 findings[i, j] = row.measure()
-                if metric in findings[i, j].numbers:
+                if study.metric in findings[i, j].numbers:
                     name = f"baseline_{row.label}"
-                    numbers[name] = findings[i, j].numbers[metric]
+                    numbers[name] = findings[i, j].numbers[study.metric]
         return numbers
 
     def train(stage, j):
@@ -69,8 +84,12 @@ def measure_rows(
             final = {f"validation_{k}": v for k, v in numbers.items()}
             return {**final, **untrained(j)} if is_own else final
 
-        watch = _watch(stage, others[j])
-        state = stages.train(stage, label=label, watch=watch, finish=finish)
+        followed = _followed(stage, others[j])
+        state = stages.train(
+            stage, label=label, finish=finish,
+            watch=_watch(stage, followed) if followed else None,
+            draw=functools.partial(_draw, study, followed) if followed else None,
+        )  # fmt: skip
         return state if is_own else None
 
     for i in range(len(rows[0])):
@@ -91,15 +110,39 @@ def measure_rows(
     return results, final_state
 
 
-def _watch(stage: Stage, rows: Sequence[Row]) -> Callable | None:
-    """Numbers to follow during a stage: of its row, or of one that continues it."""
+def check_drawing(name: str, config: Any, study: Study) -> None:
+    """Looks whether ``train.log_images`` can be done, before anything is trained.
 
+    Args:
+      name: of the paper.
+      config: of the run.
+      study: of the config.
+
+    Raises:
+      ValueError: the study has no picture of a model in training.
+      ModuleNotFoundError: matplotlib is missing.
+    """
+    if not config.get("train", {}).get("log_images"):
+        return
+    if not study.states:
+        raise ValueError(
+            f"config.train.log_images: {name} has no picture of a model in training; "
+            "leave it False"
+        )
+    extras.need("matplotlib")
+
+
+def _followed(stage: Stage, rows: Sequence[Row]) -> Row | None:
+    """The row whose numbers a stage shows: its own, or of a stage that continues it."""
     key = stage_key(stage)
     for row in rows:
         if row.stage and key in map(stage_key, parts_of(row.stage)):
-            break
-    else:
-        return None
+            return row
+    return None
+
+
+def _watch(stage: Stage, row: Row) -> Callable:
+    """Numbers to follow during a stage."""
     if row.watch:
         return row.watch
     last, measured = last_step(stage), row.measure
@@ -109,3 +152,17 @@ def _watch(stage: Stage, rows: Sequence[Row]) -> Callable | None:
         return {} if int(state.step) == last else measured(method, state).numbers
 
     return watch
+
+
+def _draw(
+    study: Study, row: Row, method: Any, state: State, folder: Path
+) -> list[Path]:
+    """Draws the study's pictures of a state into a folder; those that there are."""
+    finding = row.measure(method, state)
+    if jax.process_index():
+        return []
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / name for name in study.states]
+    for path in paths:
+        study.pictures[path.name]([Result(row, [finding], [folder])], path)
+    return [path for path in paths if path.exists()]

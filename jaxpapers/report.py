@@ -1,11 +1,10 @@
 """What a run shows and writes: tables, a progress line, metrics."""
 
-import json
 import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 from rich.console import Console
@@ -13,93 +12,9 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from jaxpapers import extras
 from jaxpapers.method import path_name
 from jaxpapers.pace import Pace
-
-
-@runtime_checkable
-class Writer(Protocol):
-    """Destination of metrics."""
-
-    def write(self, step: int, values: dict[str, float]) -> None:
-        """Records values of a step."""
-
-    def close(self) -> None:
-        """Flushes and ends."""
-
-
-class JsonlWriter:
-    """One JSON object a line: step, time (seconds since the epoch), name -> value.
-
-    A resumed run appends; readers keep the last record of a repeated step.
-    """
-
-    def __init__(self, path: Path):
-        self._file = path.open("a+b", buffering=0)
-        if self._file.tell():
-            self._file.seek(-1, 2)
-            if self._file.read() != b"\n":  # A kill cut the last line off.
-                self._file.write(b"\n")
-
-    def write(self, step: int, values: dict[str, float]) -> None:
-        """Appends a line."""
-        record = {"step": step, "time": round(time.time(), 3), **values}
-        try:
-            # In one piece: a kill cuts no line, and an error is not written again later.
-            self._file.write(json.dumps(record).encode() + b"\n")
-        except OSError as e:
-            raise OSError(e.errno, e.strerror, self._file.name) from e
-
-    def close(self) -> None:
-        """Closes the file."""
-        self._file.close()
-
-
-class TensorBoardWriter:
-    """TensorBoard events; needs the extra ``tb``."""
-
-    def __init__(self, folder: Path):
-        with extras.named():
-            from tensorboardX import SummaryWriter
-
-        self._writer = SummaryWriter(str(folder))
-
-    def write(self, step: int, values: dict[str, float]) -> None:
-        """Adds scalars."""
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        """Closes the event file."""
-        self._writer.close()
-
-
-class WandbWriter:
-    """Weights & Biases; needs the extra ``wandb``, key from its own environment."""
-
-    def __init__(self, folder: Path, config: dict):
-        with extras.named():
-            import wandb
-
-        self._run = wandb.init(dir=str(folder), config=config)
-
-    def write(self, step: int, values: dict[str, float]) -> None:
-        """Logs a step."""
-        self._run.log(values, step=step)
-
-    def close(self) -> None:
-        """Ends the run."""
-        self._run.finish()
-
-
-MODULES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
-
-
-def check_writers(names: Sequence[str]) -> None:
-    """Raises ModuleNotFoundError, with the extra, before anything is trained."""
-    for name in names:
-        extras.need(MODULES[name])
+from jaxpapers.trackers import Tracker
 
 
 def make_console(quiet: bool = False) -> Console:
@@ -124,20 +39,23 @@ class Report:
         self,
         *,
         tokens_per_step: int,
-        writers: Sequence[Writer] = (),
+        trackers: Sequence[Tracker] = (),
         quiet: bool = False,
         every: int = 10,
         unit: str = "tokens",
         eval_every: int = 0,
         console: Console | None = None,
     ):
-        """Args: units of work per step and their name, writers, steps between lines and
+        """Args: units of work per step and their name, trackers, steps between lines and
         between evaluations (0: only at the end)."""
         main = jax.process_index() == 0
         self.console = console or make_console(quiet=quiet)
-        self.writers = list(writers) if main else []
+        self.trackers = list(trackers) if main else []
         self._work, self._unit, self._every = tokens_per_step, unit, every
         self._live = self.console.is_terminal and not quiet and main
+        self._cell: _Cell | None = None
+        if self.console.is_jupyter and not quiet and main:
+            self._cell = _Cell()
         self._progress: Progress | None = None
         self._pace: Pace | None = None
         self._eval_every = eval_every
@@ -171,14 +89,16 @@ class Report:
         self._pace.step(step, time.monotonic())
         rate, left = self._pace.rate, self._pace.seconds_left
         if step % self._every == 0 or step == self._steps:
-            for writer in self.writers:
-                writer.write(step, {**metrics, "steps_per_second": round(rate, 4)})
+            for tracker in self.trackers:
+                tracker.write(step, {**metrics, "steps_per_second": round(rate, 4)})
         text = (
             f"loss {metrics['loss']:.4f}  {rate:.2f} steps/s  "
             f"{_short(rate * self._work)} {self._unit}/s  ETA {left:.0f} s"
         ) + ("" if self._pace.complete else " and evaluations")
         if self._progress:
             self._progress.update(self._task, completed=step, text=text)
+        elif self._cell:
+            self._cell.show(f"{step}/{self._steps}  {text}")
         elif step % max(self._steps // 20, 1) == 0 or step == self._steps:
             self.console.print(f"{step}/{self._steps}  {text}")
 
@@ -186,17 +106,38 @@ class Report:
         """Takes the result of an evaluation."""
         if self._pace:  # None: no training in this call.
             self._pace.evaluation(time.monotonic())
-        for writer in self.writers:
-            writer.write(step, values)
+        for tracker in self.trackers:
+            tracker.write(step, values)
         shown = "  ".join(f"{k} {v:.4f}" for k, v in values.items())
         self.console.print(f"step {step}: {shown}")
 
+    def picture(self, step: int, path: Path) -> None:
+        """Takes a picture of the model at a step, a PNG file."""
+        for tracker in self.trackers:
+            tracker.picture(step, path)
+
     def close(self) -> None:
-        """Stops the progress line and closes the writers."""
+        """Stops the progress line and closes the trackers."""
         if self._progress:
             self._progress.stop()
-        for writer in self.writers:
-            writer.close()
+        for tracker in self.trackers:
+            tracker.close()
+
+
+class _Cell:
+    """A line in the output of a notebook's cell that replaces itself."""
+
+    def __init__(self):
+        self._handle: Any = None
+
+    def show(self, text: str) -> None:
+        """Shows a line in place of the one before."""
+        from IPython.display import display
+
+        if self._handle is None:
+            self._handle = display({"text/plain": text}, raw=True, display_id=True)
+        else:
+            self._handle.update({"text/plain": text}, raw=True)
 
 
 def parameter_table(params: Any, labels: Any = None) -> Table:

@@ -3,7 +3,7 @@
 import contextlib
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -35,7 +35,7 @@ from jaxpapers.folder import (
     user_config,
     write_config,
 )
-from jaxpapers.measure import measure_rows
+from jaxpapers.measure import check_drawing, measure_rows
 from jaxpapers.outcome import Outcome, load, summary, together
 from jaxpapers.stages import Stages, parts_of, same, unique
 
@@ -86,7 +86,7 @@ def run(
     dry_run: bool = False,
     quiet: bool = False,
     profile: tuple[int, int] | None = None,
-    writers: Sequence[str] = (),
+    trackers: Sequence[str | Callable] = (),
 ) -> Outcome | None:
     """Runs the study of a paper's preset: trains what has to be trained, compares.
 
@@ -108,7 +108,8 @@ def run(
       dry_run: check, compile, print memory and cost; write nothing.
       quiet: print results only.
       profile: steps of a trace.
-      writers: further writers, of "tensorboard", "wandb".
+      trackers: beside ``metrics.jsonl``: names of ``trackers.TRACKERS``, or functions
+        (folder, config) -> ``trackers.Tracker``.
 
     Returns:
       The outcome: rows, curves, pictures, folder; None after a dry run.
@@ -119,14 +120,13 @@ def run(
     name, _, preset = target.partition(":")
     if seeds < 1:
         raise ValueError(f"--seeds must be >= 1, got {seeds}")
-    report.check_writers(writers)
     default = f"runs/{name}{'-' + preset if preset else ''}"
     folder = folders.local(workdir or default, "--workdir")
     with signals.stopping(), contextlib.ExitStack() as held:
         config = load_config(target, overrides, config_path, files)
         held.enter_context(user_config(name, config, config_path))
         grid = meshes.make_mesh(meshes.parse_mesh(mesh) if mesh else None)
-        stages = Stages(folder, grid, quiet=quiet, profile=profile, writers=writers)
+        stages = Stages(folder, grid, quiet=quiet, profile=profile, chosen=trackers)
         # Not of a folder that is not there: what follows may refuse the config. The first
         # process decides: when a later one looks, the first may have made it.
         if processes.of_first(folder.exists()) and not dry_run:
@@ -151,6 +151,7 @@ def _run(
     paper = papers.NAMES[name]
     talk.print(report.bold(paper.title), paper.reference)
     talk.print(data.summary)
+    check_drawing(name, config, study)
     first = config.get("train", {}).get("seed", 0)
     every = range(first, first + seeds)
     others = [study.rows(seed) for seed in every]
@@ -170,9 +171,8 @@ def _run(
         )
     held.enter_context(folders.lock_for_all(folder))
     results, state = measure_rows(
-        stages, rows, others, every, study.metric,
-        lambda text: talk.print(report.bold(text)),
-    )  # fmt: skip
+        stages, rows, others, every, study, lambda x: talk.print(report.bold(x))
+    )
     content = summary(study, results, every, folder, command=command, data=data.summary)
     if jax.process_index() == 0:
         outputs.write(content, results, folder)

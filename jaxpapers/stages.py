@@ -10,10 +10,10 @@ import jax
 
 from jaxpapers import checkpoint as ckpt
 from jaxpapers import mesh as meshes
-from jaxpapers import papers, report, tasks, workdir
+from jaxpapers import papers, report, tasks, trackers, workdir
 from jaxpapers import train as trainer
 from jaxpapers.config import check_continues
-from jaxpapers.folder import evaluated, open_writers, read_stored, write_config
+from jaxpapers.folder import evaluated, read_stored, write_config
 from jaxpapers.method import Method, State
 from jaxpapers.study import (
     Data,
@@ -28,7 +28,7 @@ from jaxpapers.study import (
 # Fields of ``config.train`` that the compiled step does not depend on.
 HOST_FIELDS = {
     "seed", "eval_every", "save_every", "save_minutes", "keep", "init_from", "sample",
-    "prompt", "temperature",
+    "prompt", "temperature", "log_images",
 }  # fmt: skip
 
 Numbers = Mapping[str, float]
@@ -48,11 +48,12 @@ class Stages:
         *,
         quiet: bool = False,
         profile: tuple[int, int] | None = None,
-        writers: Sequence[str] = (),
+        chosen: Sequence[str | trackers.Made] = (),
     ):
-        """Args: folder of the study, mesh, and see ``run.run``."""
+        """Args: folder of the study, mesh, trackers, and see ``run.run``."""
+        trackers.check(chosen)
         self.root, self.grid = root, grid
-        self._quiet, self._profile, self._writers = quiet, profile, writers
+        self._quiet, self._profile, self._trackers = quiet, profile, chosen
         self._data: dict[str, Data] = {}
         self._methods: dict[str, Method] = {}
         self._compiled: dict[str, trainer.Compiled] = {}
@@ -132,6 +133,7 @@ class Stages:
         *,
         label: str = "",
         watch: Callable[[Method, State], Numbers] | None = None,
+        draw: Callable[[Method, State, Path], Sequence[Path]] | None = None,
         finish: Callable[[Method, State], Numbers] | None = None,
     ) -> State:
         """Trains a stage, or continues what its folder holds.
@@ -140,6 +142,8 @@ class Stages:
           stage: the one that it starts from has been trained.
           label: of its row, for people who look into the folder.
           watch: numbers of a state, every ``train.eval_every`` steps.
+          draw: (method, state, folder) -> pictures of the state that it drew there, as
+            often, where ``train.log_images`` is set.
           finish: numbers of the final state.
 
         Returns:
@@ -149,16 +153,18 @@ class Stages:
         start = parts[0].after
         init_from = str(self.folder(start)) if start else stage.config.train.init_from
         with workdir.lock_for_all(self.folder(stage)):
-            return self._train(stage, parts, init_from, label, watch, finish)
+            return self._train(stage, parts, init_from, label, watch, draw, finish)
 
-    def _train(self, stage, parts, init_from, label, watch, finish) -> State:
+    def _train(self, stage, parts, init_from, label, watch, draw, finish) -> State:
         folder, config, data = self.folder(stage), self._stored(stage), self.data(stage)
         folder.mkdir(parents=True, exist_ok=True)
         if not _holds_run(folder, stage.paper, config):
             write_config(folder, stage.paper, config, label)
         reporter = report.Report(
             tokens_per_step=config["data"].get("batch", 1) * data.work,
-            writers=open_writers(folder, config, self._writers),
+            trackers=trackers.open_all(folder, config, self._trackers)
+            if jax.process_index() == 0
+            else (),
             quiet=self._quiet,
             unit=data.unit,
             # A step of a run without examples is an episode.
@@ -170,7 +176,9 @@ class Stages:
             for part in parts:
                 saved = folder / "checkpoints"
                 if part is stage or (ckpt.latest_step(saved) or 0) < last_step(part):
-                    state = self._fit(part, folder, config, init_from, watch, reporter)
+                    state = self._fit(
+                        part, folder, config, init_from, watch, draw, reporter
+                    )
             assert state is not None
             # Only now is it known that the config fits the checkpoint that was there.
             write_config(folder, stage.paper, config, label)
@@ -185,11 +193,16 @@ class Stages:
         """The config that a run's folder keeps: that of its first part."""
         return plain(parts_of(stage)[0].config)
 
-    def _fit(self, stage, folder, config, init_from, watch, reporter) -> State:
+    def _fit(self, stage, folder, config, init_from, watch, draw, reporter) -> State:
         method, data, c = self.method(stage), self.data(stage), stage.config
 
         def evaluate(state):
-            return {f"validation_{k}": v for k, v in watch(method, state).items()}
+            values = {f"validation_{k}": v for k, v in watch(method, state).items()}
+            if draw and c.train.get("log_images"):
+                step = int(state.step)
+                for path in draw(method, state, folder / "images" / f"{step:06d}"):
+                    reporter.picture(step, path)
+            return values
 
         return trainer.fit(
             method,

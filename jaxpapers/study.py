@@ -139,6 +139,8 @@ class Study(NamedTuple):
       columns: further metrics of the table, those that a row has.
       pictures: file name -> (``Results``, path) -> None, besides ``loss.png``,
         ``comparison.png`` and ``curves.png``.
+      states: those of ``pictures`` that show the model of one row, which
+        ``train.log_images`` draws during training too.
       curve: training metric of ``loss.png``, beside which ``metric`` is drawn.
       unit: that metric with its unit; "" for its name.
       errors: whether the cells of columns have the standard error over seeds.
@@ -152,6 +154,7 @@ class Study(NamedTuple):
     rows: Callable[[int], Sequence[Row]]
     columns: Sequence[str] = ()
     pictures: Mapping[str, Callable] = {}
+    states: Sequence[str] = ()
     curve: str = "loss"
     unit: str = ""
     sample: Callable | None = None

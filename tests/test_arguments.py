@@ -7,6 +7,7 @@ import pytest
 from jaxpapers import cli, config, extras, papers, plots, report, run, tables
 from jaxpapers.config import expected, load_config
 from jaxpapers.describe import describe
+from jaxpapers.trackers import TRACKERS
 from tests.toys.command import CONFIG, register
 
 
@@ -180,16 +181,14 @@ def test_a_missing_package_names_its_extra(monkeypatch, module, extra):
     assert f"pip install 'jaxpapers[{extra}]'" in cli._text(error)
 
 
-def test_figures_and_writers_name_theirs(call, tmp_path, monkeypatch):
+def test_figures_and_trackers_name_theirs(call, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
     code, _, err = call("plot", tmp_path, "--metric=loss", "-o", tmp_path / "x.png")
     assert code == 1 and "pip install 'jaxpapers[plot]'" in err
     monkeypatch.setattr(extras.importlib.util, "find_spec", lambda name: None)
-    for writer, extra in (("tensorboard", "tb"), ("wandb", "wandb")):
-        code, _, err = call(
-            "run", "dion:smoke", f"--{writer}", f"--workdir={tmp_path}/r"
-        )
+    for name, extra in zip(TRACKERS, ("tb", "wandb", "trackio"), strict=True):
+        code, _, err = call("run", "dion:smoke", f"--{name}", f"--workdir={tmp_path}/r")
         assert code == 1 and f"pip install 'jaxpapers[{extra}]'" in err
     assert not (tmp_path / "r").exists()
 

@@ -8,7 +8,7 @@ import chex
 import jax
 import pytest
 
-from jaxpapers import checkpoint, cli, folder, report
+from jaxpapers import checkpoint, cli, folder, trackers
 from jaxpapers import train as trainer
 from tests.toys.command import CONFIG, once, register
 
@@ -135,7 +135,7 @@ def test_an_export_to_where_no_file_can_be(tmp_path, capsys, out):
 
 def test_metrics_that_cannot_be_written(tmp_path):
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
-    writer = report.JsonlWriter(tmp_path / "metrics.jsonl")
+    writer = trackers.Jsonl(tmp_path)
     with pytest.raises(OSError, match="No space left on device: .*metrics.jsonl"):
         writer.write(1, {"loss": 1.0})
     writer.close()

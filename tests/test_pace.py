@@ -61,7 +61,7 @@ def test_what_is_printed_and_written(capsys, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(report.time, "monotonic", lambda: now[0])
     lines = report.Report(
-        tokens_per_step=10, writers=[Kept()], unit="rows", every=2, eval_every=4
+        tokens_per_step=10, trackers=[Kept()], unit="rows", every=2, eval_every=4
     )
     lines.start(*compiled(), 0, 8)
     now[0] = 100.0

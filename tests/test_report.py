@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from rich.console import Console
 
 from jaxpapers import mesh as meshes
-from jaxpapers import method, outputs, plots, report, tables, train
+from jaxpapers import method, outputs, plots, report, tables, trackers, train
 from jaxpapers.figures import comparison as draw_comparison
 from jaxpapers.study import Finding, Result, Row, Stage, Study
 
@@ -20,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("rendered")
 
 
 def write(path, *records):
-    writer = report.JsonlWriter(path / "metrics.jsonl")
+    writer = trackers.Jsonl(path)
     for step, values in records:
         writer.write(step, values)
     writer.close()
@@ -106,7 +107,7 @@ def compiled():
 
 def test_report_writes_every_tenth_and_the_last_step(capsys):
     kept = Kept()
-    lines = report.Report(tokens_per_step=1000, writers=[kept], every=10)
+    lines = report.Report(tokens_per_step=1000, trackers=[kept], every=10)
     lines.start(*compiled(), 5, 25)
     for i in range(6, 26):
         lines.step(i, {"loss": float(i)})
@@ -120,6 +121,34 @@ def test_report_writes_every_tenth_and_the_last_step(capsys):
     assert "continuing from step 5" in out and "per device: parameters 4 B" in out
     assert "25/25 loss 25.0000" in " ".join(out.split())
     assert "validation_bits 1.2500" in out
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_a_notebook_has_one_line_that_changes(monkeypatch, quiet):
+    shown = []
+
+    class Handle:
+        def update(self, data, raw):
+            assert raw
+            shown[-1].append(data["text/plain"])
+
+    def display(data, raw, display_id):
+        assert raw and display_id
+        shown.append([data["text/plain"]])
+        return Handle()
+
+    module = types.SimpleNamespace(display=display)
+    monkeypatch.setitem(sys.modules, "IPython.display", module)
+    console = Console(force_jupyter=True, quiet=True)
+    lines = report.Report(tokens_per_step=1, console=console, quiet=quiet)
+    for first in (0, 3):  # Two parts of a run.
+        lines.start(*compiled(), first, first + 3)
+        for step in range(first, first + 3):
+            lines.step(step + 1, {"loss": 1.0})
+    lines.close()
+    assert [[x.split()[0] for x in cell] for cell in shown] == (
+        [] if quiet else [["1/3", "2/3", "3/3", "4/6", "5/6", "6/6"]]
+    )
 
 
 def test_quiet_prints_nothing(capsys):

@@ -223,6 +223,7 @@ def study(name: str, config: Any, data: Data, mesh: Any) -> Study:
             "lengths.png": functools.partial(figures.by_length, trained=c.length),
             "steps.png": figures.by_step,
         },
+        states=("lengths.png", "steps.png"),
     )
 
 

@@ -114,6 +114,7 @@ def study(name: str, config: Any, data: Data, mesh: Any) -> Study:
                 frames.episodes, kind=config.data.environment
             )
         },
+        states=("frames.png",),
         curve="return",
         unit="return",
     )

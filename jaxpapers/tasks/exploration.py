@@ -108,6 +108,7 @@ def study(name: str, config: Any, data: Data, mesh: Any) -> Study:
                 frames.episodes, kind=config.data.environment
             ),
         },
+        states=("values.png", "frames.png"),
         curve="return",
         unit="return",
     )

@@ -125,6 +125,7 @@ def study(name: str, config: Any, data: Data, mesh: Any) -> Study:
         rows=rows,
         columns=("w1", "w2") if points else (),
         pictures=pictures,
+        states=("samples.png",),
     )
 
 

@@ -125,6 +125,7 @@ def study(name: str, config: Any, data: Data, mesh: Any) -> Study:
             ),
             "paths.png": maze_figures.paths,
         },
+        states=("paths.png",),
         curve="v_loss",
     )
 

@@ -91,6 +91,7 @@ def study(name: str, config: Any, data: Data, mesh: Any) -> Study:
         rows=rows,
         columns=("fpr95_mean", "auroc_mean", "accuracy", "found", "contaminants"),
         pictures={"mined.png": figures.mined},
+        states=("mined.png",),
     )
 
 

@@ -136,6 +136,7 @@ def study(name: str, config: Any, data: Data, mesh: Any) -> Study:
                 panels={f"validation_{y}": "x" for y in panels},
             ),
         },
+        states=("samples.png",),
     )
 
 

@@ -16,6 +16,7 @@ def get_config(preset=None):
         "parts": False,
         "others": False,
         "mined": 0,
+        "drawn": False,
     }
     return ConfigDict(
         {

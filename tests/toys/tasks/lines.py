@@ -66,6 +66,13 @@ def read(config):
     )
 
 
+def weights(results, out):
+    """A picture of the first row's weights, a pixel each."""
+    from matplotlib.image import imsave
+
+    imsave(out, results[0].findings[0].files["weights.npz"]["w"][None], vmin=0, vmax=1)
+
+
 def study(name, config, data, mesh):
     """The model, a twin, another rate, one fold more, two constants."""
     del data, mesh
@@ -78,7 +85,10 @@ def study(name, config, data, mesh):
             "weights", ("index", "weight"), [[0, float(state.params["w"][0])]]
         )
         curves = {"error against example": (range(32), np.abs(error).tolist())}
-        return Finding({"mse": mse, "one": 1.0}, [table], curves, {"note.txt": "done"})
+        files = {"note.txt": "done"}
+        if config.method.get("drawn"):
+            files["weights.npz"] = {"w": np.asarray(state.params["w"])}
+        return Finding({"mse": mse, "one": 1.0}, [table], curves, files)
 
     def constant(value):
         return Finding({"mse": float(np.square(test["y"] - value).mean())})
@@ -103,4 +113,8 @@ def study(name, config, data, mesh):
         rows.append(Row("zero", None, lambda: constant(0.0)))
         return [*rows, Row("mean", None, lambda: constant(test["y"].mean()))]
 
-    return Study("mean square error", "mse", False, rows, columns=("one",))
+    drawn = {"weights.png": weights} if config.method.get("drawn") else {}
+    return Study(
+        "mean square error", "mse", False, rows, columns=("one",), pictures=drawn,
+        states=tuple(drawn),
+    )  # fmt: skip

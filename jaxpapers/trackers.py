@@ -1,0 +1,231 @@
+"""Where a run's numbers and pictures go while it trains: one interface, four of them.
+
+A tracker is made from (folder of the run, its config) and has three methods. Another one
+of your own goes to ``run.run(..., trackers=[MyTracker])``.
+"""
+
+import json
+import os
+import secrets
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from jaxpapers import extras, workdir
+
+PROJECT = "jaxpapers"
+
+
+@runtime_checkable
+class Tracker(Protocol):
+    """What every tracker does; called by the first process only."""
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Records numbers of a step; called several times for one step.
+
+        A run that goes on from a checkpoint repeats the steps after it, with the same
+        numbers.
+        """
+
+    def picture(self, step: int, path: Path) -> None:
+        """Records a picture of a step: a PNG file in the run's folder."""
+
+    def close(self) -> None:
+        """Flushes and ends; also after an error."""
+
+
+Made = Callable[[Path, dict[str, Any]], Tracker]
+"""(folder of a run, its config as plain values) -> tracker."""
+
+
+class Jsonl:
+    """``metrics.jsonl``: an object a line: step, time (s since the epoch), name -> value.
+
+    A resumed run appends; readers keep the last record of a repeated step. Pictures are
+    files of the run's folder already.
+    """
+
+    def __init__(self, folder: Path, config: Mapping[str, Any] | None = None):
+        del config
+        self._file = (folder / "metrics.jsonl").open("a+b", buffering=0)
+        if self._file.tell():
+            self._file.seek(-1, 2)
+            if self._file.read() != b"\n":  # A kill cut the last line off.
+                self._file.write(b"\n")
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Appends a line."""
+        record = {"step": step, "time": round(time.time(), 3), **values}
+        try:
+            # In one piece: a kill cuts no line, and an error is not written again later.
+            self._file.write(json.dumps(record).encode() + b"\n")
+        except OSError as e:
+            raise OSError(e.errno, e.strerror, self._file.name) from e
+
+    def picture(self, step: int, path: Path) -> None:
+        """Nothing: the file is there."""
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+class TensorBoard:
+    """Events in the run's folder ``tensorboard``; needs the extra ``tb``.
+
+    Of a resumed run, TensorBoard drops the events that it repeats.
+    """
+
+    def __init__(self, folder: Path, config: Mapping[str, Any]):
+        del config
+        with extras.named():
+            from tensorboardX import SummaryWriter
+
+        self._make, self._folder = SummaryWriter, folder / "tensorboard"
+        self._writer: Any = None
+
+    def _at(self, step: int) -> Any:
+        if self._writer is None:
+            # The suffix: names of files have the second only.
+            self._writer = self._make(
+                str(self._folder), purge_step=step, filename_suffix=f".{step}"
+            )
+        return self._writer
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Adds scalars."""
+        for name, value in values.items():
+            self._at(step).add_scalar(name, value, step)
+
+    def picture(self, step: int, path: Path) -> None:
+        """Adds an image named as its file."""
+        with extras.named():
+            from matplotlib.image import imread
+
+        pixels = imread(path)[..., :3]
+        self._at(step).add_image(path.stem, pixels, step, dataformats="HWC")
+
+    def close(self) -> None:
+        """Closes the event file."""
+        if self._writer is not None:
+            self._writer.close()
+
+
+class Wandb:
+    """Weights & Biases; needs the extra ``wandb``, and its key from its environment.
+
+    ``WANDB_MODE=offline`` writes into the run's folder only; the project is
+    ``WANDB_PROJECT``, else "jaxpapers". A run that goes on keeps its id; what it repeats
+    is ignored.
+    """
+
+    def __init__(self, folder: Path, config: dict[str, Any]):
+        with extras.named():
+            import wandb
+
+        self._image = wandb.Image
+        self._run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", PROJECT),
+            name=folder.name,
+            id=_id(folder),
+            resume="allow",
+            dir=str(folder),
+            config=config,
+        )
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Logs a step."""
+        self._run.log(values, step=step)
+
+    def picture(self, step: int, path: Path) -> None:
+        """Logs an image named as its file."""
+        self._run.log({path.stem: self._image(str(path))}, step=step)
+
+    def close(self) -> None:
+        """Ends the run."""
+        self._run.finish()
+
+
+class Trackio:
+    """Trackio, a local dashboard; needs the extra ``trackio``.
+
+    Numbers lie where its own environment says (``TRACKIO_DIR``; ``trackio show`` draws
+    them), the project is ``TRACKIO_PROJECT``, else "jaxpapers". A run that goes on does
+    so under the same name.
+    """
+
+    def __init__(self, folder: Path, config: dict[str, Any]):
+        with extras.named():
+            import trackio
+
+        self._image = trackio.Image
+        self._run = trackio.init(
+            project=os.environ.get("TRACKIO_PROJECT", PROJECT),
+            name=f"{folder.name}-{_id(folder)}",
+            resume="allow",
+            config=config,
+        )
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Logs a step."""
+        self._run.log(values, step=step)
+
+    def picture(self, step: int, path: Path) -> None:
+        """Logs an image named as its file."""
+        self._run.log({path.stem: self._image(str(path))}, step=step)
+
+    def close(self) -> None:
+        """Waits until everything is written, and ends the run."""
+        self._run.finish()
+
+
+TRACKERS: Mapping[str, Made] = {
+    "tensorboard": TensorBoard,
+    "wandb": Wandb,
+    "trackio": Trackio,
+}
+"""Name, also of the option, -> tracker beside ``metrics.jsonl``."""
+_MODULES = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio"}
+
+
+def check(chosen: Sequence[str | Made]) -> None:
+    """Looks whether trackers can be made, before anything is trained.
+
+    Args:
+      chosen: names of ``TRACKERS``, or functions (folder, config) -> tracker.
+
+    Raises:
+      ValueError: an unknown name.
+      ModuleNotFoundError: what one needs is missing; names the extra.
+    """
+    for one in chosen:
+        if not isinstance(one, str):
+            continue
+        if one not in TRACKERS:
+            raise ValueError(f"trackers must be of {[*TRACKERS]}, got {one!r}")
+        extras.need(_MODULES[one])
+
+
+def open_all(
+    folder: Path, config: dict[str, Any], chosen: Sequence[str | Made]
+) -> list[Tracker]:
+    """``metrics.jsonl`` and the trackers that were chosen.
+
+    Args:
+      folder: of the run.
+      config: as plain values.
+      chosen: see ``check``.
+    """
+    made: list[Tracker] = [Jsonl(folder)]
+    for one in chosen:
+        made.append((TRACKERS[one] if isinstance(one, str) else one)(folder, config))
+    return made
+
+
+def _id(folder: Path) -> str:
+    """Identity of a run on a server, kept in its folder."""
+    path = folder / "tracker_id"
+    if not path.exists():
+        workdir.write(path, secrets.token_hex(4) + "\n")
+    return path.read_text().strip()
