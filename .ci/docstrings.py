@@ -6,12 +6,18 @@ import griffe
 
 
 class House(griffe.Extension):
-    """``Example:`` holds doctests, and equations that follow each other are apart."""
+    """``Example:`` holds doctests, and equations that follow each other are apart.
+
+    A public module, class or function without a docstring fails the build.
+    """
 
     def on_instance(self, *, obj, **kwargs):
         """Rewrites the docstring of every object before it is parsed."""
         del kwargs
         if obj.docstring is None:
+            named = obj.is_module or obj.is_class or obj.is_function
+            if named and not any(x.startswith("_") for x in obj.path.split(".")):
+                raise ValueError(f"{obj.path} has no docstring")
             return
         text = obj.docstring.value
         text = re.sub(r"^( *)Example:$", r"\1Examples:", text, flags=re.M)

@@ -36,14 +36,17 @@ PICTURES = {
     "sim": CLICKS,
     "rocket": CLICKS,
     "r3_vae": ("r3_vae", "r3_vae"),
+    "defer": ("delayed_feedback", "delayed_feedback"),
     "sft_pg": ("diffusion_swiss_roll", "diffusion_swiss_roll"),
     "dpok": ("diffusion_dpok", "diffusion_dpok"),
     "score_wasserstein": ("diffusion_certificate", "diffusion_certificate"),
     "poem": ("poem_mined", "poem"),
+    "nuclear_norm": ("nuclear_norm_signs", "nuclear_norm_signs"),
     "gppstd": ("gppstd_deep_sea", "gppstd_deep_sea"),
     "mpc_psrl": ("mpc_psrl_cartpole_light", "mpc_psrl_cartpole_light"),
     "looped_transformer": ("looped_parity", "looped_parity"),
     "versaprm": ("versaprm", "versaprm"),
+    "rejump": ("rejump", "jaxpapers run rejump --seeds 3"),
     "coda": ("coda_learning", "coda_rooms"),
     "dnw": ("dnw_usage", "jaxpapers run dnw"),
     "peer_review": ("peer_review_coefficients", "jaxpapers run peer_review"),
@@ -214,14 +217,14 @@ def _reference(paper) -> str:
 
 
 def _picture(name: str) -> list[str]:
-    if name not in PICTURES:
-        return []
     file, command = _made(name)
     return [f"![{name}](../{file})", "", f"Made by `{command}`.", ""]
 
 
 def _made(name: str) -> tuple[str, str]:
     """A system's picture, and the command that made it."""
+    if name not in PICTURES:
+        raise PluginError(f"{name} has no picture: name one in PICTURES")
     picture, record = PICTURES[name]
     file = f"benchmarks/results/{picture}.png"
     if not (ROOT / file).exists():

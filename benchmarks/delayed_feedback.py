@@ -4,7 +4,7 @@
 
 Every method starts from the same pretrained model of its seed, trains on the events of a
 day and is tested on the next day's clicks with their true labels. Writes
-results/delayed_feedback.json beside this and prints the table as Markdown.
+results/delayed_feedback.json and .png beside this and prints the table as Markdown.
 """
 
 import json
@@ -16,11 +16,26 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from timing import header  # noqa: E402
 
+from jaxpapers import figures  # noqa: E402
 from jaxpapers.config import load_config  # noqa: E402
+from jaxpapers.study import Finding, Result, Row, Study  # noqa: E402
 from jaxpapers.tasks import delayed_family  # noqa: E402
 
 OUT = Path(__file__).parent / "results" / "delayed_feedback.json"
 SEEDS = (0, 1, 2)
+
+
+def draw(rows: dict) -> None:
+    """The log loss of every method and seed, from the rows of the JSON."""
+
+    def result(method: str, values: dict) -> Result:
+        findings = [Finding({"nll": x}) for x in values["nll"]]
+        return Result(Row(method, None, lambda: findings[0]), findings, [])
+
+    title = "NLL of the next day's clicks, CDNOW's repeat purchases"
+    study = Study(title, "nll", False, lambda seed: [])
+    results = [result(*row) for row in rows.items()]
+    figures.comparison(study, results, OUT.with_suffix(".png"))
 
 
 def main() -> None:
@@ -41,6 +56,7 @@ def main() -> None:
     OUT.parent.mkdir(exist_ok=True)
     OUT.write_text(json.dumps(result, indent=1) + "\n")
     print(delayed_family.render(rows))
+    draw(result["rows"])
 
 
 if __name__ == "__main__":
