@@ -17,9 +17,15 @@ from jaxpapers.ops.mesh_axes import split_axes
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * scale, computed in float32 (Zhang and Sennrich, arXiv 1910.07467)."""
+    """x / rms(x) * scale, computed in float32 (Zhang and Sennrich, arXiv 1910.07467).
+
+    Attributes:
+      epsilon: added to the mean square.
+      stream: x is the residual stream (B, T, D), see ``_over_batch``.
+    """
 
     epsilon: float = 1e-6
+    stream: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
@@ -27,13 +33,20 @@ class RMSNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.epsilon)
-        return (y * jnp.broadcast_to(scale, y.shape)).astype(x.dtype)
+        over = _over_batch if self.stream else lambda x: x
+        return over((y * over(jnp.broadcast_to(scale, y.shape))).astype(x.dtype))
 
 
 class LayerNorm(nn.Module):
-    """(x - mean) / std * scale + bias, in float32 at least (Ba et al., 1607.06450)."""
+    """(x - mean) / std * scale + bias, in float32 at least (Ba et al., 1607.06450).
+
+    Attributes:
+      epsilon: added to the variance.
+      stream: see ``RMSNorm``.
+    """
 
     epsilon: float = 1e-5
+    stream: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
@@ -43,8 +56,9 @@ class LayerNorm(nn.Module):
         y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         y = y - y.mean(-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.epsilon)
-        scale, bias = (jnp.broadcast_to(p, y.shape) for p in (scale, bias))
-        return (y * scale + bias).astype(x.dtype)
+        over = _over_batch if self.stream else lambda x: x
+        scale, bias = (over(jnp.broadcast_to(p, y.shape)) for p in (scale, bias))
+        return over((y * scale + bias).astype(x.dtype))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -144,9 +158,9 @@ class Kind:
         )
 
     def normalise(self, name: str) -> nn.Module:
-        """A norm of the kind."""
+        """A norm of the kind, of the residual stream."""
         make = RMSNorm if self.norm == "rms" else LayerNorm
-        return make(self.epsilon, name=name)
+        return make(self.epsilon, stream=True, name=name)
 
     def residual_init(self, layers: int) -> Any:
         """Initialiser of the projections into the residual stream."""
@@ -277,10 +291,11 @@ class Block(nn.Module):
 
 
 def _over_batch(x):
-    """The residual stream, split over the batch alone.
+    """The residual stream, its norms and what they multiply by, split over the batch.
 
-    Inside a shard_map over slices the compiler splits it over ``model``, too, and
-    gathers it for every product: twice the bytes inside a slice.
+    Inside a shard_map over slices the compiler splits them over ``model``, too, as it
+    does the gradients of the gains, and gathers the stream for every product: twice the
+    bytes inside a slice.
     """
     axes = split_axes(x.shape[0])
-    return jax.lax.with_sharding_constraint(x, jax.P(axes, None, None)) if axes else x
+    return jax.lax.with_sharding_constraint(x, jax.P(axes)) if axes else x

@@ -20,7 +20,7 @@ def psum(x, axis_name: AxisNames):
     return lax.psum(x, axis_name) if axis_name else x
 
 
-def mean(x, summed: Sequence[str], averaged: Sequence[str], dtype=None):
+def mean(x, summed: Sequence[str], averaged: Sequence[str], dtype=None, flat=False):
     """One reduction for a sum over some mesh axes and a mean over others.
 
     Args:
@@ -28,6 +28,9 @@ def mean(x, summed: Sequence[str], averaged: Sequence[str], dtype=None):
       summed: axes of the sum.
       averaged: axes of the mean.
       dtype: of what is sent; None: that of x.
+      flat: send a vector of all numbers, where no axis of x is Auto. A TPU pads the
+        innermost axis to 128, be it the columns of a small rank or a stack of few
+        matrices, and sends the padding to other slices.
     """
     axes = (*summed, *averaged)
 
@@ -35,13 +38,15 @@ def mean(x, summed: Sequence[str], averaged: Sequence[str], dtype=None):
         return psum(x.astype(jnp.float32), axes).astype(x.dtype)
 
     sent = x.astype(dtype or x.dtype)
+    if flat and averaged:
+        sent = sent.reshape(-1)
     if sent.dtype.itemsize < 4 and axes:
         # XLA's CPU compiler sums 16-bit numbers as float32, and aborts as it makes them
         # that where some mesh axes are not manual.
         total = lax.platform_dependent(sent, cpu=wide, default=lambda x: psum(x, axes))
     else:
         total = psum(sent, axes)
-    return total.astype(x.dtype) / axis_size(averaged)
+    return total.reshape(x.shape).astype(x.dtype) / axis_size(averaged)
 
 
 def replica_dtype(communication_dtype):

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from jaxpapers.optim import routing
 from jaxpapers.optim.collectives import mean, replica_dtype
@@ -89,7 +91,7 @@ def with_scalars(
             return add_cautious_weight_decay(amount, mask)
         return optax.add_decayed_weights(amount, mask)
 
-    def scalar_direction():
+    def scalar_direction(vectors=False):
         if scalar == "lion":
             rule = optax.scale_by_lion(scalar_b1, scalar_b2, mu_dtype=momentum_dtype)
         else:
@@ -97,7 +99,8 @@ def with_scalars(
                 scalar_b1, scalar_b2, scalar_eps, mu_dtype=momentum_dtype
             )
         if replicate_axis is not None:
-            rule = _averaged(rule, replicate_axis, replica_dtype(communication_dtype))
+            dtype = replica_dtype(communication_dtype)
+            rule = _averaged(rule, replicate_axis, dtype, vectors)
         return _with_steady_dtypes(rule)
 
     scalar_rate = optax.scale_by_learning_rate(scalar_learning_rate)
@@ -108,7 +111,9 @@ def with_scalars(
         "dion": optax.chain(
             matrices, decay(weight_decay), optax.scale_by_learning_rate(learning_rate)
         ),
-        "scalar": optax.chain(scalar_direction(), decay(weight_decay), scalar_rate),
+        "scalar": optax.chain(
+            scalar_direction(vectors=True), decay(weight_decay), scalar_rate
+        ),
         "embedding": optax.chain(scalar_direction(), scalar_rate),
         "head": optax.chain(scalar_direction(), *head, scalar_rate),
     }
@@ -136,15 +141,40 @@ def _is_bool(x: Any) -> bool:
 
 
 def _averaged(
-    rule: optax.GradientTransformation, axis: str, dtype: Any
+    rule: optax.GradientTransformation, axis: str, dtype: Any, vectors: bool
 ) -> optax.GradientTransformation:
-    """``rule``, with its state, on the mean of the gradients over a manual mesh axis."""
+    """``rule``, with its state, on the mean of the gradients over a manual mesh axis.
+
+    Args:
+      rule: of the mean.
+      axis: of the mesh.
+      dtype: in which they are sent; None: their own.
+      vectors: they are of norms and biases: small, and whole on every device.
+    """
 
     def update(updates, state, params=None):
-        means = jax.tree.map(lambda g: mean(g, (), (axis,), dtype), updates)
+        parts = jax.tree.map(_in_parts, updates) if vectors else updates
+        means = jax.tree.map(lambda g: mean(g, (), (axis,), dtype), parts)
         return rule.update(means, state, params)
 
     return optax.GradientTransformation(rule.init, update)
+
+
+def _in_parts(g: jax.Array) -> jax.Array:
+    """A gradient of which every device of a replica has a part of its own.
+
+    Held whole, as that of a norm's gain is, it would be sent to the other replicas by
+    every device. Only where the axes inside a replica are Auto and divide it.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = zip(mesh.axis_names, mesh.axis_types)
+    axes = [n for n, kind in kinds if kind == AxisType.Auto and mesh.shape[n] > 1]
+    parts = math.prod(mesh.shape[n] for n in axes)
+    if parts == 1 or not g.ndim or g.shape[-1] % parts:
+        return g
+    # The axis of tensor parallelism first: the parts lie inside what biases have of it.
+    spec = P(*[None] * (g.ndim - 1), tuple(reversed(axes)))
+    return jax.lax.with_sharding_constraint(g, spec)
 
 
 def _with_steady_dtypes(

@@ -170,7 +170,7 @@ def _power_iterate(
 
     def right_factor(b, p, q, zero, small, o):
         r = stack_product(f"{o},lr->sr", b, p, precision)
-        r = mean(r, axes.p, axes.replica, axes.replica and wide)
+        r = mean(r, axes.p, axes.replica, axes.replica and wide, flat=True)
         return jnp.where(zero, small * q, r)
 
     def once(q):
@@ -360,12 +360,12 @@ def _basis(parts, method, axes: MeshAxes, rows, split_p, communication_dtype):
         how = choose_split(p.shape[0], l, l_local, devices, method, split_p)
     p = p.astype(wire) if axes.q or axes.replica else p
     if how == "whole":
-        p = mean(p, axes.q, axes.replica).astype(dtype)
+        p = mean(p, axes.q, axes.replica, flat=True).astype(dtype)
         basis, zero = _orthonormalize(p, method, axes.p, rows)
     else:
         axis = 0 if how == "matrices" else 1
         p = lax.psum_scatter(p, axes.q, scatter_dimension=axis, tiled=True)
-        p = mean(p, (), axes.replica).astype(dtype)
+        p = mean(p, (), axes.replica, flat=True).astype(dtype)
         names = axes.p
         if how == "rows":
             names = axes.p + axes.q

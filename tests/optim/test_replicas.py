@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxpapers import hlo
 from jaxpapers.optim import (
     DimensionNumbers,
     dion,
@@ -341,6 +342,31 @@ def test_composite_averages_the_other_leaves():
     mean = jax.tree.map(lambda g: g.mean(0), grads)
     want = together(lambda g, p: tx.update(g, tx.init(p), p)[0], mean, params)
     jax.tree.map(close, got, want)
+
+
+def test_vectors_cross_in_parts():
+    """Of a norm's gain each of the four devices of a replica sends a fourth."""
+    mesh = mesh_of((2, 2, 2), "Auto")
+    vector = jax.ShapeDtypeStruct((512,), np.float32)
+    grads = {"scale": jax.ShapeDtypeStruct((2, 512), np.float32)}
+    tx = dion(0.1, 0.25, replicate_axis=R)
+
+    def step(grads, params):
+        updates, _ = tx.update({"scale": grads["scale"][0]}, tx.init(params), params)
+        return updates
+
+    with jax.set_mesh(mesh):
+        update = jax.jit(
+            jax.shard_map(
+                step, in_specs=(P(R), P()), out_specs=P(), axis_names={R},
+                check_vma=False,
+            ),
+            out_shardings=P(),
+        )  # fmt: skip
+        text = update.lower(grads, {"scale": vector}).compile().as_text()
+    sent = {c.axes: c.elements for c in hlo.collectives(text, mesh)
+            if c.kind == "all-reduce"}  # fmt: skip
+    assert sent == {(R,): 128}
 
 
 def test_what_is_rounded_on_its_way_stays_in_the_momentum():
