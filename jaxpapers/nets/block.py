@@ -34,7 +34,7 @@ class RMSNorm(nn.Module):
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.epsilon)
         over = _over_batch if self.stream else lambda x: x
-        return over((y * over(jnp.broadcast_to(scale, y.shape))).astype(x.dtype))
+        return (y * over(jnp.broadcast_to(scale, y.shape))).astype(x.dtype)
 
 
 class LayerNorm(nn.Module):
@@ -58,7 +58,7 @@ class LayerNorm(nn.Module):
         y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.epsilon)
         over = _over_batch if self.stream else lambda x: x
         scale, bias = (over(jnp.broadcast_to(p, y.shape)) for p in (scale, bias))
-        return over((y * scale + bias).astype(x.dtype))
+        return (y * scale + bias).astype(x.dtype)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -196,7 +196,7 @@ class Attention(nn.Module):
         """(B, T, D) -> (B, T, D) and the caches with this call's keys and values."""
         kind, width = self.kind, x.shape[-1]
         kv_heads, head_dim, _ = kind.sizes(width)
-        rows = x.reshape(-1, width)
+        rows = _over_batch(x.reshape(-1, width))
 
         def project(name: str, heads: int) -> jax.Array:
             biased = kind.bias != "none"
@@ -261,7 +261,7 @@ class MLP(nn.Module):
         biased = kind.bias == "all"
         # Rows, not (B, T, .): XLA's CPU backend is half as fast on the gradients of
         # three-axis products.
-        rows = x.reshape(-1, width)
+        rows = _over_batch(x.reshape(-1, width))
         if kind.mlp == "swiglu":
             gate = nn.silu(kind.dense(hidden, "gate", biased=biased)(rows))
             y = gate * kind.dense(hidden, "up", biased=biased)(rows)
@@ -291,11 +291,11 @@ class Block(nn.Module):
 
 
 def _over_batch(x):
-    """The residual stream, its norms and what they multiply by, split over the batch.
+    """The stream, the rows that products read, a norm's gain: split over the batch alone.
 
     Inside a shard_map over slices the compiler splits them over ``model``, too, as it
-    does the gradients of the gains, and gathers the stream for every product: twice the
-    bytes inside a slice.
+    may split the gradients of the gains, and gathers the stream for every product:
+    twice the bytes inside a slice.
     """
     axes = split_axes(x.shape[0])
     return jax.lax.with_sharding_constraint(x, jax.P(axes)) if axes else x
