@@ -4,6 +4,12 @@ import re
 
 import griffe
 
+TOGETHER = re.compile(r"^  ((?:\w+, )+\w+): (.*(?:\n {3,}\S.*)*)", re.M)
+
+
+def _apart(found: re.Match) -> str:
+    return "\n".join(f"  {name}: {found[2]}" for name in found[1].split(", "))
+
 
 class House(griffe.Extension):
     """``Example:`` holds doctests, and equations that follow each other are apart.
@@ -21,6 +27,8 @@ class House(griffe.Extension):
             return
         text = obj.docstring.value
         text = re.sub(r"^( *)Example:$", r"\1Examples:", text, flags=re.M)
+        # Two names with one text, of which the parser takes the second for a type.
+        text = TOGETHER.sub(_apart, text)
         # After the text of an equation, the next one begins a paragraph.
         text = re.sub(r"\$\$\n( *)\$\$", r"$$\n\n\1$$", text)
         obj.docstring.value = text

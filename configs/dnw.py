@@ -39,7 +39,7 @@ def get_config(preset: str | None = None) -> ConfigDict:
                 "sweep": 21,  # values of b from 0 to 1 in the figure
                 "use_multiplicity": False,  # a component counts as often as it occurs
                 "credit": "transient",  # learn
-                "cost": "parts",  # combinations
+                "cost": "parts",  # or combinations
                 "primitive": "unit",  # strokes, tenth_strokes: 1 + strokes / 10
             },
             "fit": {  # b per level

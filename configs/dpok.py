@@ -75,7 +75,7 @@ def get_config(preset: str | None = None) -> ConfigDict:
             "noise": dataclasses.asdict(dpok.NOISE),
             "sampler": dataclasses.asdict(dpok.SAMPLER),
             "method": {
-                "stage": "tune",  # pretrain
+                "stage": "tune",  # or pretrain
                 "reward": "task",  # none: to sample only
                 **dataclasses.asdict(dpok.OPTIONS),
             },

@@ -72,7 +72,7 @@ def get_config(preset: str | None = None) -> ConfigDict:
             "noise": dataclasses.asdict(sft_pg.NOISE),
             "sampler": dataclasses.asdict(sft_pg.SAMPLER),
             "method": {
-                "stage": "tune",  # pretrain
+                "stage": "tune",  # or pretrain
                 **dataclasses.asdict(sft_pg.OPTIONS),
             },
             # 30 epochs.

@@ -1,5 +1,6 @@
 """``python -m jaxpapers``, and the command ``jaxpapers``."""
 
+import os
 import signal
 import sys
 
@@ -15,7 +16,12 @@ def main() -> int:
         signal.signal(signal.SIGTERM, _stopped)
     from jaxpapers.cli import main
 
-    code = main()
+    try:
+        code = main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # The reader had enough: | head.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
     if runs:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     return code

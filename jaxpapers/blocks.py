@@ -85,9 +85,9 @@ def click_data(source: str, *, history: int, batch: int, **fields: Any) -> dict:
         "task": "click",
         "source": source,
         "path": "",  # folder of the source's files; ml-100k is fetched without
-        "target": "next_item",  # of ml-100k; rating
-        "order": "row",  # of equal times in ml-100k; id
-        "categories": "first",  # genre of a film in ml-100k; combination
+        "target": "next_item",  # of ml-100k; or rating
+        "order": "row",  # of equal times in ml-100k; or id
+        "categories": "first",  # genre of a film in ml-100k; or combination
         "max_id": 0,  # of files whose ids number rows; 0: a million, or 100 per row
         "split": "test",  # validation: of held-out training users, to tune on
         "shuffled": False,  # permute the labels: nothing can be learned

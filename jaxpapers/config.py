@@ -40,6 +40,9 @@ LEAST = {
 SHARES = {"dice_decay", "drop", "dropout", "ema", "kappa", "misaligned"}
 MOST_SEED = 2**32 - 1
 
+FOLDERS = [Path(__file__).parents[1] / "configs", Path(__file__).parent / "_configs"]
+"""Of configs: the checkout's, its copy inside the installed package, those of ``own``."""
+
 
 def load_config(
     target: str,
@@ -299,10 +302,9 @@ def _with_inputs(config: Any, inputs: Sequence[str]) -> Any:
 
 
 def config_file(name: str) -> Path:
-    """configs/<name>.py of the checkout, or its copy inside the installed package."""
-    here = Path(__file__).parent
-    checkout = here.parent / "configs" / f"{name}.py"
-    return checkout if checkout.exists() else here / "_configs" / f"{name}.py"
+    """<name>.py of the first of ``FOLDERS`` that has it."""
+    files = [folder / f"{name}.py" for folder in FOLDERS]
+    return next((file for file in files if file.exists()), files[-1])
 
 
 def check_continues(folder: Path, config: dict) -> None:

@@ -45,20 +45,22 @@ def describe(name: str, config: Any, source: str | None = None) -> list[Field]:
     """
     papers.load(name)
     file = Path(source.partition(":")[0]) if source else config_file(name)
-    comments = {**_comments(Path(blocks.__file__)), **_comments(file)}
+    own = _comments(file)
+    comments = {**_comments(Path(blocks.__file__)), **own}
     groups: dict[str, tuple] = {}
     described = []
     for path, value in fields(config):
         group, _, field = path.rpartition(".")
         if group not in groups:
-            groups[group] = _texts(_group(config, group))
+            groups[group] = _texts(_group(config, group), group, name)
         texts, choices = groups[group]
         top = group.partition(".")[0]
         text = (
             texts.get(field)
             or comments.get((top, field))
-            or comments.get(("", field))
-            or blocks.FIELDS.get(field, "")
+            or own.get(("", field))
+            or blocks.FIELDS.get(field)
+            or comments.get(("", field), "")
         )
         described.append(Field(path, value, text, choices.get(field, ())))
     return described
@@ -70,33 +72,59 @@ def _group(config: Any, path: str) -> Any:
     return config
 
 
-def _texts(group: Any) -> tuple[dict[str, str], dict[str, tuple]]:
+def _texts(
+    group: Any, where: str, paper: str
+) -> tuple[dict[str, str], dict[str, tuple]]:
     """Texts and choices of a group's fields, of the dataclasses that are most like it."""
     keys = {k for k in group if not hasattr(group[k], "items")}
     texts: dict[str, str] = {}
     choices: dict[str, tuple] = {}
-    for cls in sorted(_dataclasses(), key=lambda c: -_likeness(c, keys)):
+    top = where.rpartition(".")[2]
+    for cls in sorted(_dataclasses(paper), key=lambda c: -_likeness(c, keys, top)):
         names = {f.name for f in dataclasses.fields(cls)}
         if len(names & keys) < 0.5 * len(keys):
             continue
-        for field, text in _of_dataclass(cls).items():
-            texts.setdefault(field, text)
         found = options.choices(cls, {k: group[k] for k in names & keys})
+        for field, text in _of_dataclass(cls).items():
+            text, values = _without_choices(text, cls)
+            if field not in texts:
+                texts[field] = text
+                choices |= {field: values} if values else {}
         choices = {**found, **choices}
     return texts, choices
 
 
-def _likeness(cls: type, keys: set[str]) -> float:
+def _likeness(cls: type, keys: set[str], group: str) -> float:
+    """Share of common fields; more where the class is of the group by its name."""
     names = {f.name for f in dataclasses.fields(cls)}
-    return len(names & keys) / max(len(names | keys), 1)
+    named = cls.__name__.lower() == group or f".{group}." in f"{cls.__module__}."
+    return len(names & keys) / max(len(names | keys), 1) + named
 
 
-def _dataclasses() -> list[type]:
-    """Option dataclasses of the modules that are loaded."""
+def _without_choices(text: str, cls: type) -> tuple[str, tuple]:
+    """A text without "one of NAMES", and these, a constant that its module knows."""
+    found = re.search(r"[Oo]ne of ([\w.]*\b[A-Z][A-Z_]+)\b", text)
+    if not found:
+        return text, ()
+    module, _, name = found[1].rpartition(".")
+    path = f"jaxpapers.{module}" if module else cls.__module__
+    if path.partition(".")[0] != "jaxpapers" or path not in sys.modules:
+        path = cls.__module__
+    values = getattr(sys.modules[path], name, ())
+    if not values or not all(isinstance(x, str) for x in values):
+        return text, ()
+    before, after = text[: found.start()], text[found.end() :]
+    rest = (before.rstrip(", ") + after).strip(",;:. ")
+    return rest or "one of", tuple(values)
+
+
+def _dataclasses(paper: str) -> list[type]:
+    """Option dataclasses of the modules that are loaded, not those of other papers."""
+    own = re.compile(rf"jaxpapers\.(?!papers\.)|jaxpapers\.papers\.{paper}(\.|$)")
     found = [
         value
         for name, module in sorted(sys.modules.items())
-        if name.startswith("jaxpapers.") and module is not None
+        if own.match(name) and module is not None
         for value in vars(module).values()
         if inspect.isclass(value)
         and dataclasses.is_dataclass(value)
@@ -140,11 +168,18 @@ def _comments(file: Path) -> dict[tuple[str, str], str]:
     The group is "" where the file does not say it.
     """
     text = file.read_text()
-    after = {
-        token.start[0]: token.string.removeprefix("#").strip()
-        for token in tokenize.generate_tokens(io.StringIO(text).readline)
-        if token.type == tokenize.COMMENT and token.line.strip() != token.string
-    }
+    after: dict[int, str] = {}
+    begun = {}  # Line -> that of the key, of comments that go on there.
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type != tokenize.COMMENT:
+            continue
+        line, words = token.start[0], token.string.removeprefix("#").strip()
+        if token.line.strip() != token.string:
+            after[line] = words
+            begun[line + 1] = line
+        elif line in begun and after[begun[line]].endswith((",", ":", ";")):
+            after[begun[line]] += f" {words}"
+            begun[line + 1] = begun[line]
     found: dict[tuple[str, str], str] = {}
 
     def visit(node: ast.AST, group: str) -> None:

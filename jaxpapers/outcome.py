@@ -300,21 +300,30 @@ def together(outcomes: Sequence[Outcome]) -> tuple[Study, Results]:
                 "studies of one metric"
             )
     names = _short([x.folder for x in outcomes])
-    merged: list[Result] = []
-    known: dict[Any, list] = {}
+    found: dict[Any, list] = {}  # Numbers of rows that nothing was trained for.
+    for outcome in outcomes:
+        for result in outcome.parts[1]:
+            if result.row.stage is None:
+                numbers = [dict(f.numbers) for f in result.findings]
+                if all(x == numbers[0] for x in numbers):  # For any number of seeds.
+                    numbers = numbers[:1]
+                found.setdefault(_key(result), []).append(numbers)
+    merged: dict[Any, Result] = {}
     for outcome, name in zip(outcomes, names):
         for result in outcome.parts[1]:
-            key = result.row.label, result.row.column
-            numbers = [dict(f.numbers) for f in result.findings]
-            if result.row.stage is None and key not in known:
-                known[key] = numbers
-                merged.append(result)
-            elif result.row.stage is not None or known[key] != numbers:
+            each = found.get(_key(result))
+            if result.row.stage or not each or any(x != each[0] for x in each):
                 row = result.row._replace(label=f"{name}: {result.row.label}")
-                merged.append(result._replace(row=row))
+                result = result._replace(row=row)
+            merged.setdefault(_key(result), result)
     titles = dict.fromkeys(x.parts[0].title for x in outcomes)
     columns = dict.fromkeys(c for x in outcomes for c in x.parts[0].columns)
-    return first._replace(title=" | ".join(titles), columns=list(columns)), merged
+    study = first._replace(title=" | ".join(titles), columns=list(columns))
+    return study, list(merged.values())
+
+
+def _key(result: Result) -> tuple[str, str]:
+    return result.row.label, result.row.column
 
 
 def _short(folders: Sequence[Path]) -> list[str]:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from jaxpapers import config, own, papers, tasks
+
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "add_a_paper.md"
 NAMES = "NAMES: dict[str, Paper] = {\n"
@@ -16,7 +18,7 @@ NAMES = "NAMES: dict[str, Paper] = {\n"
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory):
-    """The repository with the page's files; they are five."""
+    """The repository with the page's files; they are five, and a script."""
     root = tmp_path_factory.mktemp("copy")
     for name in ("jaxpapers", "configs"):
         shutil.copytree(ROOT / name, root / name,
@@ -28,7 +30,7 @@ def copy(tmp_path_factory):
             shutil.copy(ROOT / "tests" / name, root / "tests" / name)
     shutil.copy(ROOT / "pyproject.toml", root)
     blocks = re.findall(r"```python\n# (\S+)\n(.*?)```", PAGE.read_text(), re.S)
-    assert len(blocks) == len({path for path, _ in blocks}) == 5
+    assert len(blocks) == len({path for path, _ in blocks}) == 6
     for path, code in blocks:
         if (root / path).exists():
             text = (root / path).read_text()
@@ -74,3 +76,66 @@ def test_the_page_runs(copy):
     assert (copy / "runs" / "toy-smoke" / "comparison.json").exists()
     shown = run(copy, "jaxpapers", "show", "toy:smoke")
     assert shown.returncode == 0 and "A linear model" in shown.stdout
+
+
+@pytest.fixture
+def mine(tmp_path):
+    """The page's files as a folder of one's own beside the installed package."""
+    blocks = re.findall(r"```python\n# (\S+)\n(.*?)```", PAGE.read_text(), re.S)
+    for path, code in blocks:
+        if path.startswith(("jaxpapers/papers/toy", "jaxpapers/tasks", "configs")):
+            path = "mine/" + path.removeprefix("jaxpapers/")
+        elif path != "my_papers.py":
+            continue
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(code)
+    return tmp_path
+
+
+@pytest.mark.matrix
+def test_a_paper_outside_the_package(mine):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+
+    def call(*arguments):
+        return subprocess.run(
+            [sys.executable, "my_papers.py", *arguments], cwd=mine, env=environment,
+            capture_output=True, text=True, timeout=600,
+        )  # fmt: skip
+
+    done = call("run", "toy:smoke", "--quiet")
+    assert done.returncode == 0 and "this model" in done.stdout, done.stderr
+    done = call("eval", "runs/toy-smoke")
+    assert done.returncode == 0 and "this model" in done.stdout, done.stderr
+    assert "A linear model" in call("list").stdout
+    assert "--config.net.hidden" in call("run", "toy", "--help").stdout
+
+
+def test_what_cannot_be_added(mine, monkeypatch):
+    for module, name in (
+        (papers, "__path__"),
+        (tasks, "__path__"),
+        (config, "FOLDERS"),
+    ):
+        monkeypatch.setattr(module, name, [*getattr(module, name)])
+    monkeypatch.setattr(papers, "NAMES", dict(papers.NAMES))
+    row = papers.NAMES["din"]
+    folder = mine / "mine"
+    for name, error, text in (
+        ("din", ValueError, "there is a paper 'din' already"),
+        ("a-b", ValueError, "must be that of a module, got 'a-b'"),
+        ("other", FileNotFoundError, "no module of the paper 'other': .*other.py"),
+    ):
+        with pytest.raises(error, match=text):
+            own.add(name, row, folder)
+    (folder / "papers" / "other.py").touch()
+    with pytest.raises(FileNotFoundError, match="no config of the paper 'other'"):
+        own.add("other", row, folder)
+    (folder / "tasks" / "click.py").touch()
+    with pytest.raises(ValueError, match="there is a task 'click' already"):
+        own.add("toy", row, folder)
+    (folder / "tasks" / "click.py").unlink()
+    assert "toy" not in papers.NAMES
+    own.add("toy", row, folder)
+    assert papers.load("toy").__file__ == str(folder / "papers" / "toy.py")
+    assert config.load_config("toy:smoke").train.steps == 50
+    del sys.modules["jaxpapers.papers.toy"]

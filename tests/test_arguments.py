@@ -1,5 +1,6 @@
 """What the command line says to mistakes, and its help."""
 
+import subprocess
 import sys
 
 import pytest
@@ -248,3 +249,15 @@ def test_presets_with_an_expected_value_are_presets(name):
     module = config._load(config.config_file(name))
     assert set(module.EXPECTED) <= set(module.PRESETS)
     assert not load_config(f"{name}:smoke").get("data").get("path", "")
+
+
+def test_a_reader_that_has_had_enough():
+    """As in ``jaxpapers run din --help | head``: no traceback."""
+    command = [sys.executable, "-m", "jaxpapers", "run", "din", "--help"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline().startswith("usage:")
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait() == 1

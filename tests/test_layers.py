@@ -125,6 +125,7 @@ ALLOWED = {
     "chips": set(),
     "products": {"optim", "scopes"},
     "plan": {"chips", "hlo", "method", "optim", "products", "train"},
+    "own": {"config", "papers", "tasks", "workdir"},
     "describe": {"blocks", "config", "options", "papers"},
     "arguments": {"config", "describe"},
     "cli": {

@@ -62,9 +62,10 @@ def test_a_study_that_trains_nothing(tmp_path):
         "none", files=["numbers.txt"], config_path=f"{CONFIG}:none",
         workdir=str(tmp_path / "x"), quiet=True,
     )  # fmt: skip
-    # Not trained, and not the same numbers: both stand, one by its folder.
-    labels = [r.row.label for r in outcome.together([found, other])[1]]
-    assert "ours" in labels and "x: ours" in labels
+    # Not trained, and not the same numbers: both stand, each by its folder.
+    for both in ([found, other], [other, found]):
+        labels = {r.row.label for r in outcome.together(both)[1]}
+        assert {f"{tmp_path.name}: ours", "x: ours"} <= labels and "ours" not in labels
 
 
 ROW = {

@@ -16,7 +16,7 @@ class NoiseSchedule:
     """Variances of a forward process of T steps; the config group ``noise``.
 
     Attributes:
-      betas: one of ``BETAS``: ``ops.diffusion.linear_betas``, etc.
+      betas: one of ``BETAS``, as in ``ops.diffusion.linear_betas``.
       timesteps: T.
       beta_start: first variance; of the sigmoid its lower asymptote.
       beta_end: last variance; of the sigmoid its upper asymptote. The cosine has neither.

@@ -286,7 +286,7 @@ def dion(
     Routing is by path and shape (``routing.route``): matrices go to Dion; embeddings,
     output heads, norms and biases to the scalar optimizer, whose learning-rate factor
     is 1, except that Lion's for a head is 1/sqrt(fan_in) (the paper's scaling table).
-    ``routing.table`` prints what went where.
+    ``routing_table`` prints what went where.
 
     Args:
       learning_rate: base learning rate or schedule, decay uses it unscaled.

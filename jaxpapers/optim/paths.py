@@ -111,8 +111,8 @@ def per_leaf(
     if missing:
         raise ValueError(
             f"{name} has no entry for the parameter {missing[0]!r}; got entries for "
-            f"{sorted(table)[:8]}; pass one value, a function (path, leaf), or a tree "
-            "with the parameters' structure"
+            f"{sorted(table)[:8]}; pass one value, a tree with the parameters' "
+            "structure, or the function that its docstring says"
         )
     return [entry[0] for entry in found]
 

@@ -314,6 +314,8 @@ def _read(source, path, target, order, categories, protocol, max_id) -> ctr.Clic
 
 def _files(source: str, path: str) -> list[Path]:
     folder, files = Path(path).expanduser(), []
+    if path and folder.is_file() and len(FILES[source]) == 1:
+        return [folder]  # Of whatever name.
     for patterns in FILES[source]:
         found = (sorted(folder.glob(x)) if path else [] for x in patterns.split("|"))
         matches = next(filter(None, found), [])
