@@ -253,8 +253,6 @@ def _fields(name: str) -> list[str]:
     ]
     for field in describe(name, load_config(name)):
         text = field.text.replace("|", "\\|").replace("\n", " ")
-        if field.choices:
-            text += " " + ", ".join(f"`{x}`" for x in field.choices if x != "")
         lines.append(f"| `{field.name}` | `{field.value!r}` | {text} |")
     return [*lines, ""]
 

@@ -34,13 +34,8 @@ def _print_fields(parser, target: str, source: str | None) -> None:
     except (ValueError, OSError) as e:
         return parser.error(str(e))
     print(f"\nconfig fields of {target} (--config.group.field=value):")
-    for name, value, text, choices in described:
+    for name, value, text, _ in described:
         print(f"  --config.{name:<27} {type(value).__name__:<6} {value!r}")
-        if choices:
-            known = "one of " + ", ".join(str(x) or "''" for x in choices)
-            # The text names the constant that holds them.
-            text, count = re.subn(r"one of [\w.]*[A-Z]{3}\w*", known, text)
-            text = text if count else f"{text.rstrip('.')}; {known}".lstrip("; ")
         indent = "      "
         print(textwrap.fill(text, 88, initial_indent=indent, subsequent_indent=indent))
 

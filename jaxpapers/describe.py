@@ -25,7 +25,7 @@ class Field(NamedTuple):
     Attributes:
       name: "group.field".
       value: its default.
-      text: what it is; "" where the code does not say.
+      text: what it is, with its choices; "" where the code does not say.
       choices: its values, where there are a few.
     """
 
@@ -62,7 +62,8 @@ def describe(name: str, config: Any, source: str | None = None) -> list[Field]:
             or blocks.FIELDS.get(field)
             or comments.get(("", field), "")
         )
-        described.append(Field(path, value, text, choices.get(field, ())))
+        known = choices.get(field, ())
+        described.append(Field(path, value, _with_choices(text, known), known))
     return described
 
 
@@ -86,10 +87,10 @@ def _texts(
             continue
         found = options.choices(cls, {k: group[k] for k in names & keys})
         for field, text in _of_dataclass(cls).items():
-            text, values = _without_choices(text, cls)
             if field not in texts:
                 texts[field] = text
-                choices |= {field: values} if values else {}
+                if values := _values(text, cls):
+                    choices[field] = values
         choices = {**found, **choices}
     return texts, choices
 
@@ -101,21 +102,27 @@ def _likeness(cls: type, keys: set[str], group: str) -> float:
     return len(names & keys) / max(len(names | keys), 1) + named
 
 
-def _without_choices(text: str, cls: type) -> tuple[str, tuple]:
-    """A text without "one of NAMES", and these, a constant that its module knows."""
-    found = re.search(r"[Oo]ne of ([\w.]*\b[A-Z][A-Z_]+)\b", text)
+_ONE_OF = re.compile(r"([Oo]ne of) ([\w.]*\b[A-Z][A-Z_]+)\b")
+
+
+def _values(text: str, cls: type) -> tuple:
+    """Of the constant in a text "one of NAMES", that the module of its class knows."""
+    found = _ONE_OF.search(text)
     if not found:
-        return text, ()
-    module, _, name = found[1].rpartition(".")
+        return ()
+    module, _, name = found[2].rpartition(".")
     path = f"jaxpapers.{module}" if module else cls.__module__
-    if path.partition(".")[0] != "jaxpapers" or path not in sys.modules:
-        path = cls.__module__
-    values = getattr(sys.modules[path], name, ())
-    if not values or not all(isinstance(x, str) for x in values):
-        return text, ()
-    before, after = text[: found.start()], text[found.end() :]
-    rest = (before.rstrip(", ") + after).strip(",;:. ")
-    return rest or "one of", tuple(values)
+    values = getattr(sys.modules.get(path, sys.modules[cls.__module__]), name, ())
+    return tuple(values) if all(isinstance(x, str) for x in values) else ()
+
+
+def _with_choices(text: str, choices: tuple) -> str:
+    """A text with a field's values: in place of the constant that holds them, or last."""
+    if not choices:
+        return text
+    known = ", ".join(str(x) or "''" for x in choices)
+    text, count = _ONE_OF.subn(rf"\1 {known}", text)
+    return text if count else f"{text.rstrip('.')}; one of {known}".lstrip("; ")
 
 
 def _dataclasses(paper: str) -> list[type]:

@@ -254,10 +254,10 @@ def test_presets_with_an_expected_value_are_presets(name):
 def test_a_reader_that_has_had_enough():
     """As in ``jaxpapers run din --help | head``: no traceback."""
     command = [sys.executable, "-m", "jaxpapers", "run", "din", "--help"]
-    process = subprocess.Popen(
+    with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stdout.readline().startswith("usage:")
-    process.stdout.close()
-    assert process.stderr.read() == ""
-    assert process.wait() == 1
+    ) as process:
+        assert process.stdout.readline().startswith("usage:")
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 1
