@@ -2,7 +2,8 @@
 
     python benchmarks/rate_transfer.py             all cells that are not done yet: hours
     python benchmarks/rate_transfer.py --optimizers dion --widths 64,128
-    python benchmarks/rate_transfer.py --table     what was found, as Markdown
+    python benchmarks/rate_transfer.py --seeds 1 --out FILE    a part, on another core
+    python benchmarks/rate_transfer.py --table --add FILE   with that part, as Markdown
     ... --quick                                    a few steps, to see that it works
 
 The small model of ``dion_vs_adamw_muon.py`` at widths 64, 128 and 256, heads of 32,
@@ -92,6 +93,13 @@ def table(found: dict) -> str:
     return "\n".join(lines)
 
 
+def write(path: Path, setting: dict, cells: list[dict]) -> None:
+    """Writes the JSON, which has null for infinities."""
+    record = setting | {"cells": cells, "summary": summary(cells)}
+    content = json.dumps(record, indent=1).replace("Infinity", "null")
+    path.write_text(content.replace("NaN", "null") + "\n")
+
+
 def main() -> None:
     """Runs the cells that are not in the JSON, and summarises all."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -99,6 +107,8 @@ def main() -> None:
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--optimizers", default=",".join(OPTIMIZERS))
     parser.add_argument("--widths", default=",".join(map(str, WIDTHS)))
+    parser.add_argument("--seeds", default=",".join(map(str, SEEDS)))
+    parser.add_argument("--add", type=Path, metavar="FILE", help="cells run elsewhere")
     parser.add_argument("--out", type=Path, default=OUT / "rate_transfer.json")
     options = parser.parse_args()
     setting = {"model": SMALL, "head": HEAD, "versions": versions()}
@@ -108,6 +118,15 @@ def main() -> None:
         if not options.table and {k: record[k] for k in setting} != setting:
             parser.error(f"{options.out} is of another setting: remove it, or --out")
         cells = record["cells"]
+    keys = ("optimizer", "width", "lr", "seed")
+    done = {tuple(c[k] for k in keys) for c in cells}
+    if options.add:
+        other = json.loads(options.add.read_text())
+        if other["model"] != SMALL or other["head"] != HEAD:
+            parser.error(f"{options.add} is of another setting")
+        new = [c for c in other["cells"] if tuple(c[k] for k in keys) not in done]
+        cells += new
+        write(options.out, setting, cells)
     if options.table:
         print(table(summary(cells)))
         return
@@ -117,12 +136,11 @@ def main() -> None:
     corpus = text.load()
     if options.quick:
         corpus = corpus._replace(validation=[corpus.validation[0][:40_000]])
-    keys = ("optimizer", "width", "lr", "seed")
     done = {tuple(c[k] for k in keys) for c in cells}
     widths = [int(w) for w in options.widths.split(",")]
     todo = [
         (name, width, lr, seed)
-        for seed in SEEDS  # Every rate once before any twice.
+        for seed in map(int, options.seeds.split(","))  # Every rate once first.
         for name in names
         for width in widths
         for lr in OPTIMIZERS[name][1]
@@ -136,10 +154,7 @@ def main() -> None:
         cell = dict(zip(keys, (name, width, lr, seed))) | {"select": select}
         cells.append(cell)
         print(cell, flush=True)
-        record = setting | {"cells": cells, "summary": summary(cells)}
-        # JSON has no infinities: null.
-        text_record = json.dumps(record, indent=1).replace("Infinity", "null")
-        options.out.write_text(text_record.replace("NaN", "null") + "\n")
+        write(options.out, setting, cells)
     print(table(summary(cells)))
 
 
