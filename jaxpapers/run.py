@@ -48,10 +48,10 @@ SMALL = (
 def list_papers() -> Table:
     """Table of available papers."""
     table = Table(box=None, pad_edge=False)
-    for column in ("name", "title", "year", "field", "smoke preset"):
-        table.add_column(column, no_wrap=column not in ("title", "smoke preset"))
-    for name, paper in papers.NAMES.items():
-        table.add_row(name, paper.title, str(paper.year), paper.field, paper.smoke)
+    for column in ("name", "title", "year", "field", "one result", "cost"):
+        table.add_column(column, no_wrap=column in ("name", "year"))
+    for name, p in papers.NAMES.items():
+        table.add_row(name, p.title, str(p.year), p.field, p.result, p.cost)
     return table
 
 
@@ -60,11 +60,11 @@ def show(name: str, preset: str = "") -> str:
     module = papers.load(name)
     console = Console(width=110, highlight=False, markup=False, emoji=False)
     with console.capture() as capture:
-        console.print(module.__doc__)
-        if papers.NAMES[name].trained:
+        paper = papers.NAMES[name]
+        console.print(f"{module.__doc__}\n{name}:smoke: {paper.smoke}\n")
+        if paper.trained:
             config = load_config(f"{name}:{preset}" if preset else name)
-            data = tasks.abstract(config)
-            method = module.make(config, **data.facts)
+            method = module.make(config, **(data := tasks.abstract(config)).facts)
             with jax.set_mesh(_any_mesh()):
                 state = jax.eval_shape(method.init, jax.random.key(0), data.shapes)
             labels = method.labels(state.params) if method.labels else None

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from jaxpapers import papers
+
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 LINK = re.compile(r"\]\(([^)]+)\)")
@@ -65,3 +67,17 @@ def test_error_texts_of_the_questions_are_those_of_the_program():
         for path in (ROOT / "jaxpapers").rglob("*.py")
     )
     assert not [x for x in headings if x not in sources]
+
+
+def test_the_table_of_the_readme_is_that_of_the_list():
+    """Every paper's result and cost, which ``jaxpapers list`` shows too."""
+    rows = {}
+    for line in (ROOT / "README.md").read_text().splitlines():
+        found = re.match(
+            r"\| \[[^]]+\]\(jaxpapers/papers/(\w+)(/__init__)?\.py\)", line
+        )
+        if found:
+            cells = [cell.strip() for cell in line.strip("| ").split("|")]
+            rows[found[1]] = (cells[1], *cells[3:])
+    listed = {k: (p.field, p.result, p.cost) for k, p in papers.NAMES.items()}
+    assert rows == listed

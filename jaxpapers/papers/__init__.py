@@ -18,6 +18,8 @@ class Paper(NamedTuple):
       smoke: what the smoke preset does, in at most 30 CPU seconds and without any file.
       trained: whether the module has ``make``; False for papers that train nothing.
       venue: where it was published, for papers that are not on arXiv.
+      result: one number beside its rivals'; README's table repeats it.
+      cost: minutes of a seed on two CPU cores.
     """
 
     title: str
@@ -28,6 +30,8 @@ class Paper(NamedTuple):
     smoke: str
     trained: bool = True
     venue: str = ""
+    result: str = ""
+    cost: str = ""
 
     @property
     def reference(self) -> str:
@@ -44,6 +48,9 @@ NAMES: dict[str, Paper] = {
         "2504.05295",
         "optimization",
         "byte-level language model on the standard library",
+        result="1.714 bits per byte of held-out code (1.796 by the paper's Dion); "
+        "gzip -9 1.937, xz -9 1.658",
+        cost="2 to 5 minutes",
     ),
     "din": Paper(
         "Deep Interest Network for Click-Through Rate Prediction",
@@ -53,6 +60,8 @@ NAMES: dict[str, Paper] = {
         "1706.06978",
         "recommendation",
         "next click in a generated log",
+        result="AUC 0.825; mean pooling 0.816",
+        cost="1 minute a seed",
     ),
     "dien": Paper(
         "Deep Interest Evolution Network for Click-Through Rate Prediction",
@@ -62,6 +71,8 @@ NAMES: dict[str, Paper] = {
         "1809.03672",
         "recommendation",
         "next click in a generated log, in order, with the auxiliary loss",
+        result="AUC 0.858; DIN in as many epochs 0.809",
+        cost="8 minutes a seed",
     ),
     "defer": Paper(
         "Real Negatives Matter: Continuous Training with Real Negatives for Delayed "
@@ -72,6 +83,8 @@ NAMES: dict[str, Paper] = {
         "2104.14121",
         "recommendation",
         "late conversions of synthetic clicks",
+        result="NLL 0.570; oracle 0.558, pretrained 0.608",
+        cost="2 minutes",
     ),
     "sim": Paper(
         "Search-based User Interest Modeling with Lifelong Sequential Behavior Data for "
@@ -82,6 +95,8 @@ NAMES: dict[str, Paper] = {
         "2006.05639",
         "recommendation",
         "next click in a generated log, from whole histories",
+        result="AUC 0.837; average of the long history 0.831",
+        cost="1 minute a seed",
     ),
     "rocket": Paper(
         "Rocket Launching: A Universal and Efficient Framework for Training "
@@ -92,6 +107,8 @@ NAMES: dict[str, Paper] = {
         "1708.04106",
         "recommendation",
         "next click in a generated log, DIN with two MLPs",
+        result="AUC of the light net 0.825; trained alone 0.822",
+        cost="2 minutes a seed",
     ),
     "dpok": Paper(
         "DPOK: Reinforcement Learning for Fine-tuning Text-to-Image Diffusion Models",
@@ -102,6 +119,8 @@ NAMES: dict[str, Paper] = {
         "2305.16381",
         "diffusion",
         "drawn digits for prompts, and the tuning of the model to a reward",
+        result="accuracy of a held-out classifier 0.955; before tuning 0.882",
+        cost="3 minutes a seed",
     ),
     "score_wasserstein": Paper(
         "Score-based Generative Modeling Secretly Minimizes the Wasserstein Distance",
@@ -110,6 +129,8 @@ NAMES: dict[str, Paper] = {
         "2212.06359",
         "diffusion",
         "a score model of four clusters and the bound of its distance",
+        result="W2 0.087, its bound holds at every logged point",
+        cost="2 minutes",
     ),
     "sft_pg": Paper(
         "Optimizing DDPM Sampling with Shortcut Fine-Tuning",
@@ -118,6 +139,8 @@ NAMES: dict[str, Paper] = {
         "2301.13362",
         "diffusion",
         "a denoiser of a swiss roll and the tuning of its sampler",
+        result="sliced W2 of 10 steps 0.019; before tuning 0.085",
+        cost="2 minutes",
     ),
     "nuclear_norm": Paper(
         "Domain Generalization via Nuclear Norm Regularization",
@@ -126,6 +149,9 @@ NAMES: dict[str, Paper] = {
         "2303.07527",
         "generalization",
         "classes of generated signs, of which most mislead in the test's domain",
+        result="accuracy where shortcuts mislead 1.00 on 5 of 5 seeds; ERM 0.86, "
+        "weight decay 0.14",
+        cost="1 minute a seed",
     ),
     "poem": Paper(
         "POEM: Out-of-Distribution Detection with Posterior Sampling",
@@ -134,6 +160,8 @@ NAMES: dict[str, Paper] = {
         "2206.13687",
         "detection",
         "digits of seven segments against other glyphs, seconds",
+        result="FPR95 of letters against digits 0.071; random outliers 0.162",
+        cost="1 minute a seed",
     ),
     "mpc_psrl": Paper(
         "Model-based Reinforcement Learning for Continuous Control with Posterior "
@@ -143,6 +171,10 @@ NAMES: dict[str, Paper] = {
         "2012.09613",
         "reinforcement learning",
         "a cart-pole in short episodes",
+        result="a cart-pole balanced (200 of 200) within 6 episodes by 3 of 3 "
+        "seeds; certainty equivalence as fast; the pendulum swung up within"
+        " 7 episodes by 2 of 3",
+        cost="2 minutes a seed",
     ),
     "looped_transformer": Paper(
         "Looped Transformers for Length Generalization",
@@ -151,6 +183,10 @@ NAMES: dict[str, Paper] = {
         "2409.15647",
         "language models",
         "parity of up to three bits",
+        result="parity trained to 10 bits, exact match at 20 of 0.96, 0.99 and "
+        "0.04 on three seeds; ten layers of next-token prediction at "
+        "chance, 0.5",
+        cost="8 minutes a seed",
     ),
     "versaprm": Paper(
         "VersaPRM: Multi-Domain Process Reward Model via Synthetic Reasoning Data",
@@ -162,6 +198,11 @@ NAMES: dict[str, Paper] = {
         "2502.06737",
         "language models",
         "rewards of steps in arithmetic and logic",
+        result="the authors' votes, sequences and loss reproduced to the digit; in"
+        " the domains of training, weighted majority of 16 right in 71 % "
+        "where the majority is in 56 %, AUC of steps 0.87 (goal 0.9); "
+        "chance in others",
+        cost="40 minutes",
     ),
     "gppstd": Paper(
         "Efficient Model-Free Reinforcement Learning Using Gaussian Process "
@@ -171,6 +212,9 @@ NAMES: dict[str, Paper] = {
         "1812.04359",
         "reinforcement learning",
         "two agents find the reward of a Deep Sea of 5 x 5",
+        result="Deep Sea of 10 x 10 solved by 5 of 5 agents in 53 episodes; "
+        "epsilon-greedy by none in 300",
+        cost="3 minutes",
     ),
     "rejump": Paper(
         "ReJump: A Tree-Jump Representation for Analyzing and Improving LLM Reasoning",
@@ -182,15 +226,20 @@ NAMES: dict[str, Paper] = {
         "language models",
         "search traces of twelve puzzles and their metrics",
         trained=False,
+        result="of 8 samples, the one with the longest jumps solves 5.4 % of 1,362"
+        " puzzles; one at random 3.8 %",
+        cost="2 minutes a seed",
     ),
     "dnw": Paper(
         "Efficient learning strategy of Chinese characters based on network approach",
         "Yan, Xiaoyong and Fan, Ying and Di, Zengru and Havlin, Shlomo and Wu, Jinshan",
         2013,
         "1303.1599",
-        "networks",
+        "learning orders",
         "a learning order of 30 characters and its cost",
         trained=False,
+        result="cost to read 90 % of text 3134; by frequency 5073, by density 2468",
+        cost="1 minute",
     ),
     "peer_review": Paper(
         "Demanding peer review is associated with higher impact in published science",
@@ -200,6 +249,9 @@ NAMES: dict[str, Paper] = {
         "science of science",
         "120 generated papers: letters parsed, opinions coded, citations regressed",
         trained=False,
+        result="239 of 240 generated letters recovered exactly; strength by rules "
+        "correlates 0.82 with the truth, length 0.17",
+        cost="2 minutes",
     ),
     "coda": Paper(
         "How to Solve Contextual Goal-Oriented Problems with Offline Datasets?",
@@ -209,6 +261,9 @@ NAMES: dict[str, Paper] = {
         "2408.07753",
         "reinforcement learning",
         "a point mass to three rooms of a maze, from random walks",
+        result="success in three rooms of a maze 0.82, behind its oracle and UDS, "
+        "1.00; behaviour cloning 0",
+        cost="2 minutes a seed",
     ),
     "r3_vae": Paper(
         "R3-VAE: Reference Vector-Guided Rating Residual Quantization VAE for Generative "
@@ -220,6 +275,9 @@ NAMES: dict[str, Paper] = {
         "recommendation",
         "semantic IDs of a generated catalogue and the next item by generating them; a "
         "reconstruction",
+        result="recall@10 on MovieLens-100k 0.121; random SIDs 0.072, popularity "
+        "0.087, but first-order Markov 0.144 and SASRec 0.147",
+        cost="1 minute a row and seed",
     ),
 }
 
