@@ -25,6 +25,7 @@ FIELDS = {
     "save_minutes": "minutes between checkpoints; 0: by steps alone",
     "keep": "checkpoints kept",
     "init_from": "workdir whose parameters start the run",
+    "init_only": "regex of the paths of parameters that init_from gives; empty: all",
     "log_images": "draw the model at every evaluation, which is measured whole for it",
     "sample": "size of the sample drawn at the end; 0: none",
     "prompt": "start of the sample",

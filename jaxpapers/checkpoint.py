@@ -10,9 +10,10 @@ the newest whole one is read instead.
 import contextlib
 import functools
 import logging
+import re
 import shutil
 import weakref
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -227,21 +228,49 @@ def read_config(manager: ocp.CheckpointManager, step: int | None = None) -> dict
     return newest_whole(manager, step, read, item="config")
 
 
-def restore_params(directory: str | Path, target: Any) -> Any:
+def restore_params(directory: str | Path, target: Any, only: str = "") -> Any:
     """Parameters of the latest checkpoint in a folder, with the shardings of ``target``.
 
+    Args:
+      directory: workdir or checkpoint folder.
+      target: ShapeDtypeStructs with shardings.
+      only: regex; parameters whose path it is not found in are None in the result.
+
     Raises:
-      FileNotFoundError, ValueError: as ``restore``.
+      FileNotFoundError, ValueError: as ``restore``; no parameter has such a path.
     """
-    return restore_parts(directory, {"params": target})["params"]
+    if not only:
+        return restore_parts(directory, {"params": target})["params"]
+    wanted = _chosen(target, only)
+    if not jax.tree.leaves(wanted):
+        raise ValueError(f"no parameter has a path with {only!r}, {_paths(target)}")
+    found = restore_parts(directory, {"params": wanted}, only)["params"]
+    values = dict(jax.tree_util.tree_flatten_with_path(found)[0])
+    return jax.tree_util.tree_map_with_path(lambda path, x: values.get(path), target)
 
 
-def restore_parts(directory: str | Path, targets: dict[str, Any]) -> dict[str, Any]:
+def _chosen(tree: Any, only: str, path: str = "") -> Any:
+    """The entries of nested dicts whose path has a match."""
+    if not isinstance(tree, Mapping):
+        return tree if re.search(only, path) else None
+    below = {k: _chosen(v, only, f"{path}/{k}".lstrip("/")) for k, v in tree.items()}
+    return {k: v for k, v in below.items() if jax.tree.leaves(v)}
+
+
+def _paths(tree: Any) -> str:
+    names = sorted(leaves.forms_of(tree))
+    return f"it has {names[:8]}" + f" and {len(names) - 8} more" * (len(names) > 8)
+
+
+def restore_parts(
+    directory: str | Path, targets: dict[str, Any], only: str = ""
+) -> dict[str, Any]:
     """Some fields of the State in the latest checkpoint of a folder.
 
     Args:
       directory: workdir or checkpoint folder.
       targets: field -> ShapeDtypeStructs with shardings.
+      only: see ``leaves.check_match``.
 
     Raises:
       FileNotFoundError, ValueError: as ``restore``.
@@ -252,7 +281,7 @@ def restore_parts(directory: str | Path, targets: dict[str, Any]) -> dict[str, A
 
         def read(step: int) -> Any:
             for name, target in stored.items():
-                leaves.check_match(manager, step, target, prefix=name)
+                leaves.check_match(manager, step, target, prefix=name, only=only)
             partial = ocp.args.PyTreeRestore(
                 stored,
                 restore_args=ocp.checkpoint_utils.construct_restore_args(stored),
@@ -263,12 +292,13 @@ def restore_parts(directory: str | Path, targets: dict[str, Any]) -> dict[str, A
         return {**targets, **newest_whole(manager, None, read)["state"]}
 
 
-def check_parts(directory: str | Path, targets: dict[str, Any]) -> None:
+def check_parts(directory: str | Path, targets: dict[str, Any], only: str = "") -> None:
     """Compares fields of the State with the shapes and dtypes of a latest checkpoint.
 
     Args:
       directory: workdir or checkpoint folder.
       targets: field -> ShapeDtypeStructs.
+      only: see ``leaves.check_match``.
 
     Raises:
       FileNotFoundError: there is no checkpoint.
@@ -281,7 +311,7 @@ def check_parts(directory: str | Path, targets: dict[str, Any]) -> None:
     with open_manager(folder, read_only=True) as manager:
         for name, target in targets.items():
             if jax.tree.leaves(target):
-                leaves.check_match(manager, known[-1], target, prefix=name)
+                leaves.check_match(manager, known[-1], target, prefix=name, only=only)
 
 
 def abstract(state: Any, shardings: Any) -> Any:

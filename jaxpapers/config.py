@@ -22,7 +22,7 @@ MAY_CHANGE = {
     "optim.rank_fraction", "optim.rank_multiple_of", "optim.rank_schedule",
     "train.steps", "train.accumulate", "train.replica_sync", "train.replica_axis",
     "train.eval_every", "train.save_every", "train.save_minutes", "train.keep",
-    "train.init_from",
+    "train.init_from", "train.init_only",
     "train.sample", "train.prompt", "train.temperature", "train.alone",
     "train.log_images",
 }  # fmt: skip

@@ -1,6 +1,7 @@
 """The leaves of a stored state, against those that a config expects."""
 
 import math
+import re
 from typing import Any
 
 import jax
@@ -47,19 +48,38 @@ def _stored_forms(manager, step: int) -> dict[str, tuple[tuple[int, ...], str]]:
     return forms_of(reader.metadata(manager.directory / str(step) / "state").tree)
 
 
-def check_match(manager, step: int, target: Any, prefix: str = "") -> None:
-    """Compares leaves with the stored metadata before orbax reads arrays."""
+def check_match(
+    manager, step: int, target: Any, prefix: str = "", only: str = ""
+) -> None:
+    """Compares leaves with the stored metadata before orbax reads arrays.
+
+    Args:
+      manager: of the checkpoints.
+      step: of one.
+      target: expected; what lies below ``prefix`` in the checkpoint.
+      prefix: "params" for a State's field.
+      only: regex of the paths to compare; the others may differ.
+
+    Raises:
+      Mismatch: leaves that one of both lacks, or of other shapes or dtypes.
+    """
     stored = _stored_forms(manager, step)
     if prefix:
         stored = {k[len(prefix) + 1 :]: v for k, v in stored.items()
                   if k.startswith(f"{prefix}/")}  # fmt: skip
-    expected = forms_of(target)
+    stored, expected = (
+        {k: v for k, v in forms.items() if re.search(only, k)}
+        for forms in (stored, forms_of(target))
+    )
+    missing, extra = sorted(expected.keys() - stored), sorted(stored.keys() - expected)
+    if missing or extra:
+        parts = [f"has no leaf {_some(missing)} of this config"] if missing else []
+        parts += [f"has a leaf {_some(extra)} that this config lacks"] if extra else []
+        raise Mismatch(
+            f"checkpoint {manager.directory}/{step} {' and '.join(parts)}; use the "
+            "config that wrote it, or another --workdir"
+        )
     for name, form in expected.items():
-        if name not in stored:
-            raise Mismatch(
-                f"checkpoint {manager.directory}/{step} has no leaf {name!r} of this "
-                "config; use the config that wrote it, or another --workdir"
-            )
         for what, actual, required in zip(("shape", "dtype"), stored[name], form):
             if actual != required:
                 raise Mismatch(
@@ -67,12 +87,11 @@ def check_match(manager, step: int, target: Any, prefix: str = "") -> None:
                     f"{actual}, this config expects {required}; use the config that "
                     "wrote it (config.json beside it), or another --workdir"
                 )
-    extra = sorted(set(stored) - set(expected))
-    if extra:
-        raise Mismatch(
-            f"checkpoint {manager.directory}/{step} has a leaf {extra[0]!r} that this "
-            "config lacks; use the config that wrote it, or another --workdir"
-        )
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(map(repr, names[:8]))
+    return f"{shown} and {len(names) - 8} more" if len(names) > 8 else shown
 
 
 def forms_of(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:

@@ -28,7 +28,7 @@ from jaxpapers.study import (
 # Fields of ``config.train`` that the compiled step does not depend on.
 HOST_FIELDS = {
     "seed", "eval_every", "save_every", "save_minutes", "keep", "init_from", "sample",
-    "prompt", "temperature", "log_images",
+    "prompt", "temperature", "log_images", "init_only",
 }  # fmt: skip
 
 Numbers = Mapping[str, float]
@@ -105,7 +105,8 @@ class Stages:
             start = stage.config.train.init_from
             if start and not ckpt.steps(self.folder(stage) / "checkpoints"):
                 shapes = trainer.abstract(method, self.grid, data.shapes)
-                trainer.check_start(method, shapes, start)
+                only = stage.config.train.get("init_only", "")
+                trainer.check_start(method, shapes, start, only)
             if stage.after is not None:
                 with jax.set_mesh(self.grid):
                     key = jax.random.key(0)
@@ -222,6 +223,8 @@ class Stages:
             save_minutes=c.train.save_minutes,
             keep=c.train.keep,
             init_from=init_from or None,
+            # Of the user's run, not of a stage before this one.
+            init_only="" if parts_of(stage)[0].after else c.train.get("init_only", ""),
             report=reporter,
             profile=self._profile,
         )

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -114,24 +115,41 @@ def _placed(batch: Any, mesh: jax.sharding.Mesh) -> Any:
     )
 
 
-def check_start(method: Method, shapes: State, init_from: str) -> None:
+def check_start(
+    method: Method, shapes: State, init_from: str, init_only: str = ""
+) -> None:
     """Checks that a run can start from another one's checkpoint; reads no arrays.
 
     Args:
       method: pure functions.
       shapes: of ``abstract``.
       init_from: workdir or checkpoint folder.
+      init_only: see ``fit``.
 
     Raises:
       FileNotFoundError: it holds no checkpoint.
-      ValueError: its shapes or dtypes are not those of the method.
+      ValueError: its shapes or dtypes are not those of the method; ``init_only`` is no
+        regex, or of a method that takes what its ``warm_start`` says.
     """
     warm = method.warm_start
+    _check_only(method, init_only)
     parts = warm.parts(shapes) if warm else {"params": shapes.params}
     try:
-        ckpt.check_parts(init_from, parts)
+        ckpt.check_parts(init_from, parts, init_only)
     except ValueError as e:
         raise ValueError(_no_start(init_from, e) if warm else str(e)) from e
+
+
+def _check_only(method: Method, init_only: str) -> None:
+    try:
+        re.compile(init_only)
+    except re.error as e:
+        raise ValueError(f"train.init_only={init_only!r} is no regex: {e}") from None
+    if init_only and method.warm_start:
+        raise ValueError(
+            "train.init_only: this method starts from the whole of another stage; leave "
+            "it empty"
+        )
 
 
 def _no_start(init_from: str, e: Exception) -> str:
@@ -160,6 +178,7 @@ def fit(
     save_minutes: int | float = 0,
     keep: int = 2,
     init_from: str | None = None,
+    init_only: str = "",
     report: Any = None,
     profile: tuple[int, int] | None = None,
 ) -> State:
@@ -190,6 +209,8 @@ def fit(
       keep: checkpoints kept.
       init_from: workdir or checkpoint folder whose parameters start a fresh run, or
         what ``method.warm_start`` takes of them.
+      init_only: regex of the paths of parameters that ``init_from`` gives; the others
+        start as without it. "": all, and the two must have the same.
       report: see ``report.Report``; None prints and writes nothing.
       profile: first and last step of a trace written to ``workdir/profile``.
 
@@ -210,6 +231,7 @@ def fit(
             "examples that depend on the state give no shapes: pass compiled="
             "train.compile(method, mesh, shapes)"
         )
+    _check_only(method, init_only)
     if refresh and refresh[0] < 1:
         raise ValueError(f"refresh needs at least 1 step between, got {refresh[0]}")
     if steps < 0:
@@ -235,13 +257,16 @@ def fit(
                 lambda x: jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype), local
             )
             if init_from and not (manager and manager.latest_step() is not None):
-                check_start(method, abstract(method, mesh, shapes), init_from)
+                known = abstract(method, mesh, shapes)
+                check_start(method, known, init_from, init_only)
             compiled = compile(method, mesh, shapes)
         elif not isinstance(compiled, Compiled):
             compiled = compiled()
         processes.wait()
         with jax.set_mesh(mesh):
-            state, position = _start(compiled, manager, seed, init_from, method)
+            state, position = _start(
+                compiled, manager, seed, init_from, init_only, method
+            )
         first = int(state.step)
         if first > steps:
             raise ValueError(
@@ -260,7 +285,7 @@ def fit(
             )  # fmt: skip
 
 
-def _start(compiled: Compiled, manager, seed: int, init_from: str | None, method):
+def _start(compiled: Compiled, manager, seed, init_from, init_only, method):
     """Own latest checkpoint, else what another gives, else a fresh init."""
     if manager and manager.latest_step() is not None:
         return ckpt.restore(manager, compiled.shapes, resize=method.resize)
@@ -274,7 +299,11 @@ def _start(compiled: Compiled, manager, seed: int, init_from: str | None, method
         shardings = jax.tree.map(lambda x: x.sharding, compiled.shapes)
         state = jax.jit(warm.apply, out_shardings=shardings)(state, found)
     elif init_from:
-        params = ckpt.restore_params(init_from, compiled.shapes.params)
+        found = ckpt.restore_params(init_from, compiled.shapes.params, init_only)
+        params = jax.tree.map(
+            lambda new, own: own if new is None else new, found, state.params,
+            is_leaf=lambda x: x is None,
+        )  # fmt: skip
         state = state._replace(params=params)
     return state, 0
 

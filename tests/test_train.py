@@ -236,6 +236,41 @@ def test_init_from_takes_parameters_only(tmp_path):
         fit(1, init_from=str(tmp_path / "nothing"))
 
 
+def two(names):
+    """A method of some vectors, each at its own start, and its examples' shapes."""
+
+    def loss(params, batch, key):
+        return sum(jnp.square(x).sum() for x in jax.tree.leaves(params)), {}
+
+    def init(key, batch):
+        return {"layers": {n: jnp.full(3, float(i + 1)) for i, n in enumerate(names)}}
+
+    return gradient(init, loss, optax.sgd(0.1))
+
+
+def test_init_only_takes_the_parameters_whose_path_matches(tmp_path):
+    def run(names, steps, **kwargs):
+        return trainer.fit(two(names), Examples(), steps=steps, batch=BATCH, **kwargs)
+
+    old = run("abc", 1, workdir=tmp_path / "old").params["layers"]
+    source = {"init_from": str(tmp_path / "old")}
+    new = run("bcd", 0, init_only="layers/[bc]$", **source).params["layers"]
+    np.testing.assert_array_equal(new["b"], old["b"])
+    np.testing.assert_array_equal(new["c"], old["c"])
+    np.testing.assert_array_equal(new["d"], np.full(3, 3.0))
+    # All that are missing and all that are too many, of those that match.
+    with pytest.raises(
+        ValueError, match="no leaf 'layers/d' .* a leaf 'layers/a' that"
+    ):
+        run("bcd", 0, **source)
+    with pytest.raises(ValueError, match="has no leaf 'layers/d' of this config; use"):
+        run("bcd", 0, init_only="[bd]$", **source)
+    with pytest.raises(ValueError, match=r"no parameter has a path with 'x', it has"):
+        run("bcd", 0, init_only="x", **source)
+    with pytest.raises(ValueError, match=r"train.init_only='\(' is no regex"):
+        run("bcd", 0, init_only="(", **source)
+
+
 def test_the_first_batch_gives_the_shapes_of_what_is_not_compiled_yet():
     examples = Examples()
     state = trainer.fit(METHOD, examples, steps=1, batch=BATCH)
