@@ -48,7 +48,9 @@ test: $(READY)
 test-all: $(READY)
 	$(PYTEST) $(PARALLEL) $(TYPES) -m "not slow" $(TESTS)
 
+# Each tracker by its own client, which nothing else needs.
 test-slow: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[plot,test,tb,wandb,trackio]' 'tensorboard>=2.17'
 	$(PYTEST) $(TYPES) -m slow $(TESTS)
 
 # The default tests and the part of the matrix that this commit has: see .ci/matrix.

@@ -59,7 +59,7 @@ def get_config(preset: str | None = None) -> ConfigDict:
                 "lengths": (),  # tested; (): shares of the largest in training
                 "extra_loops": 10,  # steps after T(n) among which the surest is sought
                 "tolerance": 0.05,  # of the fixed point, share of the state's norm
-                "baselines": True,
+                "baselines": True,  # train those of the group beside the model
                 "seed": 0,
             },
             "net": net,

@@ -10,7 +10,7 @@ import traceback
 import warnings
 from collections.abc import Generator, Sequence
 
-from jaxpapers import extras, signals, supervise
+from jaxpapers import extras, papers, signals, supervise
 from jaxpapers.arguments import ids, parser_of, steps, suggestion
 
 # Read when the first device is used.
@@ -51,7 +51,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not getattr(options, "distributed", False):
         return _call(options, overrides, signal.SIGTERM)
     if not supervise.is_supervised():
-        return supervise.supervise(arguments)
+        # A script that has added papers (``own``) adds them in the process, too.
+        own = len(papers.__path__) > 1
+        program = sys.argv[:1] if own else ["-m", "jaxpapers"]
+        return supervise.supervise(arguments, program)
     supervise.follow()
     return supervise.leave(_call(options, overrides, supervise.STOP))
 

@@ -12,6 +12,7 @@ import re
 import sys
 import textwrap
 import tokenize
+from collections.abc import Container
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,8 +46,8 @@ def describe(name: str, config: Any, source: str | None = None) -> list[Field]:
     """
     papers.load(name)
     file = Path(source.partition(":")[0]) if source else config_file(name)
-    own = _comments(file)
-    comments = {**_comments(Path(blocks.__file__)), **own}
+    called = set(re.findall(r"\bblocks\.(\w+)", file.read_text()))
+    comments = {**_comments(Path(blocks.__file__), called), **_comments(file)}
     groups: dict[str, tuple] = {}
     described = []
     for path, value in fields(config):
@@ -58,9 +59,8 @@ def describe(name: str, config: Any, source: str | None = None) -> list[Field]:
         text = (
             texts.get(field)
             or comments.get((top, field))
-            or own.get(("", field))
-            or blocks.FIELDS.get(field)
-            or comments.get(("", field), "")
+            or comments.get(("", field))
+            or blocks.FIELDS.get(field, "")
         )
         known = choices.get(field, ())
         described.append(Field(path, value, _with_choices(text, known), known))
@@ -126,12 +126,24 @@ def _with_choices(text: str, choices: tuple) -> str:
 
 
 def _dataclasses(paper: str) -> list[type]:
-    """Option dataclasses of the modules that are loaded, not those of other papers."""
-    own = re.compile(rf"jaxpapers\.(?!papers\.)|jaxpapers\.papers\.{paper}(\.|$)")
+    """Option dataclasses of a paper's modules and of those that they use."""
+    todo, modules = [f"jaxpapers.papers.{paper}"], {}
+    while todo:
+        name = todo.pop()
+        module = sys.modules.get(name)
+        if module is None or name in modules or not name.startswith("jaxpapers."):
+            continue
+        modules[name] = module
+        todo += [
+            value.__name__
+            if inspect.ismodule(value)
+            else getattr(value, "__module__", "")
+            for value in vars(module).values()
+        ]
+        todo += [x for x in sys.modules if x.startswith(f"jaxpapers.papers.{paper}.")]
     found = [
         value
-        for name, module in sorted(sys.modules.items())
-        if own.match(name) and module is not None
+        for _, module in sorted(modules.items())
         for value in vars(module).values()
         if inspect.isclass(value)
         and dataclasses.is_dataclass(value)
@@ -169,10 +181,13 @@ def _attributes(doc: str) -> dict[str, str]:
     return dict(found)
 
 
-def _comments(file: Path) -> dict[tuple[str, str], str]:
+def _comments(
+    file: Path, names: Container[str] | None = None
+) -> dict[tuple[str, str], str]:
     """(group, key) -> the comment after a key of a dict or an argument of a call.
 
-    The group is "" where the file does not say it.
+    The group is "" where the file does not say it. ``names``: of functions and constants
+    of the file, to read these alone; None: all of it.
     """
     text = file.read_text()
     after: dict[int, str] = {}
@@ -209,5 +224,9 @@ def _comments(file: Path) -> dict[tuple[str, str], str]:
             if id(child) not in inside:
                 visit(child, group)
 
-    visit(ast.parse(text), "")
+    for node in ast.parse(text).body:
+        targets = getattr(node, "targets", [])
+        own = {getattr(node, "name", "")} | {getattr(x, "id", "") for x in targets}
+        if names is None or any(x in names for x in own):
+            visit(node, "")
     return found

@@ -85,6 +85,8 @@ def measure_rows(
             return {**final, **untrained(j)} if is_own else final
 
         followed = _followed(stage, others[j])
+        if followed:
+            followed = followed._replace(measure=_once(followed.measure))
         state = stages.train(
             stage, label=label, finish=finish,
             watch=_watch(stage, followed) if followed else None,
@@ -119,7 +121,7 @@ def check_drawing(name: str, config: Any, study: Study) -> None:
       study: of the config.
 
     Raises:
-      ValueError: the study has no picture of a model in training.
+      ValueError: the study has no picture of a model in training, or names another.
       ModuleNotFoundError: matplotlib is missing.
     """
     if not config.get("train", {}).get("log_images"):
@@ -129,6 +131,8 @@ def check_drawing(name: str, config: Any, study: Study) -> None:
             f"config.train.log_images: {name} has no picture of a model in training; "
             "leave it False"
         )
+    if unknown := sorted(set(study.states) - set(study.pictures)):
+        raise ValueError(f"Study.states names {unknown}, which are not in its pictures")
     extras.need("matplotlib")
 
 
@@ -139,6 +143,20 @@ def _followed(stage: Stage, rows: Sequence[Row]) -> Row | None:
         if row.stage and key in map(stage_key, parts_of(row.stage)):
             return row
     return None
+
+
+def _once(measure: Callable[..., Finding]) -> Callable[..., Finding]:
+    """A measurement of whose last state the finding is kept: to follow and to draw it."""
+    kept: dict[int, Finding] = {}
+
+    def measured(method, state):
+        step = int(state.step)
+        if step not in kept:
+            kept.clear()
+            kept[step] = measure(method, state)
+        return kept[step]
+
+    return measured
 
 
 def _watch(stage: Stage, row: Row) -> Callable:

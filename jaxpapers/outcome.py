@@ -300,19 +300,18 @@ def together(outcomes: Sequence[Outcome]) -> tuple[Study, Results]:
                 "studies of one metric"
             )
     names = _short([x.folder for x in outcomes])
-    found: dict[Any, list] = {}  # Numbers of rows that nothing was trained for.
+    found: dict[Any, set] = {}  # What rows have found, the seeds that agree once.
     for outcome in outcomes:
         for result in outcome.parts[1]:
-            if result.row.stage is None:
-                numbers = [dict(f.numbers) for f in result.findings]
-                if all(x == numbers[0] for x in numbers):  # For any number of seeds.
-                    numbers = numbers[:1]
-                found.setdefault(_key(result), []).append(numbers)
+            numbers = dict.fromkeys(
+                json.dumps(dict(f.numbers), sort_keys=True) for f in result.findings
+            )
+            trained = id(outcome) if result.row.stage else None
+            found.setdefault(_key(result), set()).add((trained, *numbers))
     merged: dict[Any, Result] = {}
     for outcome, name in zip(outcomes, names):
         for result in outcome.parts[1]:
-            each = found.get(_key(result))
-            if result.row.stage or not each or any(x != each[0] for x in each):
+            if result.row.stage or len(found[_key(result)]) > 1:
                 row = result.row._replace(label=f"{name}: {result.row.label}")
                 result = result._replace(row=row)
             merged.setdefault(_key(result), result)

@@ -1,5 +1,6 @@
 """Papers of your own, outside this package, served by the same commands."""
 
+import importlib.machinery
 import pkgutil
 from pathlib import Path
 
@@ -12,7 +13,7 @@ def add(name: str, paper: papers.Paper, folder: str | Path) -> None:
     The folder has ``papers/<name>.py`` (or a package of that name), ``configs/<name>.py``
     and, where its task is none of this package, ``tasks/<task>.py``; see
     docs/add_a_paper.md. Call it before ``cli.main``, ``run.run`` or ``folder.load_run``;
-    the process is all that changes.
+    the process is all that changes. To call it again with the same changes nothing.
 
     Args:
       name: of the paper's module; it is imported as ``jaxpapers.papers.<name>``.
@@ -27,23 +28,32 @@ def add(name: str, paper: papers.Paper, folder: str | Path) -> None:
     root = workdir.local(folder, "folder").resolve()
     if not name.isidentifier():
         raise ValueError(f"the paper's name must be that of a module, got {name!r}")
-    if name in papers.NAMES:
-        raise ValueError(f"there is a paper {name!r} already; choose another name")
     modules = [root / "papers" / f"{name}.py", root / "papers" / name / "__init__.py"]
-    if not any(path.is_file() for path in modules):
+    module = next((path for path in modules if path.is_file()), None)
+    if module is None:
         raise FileNotFoundError(f"no module of the paper {name!r}: {modules[0]}")
     if not (source := root / "configs" / f"{name}.py").is_file():
         raise FileNotFoundError(f"no config of the paper {name!r}: {source}")
-    known = {module.name for module in pkgutil.iter_modules(tasks.__path__)}
-    own = str(root / "tasks")
-    if own not in tasks.__path__:
-        for module in pkgutil.iter_modules([own]):
-            if module.name in known:
-                raise ValueError(
-                    f"there is a task {module.name!r} already; rename {own}/"
-                    f"{module.name}.py"
-                )
-        tasks.__path__.append(own)
-        papers.__path__.append(str(root / "papers"))
-        config.FOLDERS.append(root / "configs")
+    own = [str(root / "papers")]
+    places = [x for x in papers.__path__ if x not in own] + own
+    first = importlib.machinery.PathFinder.find_spec(name, places)
+    folders = [x for x in config.FOLDERS if x != root / "configs"]
+    if (
+        papers.NAMES.get(name, paper) != paper
+        or first is None
+        or first.origin != str(module)
+        or any((x / f"{name}.py").exists() for x in folders)
+    ):
+        raise ValueError(f"there is a paper {name!r} already; choose another name")
+    known = [x for x in tasks.__path__ if x != str(root / "tasks")]
+    taken = {x.name for x in pkgutil.iter_modules(known)}
+    for task in pkgutil.iter_modules([str(root / "tasks")]):
+        if task.name in taken:
+            raise ValueError(
+                f"there is a task {task.name!r} already; rename "
+                f"{root / 'tasks' / task.name}.py"
+            )
+    papers.__path__[:] = places
+    tasks.__path__[:] = [*known, str(root / "tasks")]
+    config.FOLDERS[:] = [*folders, root / "configs"]
     papers.NAMES[name] = paper

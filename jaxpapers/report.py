@@ -1,5 +1,6 @@
 """What a run shows and writes: tables, a progress line, metrics."""
 
+import contextlib
 import math
 import time
 from collections.abc import Sequence
@@ -67,6 +68,8 @@ class Report:
         self.console.print(memory_line(compiled))
         if first:
             self.console.print(f"continuing from step {first}")
+        for tracker in self.trackers:
+            tracker.start(first)
         self._steps = steps
         self._pace = Pace(first, steps, self._eval_every, time.monotonic())
         if self._progress:  # Of an earlier part of the run.
@@ -117,11 +120,25 @@ class Report:
             tracker.picture(step, path)
 
     def close(self) -> None:
-        """Stops the progress line and closes the trackers."""
-        if self._progress:
-            self._progress.stop()
-        for tracker in self.trackers:
-            tracker.close()
+        """Stops the progress line and closes the trackers, all of them."""
+        with contextlib.ExitStack() as closed:
+            for tracker in reversed(self.trackers):
+                closed.callback(tracker.close)
+            if self._progress:
+                self._progress.stop()
+
+    def __enter__(self) -> "Report":
+        """Closed at the end of the block."""
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        """Closes; what goes wrong then does not hide an error of the block."""
+        try:
+            self.close()
+        except Exception as e:
+            if error is None:
+                raise
+            self.console.print(f"a tracker was not closed: {e}")
 
 
 class _Cell:

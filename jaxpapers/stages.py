@@ -159,21 +159,22 @@ class Stages:
     def _train(self, stage, parts, init_from, label, watch, draw, finish) -> State:
         folder, config, data = self.folder(stage), self._stored(stage), self.data(stage)
         folder.mkdir(parents=True, exist_ok=True)
-        if not _holds_run(folder, stage.paper, config):
+        begins = not _holds_run(folder, stage.paper, config)
+        if begins:
             write_config(folder, stage.paper, config, label)
-        reporter = report.Report(
+        opened = []
+        if jax.process_index() == 0:
+            opened = trackers.open_all(folder, config, self._trackers, anew=begins)
+        state = None
+        with report.Report(
             tokens_per_step=config["data"].get("batch", 1) * data.work,
-            trackers=trackers.open_all(folder, config, self._trackers)
-            if jax.process_index() == 0
-            else (),
+            trackers=opened,
             quiet=self._quiet,
             unit=data.unit,
             # A step of a run without examples is an episode.
             every=1 if data.examples is None else 10,
             eval_every=stage.config.train.eval_every if watch else 0,
-        )
-        state = None
-        try:
+        ) as reporter:
             for part in parts:
                 saved = folder / "checkpoints"
                 if part is stage or (ckpt.latest_step(saved) or 0) < last_step(part):
@@ -186,8 +187,6 @@ class Stages:
             numbers = finish(self.method(stage), state) if finish else {}
             if numbers:
                 reporter.evaluation(int(state.step), dict(numbers))
-        finally:
-            reporter.close()
         return state
 
     def _stored(self, stage: Stage) -> dict:

@@ -33,15 +33,21 @@ _TRANSPORT = re.compile(
 _NOTICE = re.compile(r"^W\d{4} .*preemption_notifier.*SIGTERM caught")
 
 
-def supervise(arguments: Sequence[str]) -> int:
+def supervise(
+    arguments: Sequence[str], program: Sequence[str] = ("-m", "jaxpapers")
+) -> int:
     """Runs the command line in a process of its own.
+
+    Args:
+      arguments: of the command line.
+      program: that Python runs with them.
 
     Returns:
       Its exit code; 1 where it ended by a signal, with a line that says so.
     """
     ours, theirs = os.pipe()
     process = subprocess.Popen(
-        [sys.executable, "-m", "jaxpapers", *arguments],
+        [sys.executable, *program, *arguments],
         env={**os.environ, CHILD: str(ours)}, pass_fds=[ours], stderr=subprocess.PIPE,
         text=True, errors="replace", start_new_session=True,
     )  # fmt: skip

@@ -1,9 +1,10 @@
 """Where a run's numbers and pictures go while it trains: one interface, four of them.
 
-A tracker is made from (folder of the run, its config) and has three methods. Another one
+A tracker is made from (folder of the run, its config) and has four methods. Another one
 of your own goes to ``run.run(..., trackers=[MyTracker])``.
 """
 
+import contextlib
 import json
 import os
 import secrets
@@ -21,12 +22,14 @@ PROJECT = "jaxpapers"
 class Tracker(Protocol):
     """What every tracker does; called by the first process only."""
 
-    def write(self, step: int, values: dict[str, float]) -> None:
-        """Records numbers of a step; called several times for one step.
+    def start(self, step: int) -> None:
+        """Training begins after a step: 0, or that of the checkpoint that was there.
 
-        A run that goes on from a checkpoint repeats the steps after it, with the same
-        numbers.
+        Steps after it that were recorded before come again, with the same numbers.
         """
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Records numbers of a step; called several times for one step."""
 
     def picture(self, step: int, path: Path) -> None:
         """Records a picture of a step: a PNG file in the run's folder."""
@@ -53,6 +56,9 @@ class Jsonl:
             self._file.seek(-1, 2)
             if self._file.read() != b"\n":  # A kill cut the last line off.
                 self._file.write(b"\n")
+
+    def start(self, step: int) -> None:
+        """Nothing: what is repeated is appended."""
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Appends a line."""
@@ -84,27 +90,37 @@ class TensorBoard:
 
         self._make, self._folder = SummaryWriter, folder / "tensorboard"
         self._writer: Any = None
+        self._repeated: int | None = None
 
-    def _at(self, step: int) -> Any:
+    def _open(self) -> Any:
         if self._writer is None:
-            # The suffix: names of files have the second only.
+            # Files are read in the order of their names, which have the second only.
             self._writer = self._make(
-                str(self._folder), purge_step=step, filename_suffix=f".{step}"
+                str(self._folder),
+                purge_step=self._repeated,
+                filename_suffix=f".{time.time_ns()}",
             )
         return self._writer
+
+    def start(self, step: int) -> None:
+        """Drops the events of later steps."""
+        if self._writer is None:
+            self._repeated = step + 1
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Adds scalars."""
         for name, value in values.items():
-            self._at(step).add_scalar(name, value, step)
+            self._open().add_scalar(name, value, step)
 
     def picture(self, step: int, path: Path) -> None:
         """Adds an image named as its file."""
         with extras.named():
             from matplotlib.image import imread
 
-        pixels = imread(path)[..., :3]
-        self._at(step).add_image(path.stem, pixels, step, dataformats="HWC")
+        pixels = imread(path)
+        if pixels.ndim == 2:  # Grey.
+            pixels = pixels[..., None].repeat(3, -1)
+        self._open().add_image(path.stem, pixels[..., :3], step, dataformats="HWC")
 
     def close(self) -> None:
         """Closes the event file."""
@@ -133,6 +149,9 @@ class Wandb:
             dir=str(folder),
             config=config,
         )
+
+    def start(self, step: int) -> None:
+        """Nothing: what is repeated is ignored."""
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Logs a step."""
@@ -167,6 +186,9 @@ class Trackio:
             config=config,
         )
 
+    def start(self, step: int) -> None:
+        """Nothing: what is repeated stands beside what was there."""
+
     def write(self, step: int, values: dict[str, float]) -> None:
         """Logs a step."""
         self._run.log(values, step=step)
@@ -186,6 +208,7 @@ TRACKERS: Mapping[str, Made] = {
     "trackio": Trackio,
 }
 """Name, also of the option, -> tracker beside ``metrics.jsonl``."""
+_IDENTITY = "tracker_id"
 _MODULES = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio"}
 
 
@@ -196,19 +219,27 @@ def check(chosen: Sequence[str | Made]) -> None:
       chosen: names of ``TRACKERS``, or functions (folder, config) -> tracker.
 
     Raises:
-      ValueError: an unknown name.
+      ValueError: an unknown name, or what is neither.
       ModuleNotFoundError: what one needs is missing; names the extra.
     """
+    if isinstance(chosen, str):
+        raise ValueError(f"trackers must be a list, got {chosen!r}")
     for one in chosen:
-        if not isinstance(one, str):
-            continue
-        if one not in TRACKERS:
-            raise ValueError(f"trackers must be of {[*TRACKERS]}, got {one!r}")
-        extras.need(_MODULES[one])
+        if isinstance(one, str) and one in TRACKERS:
+            extras.need(_MODULES[one])
+        elif isinstance(one, str) or not callable(one):
+            raise ValueError(
+                f"trackers must be of {[*TRACKERS]}, or functions (folder, config) -> "
+                f"tracker, got {one!r}"
+            )
 
 
 def open_all(
-    folder: Path, config: dict[str, Any], chosen: Sequence[str | Made]
+    folder: Path,
+    config: dict[str, Any],
+    chosen: Sequence[str | Made],
+    *,
+    anew: bool = False,
 ) -> list[Tracker]:
     """``metrics.jsonl`` and the trackers that were chosen.
 
@@ -216,16 +247,37 @@ def open_all(
       folder: of the run.
       config: as plain values.
       chosen: see ``check``.
+      anew: the run begins; another one on a server than the one that was there.
+
+    Returns:
+      The trackers; the caller closes them.
+
+    Raises:
+      TypeError: a function that gives something else.
+      What a tracker raises where it cannot be opened; those before it are closed.
     """
-    made: list[Tracker] = [Jsonl(folder)]
-    for one in chosen:
-        made.append((TRACKERS[one] if isinstance(one, str) else one)(folder, config))
+    if anew:
+        (folder / _IDENTITY).unlink(missing_ok=True)
+    with contextlib.ExitStack() as opened:
+        made: list[Tracker] = []
+        for one in [Jsonl, *chosen]:
+            tracker = (TRACKERS[one] if isinstance(one, str) else one)(folder, config)
+            if not isinstance(tracker, Tracker):
+                raise TypeError(
+                    f"{one!r} must give a tracker, with start, write, picture and close, "
+                    f"got {tracker!r}"
+                )
+            opened.callback(tracker.close)
+            made.append(tracker)
+        opened.pop_all()
     return made
 
 
 def _id(folder: Path) -> str:
     """Identity of a run on a server, kept in its folder."""
-    path = folder / "tracker_id"
-    if not path.exists():
-        workdir.write(path, secrets.token_hex(4) + "\n")
-    return path.read_text().strip()
+    path = folder / _IDENTITY
+    known = path.read_text().strip() if path.exists() else ""
+    if not known:
+        known = secrets.token_hex(4)
+        workdir.write(path, known + "\n")
+    return known

@@ -119,23 +119,33 @@ def test_what_cannot_be_added(mine, monkeypatch):
         monkeypatch.setattr(module, name, [*getattr(module, name)])
     monkeypatch.setattr(papers, "NAMES", dict(papers.NAMES))
     row = papers.NAMES["din"]
-    folder = mine / "mine"
-    for name, error, text in (
-        ("din", ValueError, "there is a paper 'din' already"),
-        ("a-b", ValueError, "must be that of a module, got 'a-b'"),
-        ("other", FileNotFoundError, "no module of the paper 'other': .*other.py"),
-    ):
-        with pytest.raises(error, match=text):
-            own.add(name, row, folder)
-    (folder / "papers" / "other.py").touch()
-    with pytest.raises(FileNotFoundError, match="no config of the paper 'other'"):
-        own.add("other", row, folder)
-    (folder / "tasks" / "click.py").touch()
-    with pytest.raises(ValueError, match="there is a task 'click' already"):
-        own.add("toy", row, folder)
-    (folder / "tasks" / "click.py").unlink()
-    assert "toy" not in papers.NAMES
+    folder, other = mine / "mine", mine / "other"
+    with pytest.raises(ValueError, match="must be that of a module, got 'a-b'"):
+        own.add("a-b", row, folder)
+    with pytest.raises(FileNotFoundError, match="no module of the paper 'x': .*x.py"):
+        own.add("x", row, folder)
+    (folder / "papers" / "x.py").touch()
+    with pytest.raises(FileNotFoundError, match="no config of the paper 'x'"):
+        own.add("x", row, folder)
+    for place in (folder, other):
+        for name in ("din", "toy"):
+            for part in ("papers", "configs"):
+                (place / part).mkdir(parents=True, exist_ok=True)
+                (place / part / f"{name}.py").touch()
+    for title in ({}, {"title": "another"}):
+        with pytest.raises(ValueError, match="there is a paper 'din' already"):
+            own.add("din", row._replace(**title), folder)
     own.add("toy", row, folder)
     assert papers.load("toy").__file__ == str(folder / "papers" / "toy.py")
     assert config.load_config("toy:smoke").train.steps == 50
+    # Again, as a cell of a notebook may be run; but no other one of that name.
+    places = [*papers.__path__], [*tasks.__path__], [*config.FOLDERS]
+    own.add("toy", row, folder)
+    assert places == ([*papers.__path__], [*tasks.__path__], [*config.FOLDERS])
+    for what in ((row._replace(title="another"), folder), (row, other)):
+        with pytest.raises(ValueError, match="there is a paper 'toy' already"):
+            own.add("toy", *what)
+    (folder / "tasks" / "click.py").touch()
+    with pytest.raises(ValueError, match="there is a task 'click' already"):
+        own.add("toy", row, folder)
     del sys.modules["jaxpapers.papers.toy"]

@@ -52,6 +52,9 @@ def test_what_is_printed_and_written(capsys, monkeypatch):
     class Kept:
         records = []
 
+        def start(self, step):
+            pass
+
         def write(self, step, values):
             self.records.append((step, values))
 

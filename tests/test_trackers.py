@@ -9,8 +9,9 @@ import sys
 import numpy as np
 import pytest
 
-from jaxpapers import config, extras, papers, plots, tasks, trackers
+from jaxpapers import config, extras, measure, papers, plots, tasks, trackers
 from jaxpapers import train as trainer
+from jaxpapers.study import Study
 from tests.toys.command import call, once, register
 
 compile_once = once(trainer.compile)
@@ -31,8 +32,11 @@ class Kept:
 
     def __init__(self, folder, config):
         self.folder, self.config = folder, config
-        self.values, self.pictures, self.closed = [], [], 0
+        self.values, self.pictures, self.closed, self.began = [], [], 0, []
         Kept.made.append(self)
+
+    def start(self, step):
+        self.began.append(step)
 
     def write(self, step, values):
         self.values.append((step, values))
@@ -77,14 +81,67 @@ def test_a_tracker_of_ones_own(tmp_path, kept):
     assert {(s, v["loss"]) for s, v in kept[0].values if "loss" in v} == found
 
 
-def test_a_tracker_is_closed_after_an_error(tmp_path, kept, monkeypatch):
-    def fails(*args, **kwargs):
-        raise trainer.NonFiniteError("non-finite")
+def failing(*args, **kwargs):
+    raise trainer.NonFiniteError("non-finite")
 
-    monkeypatch.setattr(trainer, "fit", fails)
+
+def test_a_tracker_is_closed_after_an_error(tmp_path, kept, monkeypatch):
+    monkeypatch.setattr(trainer, "fit", failing)
     with pytest.raises(trainer.NonFiniteError):
         call(tmp_path / "run", trackers=[Kept])
     assert [k.closed for k in kept] == [1]
+
+
+def test_trackers_that_fail_leave_no_other_one_open(tmp_path, kept, monkeypatch):
+    class Stuck(Kept):
+        def close(self):
+            raise OSError("no network")
+
+    def none(folder, config):
+        raise OSError("no server")
+
+    # One that cannot be opened.
+    with pytest.raises(OSError, match="no server"):
+        call(tmp_path / "a", trackers=[Kept, none])
+    assert [k.closed for k in kept] == [1]
+    # One that cannot be closed, alone and after another error, which is the one to see.
+    with pytest.raises(OSError, match="no network"):
+        call(tmp_path / "b", trackers=[Kept, Stuck, Kept])
+    assert [k.closed for k in kept] == [1, 1, 0, 1]
+    monkeypatch.setattr(trainer, "fit", failing)
+    with pytest.raises(trainer.NonFiniteError):
+        call(tmp_path / "c", trackers=[Stuck])
+
+
+def test_what_is_no_tracker(tmp_path):
+    for wrong in (Kept("folder", {}), 3):
+        with pytest.raises(
+            ValueError, match="or functions .folder, config. -> tracker"
+        ):
+            call(tmp_path / "run", trackers=[wrong])
+    with pytest.raises(ValueError, match="trackers must be a list, got 'wandb'"):
+        call(tmp_path / "run", trackers="wandb")
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(TypeError, match="must give a tracker, with start, write"):
+        call(tmp_path / "run", trackers=[lambda folder, config: folder])
+
+
+def test_where_training_begins_and_which_run_it_is(tmp_path, kept):
+    run = tmp_path / "run"
+    call(run, "train.steps=6", trackers=[Kept])
+    call(run, trackers=[Kept])
+    call(run, trackers=[Kept])
+    assert [k.began for k in kept] == [[0], [6], [8]]
+    one = trackers._id(run)
+    assert trackers._id(run) == one
+    (run / "tracker_id").write_text("")
+    two = trackers._id(run)
+    assert two and two != one
+    # Another run in the place of one that left no checkpoint.
+    trackers.open_all(run, {}, ())[0].close()
+    assert trackers._id(run) == two
+    trackers.open_all(run, {}, (), anew=True)[0].close()
+    assert trackers._id(run) not in (one, two)
 
 
 @pytest.mark.parametrize("name", ["tensorflow", "Wandb", ""])
@@ -121,6 +178,12 @@ def test_a_run_may_begin_to_draw_when_it_goes_on(tmp_path, kept):
     assert [step for step, _ in kept[0].pictures] == [8]
 
 
+def test_pictures_that_a_study_lacks():
+    study = Study("x", "x", False, lambda seed: [], states=("a.png",))
+    with pytest.raises(ValueError, match=r"names \['a.png'\], which are not in its"):
+        measure.check_drawing("x", {"train": {"log_images": True}}, study)
+
+
 def test_what_cannot_be_drawn(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="line has no picture of a model in training"):
         call(tmp_path / "run", "train.log_images=True")
@@ -130,17 +193,29 @@ def test_what_cannot_be_drawn(tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
+def test_a_grey_picture(tmp_path):
+    pytest.importorskip("tensorboardX")
+    from PIL import Image
+
+    board = trackers.TensorBoard(tmp_path, {})
+    Image.new("L", (30, 20)).save(tmp_path / "grey.png")
+    board.picture(1, tmp_path / "grey.png")
+    board.close()
+
+
 # Real clients, which the tests do not install: jaxpapers[tb,wandb,trackio], tensorboard.
 
 
 @pytest.fixture
 def resumed(tmp_path):
-    """Runs 6 steps, then on to 8, with a tracker; the folder of the run."""
+    """Runs 6 steps, then on to 8, then again, with a tracker; the folder of the run."""
 
     def train(name):
         folder = tmp_path / "run"
         call(folder, *DRAWN, "train.steps=6", trackers=[name])
         call(folder, *DRAWN, trackers=[name])
+        call(folder, *DRAWN, trackers=[name])  # It is finished: nothing is lost.
         return folder
 
     return train
@@ -158,6 +233,7 @@ def test_tensorboard(resumed):
     assert {"loss", "validation_mse"} <= {*found.Tags()["scalars"]}
     wanted = [(r["step"], r["validation_mse"]) for r in plots.read_metrics(folder)
               if "validation_mse" in r]  # fmt: skip
+    assert [e.step for e in found.Scalars("loss")] == [6, 8]
     events = {e.step: e.value for e in found.Scalars("validation_mse")}
     assert events == pytest.approx(dict(wanted), rel=1e-6)
     assert [e.step for e in found.Images("weights")] == [3, 6, 8]
@@ -172,6 +248,7 @@ def test_tensorboard_drops_what_a_resumed_run_repeats(tmp_path):
     )
     for steps in ((1, 2, 3), (2, 3, 4)):
         board = trackers.TensorBoard(tmp_path, {})
+        board.start(steps[0] - 1)
         for step in steps:
             board.write(step, {"loss": float(step)})
         board.close()

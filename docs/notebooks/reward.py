@@ -82,6 +82,8 @@ metrics = []
 class Kept:
     """A tracker that keeps the metrics in a list."""
 
+    def start(self, step): ...
+
     def write(self, step, values):
         metrics.append({"step": step, **values})
 

@@ -155,6 +155,11 @@ def _check_axis(axis: str) -> None:
             f"replicas need a mesh axis {axis!r}, got {dict(mesh.shape)}; pass e.g. "
             f"--mesh {axis}:2,data:4, or another train.replica_axis"
         )
+    if mesh.shape[axis] == 1:
+        raise ValueError(
+            f"replicas need more than one device on mesh axis {axis!r}, got "
+            f"{dict(mesh.shape)}; leave train.replica_sync=gradient"
+        )
 
 
 def _by_weight(grads, metrics, axis: str):

@@ -196,7 +196,7 @@ class Attention(nn.Module):
         """(B, T, D) -> (B, T, D) and the caches with this call's keys and values."""
         kind, width = self.kind, x.shape[-1]
         kv_heads, head_dim, _ = kind.sizes(width)
-        rows = _over_batch(x.reshape(-1, width))
+        rows = _over_batch(x.reshape(-1, width), len(x))
 
         def project(name: str, heads: int) -> jax.Array:
             biased = kind.bias != "none"
@@ -261,7 +261,7 @@ class MLP(nn.Module):
         biased = kind.bias == "all"
         # Rows, not (B, T, .): XLA's CPU backend is half as fast on the gradients of
         # three-axis products.
-        rows = _over_batch(x.reshape(-1, width))
+        rows = _over_batch(x.reshape(-1, width), len(x))
         if kind.mlp == "swiglu":
             gate = nn.silu(kind.dense(hidden, "gate", biased=biased)(rows))
             y = gate * kind.dense(hidden, "up", biased=biased)(rows)
@@ -290,12 +290,12 @@ class Block(nn.Module):
         return _over_batch(x + y), caches
 
 
-def _over_batch(x):
+def _over_batch(x, batch: int = 0):
     """The stream, the rows that products read, a norm's gain: split over the batch alone.
 
     Inside a shard_map over slices the compiler splits them over ``model``, too, as it
     may split the gradients of the gains, and gathers the stream for every product:
-    twice the bytes inside a slice.
+    twice the bytes inside a slice. ``batch``: B, where the first axis is of B T rows.
     """
-    axes = split_axes(x.shape[0])
+    axes = split_axes(batch or len(x))
     return jax.lax.with_sharding_constraint(x, jax.P(axes)) if axes else x

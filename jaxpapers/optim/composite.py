@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from jaxpapers.optim import routing
 from jaxpapers.optim.collectives import mean, replica_dtype
 from jaxpapers.optim.layout import make_layout
+from jaxpapers.optim.names import is_of_norm
 from jaxpapers.optim.options import check_choice, check_flag, check_leaf, check_range
 from jaxpapers.optim.paths import aligned, dimension_numbers, named_leaves
 from jaxpapers.optim.weight_decay import add_cautious_weight_decay
@@ -91,7 +92,7 @@ def with_scalars(
             return add_cautious_weight_decay(amount, mask)
         return optax.add_decayed_weights(amount, mask)
 
-    def scalar_direction(vectors=False):
+    def scalar_direction():
         if scalar == "lion":
             rule = optax.scale_by_lion(scalar_b1, scalar_b2, mu_dtype=momentum_dtype)
         else:
@@ -100,7 +101,7 @@ def with_scalars(
             )
         if replicate_axis is not None:
             dtype = replica_dtype(communication_dtype)
-            rule = _averaged(rule, replicate_axis, dtype, vectors)
+            rule = _averaged(rule, replicate_axis, dtype)
         return _with_steady_dtypes(rule)
 
     scalar_rate = optax.scale_by_learning_rate(scalar_learning_rate)
@@ -111,9 +112,7 @@ def with_scalars(
         "dion": optax.chain(
             matrices, decay(weight_decay), optax.scale_by_learning_rate(learning_rate)
         ),
-        "scalar": optax.chain(
-            scalar_direction(vectors=True), decay(weight_decay), scalar_rate
-        ),
+        "scalar": optax.chain(scalar_direction(), decay(weight_decay), scalar_rate),
         "embedding": optax.chain(scalar_direction(), scalar_rate),
         "head": optax.chain(scalar_direction(), *head, scalar_rate),
     }
@@ -141,40 +140,42 @@ def _is_bool(x: Any) -> bool:
 
 
 def _averaged(
-    rule: optax.GradientTransformation, axis: str, dtype: Any, vectors: bool
+    rule: optax.GradientTransformation, axis: str, dtype: Any
 ) -> optax.GradientTransformation:
     """``rule``, with its state, on the mean of the gradients over a manual mesh axis.
+
+    A norm's gain is whole on every device of a replica, which would all send it to the
+    other replicas: each sends a part, and the mean is put together again.
 
     Args:
       rule: of the mean.
       axis: of the mesh.
       dtype: in which they are sent; None: their own.
-      vectors: they are of norms and biases: small, and whole on every device.
     """
 
     def update(updates, state, params=None):
-        parts = jax.tree.map(_in_parts, updates) if vectors else updates
-        means = jax.tree.map(lambda g: mean(g, (), (axis,), dtype), parts)
-        return rule.update(means, state, params)
+        named, treedef = named_leaves(updates)
+        means = []
+        for path, g in named:
+            parts = _parts(g, axis) if is_of_norm(path) else None
+            if parts:
+                g = jax.lax.with_sharding_constraint(g, parts)
+            g = mean(g, (), (axis,), dtype)
+            means.append(jax.lax.with_sharding_constraint(g, P()) if parts else g)
+        return rule.update(treedef.unflatten(means), state, params)
 
     return optax.GradientTransformation(rule.init, update)
 
 
-def _in_parts(g: jax.Array) -> jax.Array:
-    """A gradient of which every device of a replica has a part of its own.
-
-    Held whole, as that of a norm's gain is, it would be sent to the other replicas by
-    every device. Only where the axes inside a replica are Auto and divide it.
-    """
+def _parts(g: jax.Array, axis: str) -> P | None:
+    """Splits g over the Auto axes inside a replica; None where they do not divide it."""
     mesh = jax.sharding.get_abstract_mesh()
     kinds = zip(mesh.axis_names, mesh.axis_types)
-    axes = [n for n, kind in kinds if kind == AxisType.Auto and mesh.shape[n] > 1]
-    parts = math.prod(mesh.shape[n] for n in axes)
-    if parts == 1 or not g.ndim or g.shape[-1] % parts:
-        return g
-    # The axis of tensor parallelism first: the parts lie inside what biases have of it.
-    spec = P(*[None] * (g.ndim - 1), tuple(reversed(axes)))
-    return jax.lax.with_sharding_constraint(g, spec)
+    axes = tuple(n for n, kind in kinds if kind == AxisType.Auto and mesh.shape[n] > 1)
+    size = math.prod(mesh.shape[n] for n in axes)
+    if jax.lax.axis_size(axis) == 1 or size == 1 or not g.ndim or g.shape[-1] % size:
+        return None
+    return P(*[None] * (g.ndim - 1), axes)
 
 
 def _with_steady_dtypes(

@@ -118,6 +118,17 @@ def read_name(path: str) -> Name:
     return Name("")
 
 
+def is_of_norm(path: str) -> bool:
+    """Whether a leaf is the gain or the bias of a norm.
+
+    Example:
+      >>> is_of_norm("layers/mlp_norm/scale"), is_of_norm("layers/mlp/up/bias")
+      (True, False)
+    """
+    parts = [_without_kernel(words(part)) for part in _parts(path)[-2:]]
+    return any(name and _is_norm(name, strict=False) for name in parts)
+
+
 def in_block(path: str) -> bool:
     """Whether a leaf is part of a repeated block, an attention or an MLP.
 

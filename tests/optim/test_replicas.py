@@ -344,16 +344,17 @@ def test_composite_averages_the_other_leaves():
     jax.tree.map(close, got, want)
 
 
-def test_vectors_cross_in_parts():
-    """Of a norm's gain each of the four devices of a replica sends a fourth."""
-    mesh = mesh_of((2, 2, 2), "Auto")
-    vector = jax.ShapeDtypeStruct((512,), np.float32)
-    grads = {"scale": jax.ShapeDtypeStruct((2, 512), np.float32)}
+def sent(mesh, shapes):
+    """What a step over replicas of ``dion`` sends: kind, axes and numbers, sorted."""
     tx = dion(0.1, 0.25, replicate_axis=R)
+    tree = functools.partial(jax.tree.map, is_leaf=lambda x: isinstance(x, tuple))
+    params = tree(lambda s: jax.ShapeDtypeStruct(s, np.float32), shapes)
+    grads = tree(lambda s: jax.ShapeDtypeStruct((len(mesh.devices), *s), np.float32),
+                 shapes)  # fmt: skip
 
     def step(grads, params):
-        updates, _ = tx.update({"scale": grads["scale"][0]}, tx.init(params), params)
-        return updates
+        mine = jax.tree.map(lambda g: g[0], grads)
+        return tx.update(mine, tx.init(params), params)[0]
 
     with jax.set_mesh(mesh):
         update = jax.jit(
@@ -363,10 +364,28 @@ def test_vectors_cross_in_parts():
             ),
             out_shardings=P(),
         )  # fmt: skip
-        text = update.lower(grads, {"scale": vector}).compile().as_text()
-    sent = {c.axes: c.elements for c in hlo.collectives(text, mesh)
-            if c.kind == "all-reduce"}  # fmt: skip
-    assert sent == {(R,): 128}
+        text = update.lower(grads, params).compile().as_text()
+    found = hlo.collectives(text, mesh)
+    return sorted((c.kind, c.axes, c.elements) for c in found for _ in range(c.count))
+
+
+def test_gains_of_norms_cross_in_parts():
+    """Each of the four devices of a replica sends a fourth; it is gathered once."""
+    mesh = mesh_of((2, 2, 2), "Auto")
+    found = sent(mesh, {"norm": {"scale": (512,)}})
+    assert [c for c in found if c[1] == (R,)] == [("all-reduce", (R,), 128)]
+    inside = [c for c in found if c[1] != (R,)]
+    assert {c[0] for c in inside} == {"all-gather"}
+    assert sum(c[2] for c in inside) <= 2 * 512  # Over one axis, then the other.
+    # Other vectors and matrices are left as they are; so is what does not divide.
+    whole = [("all-reduce", (R,), 512)]
+    assert sent(mesh, {"up": {"bias": (512,)}}) == whole
+    assert sent(mesh, {"embed": (64, 8)}) == whole
+    assert sent(mesh, {"norm": {"scale": (510,)}}) == [("all-reduce", (R,), 510)]
+
+
+def test_one_replica_sends_nothing():
+    assert sent(mesh_of((1, 2, 2), "Auto"), {"norm": {"scale": (512,)}}) == []
 
 
 def test_what_is_rounded_on_its_way_stays_in_the_momentum():
