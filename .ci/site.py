@@ -13,6 +13,7 @@ import json
 import pkgutil
 import re
 import sys
+import textwrap
 import tomllib
 from pathlib import Path
 
@@ -51,6 +52,7 @@ PICTURES = {
     "dnw": ("dnw_usage", "jaxpapers run dnw"),
     "peer_review": ("peer_review_coefficients", "jaxpapers run peer_review"),
 }
+LIBRARIES = ("linen", "nnx", "equinox")
 PACKAGES = ("ops", "nets")
 MODULES = ("study", "outcome", "run", "train", "trackers", "mesh", "plan", "hlo")
 
@@ -113,7 +115,23 @@ def on_page_markdown(markdown, page, config, files):
         place = (base / path).resolve().relative_to(ROOT).as_posix()
         return match[1] + up + _place(place, files) + anchor + match[3]
 
-    return LINK.sub(link, markdown)
+    markdown = LINK.sub(link, markdown)
+    return _tabs(markdown) if here.startswith("notebooks/") else markdown
+
+
+def _tabs(markdown: str) -> str:
+    """Sections of a notebook that are of one library each, as tabs."""
+    head, *sections = re.split(r"^## ", markdown, flags=re.M)
+    made, inside = [head], False
+    for section in sections:
+        title, _, body = section.partition("\n")
+        tab = title in LIBRARIES
+        if tab and not inside:
+            made.append("## In your library\n\n")
+        body = textwrap.indent(body, "    ") if tab else body
+        made.append(f'=== "{title}"\n\n{body}' if tab else f"## {section}")
+        inside = tab
+    return "".join(made)
 
 
 def _place(path: str, files) -> str:

@@ -68,7 +68,7 @@ method = dpok.make(config, reward_fn=reward)
 # ## Tuning
 #
 # Prompts are anything with `batch(start, size, rows)`. Training starts from the denoiser's
-# checkpoint; `extra` of the state keeps it frozen, for the penalty.
+# checkpoint, whose weights stay in the state, frozen, beside a LoRA adapter that is trained.
 
 # %%
 source = captioned.load(config)
