@@ -3,8 +3,9 @@
 import contextlib
 import shlex
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from rich.console import Console
@@ -86,7 +87,7 @@ def run(
     dry_run: bool = False,
     quiet: bool = False,
     profile: tuple[int, int] | None = None,
-    trackers: Sequence[str | Callable] = (),
+    trackers: Sequence[Any] = (),
 ) -> Outcome | None:
     """Runs the study of a paper's preset: trains what has to be trained, compares.
 
@@ -108,8 +109,7 @@ def run(
       dry_run: check, compile, print memory and cost; write nothing.
       quiet: print results only.
       profile: steps of a trace.
-      trackers: beside ``metrics.jsonl``: names of ``trackers.TRACKERS``, or functions
-        (folder, config) -> ``trackers.Tracker``.
+      trackers: beside ``metrics.jsonl``, see ``trackers.check``.
 
     Returns:
       The outcome: rows, curves, pictures, folder; None after a dry run.

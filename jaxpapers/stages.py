@@ -5,6 +5,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -48,7 +49,7 @@ class Stages:
         *,
         quiet: bool = False,
         profile: tuple[int, int] | None = None,
-        chosen: Sequence[str | trackers.Made] = (),
+        chosen: Sequence[Any] = (),
     ):
         """Args: folder of the study, mesh, trackers, and see ``run.run``."""
         trackers.check(chosen)

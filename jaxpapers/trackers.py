@@ -212,7 +212,7 @@ _IDENTITY = "tracker_id"
 _MODULES = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio"}
 
 
-def check(chosen: Sequence[str | Made]) -> None:
+def check(chosen: Sequence[Any]) -> None:
     """Looks whether trackers can be made, before anything is trained.
 
     Args:
@@ -237,7 +237,7 @@ def check(chosen: Sequence[str | Made]) -> None:
 def open_all(
     folder: Path,
     config: dict[str, Any],
-    chosen: Sequence[str | Made],
+    chosen: Sequence[Any],
     *,
     anew: bool = False,
 ) -> list[Tracker]:

@@ -58,6 +58,9 @@ def test_what_is_printed_and_written(capsys, monkeypatch):
         def write(self, step, values):
             self.records.append((step, values))
 
+        def picture(self, step, path):
+            pass
+
         def close(self):
             pass
 
