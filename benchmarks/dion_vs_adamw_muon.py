@@ -211,6 +211,13 @@ def equal_time(stem: Path, names: list[str], one) -> None:
     stem.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
 
 
+# Rows of the picture and their labels; "ahead" are the options of ``jaxpapers run dion``.
+DRAWN = {
+    "adamw": "AdamW", "muon": "Muon (optax)", "dion_4": "Dion 1/4",
+    "ahead_16": "Dion 1/16, ahead", "ahead_4": "Dion 1/4, ahead",
+}  # fmt: skip
+
+
 def draw(results: dict, path: Path) -> None:
     """Mean training curves, smoothed, with the spread over seeds; loss against rank."""
     import matplotlib
@@ -219,28 +226,30 @@ def draw(results: dict, path: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
-    for name in ("adamw", "muon", "dion_4", "ahead_16", "ahead_4"):
+    for name in DRAWN:
         if name not in results:
             continue
         curves = np.array([r["curve"] for r in results[name]["runs"] if r["curve"]])
         kernel = np.ones(3) / 3
         smooth = np.array([np.convolve(c, kernel, "valid") for c in curves])
         steps = 10 * np.arange(1, smooth.shape[1] + 1)
-        (line,) = axes[0].plot(steps, smooth.mean(0), label=name)
+        (line,) = axes[0].plot(steps, smooth.mean(0), label=DRAWN[name])
         axes[0].fill_between(
             steps, smooth.min(0), smooth.max(0), color=line.get_color(), alpha=0.2
         )
         rates = [(r["lr"], r["select"]) for r in results[name]["grid"] if r["select"]]
-        axes[1].plot(*zip(*rates), "o-", color=line.get_color(), label=name)
+        axes[1].plot(*zip(*rates), "o-", color=line.get_color())
     for kind in ("dion", "ahead"):
         known = [n for n in SHARES if f"{kind}_{n}" in results]
         means = [results[f"{kind}_{n}"]["mean"] for n in known]
         if known:
-            axes[2].plot([1 / n for n in known], means, "o-", label=kind)
+            label = "Dion" if kind == "dion" else "Dion, ahead"
+            axes[2].plot([1 / n for n in known], means, "o-", label=label)
     for name in ("muon", "adamw"):
         if name in results and axes[2].lines:
             axes[2].axhline(results[name]["mean"], ls=":", c="0.3")
-            axes[2].annotate(name, (1, results[name]["mean"]), ha="right", va="bottom")
+            place = (1, results[name]["mean"])
+            axes[2].annotate(DRAWN[name], place, ha="right", va="bottom")
     ticks = (0.002, 0.005, 0.01, 0.02, 0.04)
     axes[1].set_xscale("log")
     axes[1].set_xticks(ticks, [f"{t:g}" for t in ticks])

@@ -8,7 +8,8 @@ whole matrix on one device. Dion takes one step of power iteration per optimizer
 warm-started by the last one's right factor, orthonormalises a thin factor and keeps what
 the low-rank update missed in the momentum. Only thin factors cross devices.
 
-For a weight X (m, n), momentum M (m, n), right factor Q (n, r):
+For a weight X (m, n) of m outputs and n inputs (the paper's orientation; flax kernels are
+their transposes, and the optimizer knows), momentum M (m, n), right factor Q (n, r):
 
 $$ B = M + G, \quad P = \mathrm{orth}(B Q), \quad R = B^\top P, \quad
    M \leftarrow B - (1-\mu) P R^\top, $$

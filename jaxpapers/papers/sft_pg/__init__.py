@@ -29,6 +29,11 @@ trajectory of a rollout, none twice, so that trajectories stay on their device. 
 released code takes one policy step whatever ``n_generator`` is. The paper's gradient
 penalty is not in the released code.
 
+    import jax
+    from jaxpapers.papers import sft_pg
+
+    key = jax.random.key(0)
+    x = jax.random.normal(key, (640, 2))  # data
     model = sft_pg.model()
     params = sft_pg.init_params(key, model)
     value, metrics = sft_pg.loss(params, {"x": x}, key, model=model)
