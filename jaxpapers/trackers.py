@@ -128,66 +128,14 @@ class TensorBoard:
             self._writer.close()
 
 
-class Wandb:
-    """Weights & Biases; needs the extra ``wandb``, and its key from its environment.
+class _Logged:
+    """What W&B and Trackio have in common: Trackio's calls are W&B's."""
 
-    ``WANDB_MODE=offline`` writes into the run's folder only; the project is
-    ``WANDB_PROJECT``, else "jaxpapers". A run that goes on keeps its id; what it repeats
-    is ignored.
-    """
-
-    def __init__(self, folder: Path, config: dict[str, Any]):
-        with extras.named():
-            import wandb
-
-        self._image = wandb.Image
-        self._run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", PROJECT),
-            name=folder.name,
-            id=_id(folder),
-            resume="allow",
-            dir=str(folder),
-            config=config,
-        )
+    def __init__(self, run: Any, image: Callable[[str], Any]):
+        self._run, self._image = run, image
 
     def start(self, step: int) -> None:
-        """Nothing: what is repeated is ignored."""
-
-    def write(self, step: int, values: dict[str, float]) -> None:
-        """Logs a step."""
-        self._run.log(values, step=step)
-
-    def picture(self, step: int, path: Path) -> None:
-        """Logs an image named as its file."""
-        self._run.log({path.stem: self._image(str(path))}, step=step)
-
-    def close(self) -> None:
-        """Ends the run."""
-        self._run.finish()
-
-
-class Trackio:
-    """Trackio, a local dashboard; needs the extra ``trackio``.
-
-    Numbers lie where its own environment says (``TRACKIO_DIR``; ``trackio show`` draws
-    them), the project is ``TRACKIO_PROJECT``, else "jaxpapers". A run that goes on does
-    so under the same name.
-    """
-
-    def __init__(self, folder: Path, config: dict[str, Any]):
-        with extras.named():
-            import trackio
-
-        self._image = trackio.Image
-        self._run = trackio.init(
-            project=os.environ.get("TRACKIO_PROJECT", PROJECT),
-            name=f"{folder.name}-{_id(folder)}",
-            resume="allow",
-            config=config,
-        )
-
-    def start(self, step: int) -> None:
-        """Nothing: what is repeated stands beside what was there."""
+        """Nothing: what is repeated is up to the server."""
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Logs a step."""
@@ -200,6 +148,45 @@ class Trackio:
     def close(self) -> None:
         """Waits until everything is written, and ends the run."""
         self._run.finish()
+
+
+class Wandb(_Logged):
+    """Weights & Biases; needs the extra ``wandb``, and its key from its environment.
+
+    ``WANDB_MODE=offline`` writes into the run's folder only; the project is
+    ``WANDB_PROJECT``, else "jaxpapers". A run that goes on keeps its id; what it repeats
+    is ignored.
+    """
+
+    def __init__(self, folder: Path, config: dict[str, Any]):
+        with extras.named():
+            import wandb
+
+        project = os.environ.get("WANDB_PROJECT", PROJECT)
+        run = wandb.init(
+            project=project, name=folder.name, id=_id(folder), resume="allow",
+            dir=str(folder), config=config,
+        )  # fmt: skip
+        super().__init__(run, wandb.Image)
+
+
+class Trackio(_Logged):
+    """Trackio, a local dashboard; needs the extra ``trackio``.
+
+    Numbers lie where its own environment says (``TRACKIO_DIR``; ``trackio show`` draws
+    them), the project is ``TRACKIO_PROJECT``, else "jaxpapers". A run that goes on does
+    so under the same name; what it repeats stands beside what was there.
+    """
+
+    def __init__(self, folder: Path, config: dict[str, Any]):
+        with extras.named():
+            import trackio
+
+        project, name = os.environ.get("TRACKIO_PROJECT", PROJECT), folder.name
+        run = trackio.init(
+            project=project, name=f"{name}-{_id(folder)}", resume="allow", config=config
+        )
+        super().__init__(run, trackio.Image)
 
 
 TRACKERS: Mapping[str, Made] = {

@@ -128,6 +128,12 @@ def test_plan_of_two_slices(libtpu):
     assert found.bounds["matrix units"] >= found.flops / 197e12
 
 
+def on_two_slices(fields):
+    """The plan of the small model on two slices of sixteen chips."""
+    where = {"topology": "v5e:4x4", "slices": 2, "mesh": "slice:2,data:4,model:4"}
+    return run.plan("dion:smoke", fields, **where)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kv_heads", [0, 4])
 def test_compressed_slices_send_no_more_inside(libtpu, kv_heads):
@@ -140,11 +146,7 @@ def test_compressed_slices_send_no_more_inside(libtpu, kv_heads):
         "--config.optim.residual=0",
     ]  # fmt: skip
     low = ["--config.train.replica_sync=lowrank", "--config.train.replica_axis=slice"]
-    sent = [
-        run.plan("dion:smoke", x, topology="v5e:4x4", slices=2,
-                 mesh="slice:2,data:4,model:4").links["ICI model"]
-        for x in (fields, fields + low)
-    ]  # fmt: skip
+    sent = [on_two_slices(x).links["ICI model"] for x in (fields, fields + low)]
     assert sent[1] < 1.25 * sent[0]
 
 
@@ -157,13 +159,7 @@ def test_stacks_of_few_matrices_cross_without_padding(libtpu):
         "--config.optim.clip=0.0", "--config.optim.residual=0",
         "--config.train.replica_sync=lowrank", "--config.train.replica_axis=slice",
     ]  # fmt: skip
-    found = run.plan(
-        "dion:smoke",
-        fields,
-        topology="v5e:4x4",
-        slices=2,
-        mesh="slice:2,data:4,model:4",
-    )
+    found = on_two_slices(fields)
     # Less than a chip's share of the gradients.
     assert found.links["DCN"] < found.parameters * 4 / 16
 
@@ -178,13 +174,7 @@ def test_a_step_sends_factors_and_no_gradients_between_slices(libtpu):
         "--config.train.replica_axis=slice",
         "--config.optim.communication_dtype=bfloat16",
     ]  # fmt: skip
-    found = run.plan(
-        "dion:smoke",
-        fields,
-        topology="v5e:4x4",
-        slices=2,
-        mesh="slice:2,data:4,model:4",
-    )
+    found = on_two_slices(fields)
     slow = [r for r in found.collectives if r["link"] == "DCN"]
     config = load_config("dion:smoke", fields)
     sizes = {"slice": 2, "data": 4, "model": 4}
