@@ -145,6 +145,11 @@ def test_what_cannot_be_added(mine, monkeypatch):
     for what in ((row._replace(title="another"), folder), (row, other)):
         with pytest.raises(ValueError, match="there is a paper 'toy' already"):
             own.add("toy", *what)
+    # Nor of a module that an earlier folder has, which would be the one imported.
+    for part in ("papers", "configs"):
+        (other / part / "x.py").touch()
+    with pytest.raises(ValueError, match="there is a paper 'x' already"):
+        own.add("x", row, other)
     (folder / "tasks" / "click.py").touch()
     with pytest.raises(ValueError, match="there is a task 'click' already"):
         own.add("toy", row, folder)
