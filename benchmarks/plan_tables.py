@@ -29,7 +29,14 @@ PROGRAM = (
     "ops/linalg.py",
     *(
         f"optim/{name}.py"
-        for name in ("collectives", "orthonormalize", "power_iteration", "dion")
+        for name in (
+            "collectives",
+            "orthonormalize",
+            "power_iteration",
+            "exchange",
+            "dion_step",
+            "dion",
+        )
     ),
 )
 

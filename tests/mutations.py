@@ -29,16 +29,16 @@ class Mutation(NamedTuple):
 DION = [
     # Error feedback: only what the update used decays.
     (
-        "jaxpapers/optim/power_iteration.py",
-        "b - (1 - mu) * (back(o, p, r) if plain else b)",
-        "b - mu * (back(o, p, r) if plain else b)",
+        "jaxpapers/optim/dion_step.py",
+        "b - (1 - mu) * x for b, x in",
+        "b - mu * x for b, x in",
         ["tests/optim/test_parity.py"],
     ),
     # The whole momentum decays beside a residual.
     (
-        "jaxpapers/optim/power_iteration.py",
-        "b - (1 - mu) * (back(o, p, r) if plain else b)",
-        "b - (1 - mu) * back(o, p, r)",
+        "jaxpapers/optim/dion_step.py",
+        "taken = [back(*x) for x in zip(orders, ps, rs)] if plain else None",
+        "taken = [back(*x) for x in zip(orders, ps, rs)]",
         ["tests/optim/test_residual.py::test_equals_the_equations"],
     ),
     # |N - P R^T|^2 = |N|^2 - |R|^2.
@@ -99,14 +99,14 @@ DION = [
     ),
     # The momentum one step ahead.
     (
-        "jaxpapers/optim/power_iteration.py",
+        "jaxpapers/optim/dion_step.py",
         "mu * b + x * g.astype(dtype) for b, g",
         "b + x * g.astype(dtype) for b, g",
         ["tests/optim/test_residual.py::test_equals_the_equations"],
     ),
     # Q with columns of unit length.
     (
-        "jaxpapers/optim/power_iteration.py",
+        "jaxpapers/optim/dion_step.py",
         "length = norm + x * eps",
         "length = norm.max(-1, keepdims=True) + x * eps",
         ["tests/optim/test_dion.py::test_invariants"],

@@ -115,6 +115,36 @@ def symmetric(lower: jax.Array) -> jax.Array:
     return lower + jnp.swapaxes(jnp.tril(lower, -1), -1, -2)
 
 
+def exchange(
+    x: jax.Array, axis_name: AxisNames, give: int, take: int
+) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
+    """From its part of one axis, a device gets all of it for a share of another.
+
+    Args:
+      x: block of a device, whole along ``give`` and split along ``take``.
+      axis_name: mesh axes that split ``take``.
+      give: axis that is split afterwards, filled up with zeros.
+      take: axis that is whole afterwards.
+
+    Returns:
+      The device's share, and the way back of what is shaped like it.
+    """
+    size = x.shape[give]
+    fill = [(0, 0)] * x.ndim
+    fill[give] = (0, -size % axis_size(axis_name))
+    x = jnp.pad(x, fill)
+
+    def move(x, give, take):
+        return lax.all_to_all(
+            x, axis_name, split_axis=give, concat_axis=take, tiled=True
+        )
+
+    def back(y):
+        return lax.slice_in_dim(move(y, take, give), 0, size, axis=give)
+
+    return move(x, give, take), back
+
+
 def share_axes(matrices: int, sizes: dict[str, int]) -> tuple[tuple[str, ...], int]:
     """Mesh axes whose devices each factorise a share of a batch of Gram matrices.
 

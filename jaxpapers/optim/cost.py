@@ -17,10 +17,15 @@ qr's factors                axes of l          (t-1)/t N t min(l/t, r) r e
 residual's |N|^2            axes of l and s    2 (g-1)/g N e on g devices
 normalize_rows, m outputs   axes of inputs     2 (g-1)/g N (m / devices) e
 normalize_rows, two norms   axes of outputs    2 (g-1)/g N 2 e
+whole matrices, there and   axes of s          (f-1)/f F (l/t) (s/f) e [#]_
+back, in place of P
+and their Q                 axes of s          2 (f-1)/f F (s/f) r e
 =========================== ================== =======================================
 
 .. [#] If P's rows are scattered, over those of l and s; if its matrices are, N / f.
 .. [#] Only cqr2 and rcqr; scqr where it is ill-conditioned.
+.. [#] F = f ceil(N / f); three times, with a residual twice. All other rows are then
+   those of N / f whole matrices (``exchange``).
 
 A Gram matrix that devices share is scattered and its inverse factor gathered, by scqr
 with a number of each matrix. Every further pass of scqr sends ``bytes_per_pass`` more, of
@@ -40,6 +45,8 @@ from jax.sharding import PartitionSpec as P
 
 from jaxpapers.optim.collectives import replica_dtype, share_axes
 from jaxpapers.optim.dion_leaves import check_beyond_paper
+from jaxpapers.optim.dion_step import RIGHT_FACTORS
+from jaxpapers.optim.exchange import crossings, exchange_pays
 from jaxpapers.optim.layout import DimensionNumbers, axis_names, make_layout
 from jaxpapers.optim.options import (
     check_choice,
@@ -49,7 +56,7 @@ from jaxpapers.optim.options import (
 )
 from jaxpapers.optim.orthonormalize import GRAM_PASSES, METHODS, sketch_rows
 from jaxpapers.optim.placement import check_spec
-from jaxpapers.optim.power_iteration import RIGHT_FACTORS, SPLITS, choose_split
+from jaxpapers.optim.power_iteration import SPLITS, choose_split
 
 Axes = tuple[str, ...]
 
@@ -194,51 +201,66 @@ def plan_dion(
         item = jnp.dtype(replica_dtype(communication_dtype) or dtype).itemsize
         sent.add("all-reduce", replicas, n * (l // t) * (s // f), item)
 
-    split = choose_split(n, l, l // t, f, orthogonalize, split_p)
     wire = jnp.dtype(communication_dtype or compute).itemsize
+    arrays, device = crossings(residual), (n, l // t, s // f)
+    split = choose_split(n, l, l // t, f, orthogonalize, split_p)
+    whole = split_p == "auto" and exchange_pays(
+        [(n, s // f)], l // t, r, f, shared=split != "whole", arrays=arrays, item=e,
+        wire=wire, iters=power_iters, averaged=bool(averaged),
+    )  # fmt: skip
+    # Matrices, mesh axes and devices that split s, as the steps 2 to 7 see them.
+    k, names, f = (-(-n // f), (), 1) if whole else (n, q_axis, f)
+    if whole:
+        padded = k * devices(q_axis)
+        for _ in range(arrays):
+            sent.add("all-to-all", q_axis, padded * math.prod(device[1:]), e)
+        for _ in range(2):
+            sent.add("all-to-all", q_axis, padded * device[2] * r, e)
+        split = "whole"
     once = _Sent(list(sizes), sizes, slices)
-    p_size = n * (l // t) * r
-    basis_axes, n_basis, l_basis = p_axis, n, l // t
+    p_size = k * (l // t) * r
+    basis_axes, n_basis, l_basis = p_axis, k, l // t
     if split == "whole":
-        once.add("all-reduce", q_axis + averaged, p_size, wire)
+        once.add("all-reduce", names + averaged, p_size, wire)
     else:
-        once.add("reduce-scatter", q_axis, p_size, wire)
+        once.add("reduce-scatter", names, p_size, wire)
         once.add("all-reduce", averaged, p_size // f, wire)
-        once.add("all-gather", q_axis, p_size, wire)
+        once.add("all-gather", names, p_size, wire)
         if split == "matrices":
             n_basis //= f
-            once.add("all-gather", q_axis, n, 1)  # Which matrices are all zero.
+            once.add("all-gather", names, k, 1)  # Which matrices are all zero.
         else:
-            basis_axes, l_basis = p_axis + q_axis, l_basis // f
+            basis_axes, l_basis = p_axis + names, l_basis // f
     flops = _orthonormalize(once, orthogonalize, basis_axes, n_basis, l_basis, r, e)
     if orthogonalize == "scqr":
         _gram_pass(further, basis_axes, n_basis, r, e, numbers=1, times=power_iters)
         _rescue(rescue, basis_axes, n_basis, r, e, times=power_iters)
-    once.add("all-reduce", p_axis + averaged, n * (s // f) * r, wide if averaged else e)
+    once.add("all-reduce", p_axis + averaged, k * (s // f) * r, wide if averaged else e)
     sent.add_all(once, power_iters)
     # Between repeats R is scaled by its maximum.
-    sent.add("all-reduce", q_axis, (power_iters - 1) * n, e)
-    flops = power_iters * (flops + 4 * n * (l // t) * (s // f) * r)
+    sent.add("all-reduce", names, (power_iters - 1) * k, e)
+    flops = power_iters * (flops + 4 * k * (l // t) * (s // f) * r)
     # P R^T and P Q^T; with a residual both are one product.
-    flops += (4 if residual is None else 2) * n * (l // t) * (s // f) * r
+    flops += (4 if residual is None else 2) * k * (l // t) * (s // f) * r
 
-    sent.add("all-reduce", q_axis, n * r, e)
+    sent.add("all-reduce", names, k * r, e)
     if right_factor == "colnorm":
-        sent.add("all-reduce", q_axis, n, e)  # max |R|, before squaring.
+        sent.add("all-reduce", names, k, e)  # max |R|, before squaring.
     else:  # It needs the same maximum.
-        flops += _orthonormalize(sent, "scqr", q_axis, n, s // f, r, e)
-        _gram_pass(further, q_axis, n, r, e, numbers=1)
-        _rescue(rescue, q_axis, n, r, e)
+        flops += _orthonormalize(sent, "scqr", names, k, s // f, r, e)
+        _gram_pass(further, names, k, r, e, numbers=1)
+        _rescue(rescue, names, k, r, e)
+    if residual is not None and r < min(l, s):
+        sent.add("all-reduce", p_axis + names, k, e)
     transposed = layout.p_axes == layout.reduction
     inputs, outputs = (p_axis, q_axis) if transposed else (q_axis, p_axis)
-    n_out = s // f if transposed else l // t
-    if residual is not None and r < min(l, s):
-        sent.add("all-reduce", p_axis + q_axis, n, e)
+    n_out = device[2] if transposed else device[1]
     if normalize_rows:
         sent.add("all-reduce", inputs, n * n_out, e)
         sent.add("all-reduce", outputs, 2 * n, e)
     q_item = jnp.dtype(q_dtype or m_dtype).itemsize
-    state = n * (l // t) * (s // f) * m_dtype.itemsize + n * (s // f) * r * q_item
+    state = math.prod(device) * m_dtype.itemsize + n * device[2] * r * q_item
+    split = "exchange" if whole else split
     return DionPlan(
         r, transposed, p_axis, q_axis, compressed, split, sent.bytes, further.bytes,
         rescue.bytes, sent.largest, flops, state,

@@ -38,12 +38,12 @@ from jaxpapers.optim.dion_leaves import (
     q_names,
     read_layouts,
 )
+from jaxpapers.optim.dion_step import StepOptions
 from jaxpapers.optim.fused import by_leaf
 from jaxpapers.optim.matrices import check_shapes, step_leaves
 from jaxpapers.optim.options import check_dtype, check_paths, leaf_dtype
 from jaxpapers.optim.paths import named_leaves, with_leaves
 from jaxpapers.optim.placement import Placement
-from jaxpapers.optim.power_iteration import StepOptions
 from jaxpapers.optim.replicas import check_axis
 from jaxpapers.optim.sharded import leaf_spec, q_spec
 
@@ -130,7 +130,10 @@ def scale_by_dion(
       split_sizes: sizes of fused matrices along the first output axis, per leaf: (2048,
         512, 512) of q, k and v in one kernel; None: one matrix. See ``fused``.
       p_side: side of P, per leaf: ``longer``, ``output`` or ``input``.
-      split_p: see ``power_iterate``.
+      split_p: how devices that split P's columns share the work. ``auto``: a share of the
+        matrices each, exchanged whole, where that sends less than P does (``exchange``),
+        else by shares of P's orthonormalisation; ``thin``: the latter always, so that
+        only factors cross; ``whole``: each orthonormalises all of P.
       communication_dtype: see ``power_iterate``; of gradients that replicas average too.
       precision: of the products with matrices of the leaf's size: ``default``, ``high``
         or ``highest``, on a TPU one, three or six bfloat16 passes. None: ``high`` for

@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxpapers.optim.dion_step import RIGHT_FACTORS, dion_step
 from jaxpapers.optim.fused import (
     block_sharding,
     read_sizes,
@@ -33,7 +34,7 @@ from jaxpapers.optim.options import (
 from jaxpapers.optim.orthonormalize import METHODS
 from jaxpapers.optim.paths import dimension_numbers, per_leaf
 from jaxpapers.optim.placement import constrain
-from jaxpapers.optim.power_iteration import RIGHT_FACTORS, SPLITS, dion_step
+from jaxpapers.optim.power_iteration import SPLITS
 from jaxpapers.optim.replicas import count_replicas
 
 

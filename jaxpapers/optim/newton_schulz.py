@@ -31,7 +31,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxpapers.ops.linalg import HIGHEST, stack_product
-from jaxpapers.optim.collectives import axis_size, pmax, psum, share_sum, symmetric
+from jaxpapers.optim.collectives import (
+    axis_size,
+    exchange,
+    pmax,
+    psum,
+    share_sum,
+    symmetric,
+)
 from jaxpapers.optim.power_iteration import ONE_DEVICE, MeshAxes
 
 # Each step's (a, b, c).
@@ -184,12 +191,5 @@ def _whole_rows(
 
         return lax.all_gather(x, axes.q, axis=2, tiled=True), axes.p, own_columns
     axis = 0 if choice == "matrices" else 1
-    # Zero matrices fill the batch.
-    x = jnp.pad(x, ((0, -n % f if axis == 0 else 0), (0, 0), (0, 0)))
-
-    def back(y):
-        y = lax.all_to_all(y, axes.q, split_axis=2, concat_axis=axis, tiled=True)
-        return y[:n]
-
-    rows = lax.all_to_all(x, axes.q, split_axis=axis, concat_axis=2, tiled=True)
+    rows, back = exchange(x, axes.q, axis, 2)
     return rows, axes.p if axis == 0 else axes.p + axes.q, back

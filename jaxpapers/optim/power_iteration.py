@@ -1,40 +1,14 @@
-"""The Dion step on matrices: power iteration, error feedback, update direction.
-
-Ahn et al., "Dion: Distributed Orthonormalized Updates", arXiv 2504.05295. For one
-matrix with its P side first, B is (l, s), Q (s, r), P (l, r), R (s, r):
-
-1. B = M + G
-2. P = B Q, then 3. P <- orthonormal basis of its columns
-4. R = B^T P            (2-4 repeat ``iters`` times with Q <- R)
-5. M <- B - (1 - mu) P R^T
-6. Q <- R diag(1 / (|R_j| + eps))
-7. update direction P Q^T
-
-Not in the paper: with ``nesterov`` N = mu B + G, the momentum one step ahead, is what is
-factorised; with ``residual`` w the update also holds what the rank leaves out, and the
-whole momentum decays (``residual``):
-
-    update P Q^T + w sqrt(k) D / (|D|_F + sqrt(k) eps),    D = N - P R^T,    M <- mu B
-
-with k = min(l, s) - r.
-
-Where the rank of B is below r, the surplus columns of P are any directions and those of R
-are rounding error, which differs from mesh to mesh. The paper and its code scale it to
-unit columns: a gradient of rank one gives an update that is nearly all noise. Here such a
-column (``NOISE``) is left out of the update and Q keeps what it had there.
+"""Power iteration on matrices and their blocks: P = orth(B Q), R = B^T P.
 
 The functions run on whole matrices, or inside ``jax.shard_map`` on blocks of them: then
 ``MeshAxes`` names the mesh axes that split l and s. Only thin factors cross devices: P
-over the axes of s; Gram matrices and R over those of l; column norms over those of s.
+over the axes of s; Gram matrices and R over those of l.
 
 P and R are linear in B, so their means over data-parallel replicas, each with its own
-gradient and momentum, give the update of the mean gradient (step 2.3 of the paper):
-``MeshAxes.replica``.
+gradient and momentum, are those of the mean: ``MeshAxes.replica``.
 """
 
-import functools
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -42,22 +16,16 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxpapers.ops.linalg import stack_product
-from jaxpapers.optim.collectives import axis_size, mean, pmax, psum, replica_dtype
+from jaxpapers.optim.collectives import axis_size, mean, pmax, replica_dtype
 from jaxpapers.optim.options import product_precision
 from jaxpapers.optim.orthonormalize import _orthonormalize
-from jaxpapers.optim.residual import with_residual
 
-RIGHT_FACTORS = ("colnorm", "orth")
-SPLITS = ("auto", "whole")
+SPLITS = ("auto", "thin", "whole")
 
 # Orthonormalising f-th parts of P's rows on f devices instead of all rows on each sends
 # some 8 r^2 bytes more and saves some 8 l r^2 FLOPs: from this l on, an accelerator
 # computes longer than it would send.
 ROWS_WORTH_SPLITTING = 1024
-
-# A column of R shorter than this many unit round-offs of the longest one is rounding
-# error: P has more columns there than B has directions.
-NOISE = 1024
 
 
 class MeshAxes(NamedTuple):
@@ -75,26 +43,6 @@ class MeshAxes(NamedTuple):
 
 
 ONE_DEVICE = MeshAxes()
-
-
-class StepOptions(NamedTuple):
-    """Hyper-parameters of one step, see ``scale_by_dion``.
-
-    ``mu``, ``eps``, ``noise_guard`` (None: ``NOISE``) and ``residual`` may be traced.
-    """
-
-    mu: Any = 0.95
-    eps: Any = 1e-8
-    noise_guard: Any = None
-    power_iters: Any = 1
-    orthogonalize: str = "scqr"
-    right_factor: str = "colnorm"
-    split_p: str = "auto"
-    communication_dtype: Any = None
-    nesterov: bool = False
-    residual: Any = None
-    normalize_rows: bool = False
-    precision: str | None = None
 
 
 def power_iterate(
@@ -120,8 +68,8 @@ def power_iterate(
       orthogonalize: see ``orthonormalize``.
       axes: mesh axes that split l and s, and those to average over.
       rows: global index of each local row of P, when l is split.
-      split_p: ``auto`` shares the orthonormalisation among the devices that split s, by
-        matrices or by rows (``choose_split``); ``whole`` does all of it on each.
+      split_p: ``auto`` and ``thin`` share the orthonormalisation among the devices that
+        split s, by matrices or by rows (``choose_split``); ``whole`` does all on each.
       communication_dtype: of P on its way between the devices that split s, and between
         replicas of R too, unless it is float16; default that of the computation. The P
         and R that are used are the rounded ones, so nothing is lost from the momentum.
@@ -142,8 +90,8 @@ def power_iterate(
       (1.0, 3.0)
     """
 
-    small = jax.tree.map(lambda b, q: _small(axes, b, q), b, q)
-    p, r, _ = _power_iterate(
+    small = jax.tree.map(lambda b, q: small_factor(axes, b, q), b, q)
+    p, r, _ = power_iterate_scaled(
         jax.tree.map(jnp.multiply, small, b),
         q, small, iters, orthogonalize, axes, rows, split_p, communication_dtype, order,
         product_precision(precision, jax.tree.leaves(b)[0].dtype),
@@ -151,11 +99,11 @@ def power_iterate(
     return p, jax.tree.map(jnp.divide, r, small)
 
 
-def _power_iterate(
+def power_iterate_scaled(
     b, q, small, iters, orthogonalize, axes, rows, split_p, communication_dtype, order,
     precision,
 ):  # fmt: skip
-    """``power_iterate`` of B times ``small`` (see ``_small``), and R times it.
+    """``power_iterate`` of B times ``small`` (see ``small_factor``), and R times it.
 
     Also whether B Q is all zero, (..., 1, 1).
     """
@@ -181,7 +129,9 @@ def _power_iterate(
 
     def again(q):
         # Each repeat multiplies by B twice: without scaling, 1e20 or 1e-20 are lost.
-        return jax.tree.map(lambda r: jnp.ldexp(r, -_exponent(r, axes.q)), once(q)[1])
+        return jax.tree.map(
+            lambda r: jnp.ldexp(r, -largest_exponent(r, axes.q)), once(q)[1]
+        )
 
     if isinstance(iters, int):
         for _ in range(iters - 1):
@@ -217,94 +167,7 @@ def choose_split(
     return "whole"
 
 
-def dion_step(
-    grads: list[jax.Array],
-    momenta: list[jax.Array],
-    qs: list[jax.Array],
-    options: StepOptions,
-    *,
-    axes: MeshAxes = ONE_DEVICE,
-    p_rows: jax.Array | None = None,
-    q_rows: Sequence[jax.Array | None] | None = None,
-    orders: Sequence[str] | None = None,
-) -> tuple[list[jax.Array], list[jax.Array], list[jax.Array]]:
-    """Steps 1-7 for matrices that share l, r and mesh axes.
-
-    Args:
-      grads: G, each (batch, l, s), or (batch, s, l) as ``orders`` says.
-      momenta: M, each like its G.
-      qs: Q, each (batch, s, r).
-      options: hyper-parameters.
-      axes: mesh axes that split l and s, and those to average over.
-      p_rows: global index of each local row of P, when l is split.
-      q_rows: the same for each Q, when s is split.
-      orders: ``ls`` or ``sl`` for each matrix, see ``power_iterate``; default ``ls``.
-
-    Returns:
-      Directions P Q^T, new momenta and new Qs, in float64 if the momentum is, otherwise
-      in float32. (The reference multiplies in the momentum's dtype and loses more.)
-    """
-    dtype = jnp.promote_types(momenta[0].dtype, jnp.float32)
-    mu, eps = (jnp.asarray(x, dtype) for x in (options.mu, options.eps))
-    orders = list(orders or ["ls"] * len(grads))
-    precision = product_precision(options.precision, momenta[0].dtype)
-
-    def back(o, p, r):
-        return stack_product(f"lr,sr->{o}", p, r, precision)
-
-    qs = [q.astype(dtype) for q in qs]
-    small = [_small(axes, m, q) for m, q in zip(momenta, qs)]
-    # Of a constant, XLA makes x (M + G), which overflows.
-    hidden = [lax.optimization_barrier(jnp.asarray(x, dtype)) for x in small]
-    b = [
-        x * m.astype(dtype) + x * g.astype(dtype)
-        for m, g, x in zip(momenta, grads, hidden)
-    ]
-    ns = b
-    if options.nesterov:
-        ns = [mu * b + x * g.astype(dtype) for b, g, x in zip(b, grads, hidden)]
-    ps, rs, zeros = _power_iterate(
-        ns, qs, small, options.power_iters, options.orthogonalize, axes, p_rows,
-        options.split_p, options.communication_dtype, orders, precision,
-    )  # fmt: skip
-    plain = options.residual is None
-    largest = float(jnp.finfo(dtype).max)
-    kept = [
-        b - (1 - mu) * (back(o, p, r) if plain else b)
-        for b, p, r, o in zip(b, ps, rs, orders)
-    ]
-    new_momenta = [
-        jnp.clip(m, -x * largest, x * largest) / x for m, x in zip(kept, small)
-    ]
-    directions, new_qs = [], []
-    q_rows = q_rows or [None] * len(rs)
-    for n, p, r, zero, old, rows, o, x in zip(
-        ns, ps, rs, zeros, qs, q_rows, orders, small
-    ):
-        norm = _column_norms(r, axes.q)
-        if options.right_factor == "orth":
-            # Orth-Dion (arXiv 2605.16341). Cholesky QR's positive diagonal matters:
-            # Householder signs would turn P Q^T into an ascent direction.
-            q = _orthonormalize(r, "scqr", axes.q, rows)[0]
-        else:
-            length = norm + x * eps
-            q = r / jnp.where(length == 0, 1, length)
-        noise, left_out = _without_signal(norm, options.noise_guard)
-        right = jnp.where(left_out, 0, q)
-        if plain:
-            directions.append(back(o, p, right))
-        else:
-            dot = functools.partial(back, o)
-            update = with_residual(
-                options.residual, dot, n, p, r, right, norm, zero, axes,
-                eps=x * eps, precision=precision,
-            )  # fmt: skip
-            directions.append(update)
-        new_qs.append(jnp.where(noise, old, q))
-    return directions, new_momenta, new_qs
-
-
-def _small(axes: MeshAxes, b: jax.Array, q: jax.Array) -> float:
+def small_factor(axes: MeshAxes, b: jax.Array, q: jax.Array) -> float:
     """A power of two that keeps B Q, R and the sum of M and G finite.
 
     The products of B are those of B times it, which rounds nothing: with entries near
@@ -319,22 +182,6 @@ def _small(axes: MeshAxes, b: jax.Array, q: jax.Array) -> float:
     l_local = b.shape[-1] * b.shape[-2] // s_local
     longest = max(l_local * axis_size(axes.p), s_local * axis_size(axes.q))
     return 2.0 ** -(math.ceil(math.log2(longest * axis_size(axes.replica))) + 2)
-
-
-def _without_signal(norm: jax.Array, guard: Any) -> tuple[jax.Array, jax.Array]:
-    """Columns of R that are rounding error, and those that the update leaves out.
-
-    Args:
-      norm: |R_j|, (..., 1, r).
-      guard: see ``scale_by_dion``'s ``noise_guard``; may be traced.
-    """
-    floor = jnp.asarray(NOISE * jnp.finfo(norm.dtype).eps, norm.dtype)
-    if guard is None:
-        guard = floor
-    guard = jnp.asarray(guard, norm.dtype)
-    largest = jnp.max(norm, axis=-1, keepdims=True)
-    # NaN is below nothing: it must reach the update and Q.
-    return norm < jnp.minimum(guard, floor) * largest, norm < guard * largest
 
 
 def _basis(parts, method, axes: MeshAxes, rows, split_p, communication_dtype):
@@ -383,15 +230,7 @@ def _basis(parts, method, axes: MeshAxes, rows, split_p, communication_dtype):
     return jnp.split(basis, ends), jnp.split(zero, ends)
 
 
-def _column_norms(r, q_names):
-    """|R_j|, through a power of two: squares of 1e20 overflow, and Q = 0 never ends."""
-    exponent = _exponent(r, q_names)
-    square = jnp.square(jnp.ldexp(r, -exponent))
-    total = psum(jnp.sum(square, axis=-2, keepdims=True), q_names)
-    return jnp.ldexp(jnp.sqrt(total), exponent)
-
-
-def _exponent(r, q_names):
+def largest_exponent(r, q_names):
     """Of the power of two just above the largest entry over all devices."""
     largest = pmax(jnp.max(jnp.abs(r), axis=(-2, -1), keepdims=True), q_names)
     return jnp.maximum(jnp.frexp(largest)[1], -120)

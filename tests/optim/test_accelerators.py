@@ -13,14 +13,17 @@ from jax.sharding import PartitionSpec as P
 
 from jaxpapers.ops.linalg import blocked_inverse_factor, stack_product
 from jaxpapers.optim import (
+    dion_step as dion_step_module,
+)
+from jaxpapers.optim import (
     from_config,
     orthonormalize,
     power_iteration,
     scale_by_dion,
     scale_by_muon,
 )
+from jaxpapers.optim.dion_step import StepOptions, dion_step
 from jaxpapers.optim.orthonormalize import _shifted_cholesky_qr
-from jaxpapers.optim.power_iteration import StepOptions, dion_step
 from tests.programs import together
 
 # Products of pieces of 8 bits that one, three and six bfloat16 passes of a TPU add up.
@@ -235,7 +238,8 @@ def test_errors_of_passes(residual, monkeypatch):
     with jax.enable_x64(True):
         names = ("default", "high", "highest")
         exact = steps(*names)
-        monkeypatch.setattr(power_iteration, "stack_product", in_passes)
+        for module in (dion_step_module, power_iteration):
+            monkeypatch.setattr(module, "stack_product", in_passes)
         rounded = steps(*names)
     sizes = (np.sqrt(s if residual else r), np.linalg.norm(np.stack(bs), axis=(1, 2)))
     for name, found in rounded.items():

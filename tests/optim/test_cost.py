@@ -106,6 +106,9 @@ def bound(shape, dimensions, spec, mesh, leaf, options):
     # Rows that are scattered before their QR give t f factors of r x r.
     factors = {"qr": t * f * min(l // t, r) * r, "rcqr": sketch_rows(r) * r}
     share = n * max(l // t * r, s // f * r, r * r, factors.get(method, 0))
+    if leaf.split == "exchange":  # What the device holds, the stack filled up to f.
+        f = math.prod(mesh.shape[a] for a in leaf.q_axis)
+        share = max(share // n, l // t * s // f) * f * -(-n // f)
     if leaf.compressed or not mesh.shape[R] > 1:
         return share
     return max(share, n * (l // t) * (s // f))  # Replicas average the gradient's block.

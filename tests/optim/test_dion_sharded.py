@@ -175,8 +175,8 @@ def collective_sizes(text):
     "split_p, shape, split",
     [
         pytest.param("whole", (4, 16, 64), "whole", marks=pytest.mark.matrix),
-        ("auto", (4, 16, 64), "matrices"),
-        pytest.param("auto", (3, 16, 2048), "rows", marks=pytest.mark.matrix),
+        ("thin", (4, 16, 64), "matrices"),
+        pytest.param("thin", (3, 16, 2048), "rows", marks=pytest.mark.matrix),
     ],
 )
 def test_bfloat16_communication(split_p, shape, split, make_mesh):
