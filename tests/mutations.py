@@ -104,6 +104,34 @@ DION = [
         "b + x * g.astype(dtype) for b, g",
         ["tests/optim/test_residual.py::test_equals_the_equations"],
     ),
+    # What the update takes of a momentum comes back too, but not beside a residual.
+    (
+        "jaxpapers/optim/exchange.py",
+        "return 3 if residual is None else 2",
+        "return 2 if residual is None else 3",
+        ["tests/optim/test_exchange.py::test_plan_of_an_fsdp_mesh"],
+    ),
+    # Stacks of one scale each.
+    (
+        "jaxpapers/optim/exchange.py",
+        "inputs.append((n, q, small[members[0]], order))",
+        "inputs.append((n, q, 1.0, order))",
+        ["tests/optim/test_exchange.py::test_equals_one_device"],
+    ),
+    # Q goes with the matrices that devices exchange.
+    (
+        "jaxpapers/optim/exchange.py",
+        "(arrays * l + 2 * rank) * item",
+        "(arrays * l) * item",
+        ["tests/optim/test_exchange.py::test_fewer_bytes_decide"],
+    ),
+    # Replicas must not have more to average.
+    (
+        "jaxpapers/optim/exchange.py",
+        "whole_average > thin_average",
+        "whole_average > 2 * thin_average",
+        ["tests/optim/test_exchange.py::test_fewer_bytes_decide"],
+    ),
     # Q with columns of unit length.
     (
         "jaxpapers/optim/dion_step.py",

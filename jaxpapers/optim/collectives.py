@@ -115,7 +115,7 @@ def symmetric(lower: jax.Array) -> jax.Array:
     return lower + jnp.swapaxes(jnp.tril(lower, -1), -1, -2)
 
 
-def exchange(
+def all_to_all(
     x: jax.Array, axis_name: AxisNames, give: int, take: int
 ) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
     """From its part of one axis, a device gets all of it for a share of another.

@@ -25,7 +25,7 @@ and their Q                 axes of s          2 (f-1)/f F (s/f) r e
 .. [#] If P's rows are scattered, over those of l and s; if its matrices are, N / f.
 .. [#] Only cqr2 and rcqr; scqr where it is ill-conditioned.
 .. [#] F = f ceil(N / f); three times, with a residual twice. All other rows are then
-   those of N / f whole matrices (``exchange``).
+   those of ceil(N / f) whole matrices (``exchange``).
 
 A Gram matrix that devices share is scattered and its inverse factor gathered, by scqr
 with a number of each matrix. Every further pass of scqr sends ``bytes_per_pass`` more, of
@@ -70,7 +70,8 @@ class DionPlan(NamedTuple):
       p_axis: mesh axes that split P's rows.
       q_axis: mesh axes that split Q's rows.
       compressed: replicas exchange P and R; otherwise their gradients.
-      split: how P's orthonormalisation is shared, see ``choose_split``.
+      split: how the devices that split s share the work: ``exchange``, or of P's
+        orthonormalisation ``matrices``, ``rows`` or ``whole`` (``choose_split``).
       bytes_per_step: bytes sent in rings, by (collective, mesh axes); with scqr those of
         well-conditioned P's.
       bytes_per_pass: bytes of one more Gram pass of every orthonormalisation of the step,
@@ -134,7 +135,7 @@ def plan_dion(
       rank_fraction: one number, as are the other options of ``scale_by_dion``.
       rank_multiple_of: see ``scale_by_dion``.
       dimensions: see ``scale_by_dion``.
-      power_iters: see ``scale_by_dion``.
+      power_iters: see ``scale_by_dion``; traced ones decide as 1.
       orthogonalize: see ``scale_by_dion``.
       right_factor: see ``scale_by_dion``.
       replicate_axis: see ``scale_by_dion``.
@@ -147,7 +148,9 @@ def plan_dion(
       dtype: of the gradient.
       momentum_dtype: default ``dtype``.
       q_dtype: default that of M.
-      count: leaves of this shape and sharding, which share their collectives.
+      count: leaves of this shape and sharding, which share their collectives. So do all
+        matrices of the same l, s, rank and mesh axes, whichever side comes first: give
+        their number, for what each of them sends depends on it.
       slices: mesh axis between TPU slices; its bytes then have a key of their own, as
         sums over it and other axes are scattered inside a slice before they cross.
 
@@ -204,50 +207,50 @@ def plan_dion(
     wire = jnp.dtype(communication_dtype or compute).itemsize
     arrays, device = crossings(residual), (n, l // t, s // f)
     split = choose_split(n, l, l // t, f, orthogonalize, split_p)
-    whole = split_p == "auto" and exchange_pays(
+    exchanges = split_p == "auto" and exchange_pays(
         [(n, s // f)], l // t, r, f, shared=split != "whole", arrays=arrays, item=e,
         wire=wire, iters=power_iters, averaged=bool(averaged),
     )  # fmt: skip
     # Matrices, mesh axes and devices that split s, as the steps 2 to 7 see them.
-    k, names, f = (-(-n // f), (), 1) if whole else (n, q_axis, f)
-    if whole:
-        padded = k * devices(q_axis)
+    k, names, g = (math.ceil(n / f), (), 1) if exchanges else (n, q_axis, f)
+    if exchanges:
+        padded = k * f
         for _ in range(arrays):
             sent.add("all-to-all", q_axis, padded * math.prod(device[1:]), e)
         for _ in range(2):
             sent.add("all-to-all", q_axis, padded * device[2] * r, e)
-        split = "whole"
+        split = "exchange"
     once = _Sent(list(sizes), sizes, slices)
     p_size = k * (l // t) * r
     basis_axes, n_basis, l_basis = p_axis, k, l // t
-    if split == "whole":
+    if split in ("exchange", "whole"):
         once.add("all-reduce", names + averaged, p_size, wire)
     else:
         once.add("reduce-scatter", names, p_size, wire)
-        once.add("all-reduce", averaged, p_size // f, wire)
+        once.add("all-reduce", averaged, p_size // g, wire)
         once.add("all-gather", names, p_size, wire)
         if split == "matrices":
-            n_basis //= f
+            n_basis //= g
             once.add("all-gather", names, k, 1)  # Which matrices are all zero.
         else:
-            basis_axes, l_basis = p_axis + names, l_basis // f
+            basis_axes, l_basis = p_axis + names, l_basis // g
     flops = _orthonormalize(once, orthogonalize, basis_axes, n_basis, l_basis, r, e)
     if orthogonalize == "scqr":
         _gram_pass(further, basis_axes, n_basis, r, e, numbers=1, times=power_iters)
         _rescue(rescue, basis_axes, n_basis, r, e, times=power_iters)
-    once.add("all-reduce", p_axis + averaged, k * (s // f) * r, wide if averaged else e)
+    once.add("all-reduce", p_axis + averaged, k * (s // g) * r, wide if averaged else e)
     sent.add_all(once, power_iters)
     # Between repeats R is scaled by its maximum.
     sent.add("all-reduce", names, (power_iters - 1) * k, e)
-    flops = power_iters * (flops + 4 * k * (l // t) * (s // f) * r)
+    flops = power_iters * (flops + 4 * k * (l // t) * (s // g) * r)
     # P R^T and P Q^T; with a residual both are one product.
-    flops += (4 if residual is None else 2) * k * (l // t) * (s // f) * r
+    flops += (4 if residual is None else 2) * k * (l // t) * (s // g) * r
 
     sent.add("all-reduce", names, k * r, e)
     if right_factor == "colnorm":
         sent.add("all-reduce", names, k, e)  # max |R|, before squaring.
     else:  # It needs the same maximum.
-        flops += _orthonormalize(sent, "scqr", names, k, s // f, r, e)
+        flops += _orthonormalize(sent, "scqr", names, k, s // g, r, e)
         _gram_pass(further, names, k, r, e, numbers=1)
         _rescue(rescue, names, k, r, e)
     if residual is not None and r < min(l, s):
@@ -260,7 +263,6 @@ def plan_dion(
         sent.add("all-reduce", outputs, 2 * n, e)
     q_item = jnp.dtype(q_dtype or m_dtype).itemsize
     state = math.prod(device) * m_dtype.itemsize + n * device[2] * r * q_item
-    split = "exchange" if whole else split
     return DionPlan(
         r, transposed, p_axis, q_axis, compressed, split, sent.bytes, further.bytes,
         rescue.bytes, sent.largest, flops, state,

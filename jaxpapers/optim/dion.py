@@ -133,8 +133,10 @@ def scale_by_dion(
       split_p: how devices that split P's columns share the work. ``auto``: a share of the
         matrices each, exchanged whole, where that sends less than P does (``exchange``),
         else by shares of P's orthonormalisation; ``thin``: the latter always, so that
-        only factors cross; ``whole``: each orthonormalises all of P.
+        only factors cross (also where a slow network is among what splits the columns);
+        ``whole``: each orthonormalises all of P. Traced ``power_iters`` decide as 1.
       communication_dtype: see ``power_iterate``; of gradients that replicas average too.
+        Whole matrices that are exchanged stay as they are.
       precision: of the products with matrices of the leaf's size: ``default``, ``high``
         or ``highest``, on a TPU one, three or six bfloat16 passes. None: ``high`` for
         float32 state, ``default`` for 16-bit state. Gram matrices and triangular factors

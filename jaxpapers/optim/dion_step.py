@@ -34,6 +34,7 @@ gradient and momentum, give the update of the mean gradient (step 2.3 of the pap
 
 import functools
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import jax
@@ -164,7 +165,7 @@ def _exchanges(options, ns, qs, orders, axes):
         arrays=crossings(options.residual),
         item=item,
         wire=jnp.dtype(wire).itemsize if wire else item,
-        iters=options.power_iters if isinstance(options.power_iters, int) else 1,
+        iters=options.power_iters if isinstance(options.power_iters, Integral) else 1,
     )
 
 

@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterable, Sequence
 import jax
 import jax.numpy as jnp
 
-from jaxpapers.optim.collectives import AxisNames, exchange
+from jaxpapers.optim.collectives import AxisNames, all_to_all
 
-# Products of float32 matrices that a TPU makes while it sends a byte: 150 TFLOP a second
-# in three passes, and 600 GB (v5p; 180 of v5e, whose units have 65).
+# What a v5p multiplies (float32 in three passes) while it sends a byte; a v5e 330, a v6e
+# 770, for which this overrates products.
 FLOPS_PER_BYTE = 256
 
 
@@ -70,7 +70,10 @@ def exchange_pays(
     for n, columns in stacks:
         s, mine = columns * devices, math.ceil(n / devices)
         share = n / devices if shared else n
-        products, basis = 6 * l * s * rank, 4 * l * rank**2
+        # N Q and N^T P; P Q^T and, without a residual, P R^T.
+        products = (4 * iters + 2 * (arrays - 1)) * l * s * rank
+        # Two Gram passes, with twice the bfloat16 passes of other products.
+        basis = 16 * iters * l * rank**2
         thin += 2 * n * l * rank * wire * iters
         thin += (n / devices * products + share * basis) / FLOPS_PER_BYTE
         whole += mine * s * (arrays * l + 2 * rank) * item
@@ -105,35 +108,34 @@ def exchanged(
     groups: dict[int, list[int]] = {}
     for i, q in enumerate(qs):
         groups.setdefault(q.shape[1], []).append(i)
-    inputs: list[tuple] = []
-    ways = []
+    inputs, ways_back = [], []
     for members in groups.values():
         # One exchange for all: few matrices fill many devices badly.
-        kinds = {orders[i] for i in members}
-        order = kinds.pop() if len(kinds) == 1 else "ls"
+        alike = len({orders[i] for i in members}) == 1
+        order = orders[members[0]] if alike else "ls"
         n = jnp.concatenate([_stored(ns[i], orders[i], order) for i in members])
         q = jnp.concatenate([qs[i] for i in members])
-        n, n_back = exchange(n, axis_name, 0, 1 + order.index("s"))
-        q, q_back = exchange(q, axis_name, 0, 1)
+        n, n_back = all_to_all(n, axis_name, 0, 1 + order.index("s"))
+        q, q_back = all_to_all(q, axis_name, 0, 1)
         inputs.append((n, q, small[members[0]], order))
-        ways.append((members, order, n_back, q_back))
+        ways_back.append((members, order, n_back, q_back))
     directions, taken, new_qs = factorise(*(list(x) for x in zip(*inputs)))
 
-    def own(results, *, is_q):
-        blocks: list = [None] * len(qs)
-        for (members, order, n_back, q_back), y in zip(ways, results):
+    def blocks(stacks, *, is_q):
+        out: list = [None] * len(qs)
+        for (members, order, n_back, q_back), y in zip(ways_back, stacks):
             y = (q_back if is_q else n_back)(y)
             ends = [
                 sum(len(qs[i]) for i in members[:k]) for k in range(1, len(members))
             ]
             for i, part in zip(members, jnp.split(y, ends)):
-                blocks[i] = part if is_q else _stored(part, order, orders[i])
-        return blocks
+                out[i] = part if is_q else _stored(part, order, orders[i])
+        return out
 
     return (
-        own(directions, is_q=False),
-        taken and own(taken, is_q=False),
-        own(new_qs, is_q=True),
+        blocks(directions, is_q=False),
+        taken and blocks(taken, is_q=False),
+        blocks(new_qs, is_q=True),
     )
 
 

@@ -32,8 +32,8 @@ from jax import lax
 
 from jaxpapers.ops.linalg import HIGHEST, stack_product
 from jaxpapers.optim.collectives import (
+    all_to_all,
     axis_size,
-    exchange,
     pmax,
     psum,
     share_sum,
@@ -191,5 +191,5 @@ def _whole_rows(
 
         return lax.all_gather(x, axes.q, axis=2, tiled=True), axes.p, own_columns
     axis = 0 if choice == "matrices" else 1
-    rows, back = exchange(x, axes.q, axis, 2)
+    rows, back = all_to_all(x, axes.q, axis, 2)
     return rows, axes.p if axis == 0 else axes.p + axes.q, back

@@ -9,6 +9,7 @@ gradient and momentum, are those of the mean: ``MeshAxes.replica``.
 """
 
 import math
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import jax
@@ -133,8 +134,8 @@ def power_iterate_scaled(
             lambda r: jnp.ldexp(r, -largest_exponent(r, axes.q)), once(q)[1]
         )
 
-    if isinstance(iters, int):
-        for _ in range(iters - 1):
+    if isinstance(iters, Integral):
+        for _ in range(int(iters) - 1):
             q = again(q)
     else:
         q = lax.fori_loop(0, iters - 1, lambda _, q: again(q), q)
