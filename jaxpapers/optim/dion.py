@@ -3,7 +3,8 @@
 Reference: Ahn, Xu, Abreu, Fan, Magakyan, Sharma, Zhan, Langford. "Dion: Distributed
 Orthonormalized Updates", arXiv 2504.05295, and its code, microsoft/dion. Dion replaces
 Muon's Newton-Schulz by one warm-started power iteration per step (``power_iteration``)
-and needs no gathered matrix under sharding (``sharded``).
+and needs no gathered matrix under sharding (``sharded``); where many devices split the
+shorter side, exchanging whole ones sends less, and it does (``exchange``).
 
 Departures from the reference code, each with its reason:
 

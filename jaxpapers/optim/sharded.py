@@ -2,7 +2,7 @@
 
 Automatic partitioning gathers a factor and replicates whole rows of the update as soon
 as it meets a QR, Cholesky or triangular solve of a sharded operand. So a step runs under
-``jax.shard_map`` with collectives on thin factors only.
+``jax.shard_map`` with collectives of its own: of thin factors, or exchanges.
 """
 
 import functools

@@ -6,7 +6,7 @@ Zhan, John Langford. "Dion: Distributed Orthonormalized Updates", arXiv 2504.052
 Muon replaces the momentum of a weight matrix by its polar factor, for which it needs the
 whole matrix on one device. Dion takes one step of power iteration per optimizer step,
 warm-started by the last one's right factor, orthonormalises a thin factor and keeps what
-the low-rank update missed in the momentum. Only thin factors cross devices.
+the low-rank update missed in the momentum. Only thin factors need to cross devices.
 
 For a weight X (m, n) of m outputs and n inputs (the paper's orientation; flax kernels are
 their transposes, and the optimizer knows), momentum M (m, n), right factor Q (n, r):
