@@ -16,6 +16,10 @@ HIGHEST = lax.Precision.HIGHEST
 BLOCK = 128
 # Multiplications of one product of a stack, below which a TPU multiplies all at once.
 WORTH_A_LOOP = 2**26
+# Of one product, above which a TPU makes it in pieces, and of a piece. Its compiler takes
+# 1 s, and 1 s more for every 2**30 in six passes; a chip would read the other factor of
+# smaller pieces for longer than it multiplies.
+WORTH_PIECES, PIECE = 2**30, 2**28
 
 
 def per_matrix(f: Callable, *xs: Array) -> Any:
@@ -42,8 +46,9 @@ def per_matrix(f: Callable, *xs: Array) -> Any:
 def stack_product(spec: str, x: Array, y: Array, precision: Any = HIGHEST) -> Array:
     """Products of two stacks of matrices, such as ``ls,sr->lr``.
 
-    A TPU multiplies large ones in a loop: its compiler takes 10 s for a batched product
-    of six passes and 1 s for a single one.
+    A TPU multiplies large ones in a loop, very large ones in pieces of their rows: its
+    compiler takes 10 s for a batched product of six passes, 1 s for a single one, and as
+    much more as that is large.
 
     Args:
       spec: of one matrix of each stack.
@@ -60,13 +65,33 @@ def stack_product(spec: str, x: Array, y: Array, precision: Any = HIGHEST) -> Ar
         stacked = f"...{first},...{second}->...{right}"
         return jnp.einsum(stacked, x, y, precision=precision)
 
-    if math.prod(batch) == 1 or math.prod(sizes.values()) < WORTH_A_LOOP:
+    work, matrices = math.prod(sizes.values()), math.prod(batch)
+    rows, pieces = sizes[right[0]], 1
+    while WORTH_PIECES < work > pieces * PIECE and rows % (2 * pieces) == 0:
+        pieces *= 2
+    if matrices * pieces == 1 or work < WORTH_A_LOOP:
         return batched(x, y)
 
     def one_by_one(x, y):
         flat = [z.reshape(-1, *z.shape[-2:]) for z in (x, y)]
-        out = lax.map(lambda z: jnp.einsum(spec, *z, precision=precision), flat)
-        return out.reshape(*batch, *out.shape[1:])
+
+        def piece(i):
+            """Some rows of one product."""
+            factors = []
+            for z, letters in zip(flat, (first, second)):
+                z = lax.dynamic_index_in_dim(z, i // pieces, keepdims=False)
+                if right[0] in letters:
+                    size, axis = rows // pieces, letters.index(right[0])
+                    start = i % pieces * size
+                    z = lax.dynamic_slice_in_dim(z, start, size, axis)
+                factors.append(z)
+            return jnp.einsum(spec, *factors, precision=precision)
+
+        if pieces == 1:
+            out = lax.map(lambda z: jnp.einsum(spec, *z, precision=precision), flat)
+        else:
+            out = lax.map(piece, jnp.arange(matrices * pieces))
+        return out.reshape(*batch, rows, sizes[right[1]])
 
     return lax.platform_dependent(x, y, tpu=one_by_one, default=batched)
 
