@@ -17,9 +17,10 @@ BLOCK = 128
 # Multiplications of one product of a stack, below which a TPU multiplies all at once.
 WORTH_A_LOOP = 2**26
 # Of one product, above which a TPU makes it in pieces, and of a piece. Its compiler takes
-# 1 s, and 1 s more for every 2**30 in six passes; a chip would read the other factor of
-# smaller pieces for longer than it multiplies.
+# 1 s, and 1 s more for every 2**30 in six passes.
 WORTH_PIECES, PIECE = 2**30, 2**28
+# Rows of a piece: with fewer a chip reads the other factor for longer than it multiplies.
+LEAST_ROWS = 256
 
 
 def per_matrix(f: Callable, *xs: Array) -> Any:
@@ -68,6 +69,8 @@ def stack_product(spec: str, x: Array, y: Array, precision: Any = HIGHEST) -> Ar
     work, matrices = math.prod(sizes.values()), math.prod(batch)
     rows, pieces = sizes[right[0]], 1
     while WORTH_PIECES < work > pieces * PIECE and rows % (2 * pieces) == 0:
+        if rows // (2 * pieces) < LEAST_ROWS:
+            break
         pieces *= 2
     if matrices * pieces == 1 or work < WORTH_A_LOOP:
         return batched(x, y)

@@ -41,6 +41,7 @@ def test_products_in_pieces_are_those_of_the_whole(monkeypatch, spec, x, y):
     monkeypatch.setattr(linalg, "WORTH_A_LOOP", 1)
     monkeypatch.setattr(linalg, "WORTH_PIECES", 100)
     monkeypatch.setattr(linalg, "PIECE", 100)
+    monkeypatch.setattr(linalg, "LEAST_ROWS", 2)
     monkeypatch.setattr(
         linalg.lax, "platform_dependent", lambda *xs, tpu, default: tpu(*xs)
     )

@@ -138,6 +138,8 @@ def test_large_stacks_are_multiplied_one_by_one_on_a_tpu():
     assert results((2, 3, 64, 32), (2, 3, 64, 8)) == ["2x3x32x8"]
     # Very large ones, of a single matrix too, in pieces of 2**28 multiplications.
     assert results((1, 2048, 8192), (1, 2048, 512)) == ["256x512"]
+    # Of 256 rows at least.
+    assert results((1, 4096, 1024), (1, 4096, 1024)) == ["256x1024"]
     # 2**30 of them are one piece.
     assert results((2, 1024, 1024), (2, 1024, 1024)) == ["1024x1024"]
 
