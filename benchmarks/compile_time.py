@@ -3,8 +3,9 @@
     python benchmarks/compile_time.py            every row (minutes of CPU each)
     python benchmarks/compile_time.py "dion 1/4" one row
 
-One group of 28 matrices 2048 x 8192 on a slice v5e:4x4 (data 4, model 4), compiled by
-the TPU compiler without a TPU; nothing is run. Seconds are those of the CPU over all
+One group of 28 matrices 2048 x 8192 on a slice v5e:4x4 (data 4, model 4; ``data:16``: one
+axis over the shorter side, where Dion exchanges whole matrices), compiled by the TPU
+compiler without a TPU; nothing is run. Seconds are those of the CPU over all
 threads, which other work on the machine changes little. Writes
 results/compile_time.json beside this, row by row.
 """
@@ -16,8 +17,9 @@ from pathlib import Path
 
 OUT = Path(__file__).parent / "results" / "compile_time.json"
 SHAPE, TOPOLOGY, MESH = (28, 2048, 8192), "v5e:4x4", {"data": 4, "model": 4}
-# Label -> function of ``optim``, or of optax, and its arguments.
-ROWS: dict[str, tuple[str, dict]] = {
+FSDP = {"data": 16, "model": 1}
+# Label -> function of ``optim``, or of optax, its arguments, and the mesh if another.
+ROWS: dict[str, tuple] = {
     "optax muon": ("optax_muon", {}),
     "dion 1/4": ("scale_by_dion", {"rank_fraction": 0.25}),
     "dion 1/4, ahead": (
@@ -34,17 +36,23 @@ ROWS: dict[str, tuple[str, dict]] = {
         {"rank_fraction": 0.25, "precision": "highest"},
     ),
     "muon": ("scale_by_muon", {}),
+    "dion 1/4, data:16": ("scale_by_dion", {"rank_fraction": 0.25}, FSDP),
+    "dion 1/4, data:16, thin": (
+        "scale_by_dion",
+        {"rank_fraction": 0.25, "split_p": "thin"},
+        FSDP,
+    ),
 }
 
 
-def measure(name: str, options: dict) -> dict:
+def measure(name: str, options: dict, mesh: dict[str, int] = MESH) -> dict:
     """Compiles one step in this process."""
     from compiled_step import compile_step
 
     from jaxpapers import plan
 
     devices = plan.topology_devices(TOPOLOGY)
-    step = compile_step(name, options, devices, MESH, SHAPE)
+    step = compile_step(name, options, devices, mesh, SHAPE)
     memory = step.compiled.memory_analysis()
     return {
         "compile_cpu_seconds": round(step.cpu_seconds, 1),

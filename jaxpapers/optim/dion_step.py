@@ -146,7 +146,7 @@ def _exchanges(options, ns, qs, orders, axes):
     if options.split_p != "auto":
         return False
     item = ns[0].dtype.itemsize
-    wire = options.communication_dtype
+    wire, iters = options.communication_dtype, options.power_iters
     counts: dict[int, int] = {}
     for q in qs:
         counts[q.shape[1]] = counts.get(q.shape[1], 0) + q.shape[0]
@@ -165,7 +165,7 @@ def _exchanges(options, ns, qs, orders, axes):
         arrays=crossings(options.residual),
         item=item,
         wire=jnp.dtype(wire).itemsize if wire else item,
-        iters=options.power_iters if isinstance(options.power_iters, Integral) else 1,
+        iters=int(iters) if isinstance(iters, Integral) else 1,
     )
 
 
