@@ -124,7 +124,10 @@ def test_compiles_for_a_tpu_slice(libtpu):
     # The largest is P of the three stacked MLP kernels, or their packed Grams.
     assert {r["axes"] for r in optimizer} <= {"data", "model", "data,model"}
     assert max(r["largest"] for r in optimizer) <= 12 * (192 // 2) * 16
-    assert max(r["matrix"] for r in optimizer) < 64 * 64
+    # Of the matrices, only those that are exchanged travel, split over model.
+    thin = [r["matrix"] for r in optimizer if r["kind"] != "all-to-all"]
+    assert max(thin) < 64 * 64
+    assert max(r["matrix"] for r in optimizer) <= 64 * 192 // 2
     assert all(r["largest"] < 4 * 64 * 192 for r in optimizer)
 
 

@@ -73,6 +73,7 @@ def gradient(
         """``step`` on each replica's share of the batch."""
         assert replicas is not None
         axis = replicas.axis
+        _check_replicas(axis)
         specs = replicas.specs(opt_state, params)
 
         def local(params, opt_state, batch, key):
@@ -155,6 +156,11 @@ def _check_axis(axis: str) -> None:
             f"replicas need a mesh axis {axis!r}, got {dict(mesh.shape)}; pass e.g. "
             f"--mesh {axis}:2,data:4, or another train.replica_axis"
         )
+
+
+def _check_replicas(axis: str) -> None:
+    """ValueError for one replica, which a run can be read on but not trained."""
+    mesh = jax.sharding.get_abstract_mesh()
     if mesh.shape[axis] == 1:
         raise ValueError(
             f"replicas need more than one device on mesh axis {axis!r}, got "

@@ -188,3 +188,5 @@ def test_errors(corpus):
         fit(corpus, "data:8", "--config.train.replica_axis=data")
     with pytest.raises(ValueError, match="'replica'.*--mesh replica:2,data:4"):
         fit(corpus, "data:8", LOWRANK)
+    with pytest.raises(ValueError, match="need more than one device on mesh axis 'rep"):
+        fit(corpus, "replica:1,data:8", LOWRANK)
