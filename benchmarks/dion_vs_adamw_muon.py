@@ -15,11 +15,13 @@ seeds are run at the chosen value and measured on the second half of the validat
 which chose nothing. ``ahead`` is Dion with ``nesterov``, ``residual=1`` and
 ``normalize_rows``, ``weight`` the same with ``residual=1.5``; dion_4 has a rank of 1/4 of
 the shorter side. ``--equal-time`` measures the CPU time of a training step of every row
-in turn, and trains again at the chosen rate for as many steps as take what Muon's took.
+in turn, and trains again at the chosen rate for as many steps as take what Muon's took
+(a row of as many steps as before is not trained again).
 Writes results/dion_vs_adamw_muon.json (dion_default_model.json) and .png beside this.
 """
 
 import argparse
+import contextlib
 import fcntl
 import json
 import math
@@ -28,6 +30,7 @@ import platform
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -200,15 +203,28 @@ def equal_time(stem: Path, names: list[str], one) -> None:
     costs = {n: min(turn[n] for turn in turns) for n in rows}
     for name, row in rows.items():
         steps = round(full * costs["muon"] / costs[name])
-        tests = [one(name, row["lr"], seed, steps)["test"] for seed in SEEDS]
-        row["equal_time"] = {
+        tests = [r["test"] for r in row["runs"]]
+        if steps != full:
+            tests = [one(name, row["lr"], seed, steps)["test"] for seed in SEEDS]
+        value = {
             "step_s": costs[name],
             "steps": steps,
             "mean": statistics.mean(tests),
             "spread": max(tests) - min(tests),
         }
-        print(f"{name:9s} {steps} steps: {row['equal_time']['mean']:.4f}", flush=True)
-    stem.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+        print(f"{name:9s} {steps} steps: {value['mean']:.4f}", flush=True)
+        with locked(stem):
+            record = json.loads(stem.with_suffix(".json").read_text())
+            record["results"][name]["equal_time"] = value
+            stem.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+@contextlib.contextmanager
+def locked(stem: Path) -> Iterator[None]:
+    """Rows may be run at the same time: one of them writes."""
+    with (Path(tempfile.gettempdir()) / f"{stem.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 # Rows of the picture and their labels; "ahead" are the options of ``jaxpapers run dion``.
@@ -336,9 +352,7 @@ def write(stem, name: str, result: dict, model: dict, corpus, quick: bool) -> No
         "cores": os.cpu_count(),
         "results": {},
     }
-    # Rows may be run at the same time.
-    with (Path(tempfile.gettempdir()) / f"{stem.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(stem):
         if path.exists():
             old = json.loads(path.read_text())
             if {k: old.get(k) for k in ("versions", "command")} == {
