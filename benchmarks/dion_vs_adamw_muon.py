@@ -1,7 +1,7 @@
 """Dion, AdamW, Muon and relatives on the standard library's text, each well tuned.
 
     python benchmarks/dion_vs_adamw_muon.py            the small model, 40 minutes
-    python benchmarks/dion_vs_adamw_muon.py --model default     that of jaxpapers run dion
+    python benchmarks/dion_vs_adamw_muon.py --model medium     4 layers of width 128
     ... --only muon,dion_4     these rows; the others of the JSON stay
     ... --equal-time           then: known rows again, with the CPU time of Muon's steps
     ... --quick                a few steps, to see that it works
@@ -17,7 +17,7 @@ which chose nothing. ``ahead`` is Dion with ``nesterov``, ``residual=1`` and
 the shorter side. ``--equal-time`` measures the CPU time of a training step of every row
 in turn, and trains again at the chosen rate for as many steps as take what Muon's took
 (a row of as many steps as before is not trained again).
-Writes results/dion_vs_adamw_muon.json (dion_default_model.json) and .png beside this.
+Writes results/dion_vs_adamw_muon.json (dion_medium_model.json) and .png beside this.
 """
 
 import argparse
@@ -52,9 +52,16 @@ SMALL = {
     "net.unroll": 2,
     "train.steps": 500,
     "optim.clip": 1.0,
+    "optim.cooldown": 0.4,
 }
-MODELS: dict[str, dict] = {"small": SMALL, "default": {}}
-FILES = {"small": "dion_vs_adamw_muon", "default": "dion_default_model"}
+MEDIUM = SMALL | {
+    "net.width": 128,
+    "net.layers": 4,
+    "net.unroll": 4,
+    "train.steps": 1600,
+}
+MODELS = {"small": SMALL, "medium": MEDIUM}
+FILES = {"small": "dion_vs_adamw_muon", "medium": "dion_medium_model"}
 SCALAR_LR = 0.01
 MATRICES = (0.005, 0.01, 0.02, 0.04)
 PLAIN = {"nesterov": False, "residual": 0.0, "normalize_rows": False}
@@ -84,8 +91,8 @@ OPTIMIZER = {
     "weight_4": dion(4, **AHEAD | {"residual": 1.5}),
 }
 GRID = {n: MATRICES for n in OPTIMIZER} | {"adamw": (0.002, 0.004, 0.008, 0.016)}
-# The larger model's grid starts with the smaller one's best and grows both ways.
-START = {n: (0.02,) for n in OPTIMIZER} | {"adamw": (0.004,)}
+# The medium model's grid starts with one value and grows both ways.
+START = {n: (0.01,) for n in OPTIMIZER} | {"adamw": (0.004,)}
 SEEDS = (0, 1, 2)
 OUT = Path(__file__).parent / "results"
 
@@ -194,8 +201,7 @@ def equal_time(stem: Path, names: list[str], one) -> None:
     """
     record = json.loads(stem.with_suffix(".json").read_text())
     rows = {n: record["results"][n] for n in ["muon", *names]}
-    full = run.load_config("dion", []).train.steps
-    full = record["model"].get("train.steps", full)
+    full = record["model"]["train.steps"]
     turns = [
         {n: one(n, row["lr"], 0, TIMED)["step_s"] for n, row in rows.items()}
         for _ in range(3)
@@ -342,7 +348,7 @@ def write(stem, name: str, result: dict, model: dict, corpus, quick: bool) -> No
     record = {
         "question": __doc__.splitlines()[0],
         "command": "python benchmarks/dion_vs_adamw_muon.py"
-        + (" --model default" if not model else "")
+        + (" --model medium" if model == MEDIUM else "")
         + (" --quick" if quick else ""),
         "model": model,
         "scalar_lr": SCALAR_LR,

@@ -73,7 +73,7 @@ class Net:
     """
 
     vocab_size: int = 264
-    width: int = 128
+    width: int = 96
     layers: int = 4
     heads: int = 2
     kv_heads: int = 0
