@@ -271,12 +271,13 @@ def draw(results: dict, path: Path) -> None:
         if name in results and axes[2].lines:
             axes[2].axhline(results[name]["mean"], ls=":", c="0.3")
             place = (1, results[name]["mean"])
-            axes[2].annotate(DRAWN[name], place, ha="right", va="bottom")
+            axes[2].annotate(DRAWN[name], place, ha="right", va="top")
     ticks = (0.002, 0.005, 0.01, 0.02, 0.04)
     axes[1].set_xscale("log")
     axes[1].set_xticks(ticks, [f"{t:g}" for t in ticks])
     axes[1].minorticks_off()
     if axes[2].lines:
+        axes[2].margins(y=0.08)  # Room for the lowest label.
         axes[2].set_xscale("log", base=2)
         axes[2].set_xticks([1 / n for n in SHARES], ["1/16", "1/4", "1/2", "1"])
     axes[0].set(xlabel="step", ylabel="training bits per byte (mean of 30 steps)")

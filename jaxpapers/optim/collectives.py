@@ -135,8 +135,14 @@ def all_to_all(
     x = jnp.pad(x, fill)
 
     def move(x, give, take):
+        # XLA's CPU backend sends slices, and what they are slices of (stacks of leaves,
+        # zeros) may have several layouts, which it then refuses: one array has one.
         return lax.all_to_all(
-            x, axis_name, split_axis=give, concat_axis=take, tiled=True
+            lax.optimization_barrier(x),
+            axis_name,
+            split_axis=give,
+            concat_axis=take,
+            tiled=True,
         )
 
     def back(y):

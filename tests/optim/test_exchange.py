@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from jaxpapers import hlo
 from jaxpapers.optim import (
     DimensionNumbers,
+    collectives,
     dion_state_sharding,
     plan_dion,
     replica_specs,
@@ -181,6 +182,26 @@ def test_bytes_are_the_closed_form(make_mesh):
     assert sent(compiled.as_text(), mesh) == pytest.approx(total)
     assert set(total) == {("all-to-all", (D,))}
     assert sum(total.values()) < 0.7 * sum(wanted("thin", mesh, **options).values())
+
+
+def test_a_stack_of_several_layouts(make_mesh):
+    """A CPU's compiler refused slices of it (HLO all-to-all has operands with ...)."""
+    columns, rows = P(None, None, D), P(None, D)
+
+    def local(x, y, z):
+        stack = jnp.concatenate([x + 1, jnp.swapaxes(y, 1, 2), jnp.swapaxes(z, 1, 2)])
+        whole, back = collectives.all_to_all(stack, D, 0, 2)
+        assert whole.shape == (1, 96, 32)
+        x, y, z = (x[None] for x in back(jnp.cumsum(whole, 2)))
+        return x, jnp.swapaxes(y, 1, 2), jnp.swapaxes(z, 1, 2)
+
+    specs = (columns, rows, rows)
+    local = jax.shard_map(local, mesh=make_mesh((8,)), in_specs=specs, out_specs=specs)
+    x = np.arange(96 * 32, dtype=np.float32).reshape(1, 96, 32) % 7
+    y = np.swapaxes(x, 1, 2)
+    found = jax.jit(local)(x, y, 2 * y)  # As a user compiles it, not QUICK.
+    wanted = np.cumsum(x + 1, 2), np.cumsum(y, 1), np.cumsum(2 * y, 1)
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
 
 
 def test_fewer_bytes_decide():
