@@ -70,8 +70,8 @@ def get_config(preset: str | None = None) -> ConfigDict:
                 "b2": 0.95,
             },
             "train": blocks.train(
-                3000,
-                eval_every=750,
+                2800,
+                eval_every=700,
                 save_minutes=1.0,
                 sample=400,  # bytes
                 replica_sync="gradient",  # lowrank: replicas average P and R
