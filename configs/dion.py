@@ -1,6 +1,6 @@
 """Language models trained with Dion, and the same model with AdamW and Muon.
 
-    jaxpapers run dion                 default: two to five minutes on 2 cores
+    jaxpapers run dion                 default: two to six minutes on 2 cores
     jaxpapers run dion:paper           the same without what is not in the paper
     jaxpapers run dion:smoke           a few steps
     jaxpapers run dion:standard        30 minutes

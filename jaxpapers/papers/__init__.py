@@ -50,7 +50,7 @@ NAMES: dict[str, Paper] = {
         "byte-level language model on the standard library",
         result="1.656 bits per byte of held-out code (1.741 by the paper's Dion); "
         "gzip -9 1.937, xz -9 1.658",
-        cost="2 to 5 minutes",
+        cost="2 to 6 minutes",
     ),
     "din": Paper(
         "Deep Interest Network for Click-Through Rate Prediction",
