@@ -1,5 +1,6 @@
 """Process rewards: the stream, the rows, what is refused, numbers without a model."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -111,6 +112,35 @@ def test_words_are_labelled_by_whether_the_step_is_right_so_far():
     assert row.labels.tolist() == [-100, 1, 1, 0, 0]
     row = process_examples.sequence(["x"], words, [-1], 1, 2)
     assert row.labels.tolist() == [-100, -100, -100, -100, 0]
+
+
+def test_equal_beginnings_have_equal_scores():
+    """Where a sequence lies in a batch rounds it otherwise, which votes must not see."""
+    steps = [["1", reasoning.STEP], ["2", reasoning.STEP], ["3", reasoning.STEP]]
+    made = [
+        process_examples.sequence([question], [steps[i] for i in places])
+        for question, places in [
+            ("x", (0, 1)),
+            ("x", (0, 2, 1)),
+            ("=", (0, 1)),
+            ("x", (0, 1)),
+        ]
+    ]
+
+    calls = itertools.count()
+
+    def run(params, extra, batch):
+        return np.arange(batch["ids"].size).reshape(batch["ids"].shape) + 100 * next(
+            calls
+        )
+
+    c = smoke(data__eval_length=len(made[1].ids), data__eval_batch=1).data
+    a, b, other, same = process_examples.scores(c, grid("1x1"), made, run, {}, {})
+    assert list(map(len, (a, b, other, same))) == [2, 3, 2, 2]
+    np.testing.assert_array_equal(a, same)
+    assert a[0] == b[0]
+    # One number each for: x0, x01, x02, x021, =0, =01.
+    assert len({*a, *b, *other}) == 6
 
 
 def test_metrics_stop_at_the_first_error():
