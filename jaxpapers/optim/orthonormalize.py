@@ -175,19 +175,20 @@ def _shifted_cholesky_qr(
         inverse = gather(inverse)
         unsafe, last = _gather_facts(facts, gather, p.dtype)
         unsafe = unsafe & (count == 0)
-        basis = _times_upper(p, inverse)
+
+        @jax.named_scope(RESCUE)
+        def gather_lower():
+            return gather(lower)
 
         @jax.named_scope(RESCUE)
         def put_back():
             return jnp.where(unsafe, _jitter(p, axis_name, rows), basis)
 
-        @jax.named_scope(RESCUE)
-        def refine():
-            return jnp.where(jittered, _refine(basis, p, gather(lower), inverse), basis)
-
+        with jax.named_scope(scopes.ONCE):
+            lower = lax.cond(jnp.any(jittered), gather_lower, lambda: inverse)
+        basis = _solve(p, lower, inverse, jittered)
         with jax.named_scope(scopes.ONCE):
             better = lax.cond(jnp.any(unsafe), put_back, lambda: basis)
-            better = lax.cond(jnp.any(jittered), refine, lambda: better)
         return count + 1, jnp.where(done, p, better), done | last, unsafe | no
 
     with jax.named_scope(scopes.usual_trips(GRAM_PASSES["scqr"])):
@@ -207,15 +208,50 @@ def _gather_facts(facts: tuple[Array, ...], gather: Callable, dtype) -> list[Arr
     return [code == 0, code == 2]
 
 
-def _refine(basis: Array, p: Array, lower: Array, inverse: Array) -> Array:
-    """One step of iterative refinement of basis L^T = p.
+def _solve(p: Array, lower: Array, inverse: Array, refined: Array) -> Array:
+    """X with X L^T = p: p L^-T, and where ``refined`` a step of iterative refinement.
 
     A shifted pass lifts the smallest singular value of a jittered p, u, by
     1 / sqrt(shift). No later pass recovers the part of the span that the explicit
     inverse loses there.
+
+    Args:
+      p: (n, l, r).
+      lower: L; not read where none is ``refined``.
+      inverse: L^-1.
+      refined: (n, 1, 1).
     """
-    lost = p - stack_product("lr,sr->ls", basis, jnp.tril(lower))
-    return basis + _times_upper(lost, inverse)
+
+    def three_products(p, lower, inverse, refined):
+        x = _times_upper(p, inverse)
+
+        @jax.named_scope(RESCUE)
+        def refine():
+            rest = p - _times_upper(x, lower)
+            return jnp.where(refined, x + _times_upper(rest, inverse), x)
+
+        return lax.cond(jnp.any(refined), refine, lambda: x)
+
+    return lax.platform_dependent(
+        p, lower, inverse, refined, tpu=_solve_in_a_loop, default=three_products
+    )
+
+
+def _solve_in_a_loop(p: Array, lower: Array, inverse: Array, refined: Array) -> Array:
+    """``_solve`` as a program of one product: a TPU's compiler takes a fifth less time.
+
+    X <- p L^-T, D <- p - X L^T, X <- X + D L^-T, of which only the first may be made.
+    """
+
+    def one_product(i, carry):
+        x, rest = carry
+        second = i == 1
+        factor = jnp.where(second, lower, inverse)
+        y = _times_upper(jnp.where(second, x, rest), factor)
+        rest = jnp.where(second, p - y, rest)
+        return jnp.where(i == 0, y, jnp.where(refined & (i == 2), x + y, x)), rest
+
+    return lax.fori_loop(0, jnp.where(jnp.any(refined), 3, 1), one_product, (p, p))[0]
 
 
 def _cholesky_qr(p: Array, axis_name: AxisNames, least: float) -> Array:
@@ -229,14 +265,14 @@ def _gram(p: Array) -> Array:
     return stack_product("lr,ls->rs", p, p)
 
 
-def _times_upper(p: Array, inverse: Array) -> Array:
-    """p L^-T, given L^-1.
+def _times_upper(p: Array, lower: Array) -> Array:
+    """p L^T, given L; p L^-T, given L^-1.
 
     The small inverse, then one product with p: products run at full speed everywhere,
     triangular solves with many right-hand sides nowhere. The next pass repairs the
     orthonormality that the explicit inverse of an ill-conditioned L loses.
     """
-    return stack_product("lr,sr->ls", p, jnp.tril(inverse))
+    return stack_product("lr,sr->ls", p, jnp.tril(lower))
 
 
 def _factor(

@@ -77,8 +77,8 @@ def test_blocked_factor_fails_as_lapack():
         assert np.isnan(x[1]) and np.isfinite(x[[0, 2]]).all()
 
 
-def test_blocked_factor_in_scqr(monkeypatch):
-    """The same passes, bases as orthonormal, and spans kept as with LAPACK's."""
+def test_scqr_as_on_a_tpu(monkeypatch):
+    """Blocked factors, one product in a loop: the same passes, and as good bases."""
     l, r = 320, 136
     noise = np.random.default_rng(1).normal(size=(l, r))
     ps = [decaying(l, r, 10.0**c) for c in (0, 3, 5, 8)]
@@ -93,6 +93,7 @@ def test_blocked_factor_in_scqr(monkeypatch):
     # The package's name is that of the function.
     module = sys.modules["jaxpapers.optim.orthonormalize"]
     monkeypatch.setattr(module, "inverse_factor", blocked_inverse_factor)
+    monkeypatch.setattr(module, "_solve", module._solve_in_a_loop)
     bases, blocked = together(lambda ps: lax.map(lambda p: each(p), ps), ps)
     np.testing.assert_array_equal(blocked, counts)
     for p, q in zip(ps.astype(float), bases.astype(float)):
@@ -123,6 +124,29 @@ def test_a_tpus_program_has_no_factorisation_to_expand(make_mesh, sharded):
     text = tpu_text(run, shape)
     assert "stablehlo.while" in text
     assert not re.search("cholesky|triangular_solve|lapack|callback", text)
+
+
+def test_a_tpus_solve_holds_one_product():
+    """Those of refinement are further trips of its loop."""
+    module = sys.modules["jaxpapers.optim.orthonormalize"]
+    shapes = (2, 64, 16), (2, 16, 16), (2, 16, 16), (2, 1, 1)
+
+    def solve(f):
+        return lambda *x: f(*x[:3], x[3] > 0)
+
+    run, loop = solve(module._solve), solve(module._solve_in_a_loop)
+    assert tpu_text(run, *shapes).count("dot_general") == 1
+    rng = np.random.default_rng(0)
+    p = rng.normal(size=shapes[0]).astype(np.float32)
+    lower = np.tril(rng.normal(size=shapes[1]) + 4 * np.eye(16)).astype(np.float32)
+    # A poor inverse: one step squares its error, where it is taken.
+    inverse = (np.linalg.inv(lower.astype(float)) * (1 + 1e-3)).astype(np.float32)
+    for refined in ([0, 0], [1, 0], [1, 1]):
+        args = p, lower, inverse, np.float32(refined).reshape(shapes[3])
+        found = [jax.jit(f)(*args) for f in (run, loop)]
+        np.testing.assert_array_equal(*found)
+        errors = np.abs(np.asarray(found[0]) @ lower.mT - p).max((1, 2))
+        np.testing.assert_array_equal(errors < 1e-4, np.array(refined) > 0)
 
 
 def test_large_stacks_are_multiplied_one_by_one_on_a_tpu():
