@@ -171,6 +171,8 @@ def _shifted_cholesky_qr(
         count, p, done, jittered = carry
         gram, gather = share_sum(_gram(p), axis_name)
         attempts = jnp.where(count == 0, 1, 3)
+        # As ``rows`` above: a share of the batch may vary over fewer axes than p.
+        gram = gram + (p[0, 0, 0] > jnp.inf).astype(gram.dtype)
         lower, inverse, facts = _factor(gram, _SAFE, attempts)
         inverse = gather(inverse)
         unsafe, last = _gather_facts(facts, gather, p.dtype)
@@ -185,6 +187,7 @@ def _shifted_cholesky_qr(
             return jnp.where(unsafe, _jitter(p, axis_name, rows), basis)
 
         with jax.named_scope(scopes.ONCE):
+            # Nothing reads it where nothing is refined.
             lower = lax.cond(jnp.any(jittered), gather_lower, lambda: inverse)
         basis = _solve(p, lower, inverse, jittered)
         with jax.named_scope(scopes.ONCE):
@@ -230,17 +233,19 @@ def _solve(p: Array, lower: Array, inverse: Array, refined: Array) -> Array:
             rest = p - _times_upper(x, lower)
             return jnp.where(refined, x + _times_upper(rest, inverse), x)
 
-        return lax.cond(jnp.any(refined), refine, lambda: x)
+        with jax.named_scope(scopes.ONCE):
+            return lax.cond(jnp.any(refined), refine, lambda: x)
 
+    # On a CPU the loop's copies take 3 to 11 % of an orthonormalisation.
     return lax.platform_dependent(
         p, lower, inverse, refined, tpu=_solve_in_a_loop, default=three_products
     )
 
 
 def _solve_in_a_loop(p: Array, lower: Array, inverse: Array, refined: Array) -> Array:
-    """``_solve`` as a program of one product: a TPU's compiler takes a fifth less time.
+    """``_solve`` as a program of one product: a TPU's compiler works on less.
 
-    X <- p L^-T, D <- p - X L^T, X <- X + D L^-T, of which only the first may be made.
+    X <- p L^-T, D <- p - X L^T, X <- X + D L^-T; only the first where nothing is refined.
     """
 
     def one_product(i, carry):

@@ -157,8 +157,8 @@ def scores(
 ) -> list[np.ndarray]:
     """Scores at the labels of every sequence, float64; none of an empty one.
 
-    Sequences that begin alike have the same scores there, those of the first: rounding,
-    which differs from row to row of a mesh, must not decide between equal solutions.
+    Sequences that begin alike have the same scores there: rounding, which differs from
+    row to row of a mesh, must not decide between equal solutions.
 
     Args:
       c: ``eval_length`` and ``eval_batch``.
@@ -197,7 +197,10 @@ def scores(
         before, start = hashlib.blake2b(digest_size=16), 0
         for k, end in enumerate(np.flatnonzero(np.asarray(x.labels) >= 0) + 1):
             before.update(np.asarray(x.ids[start:end], np.int64).tobytes())
-            values[k], start = seen.setdefault(before.digest(), values[k]), end
+            start = end
+            # What is not finite stays where it is, for the caller to find.
+            if np.isfinite(values[k]):
+                values[k] = seen.setdefault(before.digest(), values[k])
     return found
 
 

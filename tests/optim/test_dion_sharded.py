@@ -258,14 +258,18 @@ def test_devices_take_passes_of_their_own(make_mesh):
 
 
 @pytest.mark.matrix
-def test_vmap_over_a_sharded_update(make_mesh):
-    """Several optimizers' states at once: choices become selections."""
+@pytest.mark.parametrize("axes", [(D, M), ((D, M), None), (None, (D, M))])
+def test_vmap_over_a_sharded_update(make_mesh, axes):
+    """Several optimizers' states at once: choices become selections.
+
+    Four matrices fill one of two axes that split their rows.
+    """
     mesh = make_mesh((4, 2))
     g = np.random.default_rng(0).normal(size=(3, 4, 16, 32)).astype(np.float32)
-    where = NamedSharding(mesh, P(None, D, M))
+    where = NamedSharding(mesh, P(None, *axes))
     options = {"scale": None, "weight_dimension_numbers": DimensionNumbers(1, 2)}
     tx = scale_by_dion(0.25, sharding=where, **options)
-    x = jax.device_put(g, NamedSharding(mesh, P(None, None, D, M)))
+    x = jax.device_put(g, NamedSharding(mesh, P(None, None, *axes)))
     with jax.set_mesh(mesh):
         one = jax.jit(tx.init)({"w": np.zeros((4, 16, 32), np.float32)})
         states = jax.tree.map(lambda s: np.stack([s] * 3), jax.device_get(one))

@@ -114,33 +114,45 @@ def test_words_are_labelled_by_whether_the_step_is_right_so_far():
     assert row.labels.tolist() == [-100, -100, -100, -100, 0]
 
 
-def test_equal_beginnings_have_equal_scores():
+@pytest.mark.parametrize("rows", [1, 2])
+def test_equal_beginnings_have_equal_scores(rows):
     """Where a sequence lies in a batch rounds it otherwise, which votes must not see."""
     steps = [["1", reasoning.STEP], ["2", reasoning.STEP], ["3", reasoning.STEP]]
+    places = [("x", (0, 1)), ("x", (0, 2, 1)), ("=", (0, 1)), ("x", (0, 1))]
     made = [
-        process_examples.sequence([question], [steps[i] for i in places])
-        for question, places in [
-            ("x", (0, 1)),
-            ("x", (0, 2, 1)),
-            ("=", (0, 1)),
-            ("x", (0, 1)),
-        ]
+        process_examples.sequence([question], [steps[i] for i in chosen])
+        for question, chosen in places
     ]
-
-    calls = itertools.count()
+    made.insert(1, versaprm.encoding.NONE)
+    calls = itertools.count(1)
 
     def run(params, extra, batch):
-        return np.arange(batch["ids"].size).reshape(batch["ids"].shape) + 100 * next(
-            calls
-        )
+        numbers = np.arange(batch["ids"].size).reshape(batch["ids"].shape)
+        return numbers + 100.0 * next(calls)
 
-    c = smoke(data__eval_length=len(made[1].ids), data__eval_batch=1).data
-    a, b, other, same = process_examples.scores(c, grid("1x1"), made, run, {}, {})
-    assert list(map(len, (a, b, other, same))) == [2, 3, 2, 2]
+    # Of rows that hold one sequence, and two.
+    c = smoke(data__eval_length=rows * len(made[2].ids), data__eval_batch=1).data
+    a, none, b, other, same = process_examples.scores(c, grid("1x1"), made, run, {}, {})
+    assert list(map(len, (a, none, b, other, same))) == [2, 0, 3, 2, 2]
     np.testing.assert_array_equal(a, same)
     assert a[0] == b[0]
     # One number each for: x0, x01, x02, x021, =0, =01.
     assert len({*a, *b, *other}) == 6
+
+
+def test_scores_that_are_not_finite_stay_where_they_are():
+    made = [process_examples.sequence(["x"], [["1", reasoning.STEP]])] * 3
+    calls = iter([1.0, np.nan, 2.0])
+    c = smoke(data__eval_length=len(made[0].ids), data__eval_batch=1).data
+    found = process_examples.scores(
+        c,
+        grid("1x1"),
+        made,
+        lambda p, e, b: np.full(b["ids"].shape, next(calls)),
+        {},
+        {},
+    )
+    np.testing.assert_array_equal(np.concatenate(found), [1, np.nan, 1])
 
 
 def test_metrics_stop_at_the_first_error():
