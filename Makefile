@@ -7,7 +7,8 @@ READY := $(VENV)/.ready
 WORKDIR ?= runs/dion
 TESTS ?=
 PYTEST := $(BIN)/python -m pytest --durations=15
-PARALLEL := -n 2 --dist loadgroup
+# A worker that crashes ends the run: pytest-xdist can wait for its successor forever.
+PARALLEL := -n 2 --dist loadgroup --max-worker-restart=0
 # Annotated shapes and types are checked too: a tenth of the time of all tests.
 TYPES := --jaxtyping-packages=jaxpapers,beartype.beartype
 # What depends on the version of JAX: for a second Python.

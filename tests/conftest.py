@@ -22,6 +22,8 @@ if EMITTERS_CAN_BE_OFF:
     FLAGS.append("--xla_cpu_use_fusion_emitters=false")
     # Modules of LLVM: splitting costs more than it gains where other tests run beside.
     FLAGS.append("--xla_cpu_parallel_codegen_split_count=1")
+    # Devices that wait 60 s for each other end the process, and shared machines stall.
+    FLAGS.append("--xla_cpu_collective_call_terminate_timeout_seconds=300")
 os.environ.setdefault("XLA_FLAGS", " ".join(FLAGS))
 
 import jax  # noqa: E402
