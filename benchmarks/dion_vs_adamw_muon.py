@@ -118,7 +118,10 @@ class Curve:
 
 
 def one_run(name: str, lr: float, seed: int, corpus, model: dict, steps=None) -> dict:
-    """Trains once; returns bits per byte on both halves of validation, time, curve."""
+    """Trains once; returns bits per byte on both halves of validation, time, curve.
+
+    A run of `TIMED` steps is not evaluated and returns its time alone.
+    """
     values = {**model, "optim.scalar_lr": SCALAR_LR, "optim.lr": lr}
     values |= {f"optim.{k}": v for k, v in OPTIMIZER[name].items()}
     values |= {"train.seed": seed, "data.seed": seed}
@@ -151,6 +154,8 @@ def one_run(name: str, lr: float, seed: int, corpus, model: dict, steps=None) ->
         "step_s": (curve.cpu[-1] - curve.cpu[half := len(curve.cpu) // 2])
         / (len(curve.cpu) - 1 - half),
     }
+    if steps == TIMED:
+        return seconds
     loss = jax.jit(lambda p, b: method.loss(p, b, jax.random.key(0)))
 
     def bits(stream):
@@ -207,6 +212,8 @@ def equal_time(stem: Path, names: list[str], one) -> None:
         for _ in range(3)
     ]
     costs = {n: min(turn[n] for turn in turns) for n in rows}
+    for name, seconds in costs.items():
+        print(f"{name:9s} {1e3 * seconds:.1f} ms of CPU time a step", flush=True)
     for name, row in rows.items():
         steps = round(full * costs["muon"] / costs[name])
         tests = [r["test"] for r in row["runs"]]
