@@ -38,6 +38,7 @@ def get_config(preset: str | None = None) -> ConfigDict:
                 "context": 128,
                 "batch": 8,
                 "eval_batch": 64,
+                "overlap": 0.5,  # of an evaluation's windows: read before what is scored
                 "quick_tokens": 16_384,  # of an evaluation during training
                 "seed": 0,
             },

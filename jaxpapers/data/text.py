@@ -225,18 +225,31 @@ class Windows:
 
 
 def score_windows(
-    streams: Sequence[np.ndarray], context: int, batch: int
+    streams: Sequence[np.ndarray], context: int, batch: int, overlap: float = 0.25
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Evaluation batches that score each token once, after context of a quarter window.
+    """Evaluation batches that score each token once, after some context.
 
-    Windows overlap by a quarter of the context; a token is scored in the first window
-    that has it. A separator precedes every stream, so its first token is scored too.
+    A token is scored in the first window that has it. A separator precedes every stream,
+    so its first token is scored too.
+
+    Args:
+      streams: tokens of each document.
+      context: tokens of a window.
+      batch: windows of a batch.
+      overlap: share of a window that it has in common with the one before. A token is
+        scored after that much of its document, or all there is; windows are
+        1 / (1 - overlap) as many as tokens need.
 
     Yields:
       {"tokens": int32 (batch, context + 1), "weight": float32 (batch, context)}, with
       weight 0 for unscored tokens and padding.
+
+    Raises:
+      ValueError: an overlap that leaves no token to score.
     """
-    overlap = context // 4
+    if not 0 <= overlap < 1:
+        raise ValueError(f"overlap must be in [0, 1), got {overlap}")
+    shared = int(context * overlap)
     tokens = np.full((batch, context + 1), SEPARATOR, np.int32)
     weight = np.zeros((batch, context), np.float32)
     row = 0
@@ -244,7 +257,7 @@ def score_windows(
         stream = np.concatenate([np.array([SEPARATOR], stream.dtype), stream])
         done = 1  # stream[:done] is scored, or is the leading separator
         while done < len(stream):
-            start = max(done - 1 - overlap, 0)
+            start = max(done - 1 - shared, 0)
             stop = min(start + context + 1, len(stream))
             tokens[row, : stop - start] = stream[start:stop]
             weight[row, done - start - 1 : stop - start - 1] = 1

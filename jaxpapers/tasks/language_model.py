@@ -52,6 +52,11 @@ def study(name: str, config: Any, data: Data, mesh: Any) -> Study:
     """
     del name  # Only dion has this task.
     meshes.batch_rows(mesh, config.data.eval_batch, name="data.eval_batch")
+    if not 0 <= config.data.overlap < 1:
+        raise ValueError(
+            f"config.data.overlap must be in [0, 1), got {config.data.overlap}: it is "
+            "the share of a window that stands before what is scored"
+        )
     corpus, unit = _corpus(config), data.unit.rstrip("s")
     bits = functools.partial(_bits, config, corpus, mesh)
 
@@ -134,7 +139,7 @@ def _bits(config, corpus, mesh, method, state, streams) -> float:
     nats = _code_length(method.loss)
     total, newest = [], None
     with jax.set_mesh(mesh):
-        for batch in text.score_windows(streams, c.context, size):
+        for batch in text.score_windows(streams, c.context, size, c.overlap):
             local = jax.tree.map(lambda x: x[rows], batch)
             placed = meshes.put_batch(local, mesh, size)
             last, newest = newest, nats(state.params, placed)

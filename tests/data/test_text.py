@@ -99,19 +99,26 @@ def test_batch_is_a_function_of_the_global_index():
     assert (other.batch(16, 8)["tokens"] != whole).any()
 
 
+@pytest.mark.parametrize("overlap, context", [(0.0, 0), (0.25, 2), (0.5, 4), (0.9, 7)])
 @pytest.mark.parametrize("length", [1, 7, 8, 9, 30, 31, 33])
-def test_scores_cover_every_token_once(length):
+def test_scores_cover_every_token_once(length, overlap, context):
     streams = [np.arange(length), 100 + np.arange(5)]
     seen = []
-    for batch in text.score_windows(streams, 8, 3):
+    for batch in text.score_windows(streams, 8, 3, overlap):
         assert batch["tokens"].shape == (3, 9)
         for row, weight in zip(batch["tokens"], batch["weight"]):
             targets = row[1:][weight > 0]
             seen += targets.tolist()
             if len(targets) and targets[0] not in (0, 100):
-                # A quarter of the window, or all there is, stands before a target.
-                assert np.flatnonzero(weight)[0] >= 2
+                # That much of the window stands before a target.
+                assert np.flatnonzero(weight)[0] == context
     assert seen == [*range(length), *range(100, 105)]
+
+
+@pytest.mark.parametrize("overlap", [-0.1, 1.0])
+def test_an_overlap_that_leaves_nothing_to_score_is_refused(overlap):
+    with pytest.raises(ValueError, match=r"overlap must be in \[0, 1\)"):
+        next(text.score_windows([np.arange(9)], 8, 3, overlap))
 
 
 def test_shard_round_trip_is_memory_mapped(tmp_path):
