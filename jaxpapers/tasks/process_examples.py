@@ -157,8 +157,7 @@ def scores(
 ) -> list[np.ndarray]:
     """Scores at the labels of every sequence, float64; none of an empty one.
 
-    Sequences that begin alike have the same scores there: rounding, which differs from
-    row to row of a mesh, must not decide between equal solutions.
+    Sequences that begin alike have the same scores there, see ``share_beginnings``.
 
     Args:
       c: ``eval_length`` and ``eval_batch``.
@@ -192,16 +191,34 @@ def scores(
                 for j, number in enumerate(numbers):
                     mine = ends[i] & (batch["segments"][i] == j + 1)
                     found[number] = values[i][mine]
-    seen: dict[bytes, np.float64] = {}
-    for x, values in zip(sequences, found):
+    share_beginnings(sequences, found, {})
+    return found
+
+
+def share_beginnings(
+    sequences: Sequence[encoding.Encoded],
+    found: Sequence[np.ndarray],
+    seen: dict[bytes, float],
+) -> None:
+    """Gives sequences that begin alike the same scores there, in place.
+
+    Rounding differs from row to row of a batch and of a mesh: it must not decide between
+    equal solutions.
+
+    Args:
+      sequences: with a label, whatever it is, at the end of every step.
+      found: scores of their steps, or of the first ones.
+      seen: score of every beginning by its digest, those of earlier calls among them.
+    """
+    for x, values in zip(sequences, found, strict=True):
         before, start = hashlib.blake2b(digest_size=16), 0
-        for k, end in enumerate(np.flatnonzero(np.asarray(x.labels) >= 0) + 1):
+        ends = np.flatnonzero(np.asarray(x.labels) >= 0) + 1
+        for k, end in enumerate(ends[: len(values)]):
             before.update(np.asarray(x.ids[start:end], np.int64).tobytes())
             start = end
             # What is not finite stays where it is, for the caller to find.
             if np.isfinite(values[k]):
                 values[k] = seen.setdefault(before.digest(), values[k])
-    return found
 
 
 def step_metrics(

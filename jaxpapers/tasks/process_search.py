@@ -36,6 +36,7 @@ class Solver:
         self.c, self.problem, self.scores = c, problem, scores
         self.rng = random.Random(f"{seed}/{problem.domain}/{problem.number}")
         self.drawn = 0
+        self.seen: dict[bytes, float] = {}
 
     def extend(
         self, paths: Sequence[search.Path], active: Sequence[bool]
@@ -66,7 +67,7 @@ class Solver:
             else encoding.NONE
             for path, on in zip(paths, active)
         ]
-        return step_scores(rows, self.c.eval_length, self.scores)
+        return step_scores(rows, self.c.eval_length, self.scores, self.seen)
 
     def right(self, best: search.Found) -> bool:
         """Whether a search ended with the right option."""
@@ -74,12 +75,24 @@ class Solver:
 
 
 def step_scores(
-    rows: Sequence[encoding.Encoded], length: int, scores: Callable
+    rows: Sequence[encoding.Encoded],
+    length: int,
+    scores: Callable,
+    seen: dict[bytes, float],
 ) -> list[list[float]]:
-    """Scores of the steps of sequences, in one call of one shape."""
+    """Scores of the steps of sequences, in one call of one shape.
+
+    Args:
+      rows: the sequences.
+      length: of a row.
+      scores: (ids, segments) -> step scores.
+      seen: of a search, empty at its beginning: see ``examples.share_beginnings``.
+    """
     batch = encoding.fill(rows, [[i] for i in range(len(rows))], length)
     found = jax.device_get(scores(batch["ids"], batch["segments"]))
-    return [x[v].tolist() for x, v in zip(found.scores, found.valid)]
+    values = [x[v].astype(np.float64) for x, v in zip(found.scores, found.valid)]
+    examples.share_beginnings(rows, values, seen)
+    return [x.tolist() for x in values]
 
 
 METHODS = {

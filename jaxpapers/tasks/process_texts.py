@@ -192,6 +192,7 @@ class TextSolver:
         self.problem, self.scores = problem, scores
         self.model = writer.load(self.c.model)
         self.drawn = 0
+        self.seen: dict[bytes, float] = {}
 
     def extend(
         self, paths: Sequence[search.Path], active: Sequence[bool]
@@ -214,7 +215,9 @@ class TextSolver:
             _encoded(self.model, self.net, question, path) if on else encoding.NONE
             for path, on in zip(paths, active)
         ]
-        return process_search.step_scores(rows, self.c.eval_length, self.scores)
+        return process_search.step_scores(
+            rows, self.c.eval_length, self.scores, self.seen
+        )
 
     def right(self, best: search.Found) -> bool:
         """Whether a search ended with the right result."""

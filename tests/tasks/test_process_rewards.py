@@ -14,7 +14,7 @@ from jaxpapers import run, tasks
 from jaxpapers.ops import reasoning
 from jaxpapers.papers import versaprm
 from jaxpapers.study import with_fields
-from jaxpapers.tasks import process_examples, process_rewards
+from jaxpapers.tasks import process_examples, process_rewards, process_search
 from tests.contract import grid
 
 
@@ -138,6 +138,32 @@ def test_equal_beginnings_have_equal_scores(rows):
     assert a[0] == b[0]
     # One number each for: x0, x01, x02, x021, =0, =01.
     assert len({*a, *b, *other}) == 6
+
+
+def test_a_search_sees_one_score_of_each_beginning():
+    """Beams that share their least step are equal, in one call and in later ones."""
+    steps = [[str(i), reasoning.STEP] for i in range(3)]
+    calls = itertools.count(1)
+
+    def scores(ids, segments):
+        valid = (ids == reasoning.ids([reasoning.STEP])[0]) & (segments > 0)
+        order = np.argsort(~valid, axis=1, kind="stable")
+        numbers = np.arange(ids.size).reshape(ids.shape) / 1e3 + next(calls)
+        take = np.take_along_axis
+        return versaprm.Scores(take(numbers, order, 1), take(valid, order, 1))
+
+    def step_scores(paths):
+        rows = [
+            process_examples.sequence(["x"], [steps[i] for i in path]) if path else none
+            for path in paths
+        ]
+        return process_search.step_scores(rows, 7, scores, seen)
+
+    none, seen = versaprm.encoding.NONE, {}
+    a, empty, b = step_scores([(0, 1), (), (0, 2)])
+    assert empty == [] and a[0] == b[0] and a[1] != b[1]
+    c, d = step_scores([(0, 2, 1), (1,)])
+    assert c[:2] == b and len({*a, *b, *c, *d}) == 5
 
 
 def test_scores_that_are_not_finite_stay_where_they_are():
