@@ -2,6 +2,7 @@
 
     python benchmarks/plan_tables.py            every row (half an hour on two cores)
     python benchmarks/plan_tables.py dion:3b    rows whose first column contains the word
+    ... --again                                 those that are there already too
 
 Each row is one ``jaxpapers plan`` in its own process, compiled by the TPU compiler for
 a slice that is not here. Writes results/plans.json beside this, row by row, and the
@@ -180,7 +181,8 @@ def write_table(table: str, marks: tuple[str, str] = MARKS) -> None:
 
 def main() -> None:
     """Computes the missing rows."""
-    word = sys.argv[1] if len(sys.argv) > 1 else ""
+    words = [x for x in sys.argv[1:] if x != "--again"]
+    word, again = "".join(words[:1]), "--again" in sys.argv
     rows = json.loads(OUT.read_text())["rows"] if OUT.exists() else {}
     wanted = {}
     for preset, topology, mesh, fields in SLICES:
@@ -206,7 +208,7 @@ def main() -> None:
         row = rows.get(key, {})
         done = asked.items() <= row.items() and "error" not in row
         # Rows of before CPU seconds were counted, where they are asked for.
-        done = done and (not word or "cpu_seconds" in row)
+        done = done and not again and (not word or "cpu_seconds" in row)
         if word not in key or done:
             continue
         rows[key] = {**asked, **compute(asked["command"])}
