@@ -3,8 +3,9 @@
     python benchmarks/dion_vs_adamw_muon.py            the small model, 40 minutes
     python benchmarks/dion_vs_adamw_muon.py --model medium     4 layers of width 128
     ... --only muon,dion_4     these rows; the others of the JSON stay
-    ... --equal-time           then: known rows again, with the CPU time of Muon's steps
-    ... --quick                a few steps, to see that it works
+    taskset -c 0 python ... --equal-time   then: known rows again, with the CPU time of
+                               Muon's steps, on an idle machine
+    ... --quick --out FOLDER   a few steps, to see that it works
 
 One model, one stream of batches per seed. For each optimizer the learning rate of the
 hidden matrices is chosen on GRID (factors of 2) by the loss on the first half of the
@@ -12,11 +13,12 @@ validation text with seed 0; everything that is no hidden matrix is trained by A
 SCALAR_LR in all, except that AdamW's rows use one learning rate for all. If the best
 value lies on an edge of the grid, the grid is extended until it does not. Then three
 seeds are run at the chosen value and measured on the second half of the validation text,
-which chose nothing. ``ahead`` is Dion with ``nesterov``, ``residual=1`` and
-``normalize_rows``, ``weight`` the same with ``residual=1.5``; dion_4 has a rank of 1/4 of
-the shorter side. ``--equal-time`` measures the CPU time of a training step of every row
-in turn, and trains again at the chosen rate for as many steps as take what Muon's took
-(a row of as many steps as before is not trained again).
+which chose nothing; a byte is scored after a quarter of a window. ``ahead`` is Dion with
+``nesterov``, ``residual=1`` and ``normalize_rows``, ``weight`` the same with
+``residual=1.5``; dion_4 has a rank of 1/4 of the shorter side. ``--equal-time`` measures
+the CPU time of a training step of every row in turn, and trains again at the chosen rate
+for as many steps as take what Muon's took (a row of as many steps as before is not
+trained again).
 Writes results/dion_vs_adamw_muon.json (dion_medium_model.json) and .png beside this.
 """
 
@@ -160,7 +162,7 @@ def one_run(name: str, lr: float, seed: int, corpus, model: dict, steps=None) ->
 
     def bits(stream):
         total = 0.0
-        for batch in text.score_windows([stream], config.data.context, 64):
+        for batch in text.score_windows([stream], config.data.context, 64, 0.25):
             value, metrics = loss(state.params, batch)
             total += float(value) * float(metrics["weight"])
         return text.bits_per_byte(total, int((stream < 256).sum()))
@@ -209,7 +211,7 @@ def equal_time(stem: Path, names: list[str], one) -> None:
     full = record["model"]["train.steps"]
     turns = [
         {n: one(n, row["lr"], 0, TIMED)["step_s"] for n, row in rows.items()}
-        for _ in range(3)
+        for _ in range(5)
     ]
     costs = {n: min(turn[n] for turn in turns) for n in rows}
     for name, seconds in costs.items():
@@ -221,6 +223,8 @@ def equal_time(stem: Path, names: list[str], one) -> None:
             tests = [one(name, row["lr"], seed, steps)["test"] for seed in SEEDS]
         value = {
             "step_s": costs[name],
+            "muon_step_s": costs["muon"],
+            "cores": len(os.sched_getaffinity(0)),
             "steps": steps,
             "mean": statistics.mean(tests),
             "spread": max(tests) - min(tests),
@@ -318,6 +322,8 @@ def main() -> None:
     if unknown:
         parser.error(f"--only: got {unknown}, expected some of {list(OPTIMIZER)}")
     model, stem = MODELS[options.model], options.out / FILES[options.model]
+    if options.quick and options.out == OUT:
+        parser.error("--quick needs another --out: it measures nothing")
     corpus = text.load()
     if options.quick:
         corpus = corpus._replace(validation=[corpus.validation[0][:40_000]])

@@ -6,11 +6,12 @@
 
 Each row is one ``jaxpapers plan`` in its own process, compiled by the TPU compiler for
 a slice that is not here. Writes results/plans.json beside this, row by row, and the
-table of docs/scale.md; a row that is there already is computed again only if its command
-or the optimizer's source changed (the table marks such rows with a dagger), or it had
-failed.
+table of docs/scale.md; without ``--again``, a row that is there already is computed again
+only if its command or the optimizer's source changed (the table marks such rows with a
+dagger), or it had failed.
 """
 
+import argparse
 import hashlib
 import json
 import re
@@ -181,8 +182,11 @@ def write_table(table: str, marks: tuple[str, str] = MARKS) -> None:
 
 def main() -> None:
     """Computes the missing rows."""
-    words = [x for x in sys.argv[1:] if x != "--again"]
-    word, again = "".join(words[:1]), "--again" in sys.argv
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("word", nargs="?", default="")
+    parser.add_argument("--again", action="store_true")
+    options = parser.parse_args()
+    word, again = options.word, options.again
     rows = json.loads(OUT.read_text())["rows"] if OUT.exists() else {}
     wanted = {}
     for preset, topology, mesh, fields in SLICES:

@@ -18,7 +18,8 @@ from jaxpapers import papers, workdir
 # What does not change the meaning of a checkpoint. steps moves the schedule's end.
 MAY_CHANGE = {
     "data.path", "data.eval_batch", "data.eval_count", "data.eval_each",
-    "data.baselines", "data.quick_tokens", "data.selection", "net.remat", "net.unroll",
+    "data.baselines", "data.quick_tokens", "data.selection", "data.overlap",
+    "net.remat", "net.unroll",
     "optim.rank_fraction", "optim.rank_multiple_of", "optim.rank_schedule",
     "train.steps", "train.accumulate", "train.replica_sync", "train.replica_axis",
     "train.eval_every", "train.save_every", "train.save_minutes", "train.keep",

@@ -5,6 +5,7 @@ import inspect
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -267,6 +268,16 @@ def test_same_command_again_is_left_alone_and_fresh_refuses(call, tiny, finished
     assert records(workdir)[-1]["validation_bits"] == before
     code, _, err = call("run", *tiny, f"--workdir={workdir}", "--fresh")
     assert code == 1 and "holds checkpoints" in err
+
+
+@pytest.mark.matrix
+def test_a_run_is_measured_anew_with_another_overlap(call, tiny, finished, tmp_path):
+    workdir = shutil.copytree(finished.workdir, tmp_path / "run")
+    before = records(workdir)[-1]["validation_bits"]
+    options = [*tiny, f"--workdir={workdir}"]
+    code, out, _ = call("run", *options, "--config.data.overlap=0.9")
+    assert code == 0 and "continuing from step 20" in out
+    assert records(workdir)[-1]["validation_bits"] != before
 
 
 def test_another_network_is_refused_and_the_run_stays_readable(call, tiny, finished):

@@ -233,11 +233,11 @@ def score_windows(
     so its first token is scored too.
 
     Args:
-      streams: tokens of each document.
+      streams: tokens; documents of one stream follow each other.
       context: tokens of a window.
       batch: windows of a batch.
       overlap: share of a window that it has in common with the one before. A token is
-        scored after that much of its document, or all there is; windows are
+        scored after that much of its stream, or all there is; windows are
         1 / (1 - overlap) as many as tokens need.
 
     Yields:

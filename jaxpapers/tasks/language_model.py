@@ -49,7 +49,7 @@ def study(name: str, config: Any, data: Data, mesh: Any) -> Study:
     The number is the total code length of every validation token, document ends included,
     divided by the number of bytes (or of tokens, for token shards): the rate of an ideal
     compressor driven by the model. Each is scored once, after ``data.overlap`` of a
-    window at least, or all of its document that there is.
+    window at least, which may begin in the document before.
     """
     del name  # Only dion has this task.
     meshes.batch_rows(mesh, config.data.eval_batch, name="data.eval_batch")

@@ -166,6 +166,22 @@ def test_a_search_sees_one_score_of_each_beginning():
     assert c[:2] == b and len({*a, *b, *c, *d}) == 5
 
 
+def test_a_solver_remembers_the_scores_of_its_search():
+    calls = itertools.count(1)
+
+    def scores(ids, segments):
+        first = np.arange(ids.shape[1]) == 0
+        valid = np.broadcast_to(first, ids.shape) & (segments > 0)
+        return versaprm.Scores(np.full(ids.shape, float(next(calls))), valid)
+
+    c = smoke().data
+    problem = process_examples.draw(c, "arithmetic", 0, process_examples.TEST)
+    solver = process_search.Solver(c, problem, scores, 0)
+    [(step, _)] = solver.extend([()], [True])
+    once, again = (solver.score([(step,), ()], [True, False]) for _ in range(2))
+    assert once == again == [[1.0], []]
+
+
 def test_scores_that_are_not_finite_stay_where_they_are():
     made = [process_examples.sequence(["x"], [["1", reasoning.STEP]])] * 3
     calls = iter([1.0, np.nan, 2.0])
