@@ -1,6 +1,7 @@
 """Rewards of text: what is read of it by hand, the data with a tiny model in place of the
 real one, and, slow, the real one."""
 
+import itertools
 import json
 import os
 import random
@@ -14,6 +15,7 @@ import pytest
 from jaxpapers import papers, run, tasks
 from jaxpapers.nets.transformer import Transformer
 from jaxpapers.ops import reasoning
+from jaxpapers.papers import versaprm
 from jaxpapers.tasks import process_texts, step_writer
 from jaxpapers.tasks.step_writer import Written
 from tests.contract import grid
@@ -190,3 +192,18 @@ def test_smollm2_is_tuned_and_searches(tmp_path):
     tuned = summary["rows"][0]["numbers"][0]
     assert 0 <= tuned["auc_arithmetic"] <= 1 and 0 <= tuned["auc_written"] <= 1
     assert {"search_beam_search", "search_dvts"} <= set(tuned)
+
+
+def test_a_solver_remembers_the_scores_of_its_search(tiny):
+    calls = itertools.count(1)
+
+    def scores(ids, segments):
+        valid = (ids == SEPARATOR) & (segments > 0)
+        order = np.argsort(~valid, axis=1, kind="stable")
+        valid = np.take_along_axis(valid, order, 1)
+        return versaprm.Scores(np.full(ids.shape, float(next(calls))), valid)
+
+    solver = process_texts.TextSolver(config(), PROBLEM, scores)
+    once = solver.score([("34 + 57 = 91",), ()], [True, False])
+    more = solver.score([("34 + 57 = 91", "91 * 2 = 182")], [True])
+    assert once == [[1.0], []] and more == [[1.0, 2.0]]
